@@ -1,0 +1,65 @@
+"""The contract of ragged attention, in plain torch.
+
+Shapes: T rows of all streams together, Hq query heads, Hk key/value heads, D head size, N token slots of the store.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """One stream's rows in a ragged batch."""
+
+    row: int
+    """First row of the stream in the batch."""
+    rows: int
+    """How many rows it has."""
+    slot: int
+    """Store slot of the stream's position 0; position i lies at ``slot + i``."""
+    start: int
+    """Position of the first row."""
+
+
+def ragged_attention(
+    query: Tensor,  # [T, Hq, D]
+    keys: Tensor,  # [N, Hk, D]
+    values: Tensor,  # [N, Hk, Dv]
+    segments: list[Segment],
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+) -> Tensor:  # [T, Hq, Dv]
+    """Each stream's rows attend to that stream's keys, positions 0 … start + rows - 1; to what is there, no more.
+
+    The rows' own keys and values must already be in the store. ``causal``: a row at position i sees positions
+    ≤ i (verification, prefill); otherwise every row sees all of them (the drafter's block). ``window`` w limits
+    a row to positions > i - w. Rows that share a key head are folded into one matrix, so keys are read once a
+    group and never repeated.
+    """
+    heads_q, heads_k = query.shape[1], keys.shape[1]
+    group = heads_q // heads_k
+    out = query.new_empty(query.shape[0], heads_q, values.shape[2])
+    for row, rows, slot, start in segments:
+        first = 0 if window is None else max(0, start - window + 1)
+        length = start + rows - first
+        q = query[row : row + rows].unflatten(1, (heads_k, group))  # [rows, Hk, G, D]
+        q = q.permute(1, 2, 0, 3).reshape(1, heads_k, group * rows, -1)
+        k = keys[slot + first : slot + first + length].transpose(0, 1).unsqueeze(0)
+        v = values[slot + first : slot + first + length].transpose(0, 1).unsqueeze(0)
+        mask = None
+        if rows > 1 and (causal or window is not None):
+            at = torch.arange(start, start + rows, device=query.device).unsqueeze(1)
+            key_at = torch.arange(first, start + rows, device=query.device)
+            mask = key_at <= at if causal else torch.ones_like(key_at <= at)
+            if window is not None:
+                mask = mask & (key_at > at - window)
+            mask = mask.repeat(group, 1)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out[row : row + rows] = o.view(heads_k, group, rows, -1).permute(2, 0, 1, 3).flatten(1, 2)
+    return out

@@ -1,0 +1,3 @@
+"""DSpark speculative decoding, streamed."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Requests in, events out. The boundary is the `Engine` protocol in `boundary.py`."""

@@ -1,0 +1,61 @@
+"""The engine's boundary: everything that the rest of the project may ask of it.
+
+Submit, cancel, hold, release, close, and a callback with events. No tensor crosses. A thread implements it today
+(`worker.py`); a process or a cluster actor can implement the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from dspark_stream.types import EngineEvent, EngineSnapshot, GenerationRequest, ModelInfo
+
+EventSink = Callable[[Sequence[EngineEvent]], None]
+"""Called on the engine's thread, once for each engine step, with the events of all streams, in order."""
+
+
+class Engine(Protocol):
+    """All methods return at once and may be called from any thread. Events arrive through the sink alone."""
+
+    info: ModelInfo
+
+    def start(self, sink: EventSink) -> None:
+        """Begin work. Called once, after which events go to ``sink``."""
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a stream. It ends in exactly one `FinishedEvent`, whatever happens.
+
+        Raises:
+            InvalidRequestError: values out of range (``param`` says which); nothing was queued.
+            ContextLengthError: prompt + max_tokens do not fit ``info.max_model_len``; nothing was queued.
+            DrainingError: `close` was called; nothing was queued.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """End a stream within one round, with reason ``cancelled``. Unknown or ended ids are ignored."""
+
+    def hold(self, request_id: str) -> None:
+        """Take a stream out of the batch (its reader is slow); its cache stays. Idempotent."""
+
+    def release(self, request_id: str) -> None:
+        """Put a held stream back. Idempotent."""
+
+    def snapshot(self) -> EngineSnapshot:
+        """Gauges and counters now."""
+
+    def close(self, timeout_s: float) -> None:
+        """Refuse new work, let streams finish for ``timeout_s``, cancel the rest, join the thread (blocks)."""
+
+
+class Tokenizer(Protocol):
+    """Text in, tokens out. Calls may take long for long texts: run them off the event loop."""
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Tokens of (role, content) pairs under the model's chat template, generation prompt added."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of plain text, special tokens not added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens, special tokens left out."""

@@ -1,0 +1,143 @@
+"""From settings to a running engine's parts: target, drafter, caches, capacity curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from dspark_kernels.linear import can_pack
+
+from dspark_stream.config import Config
+from dspark_stream.drafters import shipped_drafter
+from dspark_stream.engine.profile import curve_key, load_or_measure
+from dspark_stream.engine.step import Models
+from dspark_stream.engine.worker import EngineThread
+from dspark_stream.errors import ConfigError, ModelLoadError
+from dspark_stream.models.cache import GRAIN, ExtentAllocator, KVStore, slots_for_budget
+from dspark_stream.models.checkpoint import load_drafter
+from dspark_stream.models.drafter import Drafter
+from dspark_stream.models.embedded import ensure_embedded_model
+from dspark_stream.models.loading import LoadedTarget, load_target
+from dspark_stream.models.quant import quantise_linears
+from dspark_stream.models.tokenizer import TextCodec
+from dspark_stream.progress import Progress
+from dspark_stream.spec.schedule import parse_schedule
+from dspark_stream.spec.survival import AcceptanceHistory, Calibration, load_calibration
+from dspark_stream.types import ModelInfo
+
+
+def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, TextCodec | None]:
+    """Load everything that ``config`` names; the engine still has to be started.
+
+    Returns the engine and the tokenizer, None for a model folder without one.
+
+    Raises:
+        ModelLoadError: target or drafter cannot be used (`DownloadError` for the embedded model).
+        ConfigError: limits that do not fit together.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    embedded = config.model == "embedded"
+    path = str(ensure_embedded_model(config.cache_dir, progress)) if embedded else config.model
+    with progress.stage(f"loading {config.model}"):
+        loaded = load_target(path, dtype=config.dtype, device=config.device)
+    target = loaded.target
+    drafter, calibration, drafter_folder = _load_drafter(config, loaded)
+    for module, quant in ((target.decoder, config.target_quant), (drafter, config.draft_quant)):
+        if module is not None:
+            quantise_linears(module, quant)
+    if can_pack(target.device, target.dtype):
+        target.pack()
+        if drafter:
+            drafter.pack()
+
+    max_model_len = config.max_model_len or target.max_positions
+    if max_model_len > target.max_positions:
+        raise ConfigError(
+            f"max_model_len {max_model_len} is more than the model's {target.max_positions}", param="max_model_len"
+        )
+    gamma = drafter.gamma if drafter else 0
+    per_token = sum(s.nbytes(target.dtype) for s in [*target.kv_shapes, *(drafter.kv_shapes if drafter else [])])
+    affordable = config.kv_memory // per_token - gamma - 2 * GRAIN
+    if not config.max_model_len:
+        max_model_len = min(max_model_len, max(GRAIN, affordable))
+    slots = slots_for_budget(config.kv_memory, per_token, max_model_len + gamma + 1)
+    allocator = ExtentAllocator(slots)
+    target_kv = KVStore(target.kv_shapes, slots, target.dtype, target.device)
+    drafter_kv = KVStore(drafter.kv_shapes, slots, target.dtype, target.device) if drafter else None
+    folder = "" if drafter_folder is None else _weights_stamp(drafter_folder)
+    curve = load_or_measure(
+        target,
+        target_kv,
+        drafter,
+        drafter_kv,
+        allocator,
+        max_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        key=curve_key(target, drafter, [loaded.fingerprint, folder], [config.target_quant, config.draft_quant]),
+        folder=config.cache_dir / "capacity",
+        progress=progress,
+    )
+    models = Models(
+        target=target,
+        target_kv=target_kv,
+        drafter=drafter,
+        drafter_kv=drafter_kv,
+        calibration=calibration,
+        history=AcceptanceHistory(gamma),
+        schedule=parse_schedule(config.schedule),
+        capacity=curve,
+    )
+    codec = loaded.codec
+    info = ModelInfo(
+        model="SmolLM2-135M-Instruct" if embedded else loaded.name,
+        drafter=drafter_folder.name if drafter_folder else None,
+        gamma=gamma,
+        vocab_size=target.vocab_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_token_bytes=codec.max_token_bytes if codec else 1,
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=str(target.device),
+        target_quant=config.target_quant,
+        draft_quant=config.draft_quant,
+        schedule=config.schedule,
+    )
+    raw = codec.raw if codec else None
+    return EngineThread(models, info, allocator, raw, prefill_budget_ms=config.prefill_budget_ms), codec
+
+
+def _load_drafter(config: Config, loaded: LoadedTarget) -> tuple[Drafter | None, Calibration, Path | None]:
+    if config.drafter == "none":
+        return None, Calibration(), None
+    if config.drafter == "auto":
+        folder = shipped_drafter(loaded.name)
+        if folder is None:
+            return None, Calibration(), None
+    else:
+        folder = _drafter_folder(config.drafter)
+    return load_drafter(folder, loaded.target), load_calibration(folder), folder
+
+
+def _drafter_folder(name: str) -> Path:
+    """A local folder, or a hub name fetched through the hub's own library.
+
+    Raises:
+        ModelLoadError: neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelLoadError(
+            f"{name} is no drafter folder and no reachable hub name: {error}", param="drafter"
+        ) from error
+
+
+def _weights_stamp(folder: Path) -> str:
+    return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))])

@@ -1,0 +1,158 @@
+"""One engine step: draft → schedule → verify → accept → commit, for all streams as one ragged batch.
+
+This file is the algorithm's table of contents; the words are design/algorithm.md's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from dspark_stream.engine.stream import Stream
+from dspark_stream.models.cache import KVStore
+from dspark_stream.models.drafter import Drafter
+from dspark_stream.models.target import Rows, Target
+from dspark_stream.spec.accept import accept
+from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.spec.draft import Block, draft
+from dspark_stream.spec.schedule import Schedule
+from dspark_stream.spec.survival import AcceptanceHistory, Calibration
+from dspark_stream.spec.verify import verify
+from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
+
+
+@dataclass
+class Models:
+    """What a step works with; made once (build.py)."""
+
+    target: Target
+    target_kv: KVStore
+    drafter: Drafter | None
+    drafter_kv: KVStore | None
+    calibration: Calibration
+    history: AcceptanceHistory
+    schedule: Schedule
+    capacity: CapacityCurve
+
+    @property
+    def gamma(self) -> int:
+        """Draft block size; 0 without a drafter."""
+        return self.drafter.gamma if self.drafter else 0
+
+
+class Committed(NamedTuple):
+    """What a step did for one stream."""
+
+    stream: Stream
+    event: TokensEvent
+    reason: FinishReason | None
+    """Why the stream ends here; None while it goes on."""
+    round: RoundRecord | None
+    """None for the token that ends a prefill."""
+
+
+def decode_round(models: Models, streams: Sequence[Stream]) -> list[Committed]:
+    """One verification round for R streams; streams in plain mode take part with ℓ = 0."""
+    t_start = time.perf_counter()
+    blocks = _draft(models, streams)
+    t_drafted = time.perf_counter()
+    drafting = sum(s.drafts for s in streams)
+    lengths = models.schedule.lengths([b.survival for b in blocks], lambda b: models.capacity.sps(b, drafting))
+    logits, taps = verify(models.target, models.target_kv, streams, blocks, lengths)
+    outcomes = accept(logits, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
+    t_verified = time.perf_counter()
+
+    rows = [0, *accumulate(1 + length for length in lengths)]
+    _keep_context(
+        models, taps, [(s, row, s.position, 1 + o.accepted) for s, row, o in zip(streams, rows, outcomes, strict=False)]
+    )
+    committed = []
+    for stream, block, length, (accepted, bonus) in zip(streams, blocks, lengths, outcomes, strict=True):
+        record = RoundRecord(
+            start=stream.position,
+            anchor=stream.anchor,
+            draft_tokens=block.tokens,
+            scheduled=length,
+            accepted=accepted,
+            bonus=bonus,
+            confidence=block.confidence,
+            survival=block.survival,
+            t_draft_ms=(t_drafted - t_start) * 1e3,
+            t_verify_ms=(t_verified - t_drafted) * 1e3,
+            batch_tokens=rows[-1],
+            streams=len(streams),
+        )
+        stream.count_round(len(block.tokens), length, accepted)
+        if block.tokens:
+            models.history.record(length, accepted)
+        event, reason = stream.commit([*block.tokens[:accepted], bonus], accepted, record)
+        committed.append(Committed(stream, event, reason, record))
+    return committed
+
+
+def _draft(models: Models, streams: Sequence[Stream]) -> list[Block]:
+    """A block for every stream; an empty one where it does not draft."""
+    drafting = [s for s in streams if s.drafts]
+    if not drafting or models.drafter is None or models.drafter_kv is None:
+        return [Block() for _ in streams]
+    drafted = iter(draft(models.drafter, models.drafter_kv, drafting, models.calibration, models.history))
+    return [next(drafted) if s.drafts else Block() for s in streams]
+
+
+def _keep_context(models: Models, taps: torch.Tensor, kept: Iterable[tuple[Stream, int, int, int]]) -> None:
+    """Append context features of (stream, first row, first position, count): the anchor and the accepted tokens.
+
+    Nothing else is kept. The target's keys and values of rejected rows need no clearing: the next round writes over
+    them before anything reads them.
+    """
+    if models.drafter is None or models.drafter_kv is None:
+        return
+    rows: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for stream, row, start, count in kept:
+        if stream.drafts:
+            rows += range(row, row + count)
+            positions += range(start, start + count)
+            slots += range(stream.extent.slot + start, stream.extent.slot + start + count)
+    if rows:
+        models.drafter.append_context(taps[rows], positions, slots, models.drafter_kv)
+
+
+def prefill(models: Models, streams: Sequence[Stream], budget: int) -> list[Committed]:
+    """Up to ``budget`` prompt tokens, streams in order, as one ragged pass; who completes gets its first token.
+
+    That token is an ordinary acceptance with ℓ = 0 whose anchor is the last prompt token.
+    """
+    batch: list[Rows] = []
+    chunks: list[tuple[Stream, int, int, int]] = []
+    completed: list[tuple[Stream, int]] = []
+    row = 0
+    for stream in streams:
+        ids = stream.request.prompt_ids[stream.prefilled : stream.prefilled + budget - row]
+        if not ids:
+            break
+        batch.append(Rows(stream.extent, stream.prefilled, list(ids)))
+        chunks.append((stream, row, stream.prefilled, len(ids)))
+        row += len(ids)
+        if stream.prefilled + len(ids) == len(stream.request.prompt_ids):
+            completed.append((stream, row - 1))
+    logits, taps = models.target.forward(batch, models.target_kv, [last for _, last in completed])
+    _keep_context(models, taps, chunks)
+    for stream, _, _, count in chunks:
+        stream.prefilled += count
+    if not completed:
+        return []
+    started = [stream for stream, _ in completed]
+    outcomes = accept(logits, started, [Block()] * len(started), [0] * len(started), None)
+    committed = []
+    for stream, outcome in zip(started, outcomes, strict=True):
+        stream.started()
+        event, reason = stream.commit([outcome.bonus], 0)
+        committed.append(Committed(stream, event, reason, None))
+    return committed

@@ -1,0 +1,157 @@
+"""One stream's state inside the engine, from the queue to its terminal event."""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+
+from tokenizers import Tokenizer as RawTokenizer
+
+from dspark_stream.engine.text import TextStream
+from dspark_stream.models.cache import Extent
+from dspark_stream.spec.noise import NoiseCache
+from dspark_stream.types import (
+    ErrorInfo,
+    FinishedEvent,
+    FinishReason,
+    GenerationRequest,
+    Piece,
+    RoundRecord,
+    SamplingParams,
+    TokensEvent,
+    Usage,
+    Verification,
+)
+
+
+class Phase(Enum):
+    """Where a stream is; it only moves down this list."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+class Stream:
+    """Written by the engine thread alone. `position` and `anchor` are the algorithm's p and anchor token."""
+
+    def __init__(
+        self, request: GenerationRequest, vocab: int, gamma: int, stop_ids: frozenset[int], raw: RawTokenizer | None
+    ) -> None:
+        self.request = request
+        self.sampling: SamplingParams = request.sampling
+        self.verification: Verification = request.verification
+        self.drafts = request.mode == "dspark" and gamma > 0
+        self.noise = NoiseCache(request.sampling.seed, vocab)
+        self.phase = Phase.WAITING
+        self.held = False
+        self.extent = Extent(0, 0)
+        self.prefilled = 0
+        """Prompt tokens whose keys and values are in the store."""
+        self.position = len(request.prompt_ids) - 1
+        self.anchor = request.prompt_ids[-1]
+        self.output_tokens = 0
+        self._stop_ids = stop_ids
+        self._text = TextStream(raw, request.sampling.stop)
+        self._rounds = 0
+        self._drafted = 0
+        self._scheduled = 0
+        self._accepted = 0
+        self._per_position = [0] * (gamma if self.drafts else 0)
+        self._t_submit = time.perf_counter()
+        self._t_admit = self._t_first = self._t_submit
+
+    @property
+    def slots_needed(self) -> int:
+        """Token slots from the first prompt token to the last that a round could touch: a whole block past the end."""
+        return len(self.request.prompt_ids) + self.sampling.max_tokens + len(self._per_position) + 1
+
+    def admitted(self, extent: Extent) -> None:
+        """The stream has its slots and starts its prefill."""
+        self.extent = extent
+        self.phase = Phase.PREFILL
+        self._t_admit = self._t_first = time.perf_counter()
+
+    def started(self) -> None:
+        """The whole prompt is in the store; rounds begin with the next token."""
+        self.phase = Phase.DECODE
+        self._t_first = time.perf_counter()
+
+    def count_round(self, drafted: int, scheduled: int, accepted: int) -> None:
+        """One verification round's figures, before any stop cut."""
+        self._rounds += 1
+        self._drafted += drafted
+        self._scheduled += scheduled
+        self._accepted += accepted
+        for k in range(accepted):
+            self._per_position[k] += 1
+
+    def commit(
+        self, tokens: list[int], accepted: int, record: RoundRecord | None = None
+    ) -> tuple[TokensEvent, FinishReason | None]:
+        """Take ``tokens`` (the first ``accepted`` were drafted) up to the first stop; position and anchor move on.
+
+        Returns the event to send, and the reason to finish if there is one. Nothing after a stop token, a stop
+        string or the last allowed token is kept.
+        """
+        kept: list[int] = []
+        pieces: list[Piece] = []
+        reason: FinishReason | None = None
+        for i, token in enumerate(tokens):
+            kept.append(token)
+            self.output_tokens += 1
+            if token in self._stop_ids:
+                reason = "stop"
+                break
+            new, stopped = self._text.push(token, i < accepted)
+            pieces += new
+            if stopped:
+                reason = "stop"
+                break
+            if self.output_tokens >= self.sampling.max_tokens:
+                reason = "length"
+                break
+        self.position += len(kept)
+        self.anchor = kept[-1]
+        if reason:
+            pieces += self._text.finish()
+        return self._tokens_event(kept, pieces, record), reason
+
+    def _tokens_event(self, tokens: list[int], pieces: list[Piece], record: RoundRecord | None) -> TokensEvent:
+        merged: list[Piece] = []
+        for piece in pieces:
+            if merged and merged[-1].drafted == piece.drafted and not self.request.record_rounds:
+                merged[-1] = Piece(merged[-1].text + piece.text, piece.drafted)
+            else:
+                merged.append(piece)
+        return TokensEvent(
+            request_id=self.request.request_id,
+            token_ids=tokens,
+            text="".join(p.text for p in pieces),
+            pieces=merged,
+            round=record if self.request.record_rounds else None,
+        )
+
+    def rest_of_text(self) -> TokensEvent | None:
+        """Text still held back when a stream ends early; None where there is none."""
+        pieces = self._text.finish()
+        return self._tokens_event([], pieces, None) if pieces else None
+
+    def finished(self, reason: FinishReason, error: ErrorInfo | None = None) -> FinishedEvent:
+        """The terminal event; the stream is done."""
+        self.phase = Phase.DONE
+        now = time.perf_counter()
+        usage = Usage(
+            input_tokens=len(self.request.prompt_ids),
+            output_tokens=self.output_tokens,
+            rounds=self._rounds,
+            drafted=self._drafted,
+            scheduled=self._scheduled,
+            accepted=self._accepted,
+            accepted_per_position=self._per_position,
+            queue_ms=(self._t_admit - self._t_submit) * 1e3,
+            prefill_ms=(self._t_first - self._t_admit) * 1e3,
+            decode_ms=(now - self._t_first) * 1e3,
+        )
+        return FinishedEvent(request_id=self.request.request_id, reason=reason, usage=usage, error=error)

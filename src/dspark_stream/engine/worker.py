@@ -1,0 +1,317 @@
+"""The engine's thread: admits streams, steps them, publishes events. Owns every token slot and every stream.
+
+The loop's thread and this one share an inbox of commands and the event sink, nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer as RawTokenizer
+
+from dspark_stream.engine.boundary import EventSink
+from dspark_stream.engine.step import Committed, Models, decode_round, prefill
+from dspark_stream.engine.stream import Phase, Stream
+from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, InternalError, InvalidRequestError
+from dspark_stream.models.cache import ExtentAllocator
+from dspark_stream.types import (
+    MAX_SEED,
+    EngineEvent,
+    EngineSnapshot,
+    ErrorInfo,
+    FinishReason,
+    GenerationRequest,
+    ModelInfo,
+)
+
+log = logging.getLogger(__name__)
+
+PREFILL_ALONE = 512
+"""Prompt tokens a pass while no stream is decoding: nobody waits for it but the prompt's own reader."""
+PREFILL_LEAST = 16
+
+
+@dataclass
+class Counters:
+    """Only grow; written by the engine's thread, read by anyone."""
+
+    rounds: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    scheduled: int = 0
+    accepted: int = 0
+    per_position: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
+class EngineThread:
+    """`boundary.Engine` on a thread of its own.
+
+    Args:
+        models: target, drafter, caches, schedule.
+        info: what is served and its limits; checked on submit.
+        allocator: the token slots.
+        raw: the tokenizer that turns tokens into text; None for token ids only.
+        prefill_budget_ms: how long a prompt chunk may hold up the streams that are decoding.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        info: ModelInfo,
+        allocator: ExtentAllocator,
+        raw: RawTokenizer | None,
+        *,
+        prefill_budget_ms: float = 60.0,
+    ) -> None:
+        self.info = info
+        self._models = models
+        self._allocator = allocator
+        self._raw = raw
+        self._prefill_chunk = _chunk_for(models, prefill_budget_ms)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, Stream] = {}  # every stream that has not ended, oldest first
+        self._known: set[str] = set()  # ids between submit and terminal event, as callers see them
+        self._lock = threading.Lock()  # guards _known and _closing, the only state that callers touch
+        self._closing = False
+        self._deadline = float("inf")
+        self._events: list[EngineEvent] = []  # of the step under way
+        self._counters = Counters(per_position=[0] * models.gamma)
+        self._beat = time.perf_counter()
+        self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
+        self._sink: EventSink = lambda events: None
+
+    # --- the boundary: any thread ------------------------------------------------------------------------
+
+    def start(self, sink: EventSink) -> None:
+        """See `boundary.Engine`."""
+        self._sink = sink
+        self._beat = time.perf_counter()
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """See `boundary.Engine`."""
+        check_request(request, self.info)
+        eos = () if request.sampling.ignore_eos else self._models.target.eos_token_ids
+        stops = frozenset(eos) | frozenset(request.sampling.stop_token_ids)
+        stream = Stream(request, self._models.target.vocab_size, self._models.gamma, stops, self._raw)
+        if stream.slots_needed > self._allocator.total:
+            raise ContextLengthError(
+                f"prompt and max_output_tokens need {stream.slots_needed} token slots; the server's kv_memory holds "
+                f"{self._allocator.total}",
+                param="max_output_tokens",
+            )
+        with self._lock:
+            if self._closing:
+                raise DrainingError("the engine is shutting down")
+            if request.request_id in self._known:
+                raise InvalidRequestError(f"request id {request.request_id} is in use", param="request_id")
+            self._known.add(request.request_id)
+        self._inbox.put(lambda: self._streams.__setitem__(request.request_id, stream))
+
+    def cancel(self, request_id: str) -> None:
+        """See `boundary.Engine`."""
+        self._inbox.put(lambda: self._cancel(request_id))
+
+    def hold(self, request_id: str) -> None:
+        """See `boundary.Engine`."""
+        self._inbox.put(lambda: self._set_held(request_id, True))
+
+    def release(self, request_id: str) -> None:
+        """See `boundary.Engine`."""
+        self._inbox.put(lambda: self._set_held(request_id, False))
+
+    def snapshot(self) -> EngineSnapshot:
+        """See `boundary.Engine`."""
+        streams = list(self._streams.values())
+        c = self._counters
+        return EngineSnapshot(
+            running=sum(s.phase in (Phase.PREFILL, Phase.DECODE) for s in streams),
+            waiting=sum(s.phase is Phase.WAITING for s in streams) + self._inbox.qsize(),
+            held=sum(s.held for s in streams),
+            kv_tokens_used=self._allocator.used,
+            kv_tokens_total=self._allocator.total,
+            rounds_total=c.rounds,
+            num_drafts_total=c.drafts,
+            num_draft_tokens_total=c.draft_tokens,
+            num_scheduled_tokens_total=c.scheduled,
+            num_accepted_tokens_total=c.accepted,
+            num_accepted_tokens_per_pos=list(c.per_position),
+            prompt_tokens_total=c.prompt_tokens,
+            generation_tokens_total=c.generation_tokens,
+            last_step_age_s=time.perf_counter() - self._beat if streams else 0.0,
+            alive=self._thread.is_alive(),
+        )
+
+    def close(self, timeout_s: float) -> None:
+        """See `boundary.Engine`."""
+        with self._lock:
+            self._closing = True
+        deadline = time.perf_counter() + timeout_s
+
+        def set_deadline() -> None:
+            self._deadline = min(self._deadline, deadline)
+
+        self._inbox.put(set_deadline)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # --- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        events = self._events
+        while True:
+            self._take_commands()
+            if time.perf_counter() >= self._deadline:
+                for stream in list(self._streams.values()):
+                    self._end(stream, "cancelled")
+            self._admit()
+            try:
+                self._step()
+            except Exception as error:  # one broken step must not end the service: its streams fail, it goes on
+                log.exception("engine step failed; its streams end")
+                self._fail_running(error)
+            self._beat = time.perf_counter()
+            if events:
+                self._hand_over(events)
+            if not self._streams and self._deadline < float("inf") and self._inbox.empty():
+                return
+
+    def _hand_over(self, events: list[EngineEvent]) -> None:
+        try:
+            self._sink(events.copy())
+        except Exception:  # the sink belongs to the caller: its loop may be gone, the engine's duty is not
+            log.exception("the event sink failed; %d events are lost", len(events))
+        events.clear()
+
+    def _take_commands(self) -> None:
+        """Everything that callers asked for since the last step; waits for it when there is nothing to do."""
+        self._admit()
+        if not any(s.phase is not Phase.WAITING and not s.held for s in self._streams.values()):
+            try:
+                timeout = None if self._deadline == float("inf") else max(0.0, self._deadline - time.perf_counter())
+                self._inbox.get(timeout=timeout)()
+            except queue.Empty:
+                return
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _admit(self) -> None:
+        """First come, first served: a stream that does not fit yet is not overtaken by a smaller one."""
+        running = sum(s.phase is not Phase.WAITING for s in self._streams.values())
+        for stream in [s for s in self._streams.values() if s.phase is Phase.WAITING]:
+            if running >= self.info.max_num_seqs:
+                return
+            extent = self._allocator.allocate(stream.slots_needed)
+            if extent is None:
+                return
+            stream.admitted(extent)
+            self._counters.prompt_tokens += len(stream.request.prompt_ids)
+            running += 1
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        active = [s for s in self._streams.values() if not s.held]
+        decoding = [s for s in active if s.phase is Phase.DECODE]
+        joining = [s for s in active if s.phase is Phase.PREFILL]
+        if joining:
+            self._publish(prefill(self._models, joining, self._prefill_chunk if decoding else PREFILL_ALONE))
+        if decoding:
+            self._counters.rounds += 1
+            self._publish(decode_round(self._models, decoding))
+
+    def _publish(self, committed: Sequence[Committed]) -> None:
+        c = self._counters
+        for stream, event, reason, record in committed:
+            c.generation_tokens += len(event.token_ids)
+            if record is not None and record.draft_tokens:
+                c.drafts += 1
+                c.draft_tokens += len(record.draft_tokens)
+                c.scheduled += record.scheduled
+                c.accepted += record.accepted
+                for k in range(record.accepted):
+                    c.per_position[k] += 1
+            self._events.append(event)
+            if reason is not None:
+                self._end(stream, reason)
+
+    def _cancel(self, request_id: str) -> None:
+        if (stream := self._streams.get(request_id)) is not None:
+            self._end(stream, "cancelled")
+
+    def _set_held(self, request_id: str, held: bool) -> None:
+        if (stream := self._streams.get(request_id)) is not None:
+            stream.held = held
+
+    def _fail_running(self, error: Exception) -> None:
+        known = error if isinstance(error, DsparkError) else InternalError("the engine failed on this batch")
+        info = ErrorInfo(status=known.status, type=known.type, code=known.code, message=known.message)
+        for stream in list(self._streams.values()):
+            if stream.phase in (Phase.PREFILL, Phase.DECODE) and not stream.held:
+                self._end(stream, "failed", info)
+
+    def _end(self, stream: Stream, reason: FinishReason, error: ErrorInfo | None = None) -> None:
+        """The one way out: gives everything back and says so exactly once."""
+        if reason in ("cancelled", "failed") and (rest := stream.rest_of_text()) is not None:
+            self._events.append(rest)
+        if stream.phase is not Phase.WAITING:
+            self._allocator.free(stream.extent)
+        del self._streams[stream.request.request_id]
+        with self._lock:
+            self._known.discard(stream.request.request_id)
+        self._events.append(stream.finished(reason, error))
+
+
+def _chunk_for(models: Models, budget_ms: float) -> int:
+    """The largest measured pass that stays within ``budget_ms``."""
+    fitting = [n for n, ms in zip(models.capacity.tokens, models.capacity.verify_ms, strict=True) if ms <= budget_ms]
+    return max([PREFILL_LEAST, *fitting])
+
+
+def check_request(request: GenerationRequest, info: ModelInfo) -> None:
+    """Everything that the engine relies on; the server checks the same with the client's field names first.
+
+    Raises:
+        InvalidRequestError: ``param`` names the field.
+        ContextLengthError: prompt and max_tokens exceed ``max_model_len``.
+    """
+    s = request.sampling
+
+    def refuse(param: str, rule: str, value: object) -> None:
+        raise InvalidRequestError(f"{param} must be {rule}, not {value!r}", param=param)
+
+    if not request.prompt_ids:
+        refuse("prompt_ids", "at least one token", [])
+    if not all(0 <= t < info.vocab_size for t in request.prompt_ids):
+        refuse("prompt_ids", f"token ids in 0 … {info.vocab_size - 1}", "one outside")
+    if s.max_tokens < 1:
+        refuse("max_tokens", "at least 1", s.max_tokens)
+    if not 0.0 <= s.temperature < float("inf"):
+        refuse("temperature", "a number ≥ 0", s.temperature)
+    if not 0.0 < s.top_p <= 1.0:
+        refuse("top_p", "in (0, 1]", s.top_p)
+    if not 0.0 <= s.min_p <= 1.0:
+        refuse("min_p", "in [0, 1]", s.min_p)
+    if s.top_k < 0:
+        refuse("top_k", "at least 0 (off)", s.top_k)
+    if not 0 <= s.seed <= MAX_SEED:
+        refuse("seed", f"in 0 … {MAX_SEED}", s.seed)
+    if any(not text for text in s.stop):
+        refuse("stop", "non-empty strings", "")
+    total = len(request.prompt_ids) + s.max_tokens
+    if total > info.max_model_len:
+        raise ContextLengthError(
+            f"prompt of {len(request.prompt_ids)} tokens and max_tokens {s.max_tokens} make {total}; "
+            f"max_model_len is {info.max_model_len}",
+            param="max_tokens",
+        )

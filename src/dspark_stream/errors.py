@@ -1,0 +1,124 @@
+"""Every error that leaves a public function, in one tree.
+
+An error knows how the wire shows it: an HTTP status and the four fields of the OpenAI error object
+(``type``, ``code``, ``message``, ``param``). The server turns any `DsparkError` into a typed error event or
+body without knowing which one it is; anything else is an `InternalError`.
+"""
+
+from __future__ import annotations
+
+
+class DsparkError(Exception):
+    """Root of the tree. ``str(error)`` is the message a person reads."""
+
+    status: int = 500
+    type: str = "server_error"
+    code: str = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InternalError(DsparkError):
+    """Something failed on our side; the request is lost, the service is not."""
+
+
+# --- what a client did -------------------------------------------------------------------------------------
+
+
+class InvalidRequestError(DsparkError):
+    """The request cannot be served as it is; ``param`` names the field and the message names the limit."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt, or prompt and ``max_output_tokens`` together, exceed what the model or the server holds."""
+
+    code = "context_length_exceeded"
+
+
+class AuthenticationError(DsparkError):
+    """No key, or a wrong one."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDeniedError(DsparkError):
+    """A Host or an Origin that is not on the allow-list."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class NotFoundError(DsparkError):
+    """An id that this server does not know: a model, a response, a path."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+# --- what the server cannot do now -------------------------------------------------------------------------
+
+
+class BusyError(DsparkError):
+    """Refused for now. ``retry_after_s`` seconds is a fair time to wait."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitError(BusyError):
+    """One client's own limit (429); the server itself has room."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class OverloadedError(BusyError):
+    """The queue is full (503)."""
+
+
+class DrainingError(BusyError):
+    """The server is shutting down (503)."""
+
+    code = "draining"
+
+
+# --- what the person at the command line did -----------------------------------------------------------------
+
+
+class ConfigError(DsparkError):
+    """A setting that is unknown, of the wrong type or out of range."""
+
+    status = 400
+    type = "config_error"
+    code = "invalid_config"
+
+
+class ModelLoadError(DsparkError):
+    """A checkpoint that is missing, broken, of an unknown kind, or not made for this target."""
+
+    code = "model_load_failed"
+
+
+class DownloadError(ModelLoadError):
+    """The embedded model could not be fetched, or what came does not have the pinned checksum."""
+
+    code = "download_failed"

@@ -1,0 +1,89 @@
+"""How library layers reach our attention: one registered function, one object a forward pass.
+
+`transformers` layers look their attention up by name and hand every keyword argument through. We register
+``"dspark"`` and pass the pass's own object as ``attend``; it decides what the rows attend to. So the library's own
+forward code serves every family, ragged batches included, and no mask is ever built.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from dspark_kernels.ragged_attention import Segment, ragged_attention
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dspark_stream.models.cache import KVShape, KVStore
+
+ATTENTION_NAME = "dspark"
+
+
+class Attend(Protocol):
+    """What the rows of one forward pass attend to."""
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """query [T, Hq, D], key [T, Hk, D], value [T, Hk, Dv] → [T, Hq, Dv]."""
+
+
+class StoreAttend:
+    """Rows write their keys and values to their slots, then attend to their own stream's positions."""
+
+    def __init__(self, store: KVStore, slots: Tensor, segments: list[Segment], *, causal: bool) -> None:
+        self.store, self.slots, self.segments, self.causal = store, slots, segments, causal
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """See `Attend`."""
+        self.store.write(layer, self.slots, key, value)
+        return ragged_attention(
+            query,
+            self.store.keys[layer],
+            self.store.values[layer],
+            self.segments,
+            scale=scale,
+            causal=self.causal,
+            window=window,
+        )
+
+
+class ProbeAttend:
+    """Attends to nothing and notes each layer's key and value shapes: how a model's cache geometry is learnt."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KVShape] = {}
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """See `Attend`."""
+        self.shapes[layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
+        return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, T, D]
+    key: Tensor,  # [1, Hk, T, D]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    attend: Attend,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return attend(layer, q, k, v, scale=scaling, window=sliding_window).unsqueeze(0), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
+
+
+def int_tensor(values: list[int], device: torch.device) -> Tensor:
+    """A vector of int64 on ``device``."""
+    return torch.tensor(values, dtype=torch.long, device=device)

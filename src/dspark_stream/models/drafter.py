@@ -1,0 +1,259 @@
+"""The drafter: parallel backbone, sequential head, confidence head; embedding and LM head are the target's.
+
+The backbone's layers are the library's own for the target's family; what differs is only what they attend to: the
+block sees itself and the context features of the positions before its anchor (design/algorithm.md, "One round", 1).
+
+Symbols: R streams, γ block size, H hidden size, V target vocabulary, Vd draft vocabulary (Vd = V unless reduced).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from dspark_kernels.linear import PackedLinear, pack_linears
+from dspark_kernels.ragged_attention import Segment
+from torch import Tensor, nn
+from transformers.models.gemma4.modeling_gemma4 import (
+    Gemma4RMSNorm,
+    Gemma4TextDecoderLayer,
+    Gemma4TextRotaryEmbedding,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
+
+from dspark_stream.errors import ModelLoadError
+from dspark_stream.models.attention import ATTENTION_NAME, Attend, StoreAttend, int_tensor
+from dspark_stream.models.cache import Extent, KVShape, KVStore
+from dspark_stream.models.heads import ConfidenceHead, HeadType, make_head
+from dspark_stream.models.target import Target
+
+LAYERS: dict[str, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
+    "llama": (LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding),
+    "qwen3": (Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding),
+    "gemma4_text": (Gemma4TextDecoderLayer, Gemma4RMSNorm, Gemma4TextRotaryEmbedding),
+}
+"""Decoder layer, norm and rotary embedding of each family, by the config's `model_type`."""
+
+ARCHITECTURES = {"llama": "LlamaDSparkModel", "qwen3": "Qwen3DSparkModel", "gemma4_text": "Gemma4DSparkModel"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterConfig:
+    """What a DeepSpec `config.json` says about the drafter (design/checkpoints.md, A)."""
+
+    backbone: Any
+    """The `transformers` config that the layers are built from; see `backbone_config`."""
+    num_layers: int
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    markov_rank: int = 256
+    """0: no sequential head (DFlash)."""
+    markov_head_type: HeadType = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    confidence_bias: bool = True
+    num_anchors: int = 512
+    draft_vocab_size: int | None = None
+    """Ours: the LM head and W2 are limited to this many of the target's tokens; None for all of them."""
+
+    @property
+    def family(self) -> str:
+        """The config's `model_type`."""
+        return str(self.backbone.model_type)
+
+
+def backbone_config(target_config: Any, num_layers: int) -> Any:
+    """A copy of the target's text config that says what the drafter is: full attention, nothing inherited by accident.
+
+    Raises:
+        ModelLoadError: a family whose layers are not known.
+    """
+    config = copy.deepcopy(target_config)
+    if config.model_type not in LAYERS:
+        raise ModelLoadError(
+            f"no drafter layers for model type {config.model_type!r}; known: {', '.join(LAYERS)}", param="model_type"
+        )
+    config.num_hidden_layers = num_layers
+    config.layer_types = ["full_attention"] * num_layers
+    for noise, value in (
+        ("num_kv_shared_layers", 0),
+        ("hidden_size_per_layer_input", 0),
+        ("enable_moe_block", False),
+        ("use_sliding_window", False),
+    ):
+        if hasattr(config, noise):
+            setattr(config, noise, value)
+    config._attn_implementation = ATTENTION_NAME
+    return config
+
+
+class Drafter(nn.Module):
+    """Backbone and heads. Inference goes through `draft_hidden` and `append_context`; see spec/draft.py for the walk.
+
+    Args:
+        config: what the checkpoint says.
+        target: whose embedding and LM head are aliased, not copied.
+        draft_ids: the target ids of the draft vocabulary [Vd], ascending; None for all.
+    """
+
+    def __init__(self, config: DrafterConfig, target: Target, draft_ids: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.gamma = config.block_size
+        backbone, h = config.backbone, target.hidden_size
+        layer_class, norm_class, rotary_class = LAYERS[config.family]
+        eps = backbone.rms_norm_eps
+        taps = len(config.target_layer_ids)
+        vocab = target.vocab_size
+        self.vocab_size = vocab
+        self.draft_vocab_size = vocab if draft_ids is None else len(draft_ids)
+        self.fc = nn.Linear(taps * h, h, bias=False)
+        self.hidden_norm = norm_class(h, eps=eps)
+        self.layers = nn.ModuleList(layer_class(backbone, i) for i in range(config.num_layers))
+        self.norm = norm_class(h, eps=eps)
+        rank = config.markov_rank
+        self.markov_head = make_head(config.markov_head_type, vocab, self.draft_vocab_size, rank, h) if rank else None
+        self.confidence_head = (
+            ConfidenceHead(h, rank if config.confidence_head_with_markov else 0, config.confidence_bias)
+            if config.enable_confidence_head
+            else None
+        )
+        self.register_buffer("draft_ids", draft_ids, persistent=False)
+        self.draft_ids: Tensor | None
+        self._target = (target,)  # a tuple: an alias, not a child module
+        self._head: tuple[Any, ...] = ()
+        if draft_ids is not None:  # the LM head's rows that count, gathered once; frozen like the rest of it
+            weight = nn.Parameter(target.lm_head.weight.detach()[draft_ids], requires_grad=False)
+            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            head.weight = weight
+            self._head = (head,)
+        self.rotary_emb: Any = rotary_class(backbone)
+        self._rope_of_layer_type = ("full_attention",) if config.family == "gemma4_text" else ()
+
+    @property
+    def target(self) -> Target:
+        """The target that this drafter drafts for."""
+        return self._target[0]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head's rows of the draft vocabulary [Vd, H], frozen. Not after `pack`."""
+        weight: Tensor = (self._head[0] if self._head else self.target.lm_head).weight
+        return weight.detach()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        weight = self.hidden_norm.weight
+        assert isinstance(weight, Tensor)
+        return weight.dtype
+
+    def _attention(self, layer: int) -> Any:
+        return self.layers[layer].self_attn
+
+    @property
+    def kv_shapes(self) -> list[KVShape]:
+        """What one context position takes in each layer."""
+        return [
+            KVShape(a.k_proj.out_features // a.head_dim, a.head_dim, a.head_dim)
+            for a in (self._attention(i) for i in range(len(self.layers)))
+        ]
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, T, D] of positions [T], by the library's own rotary embedding of the family."""
+        like = torch.empty(0, dtype=self._dtype, device=positions.device)
+        cos, sin = self.rotary_emb(like, positions.unsqueeze(0), *self._rope_of_layer_type)
+        return cos, sin
+
+    # --- context features --------------------------------------------------------------------------------
+
+    def context_features(self, taps: Tensor) -> Tensor:
+        """Target taps [T, taps·H] → context features [T, H]."""
+        features: Tensor = self.hidden_norm(self.fc(taps))
+        return features
+
+    def context_kv(self, layer: int, features: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's keys [T, Hk, D] and values [T, Hk, D] of context features [T, H].
+
+        The layer's own projections, without its query half: families differ only in which norms they have, and
+        in whether keys double as values (Gemma4).
+        """
+        a = self._attention(layer)
+        raw = a.k_proj(features).unflatten(-1, (-1, a.head_dim))
+        v_proj = getattr(a, "v_proj", None)
+        value = raw if v_proj is None else v_proj(features).unflatten(-1, (-1, a.head_dim))
+        key = a.k_norm(raw) if hasattr(a, "k_norm") else raw
+        value = a.v_norm(value) if hasattr(a, "v_norm") else value
+        _, key = apply_rotary_pos_emb(key.unsqueeze(0), key.unsqueeze(0), cos, sin, unsqueeze_dim=2)
+        return key.squeeze(0), value
+
+    @torch.inference_mode()
+    def append_context(self, taps: Tensor, positions: list[int], slots: list[int], store: KVStore) -> None:
+        """Write every layer's context keys and values of ``taps`` [T, taps·H] at ``positions`` to ``slots``."""
+        features = self.context_features(taps)
+        cos, sin = self.rope(int_tensor(positions, taps.device))
+        where = int_tensor(slots, taps.device)
+        for layer in range(len(self.layers)):
+            store.write(layer, where, *self.context_kv(layer, features, cos, sin))
+
+    # --- the block -----------------------------------------------------------------------------------------
+
+    def block_hidden(self, block_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Backbone over block tokens [T] at positions [T] → hidden [T, H], after the final norm."""
+        hidden: Tensor = self.target.embed_tokens(block_ids).unsqueeze(0).to(self._dtype)
+        rope = self.rope(positions)
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings=rope, attention_mask=None, attend=attend)
+        normed: Tensor = self.norm(hidden).squeeze(0)
+        return normed
+
+    @torch.inference_mode()
+    def draft_hidden(self, anchors: list[tuple[Extent, int, int]], store: KVStore) -> Tensor:
+        """Hidden states of R streams' blocks, [R, γ, H].
+
+        Args:
+            anchors: each stream's extent, anchor position p and anchor token. The context keys and values of
+                positions 0 … p-1 must be in ``store``; the block's own are scratch at p … p+γ-1.
+            store: this drafter's context keys and values.
+        """
+        gamma, device = self.gamma, self.target.device
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        segments: list[Segment] = []
+        for extent, p, token in anchors:
+            segments.append(Segment(len(ids), gamma, extent.slot, p))
+            ids += [token] + [self.config.mask_token_id] * (gamma - 1)
+            positions += range(p, p + gamma)
+            slots += range(extent.slot + p, extent.slot + p + gamma)
+        attend = StoreAttend(store, int_tensor(slots, device), segments, causal=False)
+        hidden = self.block_hidden(int_tensor(ids, device), int_tensor(positions, device), attend)
+        return hidden.view(len(anchors), gamma, -1)
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """U = LM head over hidden [..., H] → [..., Vd], soft cap included, before any bias."""
+        if self.draft_ids is None:
+            return self.target.logits(hidden)
+        return self.target.capped(self._head[0](hidden))
+
+    def pack(self) -> None:
+        """Lay the weights out for this machine's matrix units. Inference only, once."""
+        pack_linears(self)
+        self._head = tuple(PackedLinear(h) for h in self._head)
+
+    def to_target_ids(self, draft_tokens: Tensor) -> Tensor:
+        """Draft vocabulary indices → target token ids."""
+        return draft_tokens if self.draft_ids is None else self.draft_ids[draft_tokens]
+
+
+def with_layers(config: DrafterConfig, num_layers: int) -> DrafterConfig:
+    """The same drafter with another depth."""
+    return replace(config, num_layers=num_layers, backbone=backbone_config(config.backbone, num_layers))

@@ -1,0 +1,100 @@
+"""The sequential heads: what makes a parallel block of drafts depend on its own earlier tokens.
+
+Each adds to slot k's base logits a bias that depends on the token before it (paper, section on semi-autoregressive
+heads; design/algorithm.md, "One round", 2). Symbols: R streams, r rank, H hidden size, V target vocabulary, Vd draft
+vocabulary. Attribute names are the checkpoint's tensor names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+HeadType = Literal["vanilla", "gated", "rnn"]
+
+
+class MarkovHead(nn.Module):
+    """bias = W2·W1[x_{k-1}] (``vanilla``)."""
+
+    def __init__(self, vocab: int, draft_vocab: int, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.markov_w1 = nn.Embedding(vocab, rank)
+        self.markov_w2 = nn.Linear(rank, draft_vocab, bias=False)
+
+    def initial_state(self, streams: int) -> Tensor | None:
+        """State before slot 1; only the RNN has one."""
+        return None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """W1 of target token ids [...] → [..., r]."""
+        e: Tensor = self.markov_w1(tokens)
+        return e
+
+    def step(self, e: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features of one slot from e = W1[x_{k-1}] [..., r] and h_k [..., H]: ([..., r], next state)."""
+        return e, state
+
+    def bias(self, features: Tensor) -> Tensor:
+        """W2 of features [..., r] → [..., Vd]."""
+        b: Tensor = self.markov_w2(features)
+        return b
+
+
+class GatedMarkovHead(MarkovHead):
+    """bias = W2·(σ(G·[h_k; e]) ⊙ e)."""
+
+    def __init__(self, vocab: int, draft_vocab: int, rank: int, hidden: int) -> None:
+        super().__init__(vocab, draft_vocab, rank)
+        self.gate_proj = nn.Linear(hidden + rank, rank)
+
+    def step(self, e: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `MarkovHead.step`."""
+        return torch.sigmoid(self.gate_proj(torch.cat((hidden, e), -1))) * e, state
+
+
+class RNNHead(MarkovHead):
+    """z = [s; e; h_k] → gate, candidate, output; s ← σ(g)⊙s + (1-σ(g))⊙tanh(c); bias = W2·tanh(o)."""
+
+    def __init__(self, vocab: int, draft_vocab: int, rank: int, hidden: int) -> None:
+        super().__init__(vocab, draft_vocab, rank)
+        self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank)
+
+    def initial_state(self, streams: int) -> Tensor | None:
+        """s = 0, [R, r]."""
+        return self.markov_w1.weight.new_zeros(streams, self.rank)
+
+    def step(self, e: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `MarkovHead.step`."""
+        assert state is not None
+        gate, candidate, output = self.joint_proj(torch.cat((state, e, hidden), -1)).chunk(3, -1)
+        keep = torch.sigmoid(gate)
+        return torch.tanh(output), keep * state + (1 - keep) * torch.tanh(candidate)
+
+
+def make_head(kind: HeadType, vocab: int, draft_vocab: int, rank: int, hidden: int) -> MarkovHead:
+    """The head that `markov_head_type` names."""
+    match kind:
+        case "vanilla":
+            return MarkovHead(vocab, draft_vocab, rank)
+        case "gated":
+            return GatedMarkovHead(vocab, draft_vocab, rank, hidden)
+        case "rnn":
+            return RNNHead(vocab, draft_vocab, rank, hidden)
+
+
+class ConfidenceHead(nn.Module):
+    """Logit of c_k = P(x_k accepted | x_1 … x_{k-1} accepted), from [h_k; W1[x_{k-1}]] or from h_k alone."""
+
+    def __init__(self, hidden: int, rank: int, bias: bool = True) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden + rank, 1, bias=bias)
+        self.with_markov = rank > 0
+
+    def forward(self, hidden: Tensor, e: Tensor | None) -> Tensor:
+        """h [..., H] and e [..., r] → logits [...]."""
+        z = torch.cat((hidden, e), -1) if self.with_markov and e is not None else hidden
+        logit: Tensor = self.proj(z).squeeze(-1)
+        return logit

@@ -1,0 +1,164 @@
+"""Targets from a local folder, a hub name or a GGUF file; what precision they get on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dspark_stream.errors import ModelLoadError
+from dspark_stream.models.attention import ATTENTION_NAME
+from dspark_stream.models.target import Target
+from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf, codec_from_hub
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAMILIES = ("llama", "qwen3", "gemma4", "gemma4_text")
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A target with what came beside it."""
+
+    target: Target
+    codec: TextCodec | None
+    """None for a folder without a tokenizer: token ids only."""
+    name: str
+    fingerprint: str
+    """Changes when the weights may have changed; keys what is kept on disk for this model."""
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto``: the GPU where torch sees one, else the CPU.
+
+    Raises:
+        ModelLoadError: a GPU was asked for and torch sees none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelLoadError("device cuda: this torch sees no GPU", param="device")
+    return torch.device(device)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def pick_dtype(dtype: DType, own: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """``auto``: a checkpoint's own precision, with bfloat16 only where the machine has it.
+
+    ``own`` None (a quantised GGUF file) means that any precision is above the weights' own; the fastest is taken.
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    fast = torch.bfloat16 if device.type == "cuda" or cpu_has_bfloat16() else torch.float32
+    return own if own == torch.float32 else fast
+
+
+def load_target(name: str, *, dtype: DType = "auto", device: str = "auto") -> LoadedTarget:
+    """A target by local folder, GGUF file or hub name.
+
+    Raises:
+        ModelLoadError: missing, broken, or of a family that is not known.
+    """
+    where = pick_device(device)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" or path.is_file():
+        return _load_gguf(path, dtype, where)
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelLoadError(f"no model folder or GGUF file at {name}", param="model")
+    return _load_transformers(str(path) if path.is_dir() else name, dtype, where)
+
+
+def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedTarget:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            f"{name} is no model folder, GGUF file or reachable hub name: {error}", param="model"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ModelLoadError(
+            f"{name} is a {config.model_type}; supported families: {', '.join(FAMILIES)}", param="model"
+        )
+    own = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    own = DTYPES.get(own, torch.float32) if isinstance(own, str) else own
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=pick_dtype(dtype, own, device), attn_implementation=ATTENTION_NAME
+            ).to(device)
+    except Exception as error:  # the library raises anything for a broken file: safetensors, pickle, shape errors
+        raise ModelLoadError(f"{name} does not load: {error}", param="model") from error
+    target = Target(model, eos_token_ids=_eos_ids(model))
+    path = Path(name)
+    return LoadedTarget(target, codec_from_hub(name), path.name if path.is_dir() else name, _fingerprint(path, name))
+
+
+def _load_gguf(path: Path, dtype: DType, device: torch.device) -> LoadedTarget:
+    if not path.is_file():
+        raise ModelLoadError(f"no GGUF file at {path}", param="model")
+    fields = gguf_fields(path)
+    family = fields.get("general.architecture")
+    if family not in FAMILIES:
+        raise ModelLoadError(f"{path} is a {family}; supported families: {', '.join(FAMILIES)}", param="model")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent),
+                gguf_file=path.name,
+                dtype=pick_dtype(dtype, None, device),
+                attn_implementation=ATTENTION_NAME,
+            ).to(device)
+    except Exception as error:  # as above: any error class, all meaning a file that cannot be used
+        raise ModelLoadError(f"{path} does not load: {error}", param="model") from error
+    eos = fields.get("tokenizer.ggml.eos_token_id")
+    target = Target(model, eos_token_ids=() if eos is None else (int(eos),))
+    return LoadedTarget(target, codec_from_gguf(fields), path.stem, _fingerprint(path, str(path)))
+
+
+def gguf_fields(path: Path) -> dict[str, Any]:
+    """All metadata of a GGUF file.
+
+    Raises:
+        ModelLoadError: not a GGUF file, or cut short.
+    """
+    from gguf import GGUFReader
+
+    try:
+        return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    except Exception as error:  # the reader raises whatever numpy and struct raise on a broken file
+        raise ModelLoadError(f"{path} is not a readable GGUF file: {error}", param="model") from error
+
+
+def _eos_ids(model: Any) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    return tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),)
+
+
+def _fingerprint(path: Path, name: str) -> str:
+    """Name, sizes and times of the files: cheap, and new when somebody retrains in place."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return json.dumps([name if not files else path.name, stats])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the library's own bars and notices out of ours: what matters comes as an exception."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

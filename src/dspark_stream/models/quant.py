@@ -1,0 +1,68 @@
+"""int8 and nf4 weights through bitsandbytes, on CPU and GPU.
+
+Only the decoder layers' matrices (and the drafter's `fc`) are quantised. Embedding, LM head, norms and the small heads
+stay as they are: the LM head is shared between target and drafter, and a packed one cannot be shared.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import nn
+
+from dspark_stream.errors import ModelLoadError
+
+Quant = Literal["none", "int8", "nf4"]
+
+KEEP = ("lm_head", "markov_head", "confidence_head", "embed_tokens")
+
+
+def quantise_linears(module: nn.Module, quant: Quant) -> int:
+    """Replace the `torch.nn.Linear` layers under ``module`` by bitsandbytes ones; returns how many.
+
+    Raises:
+        ModelLoadError: bitsandbytes is not there or does not work on this device.
+    """
+    if quant == "none":
+        return 0
+    try:
+        import bitsandbytes as bnb
+    except (ImportError, OSError) as error:
+        raise ModelLoadError(f"{quant} needs bitsandbytes, which does not load here: {error}") from error
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of its fp16 cast at every single product
+    count = 0
+    for parent_name, parent in list(module.named_modules()):
+        for name, child in list(parent.named_children()):
+            path = f"{parent_name}.{name}"
+            if type(child) is not nn.Linear or any(part in KEEP for part in path.split(".")):
+                continue
+            weight = child.weight.detach()
+            new: nn.Module
+            if quant == "int8":
+                new = bnb.nn.Linear8bitLt(
+                    child.in_features, child.out_features, bias=child.bias is not None, has_fp16_weights=False
+                )
+                new.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+            else:
+                new = bnb.nn.Linear4bit(
+                    child.in_features,
+                    child.out_features,
+                    bias=child.bias is not None,
+                    compute_dtype=weight.dtype,
+                    quant_type="nf4",
+                )
+                new.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
+            if child.bias is not None:
+                new.bias = nn.Parameter(child.bias.detach(), requires_grad=False)
+            setattr(parent, name, new.to(weight.device).eval())
+            count += 1
+    # quantisation happens on the first move to a device or the first call; do it now, where an error is readable
+    with torch.inference_mode():
+        for child in module.modules():
+            if isinstance(child, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
+                like = child.bias if child.bias is not None else None
+                dtype = like.dtype if like is not None else getattr(child, "compute_dtype", None) or torch.float32
+                child(torch.zeros(1, child.in_features, dtype=dtype, device=child.weight.device))
+    return count

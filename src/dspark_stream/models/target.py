@@ -1,0 +1,153 @@
+"""The target: a `transformers` causal language model driven as one ragged batch of streams.
+
+T rows of all streams together, V vocabulary, H hidden size, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from dspark_kernels.linear import PackedLinear, pack_linears
+from dspark_kernels.ragged_attention import Segment
+from torch import Tensor, nn
+
+from dspark_stream.errors import ModelLoadError
+from dspark_stream.models.attention import Attend, ProbeAttend, StoreAttend, int_tensor
+from dspark_stream.models.cache import Extent, KVShape, KVStore
+
+
+class Rows(NamedTuple):
+    """One stream's part of a target pass: tokens at positions ``start``, ``start + 1``, …"""
+
+    extent: Extent
+    start: int
+    token_ids: list[int]
+
+
+class TargetOutput(NamedTuple):
+    """``logits`` [n, V] of the rows asked for; ``taps`` [T, taps·H], empty where there is no drafter."""
+
+    logits: Tensor
+    taps: Tensor
+
+
+class Target:
+    """A causal language model with hidden-state taps.
+
+    Args:
+        model: any `transformers` model for causal language modelling whose attention was set to ours
+            (`attention.ATTENTION_NAME`), in evaluation mode.
+        tap_layers: `target_layer_ids`: i taps the output of layer i, -1 the embedding output
+            (design/checkpoints.md, A). The last layer cannot be tapped: libraries return it after the final norm.
+        eos_token_ids: the model's own stop tokens.
+    """
+
+    def __init__(self, model: Any, *, tap_layers: tuple[int, ...] = (), eos_token_ids: tuple[int, ...] = ()) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config.get_text_config()
+        self.decoder: Any = model.get_decoder()
+        self.embed_tokens: Any = self.decoder.embed_tokens
+        self.lm_head: Any = model.get_output_embeddings()
+        self.eos_token_ids = eos_token_ids
+        self.dtype: torch.dtype = next(self.decoder.parameters()).dtype
+        self.device: torch.device = next(self.decoder.parameters()).device
+        self.vocab_size: int = self.config.vocab_size
+        self.hidden_size: int = self.config.hidden_size
+        self.num_layers: int = self.config.num_hidden_layers
+        self.max_positions: int = getattr(self.config, "max_position_embeddings", 0) or 2**20
+        self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self._taps: dict[int, Tensor] = {}
+        self.tap_layers: tuple[int, ...] = ()
+        self.set_taps(tap_layers)
+        self.kv_shapes = self._probe()
+
+    def set_taps(self, tap_layers: tuple[int, ...]) -> None:
+        """Choose the taps (once; a drafter names them).
+
+        Raises:
+            ModelLoadError: a layer that this target does not have, or its last one.
+        """
+        for layer in tap_layers:
+            if not -1 <= layer < self.num_layers - 1:
+                raise ModelLoadError(
+                    f"target_layer_ids names layer {layer}; this target allows -1 … {self.num_layers - 2}",
+                    param="target_layer_ids",
+                )
+        for layer in set(tap_layers) - set(self.tap_layers):
+            source = self.embed_tokens if layer < 0 else self.decoder.layers[layer]
+            source.register_forward_hook(lambda _m, _a, out, layer=layer: self._taps.__setitem__(layer, out))
+        self.tap_layers = tap_layers
+
+    @torch.inference_mode()
+    def _probe(self) -> list[KVShape]:
+        """One token through the model tells every layer's cache shape, whatever the family."""
+        probe = ProbeAttend()
+        self._hidden(int_tensor([0], self.device), int_tensor([0], self.device), probe)
+        self._taps.clear()
+        return [probe.shapes[layer] for layer in range(self.num_layers)]
+
+    def _hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        out = self.decoder(
+            input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, attend=attend
+        )
+        hidden: Tensor = out.last_hidden_state.squeeze(0)
+        return hidden
+
+    def taps_of_pass(self) -> Tensor:
+        """Tapped hidden states of the pass just made, concatenated in `tap_layers` order: [T, taps·H]."""
+        taps = [self._taps[layer].flatten(0, -2) for layer in self.tap_layers]
+        self._taps.clear()
+        return torch.cat(taps, -1) if taps else torch.empty(0, device=self.device)
+
+    def pack(self) -> None:
+        """Lay the weights out for this machine's matrix units. Inference only, once; drafters are built before."""
+        pack_linears(self.decoder)
+        if type(self.lm_head) is nn.Linear:  # a copy where it is tied: the embedding stays as it is
+            self.lm_head = PackedLinear(self.lm_head)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM head over final hidden states [..., H] → [..., V], soft cap included."""
+        return self.capped(self.lm_head(hidden))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The family's soft cap, where it has one."""
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @torch.inference_mode()
+    def forward(self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None) -> TargetOutput:
+        """One ragged pass. Rows' keys and values are written to their streams' slots.
+
+        Args:
+            batch: every stream's rows; each stream's earlier positions must be in ``store``.
+            store: this target's keys and values.
+            logit_rows: indices into the concatenated rows for which logits are wanted; None for all of them.
+        """
+        ids, positions, slots, segments = flatten_rows(batch)
+        attend = StoreAttend(store, int_tensor(slots, self.device), segments, causal=True)
+        hidden = self._hidden(int_tensor(ids, self.device), int_tensor(positions, self.device), attend)
+        if logit_rows is not None:
+            hidden = hidden[int_tensor(logit_rows, self.device)]
+        logits = self.logits(hidden) if len(hidden) else hidden.new_empty(0, self.vocab_size)
+        return TargetOutput(logits, self.taps_of_pass())
+
+    @torch.inference_mode()
+    def forward_with(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """A pass with attention of the caller's own (training): final hidden [T, H] and taps [T, taps·H]."""
+        hidden = self._hidden(token_ids, positions, attend)
+        return hidden, self.taps_of_pass()
+
+
+def flatten_rows(batch: list[Rows]) -> tuple[list[int], list[int], list[int], list[Segment]]:
+    """Token ids, positions and store slots of all rows, and each stream's `Segment`."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    segments: list[Segment] = []
+    for extent, start, token_ids in batch:
+        n = len(token_ids)
+        segments.append(Segment(len(ids), n, extent.slot, start))
+        ids += token_ids
+        positions += range(start, start + n)
+        slots += range(extent.slot + start, extent.slot + start + n)
+    return ids, positions, slots, segments

@@ -1,0 +1,101 @@
+"""The capacity curve: how long a round takes on this machine, as a function of what it carries.
+
+SPS(B) of the paper's Algorithm 1 is `CapacityCurve.sps`. Measured at start from real passes, kept on disk.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import msgspec
+
+
+class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds of a target pass over B tokens and of drafting for R streams; linear between measured points."""
+
+    tokens: list[int]
+    verify_ms: list[float]
+    streams: list[int]
+    draft_ms: list[float]
+
+    def round_ms(self, batch_tokens: int, drafting: int) -> float:
+        """A whole round: drafting for ``drafting`` streams, then a target pass over ``batch_tokens`` tokens."""
+        draft = _interpolate(self.streams, self.draft_ms, drafting) if drafting else 0.0
+        return draft + _interpolate(self.tokens, self.verify_ms, batch_tokens)
+
+    def sps(self, batch_tokens: int, drafting: int) -> float:
+        """Rounds a second when a round carries ``batch_tokens`` target tokens."""
+        return 1000.0 / self.round_ms(batch_tokens, drafting)
+
+
+def measure(
+    time_verify_ms: Callable[[int], float],
+    time_draft_ms: Callable[[int], float] | None,
+    *,
+    max_tokens: int,
+    max_streams: int,
+    repeats: int = 3,
+    on_point: Callable[[], None] = lambda: None,
+) -> CapacityCurve:
+    """Time real passes at a ladder of sizes; medians, made monotone.
+
+    Args:
+        time_verify_ms: runs one target pass over that many tokens and returns its milliseconds.
+        time_draft_ms: the same for drafting for that many streams; None without a drafter.
+        max_tokens: the largest batch, B.
+        max_streams: the largest R.
+        repeats: passes a point; their median counts.
+        on_point: called after every point, for a progress bar.
+    """
+
+    def points(sizes: Sequence[int], run: Callable[[int], float]) -> list[float]:
+        times = []
+        for size in sizes:
+            run(size)  # the first pass at a size pays for buffers and kernel choice
+            times.append(median(run(size) for _ in range(repeats)))
+            on_point()
+        return monotone(times)
+
+    tokens = ladder(max_tokens)
+    verify_ms = points(tokens, time_verify_ms)
+    streams = ladder(max_streams) if time_draft_ms else [1]
+    draft_ms = points(streams, time_draft_ms) if time_draft_ms else [0.0]
+    return CapacityCurve(tokens=tokens, verify_ms=verify_ms, streams=streams, draft_ms=draft_ms)
+
+
+def ladder(largest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, 24, … up to and including ``largest``: where curves bend, and few points."""
+    sizes = {1, 3, largest} if largest >= 3 else {1, largest}
+    step = 2
+    while step <= largest:
+        sizes |= {step, step * 3 // 2} if step > 2 else {step}
+        step *= 2
+    return sorted(s for s in sizes if s <= largest)
+
+
+def monotone(values: Sequence[float]) -> list[float]:
+    """The closest non-decreasing sequence in least squares (pool adjacent violators): more never costs less."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    return [mean for mean, n in blocks for _ in range(n)]
+
+
+def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
+    if x <= xs[0]:
+        return ys[0]
+    if x >= xs[-1]:  # beyond the last point the last slope goes on
+        if len(xs) == 1 or x == xs[-1]:
+            return ys[-1]
+        slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
+        return ys[-1] + slope * (x - xs[-1])
+    i = bisect_left(xs, x)
+    if xs[i] == x:
+        return ys[i]
+    share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+    return ys[i - 1] + share * (ys[i] - ys[i - 1])

@@ -1,0 +1,169 @@
+"""Draft: one parallel backbone pass, then the sequential walk through the block (design: one round, 1-3).
+
+Symbols: R streams, γ block size, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dspark_stream.models.cache import Extent, KVStore
+from dspark_stream.models.drafter import Drafter
+from dspark_stream.spec.noise import NoiseCache, RoundUniforms
+from dspark_stream.spec.sampling import distributions, race, sample
+from dspark_stream.spec.survival import AcceptanceHistory, Calibration, prefix_survival
+from dspark_stream.types import SamplingParams, Verification
+
+
+class StreamView(Protocol):
+    """What the algorithm reads of a stream."""
+
+    @property
+    def extent(self) -> Extent:
+        """Its token slots."""
+
+    @property
+    def position(self) -> int:
+        """p, the anchor's position."""
+
+    @property
+    def anchor(self) -> int:
+        """The last committed token."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How its tokens are chosen."""
+
+    @property
+    def verification(self) -> Verification:
+        """Rejection or coupled."""
+
+    @property
+    def noise(self) -> NoiseCache:
+        """Its token exponentials (coupled verification)."""
+
+
+def is_greedy(stream: StreamView) -> bool:
+    """Temperature 0: every distribution is one-hot, and both verifications are the same comparison."""
+    return stream.sampling.temperature == 0.0
+
+
+def is_coupled(stream: StreamView) -> bool:
+    """Draws by shared noise."""
+    return not is_greedy(stream) and stream.verification == "coupled"
+
+
+def is_rejection(stream: StreamView) -> bool:
+    """Draws by inverse transform, accepts by the ratio of probabilities."""
+    return not is_greedy(stream) and stream.verification == "rejection"
+
+
+@dataclass
+class Block:
+    """One stream's draft block."""
+
+    tokens: list[int] = field(default_factory=list)
+    """x_1 … x_γ as target ids; empty for a stream that did not draft."""
+    confidence: list[float] = field(default_factory=list)
+    survival: list[float] = field(default_factory=list)
+    indices: Tensor | None = None
+    """Rejection only: x_1 … x_γ as draft vocabulary indices, [γ]."""
+    q: Tensor | None = None
+    """Rejection only: the distributions x_k were drawn from, [γ, Vd]."""
+    uniforms: RoundUniforms | None = None
+    """Rejection only: the randomness of this round."""
+
+
+def draft(
+    drafter: Drafter,
+    store: KVStore,
+    streams: Sequence[StreamView],
+    calibration: Calibration,
+    history: AcceptanceHistory,
+) -> list[Block]:
+    """Propose γ tokens for each of R streams, with the confidence that each will be accepted."""
+    hidden = drafter.draft_hidden([(s.extent, s.position, s.anchor) for s in streams], store)  # [R, γ, H]
+    return walk(drafter, hidden, streams, calibration, history)
+
+
+@torch.inference_mode()
+def walk(
+    drafter: Drafter,
+    hidden: Tensor,
+    streams: Sequence[StreamView],
+    calibration: Calibration,
+    history: AcceptanceHistory,
+) -> list[Block]:
+    """The sequential head, left to right: hidden [R, γ, H] → one block a stream. No host wait until the end."""
+    gamma, device = drafter.gamma, hidden.device
+    base = drafter.base_logits(hidden)  # [R, γ, Vd]
+    choose = _Chooser(drafter, streams, device)
+    head, confidence_head = drafter.markov_head, drafter.confidence_head
+    previous = torch.tensor([s.anchor for s in streams], device=device)
+    state = head.initial_state(len(streams)) if head else None
+    tokens, logits = [], []
+    for k in range(gamma):
+        e = head.embed(previous) if head else None
+        if confidence_head:
+            logits.append(confidence_head(hidden[:, k], e))
+        scores = base[:, k]
+        if head and e is not None:
+            features, state = head.step(e, hidden[:, k], state)
+            scores = scores + head.bias(features)
+        index = choose(k, scores)
+        previous = drafter.to_target_ids(index)
+        tokens.append(previous)
+    token_rows = torch.stack(tokens, 1).tolist()
+    logit_rows = torch.stack(logits, 1).float().tolist() if logits else None
+    blocks = []
+    for r, stream in enumerate(streams):
+        confidence = calibration.confidence(logit_rows[r], stream.verification) if logit_rows else history.confidence()
+        block = Block(tokens=token_rows[r], confidence=confidence, survival=prefix_survival(confidence))
+        choose.fill(r, block)
+        blocks.append(block)
+    return blocks
+
+
+class _Chooser:
+    """Draws slot k's token for every stream: greedy, by inverse transform, or by the race with shared noise."""
+
+    def __init__(self, drafter: Drafter, streams: Sequence[StreamView], device: torch.device) -> None:
+        gamma = drafter.gamma
+        self.sampled = [r for r, s in enumerate(streams) if is_rejection(s)]
+        self.coupled = [r for r, s in enumerate(streams) if is_coupled(s)]
+        self.params = [s.sampling for s in streams]
+        self.uniforms = [RoundUniforms(streams[r].sampling.seed, streams[r].position, gamma) for r in self.sampled]
+        self.u = torch.tensor([u.draft for u in self.uniforms], dtype=torch.float64, device=device)  # [Rs, γ]
+        self.q: list[Tensor] = []
+        self.indices: list[Tensor] = []
+        if self.coupled:
+            noise = torch.stack([streams[r].noise.at(streams[r].position + 1, gamma) for r in self.coupled])
+            if drafter.draft_ids is not None:
+                noise = noise[:, :, drafter.draft_ids.cpu()]
+            self.noise = noise.to(device)  # [Rc, γ, Vd]
+
+    def __call__(self, k: int, scores: Tensor) -> Tensor:
+        """scores [R, Vd] → draft vocabulary indices [R]."""
+        index = scores.argmax(-1)
+        if self.sampled:
+            q = distributions(scores[self.sampled], [self.params[r] for r in self.sampled])
+            index[self.sampled] = sample(q, self.u[:, k])
+            self.q.append(q)
+        if self.coupled:
+            q = distributions(scores[self.coupled], [self.params[r] for r in self.coupled])
+            index[self.coupled] = race(q, self.noise[:, k])
+        self.indices.append(index)
+        return index
+
+    def fill(self, r: int, block: Block) -> None:
+        """Hand stream r what its verification will ask for."""
+        if r in self.sampled:
+            i = self.sampled.index(r)
+            block.q = torch.stack([q[i] for q in self.q])
+            block.indices = torch.stack([index[r] for index in self.indices])
+            block.uniforms = self.uniforms[i]

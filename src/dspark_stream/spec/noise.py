@@ -1,0 +1,64 @@
+"""Randomness as an argument: everything random in a round comes from here, by counter, never from a global state.
+
+Philox 4x64 keyed by (stream seed, position, purpose): any token's noise can be made again at any time, in any order,
+alone or in company, on any machine.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """Separates draws that share a seed and a position."""
+
+    ROUND = 0
+    """Uniforms of one rejection round, keyed by its anchor position: a position may be drafted for again later, an
+    anchor position never comes back, so no uniform is ever used twice."""
+    TOKEN = 1
+    """Exponentials of one output position for coupled verification, shared by drafter and target."""
+
+
+def _generator(seed: int, position: int, purpose: Purpose) -> np.random.Generator:
+    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, (position << 8) | purpose], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+class RoundUniforms:
+    """The 2γ+1 uniforms in [0, 1) of one rejection round of one stream."""
+
+    def __init__(self, seed: int, start: int, gamma: int) -> None:
+        u = _generator(seed, start, Purpose.ROUND).random(2 * gamma + 1).tolist()
+        self.bonus: float = u[0]
+        self.draft: list[float] = u[1 : gamma + 1]
+        self.accept: list[float] = u[gamma + 1 :]
+
+
+def token_exponentials(seed: int, position: int, vocab: int) -> Tensor:
+    """E ~ Exp(1) for every token of the vocabulary at one output position, [V] float64.
+
+    argmin E/p is distributed as p: the Gumbel-max trick with -log E for the Gumbel noise, without the logarithm of p.
+    """
+    u = _generator(seed, position, Purpose.TOKEN).random(vocab)
+    return torch.log1p(torch.from_numpy(u).neg_()).neg_()
+
+
+class NoiseCache:
+    """A stream's token exponentials around the positions it works on: drafted once, verified with the same."""
+
+    def __init__(self, seed: int, vocab: int) -> None:
+        self.seed, self.vocab = seed, vocab
+        self._rows: dict[int, Tensor] = {}
+
+    def at(self, first: int, count: int) -> Tensor:
+        """Exponentials of positions ``first`` … ``first + count - 1``, [count, V]; earlier ones are forgotten."""
+        for position in [p for p in self._rows if p < first]:
+            del self._rows[position]
+        for position in range(first, first + count):
+            if position not in self._rows:
+                self._rows[position] = token_exponentials(self.seed, position, self.vocab)
+        return torch.stack([self._rows[p] for p in range(first, first + count)])

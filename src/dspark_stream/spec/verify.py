@@ -1,0 +1,20 @@
+"""Verify: one target pass over every stream's anchor and its first ℓ draft tokens (design: one round, 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dspark_stream.models.cache import KVStore
+from dspark_stream.models.target import Rows, Target, TargetOutput
+from dspark_stream.spec.draft import Block, StreamView
+
+
+def verify(
+    target: Target, store: KVStore, streams: Sequence[StreamView], blocks: Sequence[Block], lengths: Sequence[int]
+) -> TargetOutput:
+    """Row j of a stream gives the target's distribution for position p + 1 + j: logits [B, V], taps [B, taps·H]."""
+    rows = [
+        Rows(s.extent, s.position, [s.anchor, *block.tokens[:length]])
+        for s, block, length in zip(streams, blocks, lengths, strict=True)
+    ]
+    return target.forward(rows, store)

@@ -1,0 +1,184 @@
+"""Records shared between rooms. Leaves: nothing here imports the project.
+
+No tensor appears in this file: these records cross the engine's boundary, and one day a process.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Mode = Literal["dspark", "plain"]
+Verification = Literal["rejection", "coupled"]
+FinishReason = Literal["stop", "length", "cancelled", "failed"]
+
+MAX_SEED = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one stream's tokens are chosen; the same for target, drafter and plain decoding.
+
+    Applied in this order, as vLLM and transformers do: temperature, top-k, top-p, min-p. ``temperature`` 0
+    is greedy and ignores the rest. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Stop strings; the text ends before the first one that appears."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Further stop tokens beside the model's own."""
+    ignore_eos: bool = False
+    """Do not stop at the model's own stop tokens (``stop_token_ids`` still count)."""
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream, as `Engine.submit` takes it. ``prompt_ids`` are tokens, template already applied."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    mode: Mode = "dspark"
+    verification: Verification = "rejection"
+    record_rounds: bool = False
+    """Ask for a `RoundRecord` with every `TokensEvent`."""
+
+
+class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What one verification round did for one stream (design/algorithm.md, "Words")."""
+
+    start: int
+    """Position of the anchor token."""
+    anchor: int
+    draft_tokens: list[int]
+    """All γ proposed tokens; empty where the stream did not draft."""
+    scheduled: int
+    """Verification length ℓ."""
+    accepted: int
+    """Accepted draft tokens, before any stop cut the round short."""
+    bonus: int
+    """The target's own token that ends the round."""
+    confidence: list[float]
+    """c_1 … c_γ, calibrated."""
+    survival: list[float]
+    """a_1 … a_γ = running products of ``confidence``."""
+    t_draft_ms: float
+    t_verify_ms: float
+    batch_tokens: int
+    """B, the target tokens of the whole batch in this round."""
+    streams: int
+    """R, the streams of the batch in this round."""
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Text of one or more tokens of the same origin."""
+
+    text: str
+    drafted: bool
+    """True: proposed by the drafter and accepted. False: the target's own (bonus) token."""
+
+
+class TokensEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens that one round committed for one stream. ``text`` is ``"".join(p.text for p in pieces)``.
+
+    ``text`` can be empty although tokens were committed: half a UTF-8 character, or what may yet become a stop
+    string, is held back until the next round.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    text: str
+    pieces: list[Piece]
+    round: RoundRecord | None = None
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of a finished stream. Times are in milliseconds; acceptance counts are before stop cuts."""
+
+    input_tokens: int
+    output_tokens: int
+    rounds: int = 0
+    drafted: int = 0
+    """Draft tokens proposed."""
+    scheduled: int = 0
+    """Draft tokens sent to the target."""
+    accepted: int = 0
+    """Draft tokens accepted."""
+    accepted_per_position: list[int] = msgspec.field(default_factory=list)
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+    @property
+    def accepted_length(self) -> float:
+        """τ = 1 + accepted / rounds; 0 where no round was run."""
+        return 1.0 + self.accepted / self.rounds if self.rounds else 0.0
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A `DsparkError` as data."""
+
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+
+
+class FinishedEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """The one terminal event of a stream: nothing with this ``request_id`` follows it."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+    error: ErrorInfo | None = None
+    """Set exactly when ``reason`` is ``"failed"``."""
+
+
+EngineEvent = TokensEvent | FinishedEvent
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine serves and its limits, for `/v1/models`, `/props` and ``dspark:hello``."""
+
+    model: str
+    drafter: str | None
+    gamma: int
+    """Draft block size; 0 without a drafter."""
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_token_bytes: int
+    """The longest token's UTF-8 length: a text of n bytes has at least n / max_token_bytes tokens."""
+    dtype: str
+    device: str
+    target_quant: str
+    draft_quant: str
+    schedule: str
+
+
+class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges and counters at one moment; counters only grow."""
+
+    running: int
+    waiting: int
+    held: int
+    """Running streams that are out of the batch because their reader is slow."""
+    kv_tokens_used: int
+    kv_tokens_total: int
+    rounds_total: int
+    num_drafts_total: int
+    num_draft_tokens_total: int
+    num_scheduled_tokens_total: int
+    num_accepted_tokens_total: int
+    num_accepted_tokens_per_pos: list[int]
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    last_step_age_s: float
+    """Seconds since the engine thread last came round its loop; grows only when it is stuck or dead."""
+    alive: bool

@@ -1,0 +1,270 @@
+"""Losslessness by enumeration: every branch of one round, its exact probability, and the law of what it commits.
+
+The real `walk`, `admit` and `accept` run on a tiny vocabulary with scripted uniforms. Each random choice is a
+partition of [0, 1) whose borders the test computes on its own from p_t and p_d; the code is run just inside both
+ends of every cell, so a threshold that is off by more than EDGE changes the result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dspark_stream.spec.accept as accept_module
+import dspark_stream.spec.draft as draft_module
+from dspark_stream.models.cache import Extent
+from dspark_stream.spec.accept import accept
+from dspark_stream.spec.draft import walk
+from dspark_stream.spec.noise import NoiseCache
+from dspark_stream.spec.sampling import race
+from dspark_stream.spec.schedule import admit
+from dspark_stream.spec.survival import AcceptanceHistory, Calibration
+from dspark_stream.types import SamplingParams
+
+EDGE = 1e-5
+
+
+@dataclass
+class FakeStream:
+    sampling: SamplingParams
+    verification: str
+    position: int = 0
+    anchor: int = 0
+    extent: Extent = Extent(0, 16)
+    noise: NoiseCache = field(default=None)
+
+
+class TableDrafter:
+    """p_d(x_k | x_{k-1}) and c_k(x_{k-1}) from tables; slot by slot like the real one."""
+
+    def __init__(self, p_d: torch.Tensor, confidence: torch.Tensor, draft_ids: torch.Tensor | None = None) -> None:
+        self.p_d, self.c, self.draft_ids = p_d, confidence, draft_ids  # [γ, V, Vd], [γ, V]
+        self.gamma = p_d.shape[0]
+        self._slot = -1
+        self.markov_head = SimpleNamespace(
+            initial_state=lambda streams: None, embed=lambda t: t, step=self._step, bias=self._bias
+        )
+        self.confidence_head = self._confidence
+
+    def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*hidden.shape[:2], self.p_d.shape[2])
+
+    def to_target_ids(self, index: torch.Tensor) -> torch.Tensor:
+        return index if self.draft_ids is None else self.draft_ids[index]
+
+    def _confidence(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        self._slot = int(hidden[0, 0])
+        return torch.logit(self.c[self._slot][previous].double())
+
+    def _step(self, previous: torch.Tensor, hidden: torch.Tensor, state: None) -> tuple[torch.Tensor, None]:
+        return previous, None
+
+    def _bias(self, previous: torch.Tensor) -> torch.Tensor:
+        return self.p_d[self._slot][previous].log()
+
+
+@dataclass
+class ScriptedUniforms:
+    draft: list[float]
+    accept: list[float]
+    bonus: float
+
+
+def run_round(drafter, p_t, streams, script, sps, *, early_stop, monkeypatch):
+    """One real round; ``p_t(stream, prefix)`` is the target's table. Returns blocks, lengths and outcomes."""
+    made = iter(script)
+    for module in (draft_module, accept_module):
+        monkeypatch.setattr(module, "RoundUniforms", lambda seed, start, gamma: next(made))
+    gamma = drafter.gamma
+    hidden = torch.arange(gamma).view(1, gamma, 1).expand(len(streams), gamma, 1).float()
+    blocks = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(gamma))
+    lengths = admit([b.survival for b in blocks], sps, early_stop=early_stop)
+    rows = [
+        p_t(r, tuple(block.tokens[:j])).log()
+        for r, (block, length) in enumerate(zip(blocks, lengths, strict=True))
+        for j in range(length + 1)
+    ]
+    outcomes = accept(torch.stack(rows), streams, blocks, lengths, drafter.draft_ids)
+    return blocks, lengths, outcomes
+
+
+def cells(weights: list[float]):
+    """(index, lo, hi) of a partition of [0, 1)."""
+    total, low = sum(weights), 0.0
+    for i, w in enumerate(weights):
+        if w > 0:
+            yield i, low / total, (low + w) / total
+        low += w
+
+
+def ends(lo: float, hi: float):
+    return (lo + EDGE * (hi - lo), hi - EDGE * (hi - lo))
+
+
+def joint(p_t, tokens: tuple[int, ...]) -> float:
+    """The target's own probability of a sequence."""
+    return math.prod(float(p_t(0, tokens[:i])[t]) for i, t in enumerate(tokens))
+
+
+def law_of_round(drafter, p_t, sps, *, early_stop, monkeypatch, company=0):
+    """Exact law of the first γ+1 tokens: the round's commits, continued by the target where they are shorter."""
+    gamma, vocab = drafter.gamma, p_t(0, ()).shape[0]
+    ids = list(range(vocab)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
+    sampling = SamplingParams(max_tokens=9, temperature=1.0)
+    law: dict[tuple[int, ...], float] = {}
+
+    def visit(k: int, previous: int, tokens: list[int], us: list[tuple[float, float]], weight: float) -> None:
+        if k < gamma:
+            q = drafter.p_d[k][previous].tolist()
+            for i, lo, hi in cells(q):
+                visit(k + 1, ids[i], [*tokens, ids[i]], [*us, (lo, hi)], weight * (hi - lo))
+            return
+        # which ℓ the schedule picks depends on the drafts alone, so ask it once with any acceptance
+        streams = [FakeStream(sampling, "rejection") for _ in range(1 + company)]
+        mid = [(lo + hi) / 2 for lo, hi in us]
+        other = ScriptedUniforms([0.35] * gamma, [0.6] * gamma, 0.4)
+        first = ScriptedUniforms(mid, [0.5] * gamma, 0.5)
+        scripts = [first, *[other] * company]
+        blocks, lengths, _ = run_round(
+            drafter, p_t, streams, scripts, sps, early_stop=early_stop, monkeypatch=monkeypatch
+        )
+        assert blocks[0].tokens == tokens
+        judge(0, lengths[0], tokens, us, [], weight)
+
+    def judge(k, length, tokens, us, accepts, weight) -> None:
+        p = p_t(0, tuple(tokens[:k])).tolist()
+        if k < length:
+            x = tokens[k]
+            q = widened(k, tokens)
+            a = min(1.0, p[x] / q[x])
+            judge(k + 1, length, tokens, us, [*accepts, (0.0, a)], weight * a)
+            if a < 1.0:
+                rest = [max(pi - qi, 0.0) for pi, qi in zip(p, q, strict=True)]
+                finish(length, tokens, us, [*accepts, (a, 1.0)], rest, weight * (1.0 - a))
+        else:
+            finish(length, tokens, us, accepts, p, weight)
+
+    def widened(k: int, tokens: list[int]) -> list[float]:
+        q = [0.0] * vocab
+        for i, v in enumerate(drafter.p_d[k][0 if k == 0 else tokens[k - 1]].tolist()):
+            q[ids[i]] = v
+        return q
+
+    def finish(length, tokens, us, accepts, weights, weight) -> None:
+        for token, lo, hi in cells(weights):
+            share = weight * (hi - lo)
+            intervals = [*us, *accepts, (lo, hi)]
+            for corner in (0, 1):  # just inside the lower, then the upper end of every interval at once
+                at = [ends(*i)[corner] for i in intervals]
+                mine = ScriptedUniforms(at[:gamma], [*at[gamma:-1], *[0.5] * (gamma - len(accepts))], at[-1])
+                other = ScriptedUniforms([0.35] * gamma, [0.6] * gamma, 0.4)
+                streams = [FakeStream(sampling, "rejection") for _ in range(1 + company)]
+                blocks, lengths, outcomes = run_round(
+                    drafter, p_t, streams, [mine, *[other] * company], sps, early_stop=early_stop,
+                    monkeypatch=monkeypatch,
+                )
+                assert blocks[0].tokens == tokens
+                assert lengths[0] == length
+                accepted, bonus = outcomes[0]
+                assert bonus == token
+                commit(tuple(tokens[:accepted]) + (bonus,), share / 2)
+
+    def commit(tokens: tuple[int, ...], weight: float) -> None:
+        for rest in itertools.product(range(vocab), repeat=gamma + 1 - len(tokens)):
+            whole = tokens + rest
+            p = math.prod(float(p_t(0, whole[:i])[whole[i]]) for i in range(len(tokens), gamma + 1))
+            law[whole] = law.get(whole, 0.0) + weight * p
+
+    visit(0, 0, [], [], 1.0)
+    return law
+
+
+def random_tables(seed: int, vocab: int = 3, gamma: int = 2, draft_vocab: int | None = None):
+    g = torch.Generator().manual_seed(seed)
+    ids = None if draft_vocab is None else torch.randperm(vocab, generator=g)[:draft_vocab].sort().values
+    p_d = torch.softmax(2 * torch.randn(gamma, vocab, draft_vocab or vocab, generator=g), -1)
+    c = torch.rand(gamma, vocab, generator=g).clamp(0.02, 0.98)
+    tables: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+
+    def p_t(stream: int, prefix: tuple[int, ...]) -> torch.Tensor:
+        key = (min(stream, 1), prefix)
+        if key not in tables:
+            tables[key] = torch.softmax(1.5 * torch.randn(vocab, generator=g), -1)
+        return tables[key]
+
+    return TableDrafter(p_d, c, ids), p_t
+
+
+STAIRCASE = {1: 1.0, 2: 0.80, 3: 0.78, 4: 0.55, 5: 0.52, 6: 0.50}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("company", [0, 1])
+def test_rejection_with_the_scheduler_on_has_the_targets_law(seed, company, monkeypatch):
+    """Guards against any bias in draw, schedule, acceptance or residual: the joint law of γ+1 tokens is the target's."""
+    drafter, p_t = random_tables(seed)
+    law = law_of_round(drafter, p_t, STAIRCASE.__getitem__, early_stop=True, monkeypatch=monkeypatch, company=company)
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
+    for tokens, probability in law.items():
+        assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_reduced_draft_vocabulary_is_lossless(seed, monkeypatch):
+    """Guards against a p_d that is not widened with zeros: tokens outside the draft vocabulary keep their mass."""
+    drafter, p_t = random_tables(seed, vocab=4, draft_vocab=2)
+    law = law_of_round(drafter, p_t, STAIRCASE.__getitem__, early_stop=True, monkeypatch=monkeypatch)
+    for tokens, probability in law.items():
+        assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
+
+
+@pytest.mark.parametrize(("early_stop", "expected"), [(True, 0.70), (False, 0.85)])
+def test_the_papers_counterexample(early_stop, expected, monkeypatch):
+    """Guards against a search that looks past a drop: it lets x_1 decide its own admission and biases the text."""
+    p = torch.tensor([0.7, 0.3])
+    drafter = TableDrafter(torch.full((2, 2, 2), 0.5), torch.tensor([[0.8, 0.8], [0.9, 1e-9]]))
+    sps = {1: 1.0, 2: 0.5, 3: 0.45}.__getitem__
+    law = law_of_round(drafter, lambda r, prefix: p, sps, early_stop=early_stop, monkeypatch=monkeypatch)
+    first_is_a = sum(probability for tokens, probability in law.items() if tokens[0] == 0)
+    assert first_is_a == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_coupled_verification_commits_what_plain_decoding_would(early_stop, monkeypatch):
+    """Guards against any influence of drafter or schedule on coupled text, for every noise of a finite set.
+
+    Over all orders of three noise values at each of three positions, under a search that is *not* lossless for
+    rejection, the round's tokens are the plain ones. That the plain ones follow p_t is the next test.
+    """
+    tables = list(itertools.permutations([0.2, 1.0, 3.0]))
+    for seed, noises in itertools.product(range(3), itertools.product(tables, repeat=3)):
+        if hash((seed, noises)) % 4:  # a fixed quarter of the 648 cases
+            continue
+        drafter, p_t = random_tables(seed)
+        noise = SimpleNamespace(
+            at=lambda first, n, noises=noises: torch.tensor(noises[first - 1 : first - 1 + n], dtype=torch.float64)
+        )
+        stream = FakeStream(SamplingParams(max_tokens=9, temperature=1.0), "coupled", noise=noise)
+        blocks, _, [(accepted, bonus)] = run_round(
+            drafter, p_t, [stream], [], STAIRCASE.__getitem__, early_stop=early_stop, monkeypatch=monkeypatch
+        )
+        committed = [*blocks[0].tokens[:accepted], bonus]
+        plain: list[int] = []
+        while len(plain) < len(committed):
+            e = torch.tensor([noises[len(plain)]], dtype=torch.float64)
+            plain.append(int(race(p_t(0, tuple(plain)).unsqueeze(0), e)[0]))
+        assert committed == plain
+
+
+def test_the_race_draws_from_p():
+    """Guards against a wrong race: over a fine grid of both exponentials, argmin E/p comes out as p."""
+    n = 400
+    e = -torch.log1p(-(torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    pairs = torch.cartesian_prod(e, e)
+    p = torch.tensor([[0.2, 0.8]]).expand(len(pairs), 2)
+    assert float((race(p, pairs) == 0).double().mean()) == pytest.approx(0.2, abs=2e-3)
