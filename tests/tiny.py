@@ -24,10 +24,9 @@ FLAT = CapacityCurve(tokens=[1, 64], verify_ms=[1.0, 2.0], streams=[1, 16], draf
 
 def tiny_target(seed: int = 0, vocab: int = VOCAB, **options: object) -> Target:
     torch.manual_seed(seed)
+    shape = {"hidden_size": 32, "intermediate_size": 48} | options
     config = LlamaConfig(
         vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -38,7 +37,7 @@ def tiny_target(seed: int = 0, vocab: int = VOCAB, **options: object) -> Target:
         eos_token_id=1,
         pad_token_id=None,
         attn_implementation=ATTENTION_NAME,
-        **options,
+        **shape,
     )
     return Target(LlamaForCausalLM(config), eos_token_ids=(1,))
 

@@ -17,7 +17,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from dspark_stream.errors import ModelLoadError
-from dspark_stream.models.drafter import ARCHITECTURES, Drafter, DrafterConfig, backbone_config
+from dspark_stream.models.drafter import (
+    ARCHITECTURES,
+    LAYERS,
+    Drafter,
+    DrafterConfig,
+    backbone_config,
+    full_attention_shape,
+)
 from dspark_stream.models.heads import HeadType
 from dspark_stream.models.target import Target
 
@@ -55,7 +62,7 @@ def read_config(folder: Path) -> DrafterConfig:
         raise ModelLoadError(f"{path}: block_size {raw['block_size']} is not in 1 … 64", param="block_size")
     num_layers = int(raw["num_hidden_layers"])
     return DrafterConfig(
-        backbone=backbone_config(_text_config(raw), num_layers),
+        backbone=backbone_config(_text_config(raw, path), num_layers),
         num_layers=num_layers,
         block_size=int(raw["block_size"]),
         mask_token_id=int(raw["mask_token_id"]),
@@ -69,10 +76,16 @@ def read_config(folder: Path) -> DrafterConfig:
     )
 
 
-def _text_config(raw: dict[str, Any]) -> Any:
-    """The inherited target config as the library reads it."""
-    fields = {name: value for name, value in raw.items() if name != "architectures"}
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+def _text_config(raw: dict[str, Any], path: Path) -> Any:
+    """The inherited target config as the library reads it; the layer types in it may be the target's or ours."""
+    fields = {name: value for name, value in raw.items() if name not in ("architectures", "layer_types")}
+    model_type = fields.pop("model_type", None)
+    if model_type not in LAYERS:
+        raise ModelLoadError(f"{path}: model_type {model_type!r}; known: {', '.join(LAYERS)}", param="model_type")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # the library's own validation: any of several classes, all about this file
+        raise ModelLoadError(f"{path}: {error}", param="drafter") from error
 
 
 def load_drafter(folder: Path, target: Target) -> Drafter:
@@ -127,7 +140,9 @@ def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bflo
     folder.mkdir(parents=True, exist_ok=True)
     c = drafter.config
     raw: dict[str, Any] = c.backbone.to_dict()
-    raw.pop("_name_or_path", None)
+    for derived in ("_name_or_path", "per_layer_config"):
+        raw.pop(derived, None)
+    raw |= full_attention_shape(c.backbone)
     raw |= {
         "architectures": [ARCHITECTURES[c.family]],
         "num_target_layers": drafter.target.num_layers,

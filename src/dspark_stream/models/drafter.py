@@ -8,7 +8,6 @@ Symbols: R streams, γ block size, H hidden size, V target vocabulary, Vd draft 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +40,14 @@ LAYERS: dict[str, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
     "gemma4_text": (Gemma4TextDecoderLayer, Gemma4RMSNorm, Gemma4TextRotaryEmbedding),
 }
 """Decoder layer, norm and rotary embedding of each family, by the config's `model_type`."""
+
+TARGET_ONLY = {
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": False,
+    "use_sliding_window": False,
+}
+"""Settings of some targets that their drafters do not have."""
 
 ARCHITECTURES = {"llama": "LlamaDSparkModel", "qwen3": "Qwen3DSparkModel", "gemma4_text": "Gemma4DSparkModel"}
 
@@ -77,23 +84,27 @@ def backbone_config(target_config: Any, num_layers: int) -> Any:
     Raises:
         ModelLoadError: a family whose layers are not known.
     """
-    config = copy.deepcopy(target_config)
-    if config.model_type not in LAYERS:
+    if target_config.model_type not in LAYERS:
         raise ModelLoadError(
-            f"no drafter layers for model type {config.model_type!r}; known: {', '.join(LAYERS)}", param="model_type"
+            f"no drafter layers for model type {target_config.model_type!r}; known: {', '.join(LAYERS)}",
+            param="model_type",
         )
-    config.num_hidden_layers = num_layers
-    config.layer_types = ["full_attention"] * num_layers
-    for noise, value in (
-        ("num_kv_shared_layers", 0),
-        ("hidden_size_per_layer_input", 0),
-        ("enable_moe_block", False),
-        ("use_sliding_window", False),
-    ):
-        if hasattr(config, noise):
-            setattr(config, noise, value)
+    fields = target_config.to_dict()
+    fields |= full_attention_shape(target_config)
+    fields.pop("per_layer_config", None)  # the library derives it anew
+    fields |= {"num_hidden_layers": num_layers, "layer_types": ["full_attention"] * num_layers}
+    fields |= {name: value for name, value in TARGET_ONLY.items() if name in fields}
+    config = type(target_config)(**fields)  # made anew: the library derives per-layer settings when it makes one
     config._attn_implementation = ATTENTION_NAME
     return config
+
+
+def full_attention_shape(config: Any) -> dict[str, int]:
+    """Head size and key heads of a family's full-attention layers, where they differ from the others (Gemma4)."""
+    if config.model_type != "gemma4_text":
+        return {}
+    layer = config.per_layer_config[config.layer_types.index("full_attention")]
+    return {"global_head_dim": layer.head_dim, "num_global_key_value_heads": layer.num_key_value_heads}
 
 
 class Drafter(nn.Module):

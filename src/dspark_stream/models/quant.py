@@ -16,6 +16,9 @@ from dspark_stream.errors import ModelLoadError
 
 Quant = Literal["none", "int8", "nf4"]
 
+NF4_BLOCK, NF4_ROWS = 64, 32
+"""bitsandbytes packs nf4 in blocks of 64 inputs and multiplies 32 outputs at a time; other shapes stay as they are."""
+
 KEEP = ("lm_head", "markov_head", "confidence_head", "embed_tokens")
 
 
@@ -37,6 +40,8 @@ def quantise_linears(module: nn.Module, quant: Quant) -> int:
         for name, child in list(parent.named_children()):
             path = f"{parent_name}.{name}"
             if type(child) is not nn.Linear or any(part in KEEP for part in path.split(".")):
+                continue
+            if quant == "nf4" and (child.in_features % NF4_BLOCK or child.out_features % NF4_ROWS):
                 continue
             weight = child.weight.detach()
             new: nn.Module

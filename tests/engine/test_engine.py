@@ -1,0 +1,370 @@
+"""The engine with tiny real models: what it commits, how streams end, and that everything is given back."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tokenizers import Tokenizer, decoders, models as token_models
+
+import dspark_stream.engine.worker as worker_module
+from dspark_stream.errors import ContextLengthError, DrainingError, InvalidRequestError
+from dspark_stream.local import LocalEngine
+from dspark_stream.models.cache import Extent
+from dspark_stream.models.target import Rows
+from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.spec.schedule import Adaptive, Fixed
+from dspark_stream.types import FinishedEvent, TokensEvent
+
+HEADS = ["vanilla", "gated", "rnn", "none"]
+
+
+def collect(engine, requests, streams=8):
+    ids = {r.request_id: [] for r in requests}
+    ends = {}
+    with LocalEngine(engine) as local:
+        for event, _ in local.run(requests, streams):
+            if isinstance(event, TokensEvent):
+                ids[event.request_id] += event.token_ids
+            else:
+                ends[event.request_id] = event
+    return ids, ends
+
+
+def engine_with(head="vanilla", schedule=None, seed=1, **options):
+    target = tiny_target()
+    drafter = tiny_drafter(target, seed, head, options.pop("draft_vocab", None), **options.pop("drafter", {}))
+    return tiny_engine(tiny_models(target, drafter, schedule=schedule, **options))
+
+
+def greedy_by_transformers(prompt, count):
+    """The library's own forward over the whole text for every token: no cache, no ragged batch, no code of ours."""
+    target = tiny_target()
+    model = target.model
+    model.set_attn_implementation("eager")
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.inference_mode():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in target.eos_token_ids:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("schedule", [Fixed(GAMMA), Fixed(1), Adaptive()])
+def test_greedy_is_the_librarys_own_text(head, schedule):
+    """Guards against wrong positions, masks and cache rows, whatever head and schedule."""
+    prompts = [(5, 6, 7, 8), (9,), tuple(range(2, 40))]
+    requests = [request(str(i), p, max_tokens=20) for i, p in enumerate(prompts)]
+    ids, ends = collect(engine_with(head, schedule), requests)
+    for i, prompt in enumerate(prompts):
+        assert ids[str(i)] == greedy_by_transformers(prompt, 20)
+        assert ends[str(i)].usage.output_tokens == len(ids[str(i)])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01}]
+)
+@pytest.mark.parametrize("draft_vocab", [None, 20])
+def test_coupled_text_is_a_function_of_target_and_seed(options, draft_vocab):
+    """The same seed gives the same ids in plain mode, with speculation, alone and in company, under any schedule."""
+
+    def ask(name, seed, mode):
+        return request(name, (5, 6, seed), mode=mode, verification="coupled", seed=seed, ignore_eos=True, **options)
+
+    plain, _ = collect(engine_with(), [ask(str(s), s, "plain") for s in range(4)], streams=1)
+    for schedule in (Adaptive(), Fixed(GAMMA), Fixed(2)):
+        for head in ("vanilla", "rnn"):
+            make = lambda: engine_with(head, schedule, draft_vocab=draft_vocab)  # noqa: B023, E731
+            alone, _ = collect(make(), [ask(str(s), s, "dspark") for s in range(4)], streams=1)
+            crowd = [ask(str(s), s, "dspark") for s in range(4)] + [request("x", (9, 9), mode="plain")]
+            company, _ = collect(make(), crowd)
+            assert alone == plain
+            assert {k: v for k, v in company.items() if k != "x"} == plain
+
+
+def test_a_drafter_that_is_the_target_is_always_believed():
+    """Accepted length shows what text cannot: with p_d = p_t everything that is sent is accepted.
+
+    The drafter's bias table is rigged so that it copies a target whose next token depends on the last one only.
+    """
+    target = tiny_target()
+    drafter = tiny_drafter(target, draft_vocab=None)
+    table = torch.randn(target.vocab_size, target.vocab_size, generator=torch.Generator().manual_seed(3)) * 3
+    target.lm_head = OneTokenHead(target, table)
+    drafter.base_logits = lambda hidden: torch.zeros(*hidden.shape[:2], target.vocab_size)
+    drafter.markov_head.embed = lambda tokens: tokens
+    drafter.markov_head.step = lambda e, hidden, state: (e, state)
+    drafter.markov_head.bias = lambda tokens: table[tokens]
+    drafter.confidence_head = None
+    for verification in ("rejection", "coupled"):
+        engine = tiny_engine(tiny_models(target, drafter, schedule=Fixed(GAMMA)))
+        requests = [
+            request(str(s), (5, 6), temperature=t, seed=s, verification=verification, ignore_eos=True, max_tokens=40)
+            for s, t in enumerate((0.0, 0.7, 1.0))
+        ]
+        _, ends = collect(engine, requests)
+        for end in ends.values():
+            assert end.usage.accepted == end.usage.scheduled > 0
+
+
+class OneTokenHead(torch.nn.Module):
+    """Logits that depend on the row's own token alone: found from the embedding that taps saw."""
+
+    def __init__(self, target, table):
+        super().__init__()
+        self.target, self.table = target, table
+
+    def forward(self, hidden):
+        embedded = self.target._taps[-1].flatten(0, -2)
+        weights = self.target.embed_tokens.weight
+        tokens = torch.cdist(embedded, weights).argmin(-1)
+        return self.table[tokens[-len(hidden) :]] if len(hidden) < len(tokens) else self.table[tokens]
+
+
+def test_prompts_in_chunks_equal_prompts_at_once(monkeypatch):
+    """Guards against a chunk border that loses positions, features or the first token."""
+    prompt = tuple(random.Random(1).choices(range(2, 48), k=90))
+    whole, _ = collect(engine_with(schedule=Fixed(GAMMA)), [request("a", prompt, record_rounds=True)])
+    monkeypatch.setattr(worker_module, "PREFILL_ALONE", 7)
+    chunked, ends = collect(engine_with(schedule=Fixed(GAMMA)), [request("a", prompt)])
+    assert chunked == whole
+    assert ends["a"].usage.accepted > 0 or ends["a"].usage.rounds > 0
+
+
+def test_a_joining_prompt_does_not_stop_the_others():
+    """Guards against a long prefill that stalls streams: rounds of the running stream go on between its chunks."""
+    curve = CapacityCurve(tokens=[1, 16], verify_ms=[1.0, 60.0], streams=[1], draft_ms=[0.1])
+    engine = engine_with(schedule=Fixed(0), capacity=curve)
+    steps: queue.SimpleQueue = queue.SimpleQueue()
+    order: list[str] = []
+    started = threading.Event()
+
+    def sink(events):
+        for e in events:
+            order.append(("end " if isinstance(e, FinishedEvent) else "") + e.request_id)
+        started.set()
+        if any(isinstance(e, FinishedEvent) and e.request_id == "late" for e in events):
+            steps.put(None)
+
+    engine.start(sink)
+    engine.submit(request("running", (5, 6), max_tokens=200, ignore_eos=True))
+    assert started.wait(5)
+    engine.submit(request("late", tuple(range(2, 48)) * 4, max_tokens=1))
+    steps.get(timeout=20)
+    engine.close(0.0)
+    before = order[: order.index("late")]
+    assert before.count("running") >= 184 // 16 - 1
+
+
+def test_stop_token_and_max_tokens_inside_a_round():
+    """Guards against tokens committed after a stop: greedy text up to and with the stop token, not one more."""
+    free, _ = collect(engine_with(schedule=Fixed(GAMMA)), [request("a", ignore_eos=True, max_tokens=40)])
+    text = free["a"]
+    for cut in range(1, 24):
+        ids, ends = collect(engine_with(schedule=Fixed(GAMMA)), [request("a", ignore_eos=True, max_tokens=cut)])
+        assert ids["a"] == text[:cut]
+        assert ends["a"].reason == "length"
+    for token in set(text[:20]):
+        asked = request("a", ignore_eos=True, max_tokens=40, stop_token_ids=(token,))
+        ids, ends = collect(engine_with(schedule=Fixed(GAMMA)), [asked])
+        assert ids["a"] == text[: text.index(token) + 1]
+        assert ends["a"].reason == "stop"
+
+
+def letters() -> Tokenizer:
+    """48 tokens, one visible character each, stored as bytes."""
+    raw = Tokenizer(token_models.BPE(vocab={chr(48 + i): i for i in range(48)}, merges=[]))
+    raw.decoder = decoders.ByteLevel()
+    return raw
+
+
+def test_stop_strings_across_rounds():
+    """Guards against a stop string that is missed, sent, or cut short because a round ended inside it."""
+
+    def text_of(stop, name="a"):
+        target = tiny_target()
+        models = tiny_models(target, tiny_drafter(target), schedule=Fixed(GAMMA))
+        engine = tiny_engine(models, raw=letters())
+        text, reason = "", None
+        with LocalEngine(engine) as local:
+            for event, _ in local.run([request(name, ignore_eos=True, max_tokens=40, stop=stop)]):
+                if isinstance(event, TokensEvent):
+                    assert event.text == "".join(p.text for p in event.pieces)
+                    text += event.text
+                else:
+                    reason = event.reason
+        return text, reason
+
+    whole, _ = text_of(())
+    assert len(whole) == 40
+    for start in range(0, 30, 3):
+        stop = whole[start : start + 3]
+        assert text_of((stop, "zz")) == (whole[: whole.index(stop)], "stop")
+    assert text_of((whole[-1] + "never",)) == (whole, "length")
+
+
+def test_every_bad_request_is_refused_before_it_is_queued():
+    engine = engine_with()
+    engine.start(lambda events: None)
+    bad = {
+        "prompt_ids": [request(prompt=()), request(prompt=(48,)), request(prompt=(-1,))],
+        "max_tokens": [request(max_tokens=0), request(max_tokens=10_000)],
+        "temperature": [
+            request(temperature=-0.1),
+            request(temperature=float("nan")),
+            request(temperature=float("inf")),
+        ],
+        "top_p": [request(top_p=0.0), request(top_p=1.1), request(top_p=float("nan"))],
+        "top_k": [request(top_k=-1)],
+        "min_p": [request(min_p=-0.1), request(min_p=2.0)],
+        "seed": [request(seed=-1), request(seed=2**63)],
+        "stop": [request(stop=("",))],
+    }
+    for param, requests in bad.items():
+        for r in requests:
+            with pytest.raises(InvalidRequestError) as caught:
+                engine.submit(r)
+            assert caught.value.param == param
+    with pytest.raises(ContextLengthError):
+        engine.submit(request(prompt=(5,) * 250, max_tokens=20))
+    engine.submit(request("twice", max_tokens=200, ignore_eos=True))
+    with pytest.raises(InvalidRequestError):
+        engine.submit(request("twice"))
+    engine.close(0.0)
+    with pytest.raises(DrainingError):
+        engine.submit(request("late"))
+
+
+def test_a_failing_step_fails_its_streams_and_the_engine_goes_on():
+    """Guards against a thread that dies, or a stream without a terminal event, when a pass raises."""
+    engine = engine_with()
+    target = engine._models.target
+    real, broken = target.forward, iter([True])
+
+    def forward(*args, **kwargs):
+        if next(broken, False):
+            raise RuntimeError("out of memory")
+        return real(*args, **kwargs)
+
+    target.forward = forward
+    with LocalEngine(engine) as local:
+        [(first, _)] = list(local.run([request("a")]))
+        assert first.reason == "failed"
+        assert first.error.code == "internal_error"
+        assert "out of memory" not in first.error.message
+        events = [e for e, _ in local.run([request("b", max_tokens=3, ignore_eos=True)])]
+        assert events[-1].reason == "length"
+    assert engine.snapshot().kv_tokens_used == 0
+
+
+def test_hold_keeps_the_stream_and_release_goes_on():
+    """Guards against a held stream that is stepped, dropped, or blocks the others; and against a spinning thread."""
+    engine = engine_with(schedule=Fixed(0))
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    engine.start(lambda batch: [events.put(e) for e in batch])
+    engine.submit(request("a", max_tokens=200, ignore_eos=True))
+    assert events.get(timeout=5).request_id == "a"
+    engine.hold("a")
+    engine.submit(request("b", max_tokens=5, ignore_eos=True))
+    seen = []
+    while not (seen and isinstance(seen[-1], FinishedEvent) and seen[-1].request_id == "b"):
+        seen.append(events.get(timeout=5))
+    with pytest.raises(queue.Empty):
+        events.get(timeout=0.2)
+    assert engine.snapshot().held == 1
+    engine.release("a")
+    engine.release("unknown")
+    tokens = 0
+    while not isinstance(event := events.get(timeout=5), FinishedEvent):
+        tokens += len(event.token_ids)
+    assert event.reason == "length"
+    assert event.usage.output_tokens == 200
+    engine.close(1.0)
+
+
+def test_close_lets_streams_finish_and_cancels_the_rest():
+    for timeout_s, reason in ((5.0, "length"), (0.0, "cancelled")):
+        engine = engine_with(schedule=Fixed(0))
+        ends = []
+        engine.start(lambda batch: ends.extend(e for e in batch if isinstance(e, FinishedEvent)))  # noqa: B023
+        engine.submit(request("a", max_tokens=60, ignore_eos=True))
+        engine.close(timeout_s)
+        assert [e.reason for e in ends] == [reason]
+        assert not engine.snapshot().alive
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_joins_cancels_holds_and_failures_end_at_the_baseline(seed):
+    """Everything is given back every time, and every stream ends exactly once."""
+    rng = random.Random(seed)
+    target = tiny_target()
+    engine = tiny_engine(tiny_models(target, tiny_drafter(target), slots=512), slots=512, max_num_seqs=4)
+    ends: Counter[str] = Counter()
+    after_end: list[str] = []
+    ended = threading.Semaphore(0)
+    real = target.forward
+
+    def forward(*args, **kwargs):
+        if rng.random() < 0.02:
+            raise RuntimeError("injected")
+        return real(*args, **kwargs)
+
+    target.forward = forward
+
+    def sink(events):
+        for e in events:
+            if ends[e.request_id]:
+                after_end.append(e.request_id)
+            if isinstance(e, FinishedEvent):
+                ends[e.request_id] += 1
+                ended.release()
+
+    engine.start(sink)
+    names = []
+    for i in range(60):
+        name = f"s{i}"
+        engine.submit(
+            request(
+                name,
+                tuple(rng.choices(range(2, 48), k=rng.randint(1, 60))),
+                max_tokens=rng.randint(1, 40),
+                temperature=rng.choice([0.0, 1.0]),
+                mode=rng.choice(["dspark", "plain"]),
+                verification=rng.choice(["rejection", "coupled"]),
+                seed=i,
+            )
+        )
+        names.append(name)
+        for _ in range(rng.randint(0, 3)):
+            rng.choice([engine.cancel, engine.hold, engine.release])(rng.choice(names))
+    for name in names:
+        engine.release(name)
+    for _ in names:
+        assert ended.acquire(timeout=30)
+    snapshot = engine.snapshot()
+    assert set(ends) == set(names)
+    assert set(ends.values()) == {1}
+    assert not after_end
+    assert (snapshot.running, snapshot.waiting, snapshot.held, snapshot.kv_tokens_used) == (0, 0, 0, 0)
+    assert engine._allocator._free == [(0, engine._allocator.total)]
+    engine.close(0.0)
+
+
+def test_taps_are_the_librarys_hidden_states():
+    """Trap: tap i is hidden_states[i+1], -1 the embedding output; wrong ones leave the text right."""
+    target = tiny_target()
+    target.set_taps((-1, 0, 1))
+    models = tiny_models(target)
+    ids = [5, 9, 11, 3]
+    taps = target.forward([Rows(Extent(0, 64), start=0, token_ids=ids)], models.target_kv).taps
+    target.model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        states = target.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    assert torch.allclose(taps, torch.cat(states[:3], -1)[0], atol=1e-5)

@@ -1,0 +1,130 @@
+"""Sampling, noise, survival: the small exact parts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark_stream.errors import ModelLoadError
+from dspark_stream.spec.accept import match, residual
+from dspark_stream.spec.noise import NoiseCache, RoundUniforms, token_exponentials
+from dspark_stream.spec.sampling import distributions, race, sample, truncate
+from dspark_stream.spec.survival import (
+    AcceptanceHistory,
+    Calibration,
+    calibration_error,
+    load_calibration,
+    prefix_survival,
+    sigmoid,
+)
+from dspark_stream.types import SamplingParams
+
+
+def params(**options) -> SamplingParams:
+    return SamplingParams(max_tokens=1, **options)
+
+
+P = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 2}, 2),
+        ({"top_k": 99}, 5),
+        ({"top_p": 0.5}, 1),
+        ({"top_p": 0.51}, 2),
+        ({"top_p": 1.0}, 5),
+        ({"min_p": 0.29}, 3),
+        ({"top_k": 3, "top_p": 0.8}, 2),
+        ({"top_p": 0.9, "min_p": 0.4}, 2),
+    ],
+)
+def test_truncation_keeps_the_stated_tokens(options, kept):
+    """0.5+0.25 of top-3's 0.9 is 0.833 ≥ 0.8: top-p counts what top-k has left."""
+    got = truncate(P, params(**options))
+    assert int((got > 0).sum()) == kept
+    assert float(got.sum()) == pytest.approx(1.0)
+    assert torch.allclose(got[:kept] / got[0], P[:kept] / P[0])
+
+
+def test_nucleus_over_a_wide_flat_vocabulary_needs_more_than_its_first_guess():
+    got = truncate(torch.full((5000,), 1 / 5000.0), params(top_p=0.5))
+    assert int((got > 0).sum()) == 5000  # equal probabilities are kept or dropped together
+
+
+def test_temperature_and_rows_are_independent():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    got = distributions(logits, [params(temperature=0.5), params(temperature=2.0, top_k=1)])
+    assert torch.allclose(got[0], torch.softmax(logits[0] * 2, -1))
+    assert got[1].tolist() == [1.0, 0.0, 0.0]
+    assert torch.equal(got[:1], distributions(logits[:1], [params(temperature=0.5)]))
+
+
+def test_sample_never_returns_a_token_of_probability_zero():
+    weights = torch.tensor([[0.0, 0.3, 0.0, 0.2, 0.0]]).expand(4, 5)
+    u = torch.tensor([0.0, 0.599, 0.601, 1 - 2**-53], dtype=torch.float64)
+    assert sample(weights, u).tolist() == [1, 1, 3, 3]
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 10**6))
+@settings(max_examples=30)
+def test_noise_is_a_function_of_seed_and_position(seed, position):
+    """Guards against hidden state: made again in any order, in a batch or alone, it is the same."""
+    cache = NoiseCache(seed, 7)
+    later = cache.at(position + 2, 2)
+    assert torch.equal(NoiseCache(seed, 7).at(position, 4)[2:], later)
+    assert torch.equal(later[1], token_exponentials(seed, position + 3, 7))
+    assert (later > 0).all()
+    a, b = RoundUniforms(seed, position, 7), RoundUniforms(seed, position, 0)
+    assert a.bonus == b.bonus  # plain decoding draws the same bonus
+    assert len(a.draft) == len(a.accept) == 7
+    assert RoundUniforms(seed, position + 1, 7).draft != a.draft
+
+
+def test_purposes_do_not_share_bits():
+    u = RoundUniforms(3, 5, 3)
+    e = token_exponentials(3, 5, 7)
+    assert not set(u.draft) & set((1 - torch.exp(-e)).tolist())
+
+
+def test_match_and_residual():
+    assert match([4, 5, 6], [4, 5, 9, 1]) == (2, 9)
+    assert match([], [3]) == (0, 3)
+    assert match([1], [1, 2]) == (1, 2)
+    p = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    assert torch.allclose(residual(p, torch.tensor([0.7, 0.1, 0.2, 0.0]), None), torch.tensor([0.0, 0.2, 0.0, 0.0]))
+    widened = residual(p, torch.tensor([0.6, 0.4]), torch.tensor([0, 3]))
+    assert torch.allclose(widened, torch.tensor([0.0, 0.3, 0.2, 0.0]))
+    assert torch.equal(residual(p, p, None), p)
+
+
+def test_race_follows_the_noise():
+    p = torch.tensor([[0.5, 0.5, 0.0]])
+    assert int(race(p, torch.tensor([[2.0, 1.0, 0.001]], dtype=torch.float64))[0]) == 1
+
+
+def test_survival_calibration_and_history(tmp_path):
+    calibration = Calibration(rejection=[2.0, 1.0], coupled=[0.5])
+    assert calibration.confidence([2.0, 0.0, 1.0], "rejection") == [sigmoid(1.0), 0.5, sigmoid(1.0)]
+    assert calibration.confidence([2.0], "coupled") == [sigmoid(4.0)]
+    assert prefix_survival([0.5, 0.5, 1.0]) == [0.5, 0.25, 0.25]
+    assert sigmoid(-800.0) == 0.0 and sigmoid(800.0) == 1.0
+    history = AcceptanceHistory(3)
+    history.record(scheduled=3, accepted=1)
+    assert history.confidence() == [3 / 5, 2 / 5, 2 / 4]
+    assert load_calibration(tmp_path) == Calibration()
+    (tmp_path / "calibration.json").write_text('{"rejection": ["x"]}')
+    with pytest.raises(ModelLoadError, match="rejection"):
+        load_calibration(tmp_path)
+
+
+def test_calibration_error_by_hand():
+    """Bin [0.8, 0.9): said 1.6, came 1; bin [0.2, 0.3): said 0.2, came 1: (0.6 + 0.8) / 3."""
+    assert calibration_error([(0.8, True), (0.8, False), (0.2, True)]) == pytest.approx(1.4 / 3)
+    assert calibration_error([]) == 0.0
+    assert math.isclose(calibration_error([(1.0, True)] * 4), 0.0)

@@ -1,0 +1,91 @@
+"""Tokens to text: UTF-8 across tokens, stop strings across rounds, origin of every piece."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from dspark_stream.engine.text import StopStrings, TextStream
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, as GPT-2 writes bytes: 256 tokens."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    names = {b: chr(b) for b in printable}
+    names |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in names)}
+    raw = Tokenizer(models.BPE(vocab={names[b]: b for b in range(256)}, merges=[]))
+    raw.decoder = decoders.ByteLevel()
+    return raw
+
+
+RAW = byte_tokenizer()
+
+
+def run(text: bytes, stop: tuple[str, ...] = ()) -> tuple[str, bool, list]:
+    stream = TextStream(RAW, stop)
+    pieces = []
+    for i, byte in enumerate(text):
+        new, stopped = stream.push(byte, i % 2 == 0)
+        pieces += new
+        if stopped:
+            return "".join(p.text for p in pieces), True, pieces
+    pieces += stream.finish()
+    return "".join(p.text for p in pieces), False, pieces
+
+
+@given(st.text())
+def test_any_text_arrives_whole(text):
+    """Guards against half characters and lost ends."""
+    assert run(text.encode())[0] == text
+
+
+def test_half_a_character_waits_and_ends_as_replacement():
+    stream = TextStream(RAW, ())
+    assert stream.push(0xC3, True) == ([], False)
+    assert [p.text for p in stream.push(0xA9, False)[0]] == ["é"]
+    stream.push(0xF0, True)
+    assert [p.text for p in stream.finish()] == ["�"]
+
+
+@given(
+    st.text(alphabet="ab", max_size=30),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_stop_strings_cut_exactly_before_the_first(text, stop):
+    """Against the whole text at once: cut where the earliest-completed stop string begins, nothing lost otherwise."""
+    got, stopped, _ = run(text.encode(), tuple(stop))
+    for end in range(1, len(text) + 1):
+        found = [text[:end].find(s) for s in stop if s in text[:end]]
+        if found:
+            assert stopped
+            assert got == text[: min(found)]
+            return
+    assert not stopped
+    assert got == text
+
+
+def test_only_what_could_become_a_stop_string_is_held_back():
+    stops = StopStrings(("END",))
+    assert stops.feed("xE") == (1, False)
+    assert stops.feed("N") == (0, False)
+    assert stops.feed("x") == (3, False)
+    assert stops.feed("yEND more") == (1, True)
+
+
+def test_pieces_keep_their_origin():
+    _, _, pieces = run(b"abc")
+    assert [(p.text, p.drafted) for p in pieces] == [("a", True), ("b", False), ("c", True)]
+
+
+@pytest.mark.parametrize("n", [2000, 20000])
+def test_long_texts_stay_linear(n):
+    """Guards against decoding the whole text anew for every token (quadratic: 20,000 tokens would not end)."""
+    assert run(b"x" * n)[0] == "x" * n
+
+
+def test_without_a_tokenizer_there_is_no_text():
+    stream = TextStream(None, ("x",))
+    assert stream.push(3, True) == ([], False)
+    assert stream.finish() == []
