@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
-from tokenizers import Tokenizer, decoders, models as token_models
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as token_models
 
 import dspark_stream.engine.worker as worker_module
 from dspark_stream.errors import ContextLengthError, DrainingError, InvalidRequestError
@@ -20,6 +20,7 @@ from dspark_stream.models.target import Rows
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.schedule import Adaptive, Fixed
 from dspark_stream.types import FinishedEvent, TokensEvent
+from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 
 HEADS = ["vanilla", "gated", "rnn", "none"]
 
@@ -147,8 +148,7 @@ def test_a_joining_prompt_does_not_stop_the_others():
     started = threading.Event()
 
     def sink(events):
-        for e in events:
-            order.append(("end " if isinstance(e, FinishedEvent) else "") + e.request_id)
+        order.extend(("end " if isinstance(e, FinishedEvent) else "") + e.request_id for e in events)
         started.set()
         if any(isinstance(e, FinishedEvent) and e.request_id == "late" for e in events):
             steps.put(None)

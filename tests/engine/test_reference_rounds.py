@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared_data import shared
 
 from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine
@@ -19,6 +18,7 @@ from dspark_stream.models.loading import load_target
 from dspark_stream.models.target import Rows
 from dspark_stream.progress import SILENT
 from dspark_stream.types import GenerationRequest, SamplingParams, TokensEvent
+from shared_data import shared
 
 PAIRS = ["qwen3-vanilla", "qwen3-gated", "gemma4-vanilla"]
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from dspark_kernels.linear import PackedLinear, can_pack
 from dspark_kernels.ragged_attention import Segment, ragged_attention
 

@@ -35,7 +35,7 @@ class FakeStream:
     verification: str
     position: int = 0
     anchor: int = 0
-    extent: Extent = Extent(0, 16)
+    extent: Extent = field(default_factory=lambda: Extent(0, 16))
     noise: NoiseCache = field(default=None)
 
 
@@ -165,14 +165,19 @@ def law_of_round(drafter, p_t, sps, *, early_stop, monkeypatch, company=0):
                 other = ScriptedUniforms([0.35] * gamma, [0.6] * gamma, 0.4)
                 streams = [FakeStream(sampling, "rejection") for _ in range(1 + company)]
                 blocks, lengths, outcomes = run_round(
-                    drafter, p_t, streams, [mine, *[other] * company], sps, early_stop=early_stop,
+                    drafter,
+                    p_t,
+                    streams,
+                    [mine, *[other] * company],
+                    sps,
+                    early_stop=early_stop,
                     monkeypatch=monkeypatch,
                 )
                 assert blocks[0].tokens == tokens
                 assert lengths[0] == length
                 accepted, bonus = outcomes[0]
                 assert bonus == token
-                commit(tuple(tokens[:accepted]) + (bonus,), share / 2)
+                commit((*tokens[:accepted], bonus), share / 2)
 
     def commit(tokens: tuple[int, ...], weight: float) -> None:
         for rest in itertools.product(range(vocab), repeat=gamma + 1 - len(tokens)):
@@ -206,7 +211,7 @@ STAIRCASE = {1: 1.0, 2: 0.80, 3: 0.78, 4: 0.55, 5: 0.52, 6: 0.50}
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("company", [0, 1])
 def test_rejection_with_the_scheduler_on_has_the_targets_law(seed, company, monkeypatch):
-    """Guards against any bias in draw, schedule, acceptance or residual: the joint law of γ+1 tokens is the target's."""
+    """Guards against bias in draw, schedule, acceptance or residual: the joint law of γ+1 tokens is the target's."""
     drafter, p_t = random_tables(seed)
     law = law_of_round(drafter, p_t, STAIRCASE.__getitem__, early_stop=True, monkeypatch=monkeypatch, company=company)
     assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_drafter, tiny_models, tiny_target
 from transformers import Gemma4TextConfig, LlamaForCausalLM, Qwen3Config
 
 from dspark_stream.errors import ConfigError, ModelLoadError
@@ -21,6 +21,7 @@ from dspark_stream.models.target import Rows
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.spec.draft import draft
 from dspark_stream.spec.survival import AcceptanceHistory, Calibration
+from tiny import tiny_drafter, tiny_models, tiny_target
 
 
 def test_extents_never_overlap_and_all_come_back():
@@ -35,7 +36,7 @@ def test_extents_never_overlap_and_all_come_back():
         elif (extent := allocator.allocate(rng.randint(1, 200))) is not None:
             live.append(extent)
         taken = sorted(live)
-        assert all(a.slot + a.size <= b.slot for a, b in zip(taken, taken[1:], strict=False))
+        assert all(a.slot + a.size <= b.slot for a, b in itertools.pairwise(taken))
         assert allocator.used == sum(e.size for e in live)
     for extent in live:
         allocator.free(extent)
@@ -152,7 +153,7 @@ def test_broken_drafter_files(tmp_path):
     with pytest.raises(ModelLoadError, match="broken"):
         load_drafter(tmp_path, target)
     weights.unlink()
-    with pytest.raises(ModelLoadError, match="no \\*.safetensors"):
+    with pytest.raises(ModelLoadError, match=r"no \*\.safetensors"):
         load_drafter(tmp_path, target)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelLoadError, match="no readable drafter config"):

@@ -113,7 +113,8 @@ def test_survival_calibration_and_history(tmp_path):
     assert calibration.confidence([2.0, 0.0, 1.0], "rejection") == [sigmoid(1.0), 0.5, sigmoid(1.0)]
     assert calibration.confidence([2.0], "coupled") == [sigmoid(4.0)]
     assert prefix_survival([0.5, 0.5, 1.0]) == [0.5, 0.25, 0.25]
-    assert sigmoid(-800.0) == 0.0 and sigmoid(800.0) == 1.0
+    assert sigmoid(-800.0) == 0.0
+    assert sigmoid(800.0) == 1.0
     history = AcceptanceHistory(3)
     history.record(scheduled=3, accepted=1)
     assert history.confidence() == [3 / 5, 2 / 5, 2 / 4]

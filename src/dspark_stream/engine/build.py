@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from dspark_kernels.linear import can_pack
 
+from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.profile import curve_key, load_or_measure

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from dspark_kernels.ragged_attention import Segment, ragged_attention
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dspark_kernels.ragged_attention import Segment, ragged_attention
 from dspark_stream.models.cache import KVShape, KVStore
 
 ATTENTION_NAME = "dspark"

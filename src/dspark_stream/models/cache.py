@@ -1,7 +1,7 @@
 """Where streams keep their past: one fixed budget of token slots, handed out in contiguous extents.
 
 A token slot holds the target's keys and values of one position for every layer, and the drafter's context keys and
-values of the same position: they are reserved, kept and given back together (docs/decisions/0002-kv-extents.md).
+values of the same position: they are reserved, kept and given back together (docs/decisions/002-kv-extents.md).
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from dspark_kernels.linear import PackedLinear, pack_linears
-from dspark_kernels.ragged_attention import Segment
 from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4RMSNorm,
@@ -28,6 +26,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
+from dspark_kernels.linear import PackedLinear, pack_linears
+from dspark_kernels.ragged_attention import Segment
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.attention import ATTENTION_NAME, Attend, StoreAttend, int_tensor
 from dspark_stream.models.cache import Extent, KVShape, KVStore

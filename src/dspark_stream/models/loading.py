@@ -160,5 +160,12 @@ def _fingerprint(path: Path, name: str) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the library's own bars and notices out of ours: what matters comes as an exception."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)

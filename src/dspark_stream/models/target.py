@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from dspark_kernels.linear import PackedLinear, pack_linears
-from dspark_kernels.ragged_attention import Segment
 from torch import Tensor, nn
 
+from dspark_kernels.linear import PackedLinear, pack_linears
+from dspark_kernels.ragged_attention import Segment
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.attention import Attend, ProbeAttend, StoreAttend, int_tensor
 from dspark_stream.models.cache import Extent, KVShape, KVStore

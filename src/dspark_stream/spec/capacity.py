@@ -11,6 +11,9 @@ from statistics import median
 
 import msgspec
 
+POINT_MS = 500.0
+"""No more passes at a size than this buys: a slow machine should not wait a minute for its service."""
+
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds of a target pass over B tokens and of drafting for R streams; linear between measured points."""
@@ -54,7 +57,10 @@ def measure(
         times = []
         for size in sizes:
             run(size)  # the first pass at a size pays for buffers and kernel choice
-            times.append(median(run(size) for _ in range(repeats)))
+            passes = [run(size)]
+            while len(passes) < repeats and sum(passes) < POINT_MS:
+                passes.append(run(size))
+            times.append(median(passes))
             on_point()
         return monotone(times)
 

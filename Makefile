@@ -1,0 +1,128 @@
+# dspark-stream: `make serve` starts the service, `make test` runs the tests. Each target sets up what it needs,
+# once: a stamp in the virtual environment remembers it until pyproject.toml changes. `make help` lists them.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+OPENAI_VENV := .venv-openai
+# The extra "realtime" pins websockets below 16, ours is newer: the client that tests the wire lives apart.
+OPENAI_PACKAGE := openai[realtime]==3.54.0
+
+# -qq leaves errors only: warnings about a machine's own pip settings would look like something went wrong.
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+RUN_STAMP := $(VENV)/.ready-run
+DEV_STAMP := $(VENV)/.ready-dev
+OPENAI_STAMP := $(OPENAI_VENV)/.ready
+
+# make_venv FOLDER: a virtual environment that works; one that was left half made is made anew.
+define make_venv
+	@if ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
+	  python=; \
+	  for candidate in "$${PYTHON:-python3}" python3 python3.13 python3.12 python3.11; do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      python=$$candidate; break; \
+	    fi; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "Python 3.11 or newer is needed; found: $$(python3 --version 2>&1 || echo none)." >&2; \
+	    echo "Install one, or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "==> making $(1) with $$("$$python" --version)"; \
+	  rm -rf $(1); \
+	  if ! "$$python" -m venv $(1); then \
+	    rm -rf $(1); \
+	    version=$$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])'); \
+	    echo "A virtual environment cannot be made; on Debian and Ubuntu this mends it:" >&2; \
+	    echo "    apt-get install $$version-venv" >&2; \
+	    exit 1; \
+	  fi; \
+	fi
+endef
+
+.PHONY: help
+help: ## List the targets
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
+	  printf '%-14s %s\n' "$$target" "  $$text"; done
+	@echo "  PORT=8000 and HOST=127.0.0.1 say where 'make serve' listens; PYTHON=python3 makes the environment."
+
+# --- set-up ----------------------------------------------------------------------------------------------------
+
+.PHONY: setup
+setup: $(RUN_STAMP) ## Make .venv with all that the service needs
+
+# torch goes first and alone, so that exactly the pinned version is taken and the rest settles around it. Without
+# an index of your own this is the platform's default build; to have another one (CPU only, say), install it into
+# .venv beforehand: it then counts as there.
+$(RUN_STAMP): pyproject.toml
+	$(call make_venv,$(VENV))
+	@echo "==> installing $(TORCH) (large: this can take some minutes)"
+	@$(PY) $(PIP_INSTALL) "$(TORCH)"
+	@echo "==> installing dspark-stream and the other pinned packages"
+	@$(PY) $(PIP_INSTALL) -e .
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml $(RUN_STAMP)
+	@echo "==> installing the tools for tests, style and types"
+	@$(PY) $(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+$(OPENAI_STAMP): Makefile
+	$(call make_venv,$(OPENAI_VENV))
+	@echo "==> installing $(OPENAI_PACKAGE) into $(OPENAI_VENV)"
+	@$(OPENAI_VENV)/bin/python $(PIP_INSTALL) "$(OPENAI_PACKAGE)"
+	@touch $@
+
+.PHONY: model
+model: $(RUN_STAMP) ## Fetch and verify the default model
+	@$(PY) -m dspark_stream.models.embedded
+
+.PHONY: chromium
+chromium: # The tests of the page drive a real browser.
+	@if [ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome google-chrome-stable \
+	      >/dev/null 2>&1; then :; \
+	elif command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ]; then \
+	  echo "==> installing chromium for the tests of the page"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	else \
+	  echo "The tests of the page need Chromium or Chrome. Install it, on Debian and Ubuntu with" >&2; \
+	  echo "    sudo apt-get install chromium" >&2; \
+	  echo "or say where one is: make test CHROMIUM=/path/to/chrome" >&2; \
+	  exit 1; \
+	fi
+
+# --- use -------------------------------------------------------------------------------------------------------
+
+.PHONY: serve
+serve: $(RUN_STAMP) ## Start the service; the first time this fetches the model
+	@exec $(PY) -m dspark_stream serve $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
+
+# --- checks ----------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: $(DEV_STAMP) $(OPENAI_STAMP) chromium model ## Run all tests; ARGS="-k name" goes to pytest
+	@$(PY) -m pytest $(ARGS)
+
+.PHONY: style
+style: $(DEV_STAMP) ## Check the style
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+.PHONY: types
+types: $(DEV_STAMP) ## Check the types
+	@$(PY) -m mypy
+
+.PHONY: bench
+bench: $(DEV_STAMP) model ## Run the benches; their tables and CSV files go to runs/
+	@for bench in bench/*.py; do echo "==> $$bench"; $(PY) "$$bench" $(ARGS) || exit 1; done
+
+.PHONY: clean
+clean: ## Remove the environments and everything built (the fetched model stays in its cache)
+	rm -rf $(VENV) $(OPENAI_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""A client of the service: the connection, and the terminal chat made with it."""

@@ -1,0 +1,297 @@
+"""What the commands do: here the settings become models, an engine, a service or a client.
+
+Called by `cli` with what argparse read. Heavy imports are made where they are needed, so that mistakes are told
+before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dspark_stream import __version__
+from dspark_stream import config as settings
+from dspark_stream.console import printable
+from dspark_stream.errors import ConfigError
+from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
+
+if TYPE_CHECKING:
+    from dspark_stream.config import Config
+    from dspark_stream.engine.boundary import Engine, Tokenizer
+    from dspark_stream.evaluate import Figures, Plan, Prompt
+    from dspark_stream.server.app import Server
+    from dspark_stream.server.settings import ServerConfig
+
+PROGRAM = "dspark-stream"
+
+
+# --- what commands share -----------------------------------------------------------------------------------
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop=tuple(getattr(args, "stop", ())),
+        ignore_eos=args.ignore_eos,
+    )
+
+
+def _load(config: Config, *, quiet: bool = False) -> tuple[Engine, Tokenizer | None]:
+    """Load the models and measure the machine, showing how it goes."""
+    from dspark_stream.progress import Progress
+
+    progress = Progress(enabled=not quiet)
+    # Libraries print to stdout as they load; what goes there is ours (text, JSON).
+    with contextlib.redirect_stdout(sys.stderr):
+        progress.say(f"{PROGRAM} {__version__}: getting ready")
+        from dspark_stream.engine.build import build_engine
+
+        return build_engine(config, progress)
+
+
+def _quiet(args: argparse.Namespace) -> bool:
+    """Whether to show no progress: a script that reads JSON may have put stderr into the same pipe."""
+    return bool(args.json) and not sys.stderr.isatty()
+
+
+# --- serve -------------------------------------------------------------------------------------------------
+
+
+class _Terminated(BaseException):
+    """SIGTERM while nothing is being served yet. Not an `Exception`: no handler on the way may keep it."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that whatever is being loaded or fetched is cleared up."""
+
+    def raise_terminated(_signal: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Load the models and serve them until a signal comes."""
+    flags = vars(args)
+    if args.positional_model is not None:
+        if args.model not in (None, args.positional_model):
+            raise ConfigError(
+                f"the model is {args.positional_model!r} and --model says {args.model!r}; give one of the two"
+            )
+        flags = {**flags, "model": args.positional_model}
+    resolved = settings.resolve(flags)
+    try:
+        with _terminable():
+            return _serve_resolved(resolved)
+    except _Terminated:
+        print(f"{PROGRAM}: stopped before the service was up", file=sys.stderr)
+        return 0
+
+
+def _serve_resolved(resolved: settings.Resolved) -> int:
+    config = resolved.config
+    print(f"{PROGRAM}: settings", *resolved.lines(), sep="\n", file=sys.stderr, flush=True)
+    server_config = _server_config(config)
+    _check_port(config.host, config.port)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    engine, tokenizer = _load(config)
+    if tokenizer is None:
+        raise ConfigError("this model has no tokenizer, so it cannot be served", param="model")
+
+    import uvloop
+
+    from dspark_stream.server import app
+
+    uvloop.run(app.serve(server_config, engine, tokenizer, ready=_announce))
+    return 0
+
+
+def _announce(server: Server) -> None:
+    what = "page" if server.config.web_dir else "service"
+    print(f"{PROGRAM}: the {what} is at {server.url}", flush=True)
+
+
+def _server_config(config: Config) -> ServerConfig:
+    from dspark_stream.server.settings import ServerConfig
+
+    return ServerConfig(
+        host=config.host,
+        port=config.port,
+        api_key=config.api_key,
+        allowed_hosts=config.allowed_host,
+        allowed_origins=config.allowed_origin,
+        served_names=config.served_model_name,
+        web_dir=_web_dir(),
+        max_queue=config.max_queue,
+        max_streams_per_client=config.max_streams_per_client,
+        pending_limit_bytes=config.slow_reader_bytes,
+        slow_reader_timeout_s=config.slow_reader_timeout_s,
+        shutdown_timeout_s=config.shutdown_timeout_s,
+    )
+
+
+def _web_dir() -> Path | None:
+    """The demo page, which lies beside ``src/`` in a checkout; None where only the package is installed."""
+    folder = Path(__file__).resolve().parents[2] / "web"
+    return folder if (folder / "index.html").is_file() else None
+
+
+def _check_port(host: str, port: int) -> None:
+    """Find out that the port is taken before the models are loaded, not after."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}", param="port") from None
+
+
+# --- chat --------------------------------------------------------------------------------------------------
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talk to a service; the flags become the client's options."""
+    from dspark_stream.client.terminal import ChatOptions
+    from dspark_stream.client.terminal import chat as talk
+
+    return talk(
+        ChatOptions(
+            url=args.url,
+            api_key=args.api_key,
+            instructions=args.instructions,
+            mode="plain" if args.plain else "dspark",
+            verification=args.verification,
+            origin=args.origin,
+            max_output_tokens=args.max_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+        )
+    )
+
+
+# --- generate ----------------------------------------------------------------------------------------------
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Answer one prompt; text or JSON on stdout, figures on stderr."""
+    from dspark_stream.generate import generate as run
+    from dspark_stream.local import LocalEngine
+
+    if "" in args.stop:
+        raise ConfigError("--stop: an empty text would end every answer at once")
+    engine, tokenizer = _load(settings.resolve(vars(args)).config, quiet=_quiet(args))
+    request = GenerationRequest(
+        request_id="generate",
+        prompt_ids=_prompt_ids(args, tokenizer),
+        sampling=_sampling(args),
+        mode=args.mode,
+        verification=args.verification,
+        record_rounds=True,
+    )
+    with LocalEngine(engine) as local:
+        answer = run(local, request, None if args.json else _print_text)
+    if args.json:
+        print(json.dumps(msgspec.to_builtins(answer)))
+        return 0
+    print()
+    speed = "" if answer.tokens_per_s is None else f", {answer.tokens_per_s:.1f} tokens/s"
+    print(
+        f"[{len(answer.output_ids)} tokens in {len(answer.rounds)} rounds{speed}, accepted length "
+        f"{answer.accepted_length:.2f}, ended by {answer.finish_reason}]",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    if args.input_ids is not None:
+        ids: tuple[int, ...] = args.input_ids
+        return ids
+    if tokenizer is None:
+        raise ConfigError("this model has no tokenizer, so --prompt cannot be read; give --input-ids 1,2,3")
+    return tuple(tokenizer.encode_chat([("user", args.prompt)]))
+
+
+def _print_text(text: str) -> None:
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+# --- eval --------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a pair on prompt files; a table or JSON on stdout."""
+    from dspark_stream.evaluate import Plan, quantisation_cost, read_prompts, table
+
+    config = settings.resolve(vars(args)).config
+    if args.streams > config.max_num_seqs:
+        config = msgspec.structs.replace(config, max_num_seqs=args.streams)
+    files = {str(path): read_prompts(path, args.limit) for path in args.prompts}
+    plan = Plan(sampling=_sampling(args), mode=args.mode, verification=args.verification, streams=args.streams)
+    figures, together, info = _measure(config, files, plan, quiet=_quiet(args))
+    unquantised = None
+    if (config.draft_quant, config.target_quant) != ("none", "none") and not args.no_quant_cost:
+        gc.collect()
+        bare = msgspec.structs.replace(config, draft_quant="none", target_quant="none")
+        unquantised = _measure(bare, files, plan, quiet=_quiet(args))[1]
+    if args.json:
+        report = {"files": figures, "all": together, "unquantised": unquantised, "engine": info, "plan": plan}
+        print(json.dumps(msgspec.to_builtins(report)))
+        return 0
+    rows = {Path(name).name: one for name, one in figures.items()} if len(figures) > 1 else {}
+    rows["all"] = together
+    if unquantised is not None:
+        rows["all, unquantised"] = unquantised
+    print(table(rows))
+    if unquantised is not None:
+        print(quantisation_cost(together, unquantised))
+    return 0
+
+
+def _measure(
+    config: Config, files: dict[str, list[Prompt]], plan: Plan, *, quiet: bool
+) -> tuple[dict[str, Figures], Figures, ModelInfo]:
+    """Load the pair, run all files, and give its memory back."""
+    from dspark_stream.evaluate import evaluate as run
+    from dspark_stream.local import LocalEngine
+    from dspark_stream.progress import Progress
+
+    engine, tokenizer = _load(config, quiet=quiet)
+    if tokenizer is None:
+        raise ConfigError("this model has no tokenizer, so prompt files cannot be read")
+    with LocalEngine(engine) as local:
+        figures, together = run(local, tokenizer, files, plan, Progress(enabled=not quiet))
+    return figures, together, engine.info
+
+
+# --- train -------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a drafter; everything about it is the training room's."""
+    from dspark_stream.training.command import run
+
+    return run(args)

@@ -1,0 +1,131 @@
+"""Progress of long work, for people: a moving bar on a terminal, a line now and then elsewhere. A leaf.
+
+Everything goes to stderr, so that stdout stays for results::
+
+    progress = Progress()
+    with progress.stage("loading the target"):
+        ...
+    with progress.bar("profiling", total=len(sizes)) as bar:
+        for size in sizes:
+            ...
+            bar.advance()
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+_TERMINAL_EVERY_S = 0.1
+_LOG_EVERY_S = 5.0
+_STAGE_WORTH_A_TIME_S = 0.5
+
+
+class Progress:
+    """Makes bars and stages on one stream. ``enabled=False`` shows nothing (for ``--json``, tests, tools)."""
+
+    def __init__(self, stream: TextIO | None = None, *, enabled: bool = True) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._terminal = self._stream.isatty()
+        self._enabled = enabled
+        self._lock = threading.Lock()
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        if self._enabled:
+            with self._lock:
+                self._stream.write(f"{text}\n")
+                self._stream.flush()
+
+    @contextmanager
+    def stage(self, label: str) -> Iterator[None]:
+        """Announce work whose length nobody knows, and say how long it took when it took a while."""
+        self.say(f"{label} …")
+        begun = time.monotonic()
+        yield
+        took_s = time.monotonic() - begun
+        if took_s >= _STAGE_WORTH_A_TIME_S:
+            self.say(f"{label}: done in {took_s:.1f} s")
+
+    @contextmanager
+    def bar(self, label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
+        """Show work of a known length; ``unit`` "B" counts bytes. Advance it from any one thread."""
+        bar = Bar(self, label, total, unit)
+        try:
+            yield bar
+        finally:
+            bar.finish()
+
+    def _draw(self, meter: str, *, last: bool) -> None:
+        if not self._enabled:
+            return
+        with self._lock:
+            if self._terminal:
+                self._stream.write("\r" + meter + "\x1b[K" + ("\n" if last else ""))
+            else:
+                self._stream.write(meter + "\n")
+            self._stream.flush()
+
+
+class Bar:
+    """One bar; made by `Progress.bar`."""
+
+    def __init__(self, owner: Progress, label: str, total: int | None, unit: str) -> None:
+        self._owner = owner
+        self._label = label
+        self._total = total
+        self._unit = unit
+        self._note = ""
+        self._begun = time.monotonic()
+        self._every_s = _TERMINAL_EVERY_S if owner._terminal else _LOG_EVERY_S
+        self._drawn_at = self._begun
+        self._drawn_done = -1
+        self.done = 0
+        if owner._enabled and owner._terminal:
+            self._draw(last=False)
+
+    def advance(self, amount: int = 1, note: str | None = None) -> None:
+        """Count ``amount`` more as done; ``note`` replaces the words after the bar."""
+        self.reach(self.done + amount, note)
+
+    def reach(self, done: int, note: str | None = None) -> None:
+        """Set how much is done."""
+        self.done = done
+        if note is not None:
+            self._note = note
+        if time.monotonic() - self._drawn_at >= self._every_s:
+            self._draw(last=False)
+
+    def finish(self) -> None:
+        """Draw the bar a last time, as it stands (a failure leaves it where it was)."""
+        if self._owner._terminal or self._drawn_done != self.done:
+            self._draw(last=True)
+
+    def _draw(self, *, last: bool) -> None:
+        if not self._owner._enabled:
+            return
+        from tqdm import tqdm
+
+        self._drawn_at, self._drawn_done = time.monotonic(), self.done
+        meter = tqdm.format_meter(
+            n=self.done,
+            total=self._total,
+            elapsed=self._drawn_at - self._begun,
+            ncols=100 if self._owner._terminal else None,
+            prefix=self._label,
+            ascii=None if self._owner._terminal else True,
+            unit=self._unit,
+            unit_scale=self._unit == "B",
+            postfix=self._note or None,
+            bar_format=None if self._owner._terminal else _LOG_FORMAT,
+        )
+        self._owner._draw(meter, last=last)
+
+
+_LOG_FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+SILENT = Progress(enabled=False)
+"""Shows nothing."""

@@ -1,0 +1,275 @@
+"""The command line: what it reads, what it prints where, and how it exits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dspark_stream import cli, commands
+from dspark_stream.config import Config
+from dspark_stream.errors import InternalError, ModelLoadError
+from fakes import FakeEngine, FakeTokenizer, Script, model_info
+
+SEVEN_WORDS = Script(tokens=tuple(f"w{i} " for i in range(7)), rounds=(3, 1))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Put a fake engine where the models would be; returns the configurations that were asked for."""
+    configs: list[Config] = []
+
+    def load(config, *, quiet=False):
+        configs.append(config)
+        engine = FakeEngine(SEVEN_WORDS, info=model_info(draft_quant=config.draft_quant))
+        return engine, FakeTokenizer()
+
+    monkeypatch.setattr(commands, "_load", load)
+    for name in [name for name in os.environ if name.startswith("DSPARK_")]:
+        monkeypatch.delenv(name)
+    return configs
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    lines = [
+        {"domain": "chat", "set": "s", "messages": [{"role": "user", "content": f"question {i}"}], "more": 1}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["COMMAND"]),
+        (["sing"], ["sing"]),
+        (["generate"], ["--prompt", "--input-ids"]),
+        (["generate", "--prompt", "a", "--input-ids", "1"], ["--input-ids", "--prompt"]),
+        (["generate", "--prompt", "a", "--temp", "1"], ["--temp"]),
+        (["generate", "--prompt", "a", "--temperature", "nan"], ["--temperature", "nan", "0 to 100"]),
+        (["generate", "--prompt", "a", "--temperature", "-1"], ["--temperature", "-1"]),
+        (["generate", "--prompt", "a", "--max-tokens", "0"], ["--max-tokens", "0"]),
+        (["generate", "--prompt", "a", "--max-tokens", "1.5"], ["--max-tokens", "1.5", "whole number"]),
+        (["generate", "--prompt", "a", "--stop", ""], ["--stop"]),
+        (["generate", "--input-ids", "1,x"], ["--input-ids", "1,x"]),
+        (["generate", "--input-ids", "-1"], ["--input-ids"]),
+        (["generate", "--input-ids", ","], ["--input-ids"]),
+        (["generate", "--prompt", "a", "--schedule", "often"], ["--schedule", "often"]),
+        (["eval"], ["--prompts"]),
+        (["eval", "--prompts", "/no/such.jsonl"], ["/no/such.jsonl", "No such file"]),
+        (["serve", "a", "--model", "b"], ["'a'", "'b'"]),
+        (["serve", "--port", "x"], ["--port", "'x'"]),
+        (["serve", "--host", "0.0.0.0"], ["0.0.0.0", "key"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(argv, words, loaded, capsys):
+    try:
+        code = cli.main(argv)
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr()
+    last = said.err.splitlines()[-1]
+    assert code == 2
+    assert last.startswith("dspark-stream: error: ")
+    assert all(word in last for word in words), last
+    assert said.out == ""
+    assert loaded == []
+
+
+def test_a_port_that_is_taken_is_told_before_loading(loaded, capsys):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "--port", port]) == 2
+    assert f"port {port}: Address already in use" in capsys.readouterr().err
+    assert loaded == []
+
+
+@pytest.mark.parametrize(("error", "code"), [(ModelLoadError("broken"), 2), (InternalError("ours"), 1)])
+def test_whose_fault_it_is_shows_in_the_code(error, code, loaded, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(commands, "_load", fail)
+    assert cli.main(["generate", "--prompt", "a"]) == code
+    assert capsys.readouterr().err == f"dspark-stream: error: {error}\n"
+
+
+@pytest.mark.parametrize("command", ["", "serve", "chat", "generate", "eval", "train"])
+def test_help_is_there_and_instant(command):
+    script = (
+        "import sys\nfrom dspark_stream.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as stopped: assert stopped.code == 0\n"
+        "heavy = {'torch', 'transformers', 'aiohttp', 'websockets', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    argv = [sys.executable, "-c", script, *command.split(), "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: dspark-stream" in done.stdout
+    if command:
+        assert "example" in done.stdout
+
+
+# --- generate ------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_text_on_stdout_and_figures_on_stderr(loaded, capsys):
+    assert cli.main(["generate", "--prompt", "hello"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "w0 w1 w2 w3 w4 w5 w6 \n"
+    assert "7 tokens in 3 rounds" in said.err
+    assert "ended by stop" in said.err
+
+
+def test_generate_json_is_one_object_with_these_fields(loaded, capsys):
+    assert cli.main(["generate", "--prompt", "hello", "--max-tokens", "5", "--json"]) == 0
+    said = capsys.readouterr()
+    answer = json.loads(said.out)
+    assert set(answer) == {
+        "output_ids", "text", "finish_reason", "accepted_length", "tokens_per_s", "rounds", "usage"
+    }  # fmt: skip
+    assert answer["output_ids"] == [0, 1, 2, 3, 4]
+    assert answer["text"] == "w0 w1 w2 w3 w4 "
+    assert answer["finish_reason"] == "length"
+    assert answer["accepted_length"] == pytest.approx(1 + 2 / 3)
+    assert answer["tokens_per_s"] == pytest.approx(4 / 0.002)
+    assert [set(one) for one in answer["rounds"]] == 3 * [
+        {"start", "anchor", "draft_tokens", "scheduled", "accepted", "bonus", "confidence"}
+    ]
+    assert [one["accepted"] for one in answer["rounds"]] == [2, 0, 0]
+    assert said.err == ""
+
+
+def test_generate_passes_everything_on(loaded, monkeypatch, capsys):
+    engine = FakeEngine(SEVEN_WORDS)
+    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, None))
+    argv = "generate --input-ids 5,6,7 --mode plain --verification coupled --temperature 0.5 --top-p 0.9"
+    argv += " --top-k 3 --min-p 0.1 --seed 9 --stop x --stop y --ignore-eos --max-tokens 2 --json"
+    assert cli.main(argv.split()) == 0
+    (request,) = engine.submitted
+    assert request.prompt_ids == (5, 6, 7)
+    assert (request.mode, request.verification, request.record_rounds) == ("plain", "coupled", True)
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 3, 0.1)
+    assert (sampling.seed, sampling.stop, sampling.ignore_eos, sampling.max_tokens) == (9, ("x", "y"), True, 2)
+
+
+def test_a_prompt_for_a_model_without_a_tokenizer(loaded, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "_load", lambda *_, **__: (FakeEngine(), None))
+    assert cli.main(["generate", "--prompt", "hello"]) == 2
+    assert "--input-ids" in capsys.readouterr().err
+
+
+def test_a_stream_that_fails_is_our_fault(loaded, monkeypatch, capsys):
+    engine = FakeEngine(Script(fail_after_rounds=1))
+    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, FakeTokenizer()))
+    assert cli.main(["generate", "--prompt", "hello"]) == 1
+    assert "failed on purpose" in capsys.readouterr().err
+
+
+# --- eval ----------------------------------------------------------------------------------------------------
+
+
+def test_eval_json_has_each_file_and_all(loaded, tmp_path, capsys):
+    one, two = write_prompts(tmp_path / "one.jsonl", 3), write_prompts(tmp_path / "two.jsonl", 5)
+    assert cli.main(["eval", "--prompts", str(one), str(two), "--limit", "4", "--streams", "2", "--json"]) == 0
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert said.err == ""
+    assert set(report["files"]) == {str(one), str(two)}
+    asked = {"accepted_length", "acceptance_by_position", "tokens_per_s_user", "tokens_per_s_total", "rounds"}
+    for figures in (*report["files"].values(), report["all"]):
+        assert asked | {"calibration_error"} <= set(figures)
+    assert [report["files"][str(path)]["prompts"] for path in (one, two)] == [3, 4]
+    # Seven words are rounds of 3, 1 and 3: two drafts accepted, none, and two.
+    assert report["all"]["rounds"] == 3 * 7
+    assert report["all"]["accepted_length"] == pytest.approx(1 + 4 / 3)
+    assert report["engine"]["model"] == "fake-135m"
+    assert report["plan"]["streams"] == 2
+    assert report["unquantised"] is None
+
+
+def test_eval_prints_a_table(loaded, tmp_path, capsys):
+    one, two = write_prompts(tmp_path / "one.jsonl", 2), write_prompts(tmp_path / "two.jsonl", 1)
+    assert cli.main(["eval", "--prompts", str(one), str(two)]) == 0
+    said = capsys.readouterr()
+    header, *rows = said.out.splitlines()
+    assert "accepted length" in header
+    assert [row.split()[:2] for row in rows] == [["one.jsonl", "2"], ["two.jsonl", "1"], ["all", "3"]]
+    assert "two.jsonl: 100%" in said.err
+
+
+def test_eval_of_a_quantised_drafter_tells_what_it_costs(loaded, tmp_path, capsys):
+    path = write_prompts(tmp_path / "one.jsonl", 2)
+    assert cli.main(["eval", "--prompts", str(path), "--draft-quant", "int8"]) == 0
+    assert [config.draft_quant for config in loaded] == ["int8", "none"]
+    assert "quantisation: accepted length" in capsys.readouterr().out
+    assert cli.main(["eval", "--prompts", str(path), "--draft-quant", "int8", "--no-quant-cost"]) == 0
+    assert len(loaded) == 3
+
+
+def test_eval_makes_room_for_its_streams(loaded, tmp_path):
+    path = write_prompts(tmp_path / "one.jsonl", 1)
+    cli.main(["eval", "--prompts", str(path), "--streams", "40"])
+    cli.main(["eval", "--prompts", str(path), "--streams", "4"])
+    assert [config.max_num_seqs for config in loaded] == [40, 32]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "truncated"),
+        ('{"domain": "x"}', "messages"),
+        ('{"messages": "hello"}', "messages"),
+        ('{"messages": []}', "end with a turn of the user"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "end with a turn of the user"),
+        ('{"messages": [{"role": "user"}]}', "content"),
+    ],
+)
+def test_eval_names_the_line_that_cannot_be_read(line, words, loaded, tmp_path, capsys):
+    path = write_prompts(tmp_path / "bad.jsonl", 2)
+    path.write_text(path.read_text() + "\n" + line + "\n")
+    assert cli.main(["eval", "--prompts", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "bad.jsonl:4: " in said
+    assert words in said
+    # Lines past the limit are not read.
+    assert cli.main(["eval", "--prompts", str(path), "--limit", "2"]) == 0
+
+
+# --- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_serve_can_be_stopped_while_it_loads(number, code, tmp_path):
+    script = (
+        "import sys, time\nfrom dspark_stream import cli, commands\n"
+        "def load(config, *, quiet=False):\n"
+        "    try:\n        print('loading', flush=True); time.sleep(60)\n"
+        "    finally: print('cleared up', flush=True)\n"
+        "commands._load = load\n"
+        "sys.exit(cli.main(['serve', '--port', '0']))"
+    )
+    argv = [sys.executable, "-c", script]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "loading\n"
+        begun = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert out == "cleared up\n"
+    assert "Traceback" not in err
+    assert time.monotonic() - begun < 5

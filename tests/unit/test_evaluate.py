@@ -1,0 +1,94 @@
+"""The figures of `eval`, on rounds whose figures are known."""
+
+import pytest
+
+from dspark_stream.evaluate import Figures, Tally, acceptance_by_position, calibration_error, table
+from dspark_stream.types import RoundRecord, Usage
+
+
+def a_round(accepted: int, survival: list[float], scheduled: int | None = None) -> RoundRecord:
+    return RoundRecord(
+        start=0,
+        anchor=0,
+        draft_tokens=list(range(len(survival))),
+        scheduled=len(survival) if scheduled is None else scheduled,
+        accepted=accepted,
+        bonus=0,
+        confidence=survival,
+        survival=survival,
+        t_draft_ms=0.0,
+        t_verify_ms=0.0,
+        batch_tokens=1,
+        streams=1,
+    )
+
+
+def test_acceptance_is_conditional_on_what_came_before():
+    rounds = [a_round(n, [0.5] * 3) for n in (0, 1, 1, 2)]
+    assert acceptance_by_position(rounds) == [3 / 4, 1 / 3, 0.0]
+
+
+def test_a_position_that_was_not_scheduled_says_nothing_about_it():
+    rounds = [a_round(1, [0.5] * 3, scheduled=1), a_round(2, [0.5] * 3)]
+    assert acceptance_by_position(rounds) == [1.0, 1.0, 0.0]
+    rounds = [a_round(0, [0.5] * 3), a_round(1, [0.5] * 3, scheduled=1)]
+    assert acceptance_by_position(rounds) == [1 / 2, None, None]
+
+
+def test_plain_rounds_have_no_acceptance():
+    rounds = [a_round(0, [])]
+    assert acceptance_by_position(rounds) == []
+    assert calibration_error(rounds) is None
+
+
+def test_a_calibrated_promise_has_no_error():
+    rounds = [a_round(1, [0.75])] * 3 + [a_round(0, [0.75])]
+    assert calibration_error(rounds) == pytest.approx(0.0)
+
+
+def test_errors_of_different_bins_do_not_cancel():
+    # 0.25 promised and always kept, 0.75 promised and never: on average right, in no bin right.
+    rounds = [a_round(1, [0.25])] * 5 + [a_round(0, [0.75])] * 5
+    assert calibration_error(rounds) == pytest.approx(0.75)
+
+
+def test_calibration_is_of_prefixes_and_averaged_over_positions():
+    # Position 1: 0.95 promised, all kept: 0.05. Position 2: 0.5 promised, none kept: 0.5.
+    rounds = [a_round(1, [0.95, 0.5])] * 4
+    assert calibration_error(rounds) == pytest.approx((0.05 + 0.5) / 2)
+
+
+def test_calibration_uses_scheduled_positions_only():
+    rounds = [a_round(1, [1.0, 0.9], scheduled=1)] * 4
+    assert calibration_error(rounds) == pytest.approx(0.0)
+
+
+def test_in_all_is_counted_not_averaged():
+    few, many = Tally(), Tally()
+    few.rounds, few.wall_s = [a_round(3, [0.5] * 3)], 1.0
+    many.rounds, many.wall_s = [a_round(0, [0.5] * 3)] * 9, 2.0
+    few.add_stream(Usage(input_tokens=1, output_tokens=11, decode_ms=1000))
+    many.add_stream(Usage(input_tokens=1, output_tokens=21, decode_ms=1000))
+    together = Tally()
+    together += few
+    together += many
+    figures = together.figures()
+    assert figures.accepted_length == pytest.approx(1 + 3 / 10)
+    assert (figures.rounds, figures.prompts, figures.output_tokens) == (10, 2, 32)
+    assert figures.tokens_per_s_user == pytest.approx((10 + 20) / 2)
+    assert figures.tokens_per_s_total == pytest.approx(32 / 3)
+
+
+def test_a_stream_of_one_token_has_no_speed():
+    tally = Tally()
+    tally.add_stream(Usage(input_tokens=1, output_tokens=1, decode_ms=0.0))
+    figures = tally.figures()
+    assert (figures.tokens_per_s_user, figures.accepted_length, figures.tokens_per_s_total) == (None,) * 3
+
+
+def test_the_table_lines_up_and_shows_gaps_as_dashes():
+    figures = Tally().figures()
+    assert isinstance(figures, Figures)
+    header, row = table({"all": figures}).splitlines()
+    assert header.index("rounds") + len("rounds") == row.index("0", header.index("rounds")) + 1
+    assert row.endswith("-")

@@ -1,0 +1,192 @@
+"""The service's small parts: decoding, the conversation store, places, settings, histograms."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark_stream.errors import (
+    ConfigError,
+    ContextLengthError,
+    DrainingError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    RateLimitError,
+)
+from dspark_stream.server.admission import Admission
+from dspark_stream.server.bodies import ChatBody, ResponseCreate, decode, decode_envelope, decode_event
+from dspark_stream.server.conversation import ConversationStore
+from dspark_stream.server.metrics import Histogram
+from dspark_stream.server.plan import Planner
+from dspark_stream.server.settings import ServerConfig
+from fakes import model_info
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(sorted({*ResponseCreate.__struct_fields__, *ChatBody.__struct_fields__, "type", "other"}))
+TYPES = st.sampled_from(["response.create", "response.cancel", "dspark:resume"])
+PLANNER = Planner(model_info())
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(kind=TYPES, fields=st.dictionaries(FIELDS, JSON, max_size=5))
+def test_whatever_is_sent_is_a_plan_or_a_typed_error(kind: str, fields: dict[str, Any]) -> None:
+    """Guards against input that becomes an exception of ours instead of an error of theirs."""
+    data = msgspec.msgpack.encode({"type": kind, **fields})
+    with suppress(InvalidRequestError, NotFoundError):
+        event = decode_event(data, "msgpack")
+        if isinstance(event, ResponseCreate):
+            PLANNER.response(event)
+    decode_envelope(data, "msgpack")
+    with suppress(InvalidRequestError, NotFoundError):
+        PLANNER.chat(decode(json.dumps(fields), ChatBody))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.binary(max_size=40), text=st.text(max_size=40))
+def test_noise_is_a_typed_error(data: bytes, text: str) -> None:
+    """Guards against bytes that a decoder answers with something else than its own error."""
+    for encoding, noise in (("json", data), ("msgpack", data), ("json", text)):
+        with pytest.raises(InvalidRequestError):
+            decode_event(noise, encoding)  # type: ignore[arg-type]
+        decode_envelope(noise, encoding)  # type: ignore[arg-type]
+
+
+def test_an_error_repeats_only_so_much() -> None:
+    """Guards against a megabyte of the client's own text that comes back as an error."""
+    for data in (
+        {"type": "x" * 100_000},
+        {"type": "response.create", "y" * 100_000: 1},
+        {"type": "response.create", "dspark": {"mode": "z" * 100_000}},
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            decode_event(json.dumps(data), "json")
+        assert len(caught.value.message) < 1_000
+        assert len(caught.value.param or "") < 1_000
+
+
+def test_room_and_limits() -> None:
+    """Guards against an answer that is promised more tokens than the context has."""
+    planner = Planner(model_info(max_model_len=100))
+    plan = planner.response(decode_event('{"type":"response.create","input":"x"}', "json"))  # type: ignore[arg-type]
+    assert planner.room(plan, 10, 1024) == 90
+    assert planner.room(plan, 10, 50) == 50
+    assert planner.room(plan, 99, 50) == 1
+    with pytest.raises(ContextLengthError) as caught:
+        planner.room(plan, 100, 50)
+    assert caught.value.param == "input"
+    text = '{"type":"response.create","input":"x","max_output_tokens":60}'
+    plan = planner.response(decode_event(text, "json"))  # type: ignore[arg-type]
+    assert planner.room(plan, 40, 1) == 60
+    with pytest.raises(ContextLengthError) as caught:
+        planner.room(plan, 41, 1)
+    assert caught.value.param == "max_output_tokens"
+
+
+def test_the_size_check_never_refuses_what_could_fit() -> None:
+    """Guards against a bound that is not one: a prompt of the longest tokens must still pass."""
+    planner = Planner(model_info(max_model_len=100, max_token_bytes=4))
+    planner.refuse_oversized([("user", "x" * 400)], "input")
+    planner.refuse_oversized([("user", "é" * 200)], "input")
+    for text in ("x" * 401, "é" * 201):
+        with pytest.raises(ContextLengthError):
+            planner.refuse_oversized([("user", text)], "input")
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+def test_the_store_forgets_the_least_recently_used() -> None:
+    """Guards against a store that grows without bound, or forgets what is in use."""
+    store = ConversationStore(2, 10_000)
+    store.put("a", [("user", "1")])
+    store.put("b", [("user", "2")])
+    assert store.get("a") == (("user", "1"),)
+    store.put("c", [("user", "3")])
+    assert len(store) == 2
+    assert store.get("a")
+    with pytest.raises(NotFoundError) as caught:
+        store.get("b")
+    assert caught.value.param == "previous_response_id"
+    assert store.get(None) == ()
+
+
+def test_the_store_is_bounded_in_bytes() -> None:
+    """Guards against a few huge conversations that fill the memory, and bytes that are never counted back."""
+    store = ConversationStore(1000, 5_000)
+    for number in range(50):
+        store.put(str(number), [("user", "x" * 900)])
+        assert store.bytes <= 5_000
+    assert 1 <= len(store) <= 5
+    store.put("huge", [("user", "x" * 6_000)])
+    with pytest.raises(NotFoundError):
+        store.get("huge")
+    assert len(store) >= 1
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def test_places_come_back_on_every_way_out() -> None:
+    """Guards against a place that an error keeps for ever."""
+    admission = Admission(capacity=2, per_client=1)
+    with pytest.raises(ZeroDivisionError), admission.place("a"):
+        _ = 1 / 0
+    assert admission.in_flight == 0
+    with admission.place("a"):
+        with pytest.raises(RateLimitError) as limited, admission.place("a"):
+            pass
+        assert limited.value.status == 429
+        with admission.place("b"):
+            with pytest.raises(OverloadedError) as full, admission.place("c"):
+                pass
+            assert full.value.status == 503
+            assert full.value.retry_after_s >= 1
+        assert admission.in_flight == 1
+    admission.draining = True
+    with pytest.raises(DrainingError), admission.place("a"):
+        pass
+    assert admission.in_flight == 0
+
+
+# --- settings and figures --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"max_sockets": 0}, "max_sockets"),
+        ({"allowed_origins": ("example.org",)}, "allowed_origins"),
+        ({"allowed_origins": ("https://example.org/",)}, "allowed_origins"),
+        ({"api_key": "ключ"}, "api_key"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], param: str) -> None:
+    """Guards against a server that starts and then refuses everybody."""
+    with pytest.raises(ConfigError) as caught:
+        ServerConfig(**changes)
+    assert caught.value.param == param
+
+
+def test_a_histogram_counts_cumulatively() -> None:
+    """Guards against buckets that Prometheus cannot add up."""
+    histogram = Histogram((0.1, 1.0))
+    for value, times in ((0.05, 1), (0.1, 2), (0.5, 1), (7.0, 3)):
+        histogram.observe(value, times)
+    assert list(histogram.lines("x")) == [
+        'x_bucket{le="0.1"} 3',
+        'x_bucket{le="1.0"} 4',
+        'x_bucket{le="+Inf"} 7',
+        "x_sum 21.75",
+        "x_count 7",
+    ]
