@@ -40,7 +40,7 @@ def accept(
     exact = [r for r, s in enumerate(streams) if not is_rejection(s)]
     if exact:
         rows = [first[r] + j for r in exact for j in range(lengths[r] + 1)]
-        tokens = iter(_target_tokens(logits[rows], [streams[r] for r in exact], [lengths[r] for r in exact]))
+        tokens = iter(_target_tokens(_rows(logits, rows), [streams[r] for r in exact], [lengths[r] for r in exact]))
         for r in exact:
             mine = [next(tokens) for _ in range(lengths[r] + 1)]
             outcomes[r] = match(blocks[r].tokens[: lengths[r]], mine)
@@ -49,11 +49,16 @@ def accept(
     if drawn:
         rows = [first[r] + j for r in drawn for j in range(lengths[r] + 1)]
         params = [streams[r].sampling for r in drawn for _ in range(lengths[r] + 1)]
-        p = distributions(logits[rows], params)
+        p = distributions(_rows(logits, rows), params)
         parts = p.split([lengths[r] + 1 for r in drawn])
         for r, outcome in zip(drawn, rejection(parts, streams, blocks, lengths, drawn, draft_ids), strict=True):
             outcomes[r] = outcome
     return [o for o in outcomes if o is not None]
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """Those rows; all of them, as nearly always, without a copy of the vocabulary's width."""
+    return logits if len(rows) == len(logits) else logits[rows]
 
 
 def match(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> Outcome:

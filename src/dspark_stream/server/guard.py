@@ -1,0 +1,102 @@
+"""Who may speak to the service at all: Host, Origin and key, checked before anything else is read."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
+
+from aiohttp import web
+
+from dspark_stream.errors import AuthenticationError, InvalidRequestError, PermissionDeniedError
+from dspark_stream.server.settings import LOOPBACK_NAMES, ServerConfig
+
+KEY_SUBPROTOCOL = "openai-insecure-api-key."
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""Probes: they come by address, without a key, and learn nothing."""
+
+# A host name or address with an optional port; anything else has no business in a header that we repeat.
+_HOST = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?P<port>:\d{1,5})?$")
+
+
+class Guard:
+    """The checks of one bind address."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        bind = f"[{config.host}]" if ":" in config.host else config.host
+        hosts = {host.lower() for host in config.allowed_hosts}
+        # A rebound DNS name reaches only what needs no key, and off loopback everything does. The names under
+        # which such a server is known cannot be guessed here.
+        self._any_host = "*" in hosts or not (config.is_loopback or hosts)
+        self._hosts = hosts | {*LOOPBACK_NAMES, bind.lower()}
+        self._origin_names = {*LOOPBACK_NAMES, bind.lower()}
+        self._origins = frozenset(config.allowed_origins)
+        self._key = hashlib.sha256(config.api_key.encode()).digest() if config.api_key else None
+
+    def check(self, request: web.Request, port: int) -> None:
+        """Raise if the request must not be served; ``port`` is the one that the service listens on.
+
+        Raises:
+            InvalidRequestError: a Host header that is none.
+            PermissionDeniedError: a foreign Host or Origin.
+            AuthenticationError: no key, or a wrong one.
+        """
+        if request.path in OPEN_PATHS:
+            return
+        self._check_host(request)
+        self._check_origin(request, port)
+        if request.path.startswith("/v1/") or request.path in ("/metrics", "/props"):
+            self._check_key(request)
+
+    def _check_host(self, request: web.Request) -> None:
+        found = _HOST.match(request.headers.get("Host", ""))
+        if found is None:
+            raise InvalidRequestError("the Host header is missing or malformed", code="invalid_host")
+        host = found[0].lower()
+        if not (self._any_host or host in self._hosts or found["name"].lower() in self._hosts):
+            raise PermissionDeniedError(
+                "this Host is not on the allow-list; see --allowed-host", code="host_not_allowed"
+            )
+
+    def _check_origin(self, request: web.Request, port: int) -> None:
+        # Browsers name the page that asks; nobody else sends this header. CORS does not cover WebSockets, nor
+        # requests that a form can make.
+        origin = request.headers.get("Origin")
+        if origin is None or origin in self._origins:
+            return
+        own = {f"http://{name}:{port}" for name in self._origin_names}
+        if self._key is not None or not self._any_host:
+            # Our own page under whichever allowed name it was opened: browsers cannot make up a Host.
+            host = request.headers["Host"].lower()
+            own |= {f"http://{host}", f"https://{host}"}
+        if origin not in own:
+            raise PermissionDeniedError(
+                "this Origin is not on the allow-list; see --allowed-origin", code="origin_not_allowed"
+            )
+
+    def _check_key(self, request: web.Request) -> None:
+        if self._key is None:
+            return
+        # Every key given is compared, by digest: neither a length nor a prefix shows in the time taken.
+        matches = [hmac.compare_digest(self._key, hashlib.sha256(key).digest()) for key in _keys(request)]
+        if not any(matches):
+            raise AuthenticationError(
+                "a valid key is needed: `Authorization: Bearer KEY`, or in browsers the subprotocol "
+                f"`{KEY_SUBPROTOCOL}KEY`"
+            )
+
+
+def _keys(request: web.Request) -> Iterable[bytes]:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        yield token.strip().encode("utf-8", "surrogateescape")
+    for offered in offered_subprotocols(request)[:8]:
+        if offered.startswith(KEY_SUBPROTOCOL):
+            yield offered.removeprefix(KEY_SUBPROTOCOL).encode("utf-8", "surrogateescape")
+
+
+def offered_subprotocols(request: web.Request) -> list[str]:
+    """What the client listed in ``Sec-WebSocket-Protocol``."""
+    values = request.headers.getall("Sec-WebSocket-Protocol", [])
+    return [part.strip() for value in values for part in value.split(",")]

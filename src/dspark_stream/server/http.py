@@ -1,0 +1,196 @@
+"""The HTTP side: responses and chat completions, streamed as server-sent events or as one body."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from aiohttp import web
+
+from dspark_stream.errors import DsparkError, InternalError, InvalidRequestError
+from dspark_stream.server import chat, wire
+from dspark_stream.server.bodies import ChatBody, ResponseBody, decode
+from dspark_stream.server.delivery import Delivery, SlowReaderError, bound_buffers
+from dspark_stream.server.lifecycle import ResponseMachine
+from dspark_stream.server.service import Service
+from dspark_stream.types import EngineEvent, FinishedEvent
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Frames = Callable[[wire.ServerEvent], bytes]
+"""What one event becomes in an event stream; empty for nothing."""
+
+
+class RequestTimeoutError(DsparkError):
+    """The body did not arrive in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """A body that does not say that it is JSON: a form of a foreign web page could send it."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class HttpApi:
+    """Handlers of ``/v1/responses`` and ``/v1/chat/completions``."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def responses(self, request: web.Request, client: str) -> web.StreamResponse:
+        """``POST /v1/responses``."""
+        plan = self._service.planner.response(await self._body(request, ResponseBody))
+        machine = ResponseMachine(plan)
+        if plan.stream:
+            return await self._stream(request, client, machine, _response_frames)
+        ended = await self._collect(client, machine)
+        return json_response(ended.response)
+
+    async def chat(self, request: web.Request, client: str) -> web.StreamResponse:
+        """``POST /v1/chat/completions``."""
+        plan = self._service.planner.chat(await self._body(request, ChatBody))
+        machine = ResponseMachine(plan)
+        gamma = self._service.info.gamma
+        if plan.stream:
+            return await self._stream(request, client, machine, lambda event: _chat_frames(event, machine, gamma))
+        ended = await self._collect(client, machine)
+        return json_response(chat.completion(ended, machine, gamma))
+
+    async def _body(self, request: web.Request, kind: type[T]) -> T:
+        if request.content_type != "application/json":
+            raise UnsupportedMediaTypeError("the body must be JSON, with `Content-Type: application/json`")
+        try:
+            async with asyncio.timeout(self._service.config.body_timeout_s):
+                data = await request.read()
+        except TimeoutError:
+            raise RequestTimeoutError("the request's body did not arrive in time") from None
+        return decode(data, kind)
+
+    async def _collect(self, client: str, machine: ResponseMachine) -> wire.TerminalEvent:
+        listener = _Listener(machine, lambda event: None)
+        await self._service.run(machine.plan, client, listener)
+        ended = listener.terminal
+        if ended is None:
+            raise InternalError("the response has no end")
+        if isinstance(ended, wire.Failed) and machine.error is not None:
+            raise as_error(machine)
+        return ended
+
+    async def _stream(
+        self, request: web.Request, client: str, machine: ResponseMachine, frames: Frames
+    ) -> web.StreamResponse:
+        service = self._service
+        answer = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-store",
+                # Or nginx would collect the tokens that we took care to send at once.
+                "X-Accel-Buffering": "no",
+            }
+        )
+
+        async def write(event: wire.ServerEvent) -> None:
+            data = frames(event)
+            if data:
+                await answer.write(data)
+
+        async def keep_alive() -> None:
+            await answer.write(b": still here\n\n")
+
+        delivery = Delivery(
+            write, engine=service.engine, config=service.config, metrics=service.metrics, idle=keep_alive
+        )
+        listener = _Listener(machine, lambda event: delivery.put(event, machine.response_id))
+        running = asyncio.create_task(service.run(machine.plan, client, listener))
+        begun = asyncio.create_task(listener.begun.wait())
+        writer: asyncio.Task[None] | None = None
+        try:
+            # A refusal is still an HTTP error: the head is written once the engine has the request.
+            await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                running.result()
+            delivery.add_stream(machine.response_id)
+            await answer.prepare(request)
+            if request.transport is not None:
+                bound_buffers(request.transport, service.config)
+            writer = asyncio.create_task(delivery.run())
+            await asyncio.wait((running, writer), return_when=asyncio.FIRST_COMPLETED)
+            delivery.finish()
+            await writer
+            await answer.write_eof()
+        except SlowReaderError as error:
+            log.info("closing a slow reader: %s", error)
+            if request.transport is not None:
+                request.transport.abort()
+        except ConnectionError:
+            log.debug("the client of %s has gone", machine.response_id)
+        finally:
+            # Also when this handler is cancelled, because the client has gone.
+            tasks = [task for task in (running, begun, writer) if task is not None]
+            for task in tasks:
+                task.cancel()
+            service.metrics.merged_deltas += delivery.outbox.merged
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return answer
+
+
+class _Listener:
+    """Runs a response's machine, and keeps its end."""
+
+    def __init__(self, machine: ResponseMachine, put: Callable[[wire.ServerEvent], None]) -> None:
+        self.begun = asyncio.Event()
+        self.terminal: wire.TerminalEvent | None = None
+        self._machine = machine
+        self._put = put
+
+    def started(self) -> None:
+        for event in self._machine.begin():
+            self._put(event)
+        self.begun.set()
+
+    def engine_event(self, event: EngineEvent) -> None:
+        for said in self._machine.receive(event):
+            self._put(said)
+            if isinstance(event, FinishedEvent) and isinstance(said, wire.TerminalEvent):
+                self.terminal = said
+
+
+def as_error(machine: ResponseMachine) -> DsparkError:
+    """The failure of a response as an exception, for a body that can only be one or the other."""
+    info = machine.error
+    assert info is not None  # asked by the caller
+    error = DsparkError(info.message, param=info.param, code=info.code)
+    error.status, error.type = info.status, info.type
+    return error
+
+
+def json_response(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """A JSON body."""
+    return web.Response(
+        body=wire.encode(body),
+        status=status,
+        content_type="application/json",
+        headers={"Cache-Control": "no-store", **(headers or {})},
+    )
+
+
+def _response_frames(event: wire.ServerEvent) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (wire.event_type(event).encode(), wire.encode(event))
+
+
+def _chat_frames(event: wire.ServerEvent, machine: ResponseMachine, gamma: int) -> bytes:
+    if isinstance(event, wire.Failed):
+        frames = [b"data: %s\n\n" % wire.encode({"error": event.response.error})]
+    else:
+        frames = [b"data: %s\n\n" % wire.encode(chunk) for chunk in chat.chunks(event, machine, gamma)]
+    if isinstance(event, wire.TerminalEvent):
+        frames.append(b"data: [DONE]\n\n")
+    return b"".join(frames)

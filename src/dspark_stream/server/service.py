@@ -1,0 +1,169 @@
+"""What every request needs, whatever socket it came by: admit, tokenise, submit, and take back when it is over."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol
+
+from dspark_stream.engine.boundary import Engine, Tokenizer
+from dspark_stream.errors import DsparkError, InternalError, InvalidRequestError
+from dspark_stream.server.admission import Admission
+from dspark_stream.server.conversation import ConversationStore
+from dspark_stream.server.hub import EventHub
+from dspark_stream.server.metrics import Metrics
+from dspark_stream.server.plan import Message, Plan, Planner
+from dspark_stream.server.settings import ServerConfig
+from dspark_stream.types import EngineEvent, FinishedEvent, TokensEvent
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Who is told about a stream. Both are called on the loop and must not block."""
+
+    def started(self) -> None:
+        """The engine has the request; events follow."""
+
+    def engine_event(self, event: EngineEvent) -> None:
+        """One event, the `FinishedEvent` last."""
+
+
+class Service:
+    """Shared by all sockets of one application."""
+
+    def __init__(self, config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.engine = engine
+        self.info = engine.info
+        self.planner = Planner(engine.info, config.served_names)
+        self.admission = Admission(engine.info.max_num_seqs + config.max_queue, config.max_streams_per_client)
+        self.store = ConversationStore(config.store_max_responses, config.store_max_bytes)
+        self.metrics = Metrics()
+        self.hub = EventHub(asyncio.get_running_loop())
+        self.started_at = time.time()
+        self.idle = asyncio.Event()
+        """Set while no stream is in flight."""
+        self.idle.set()
+        self._tokenizer = tokenizer
+        self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="dspark-tokenize")
+
+    @property
+    def draining(self) -> bool:
+        """Whether new work is refused."""
+        return self.admission.draining
+
+    async def run(self, plan: Plan, client: str, listener: Listener) -> None:
+        """One stream from admission to its end; cancelling this task cancels the stream.
+
+        Raises:
+            DsparkError: refused; ``listener`` has heard nothing.
+        """
+        arrived = time.monotonic()
+        with self._place(client):
+            earlier = self.store.get(plan.previous_response_id)
+            conversation = plan.conversation(earlier)
+            self.planner.refuse_oversized(conversation, plan.input_param)
+            prompt_ids = await self._tokenise(conversation, plan.input_param)
+            limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
+            stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived)
+            self.hub.subscribe(plan.response_id, stream.receive)
+            try:
+                self._submit(plan, prompt_ids, limit)
+                listener.started()
+                await stream.over.wait()
+            finally:
+                self.hub.unsubscribe(plan.response_id)
+                if not stream.over.is_set():
+                    # The client has gone, and nobody will hear the engine's answer to this.
+                    self.engine.cancel(plan.response_id)
+                    self.metrics.finished["cancelled"] += 1
+
+    def _submit(self, plan: Plan, prompt_ids: list[int], limit: int) -> None:
+        try:
+            self.engine.submit(plan.request(prompt_ids, limit))
+        except InvalidRequestError as error:
+            # The engine has its own words for two fields that each API calls differently.
+            limit_param, input_param = plan.limit_param, plan.input_param
+            words = {"max_tokens": limit_param, "max_output_tokens": limit_param, "prompt_ids": input_param}
+            param = words.get(error.param or "", error.param)
+            raise type(error)(error.message, param=param, code=error.code) from None
+
+    @contextmanager
+    def _place(self, client: str) -> Iterator[None]:
+        try:
+            with self.admission.place(client):
+                self.idle.clear()
+                yield
+        finally:
+            if not self.admission.in_flight:
+                self.idle.set()
+
+    async def _tokenise(self, conversation: list[Message], param: str) -> list[int]:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, self._tokenizer.encode_chat, conversation)
+        except InvalidRequestError as error:
+            # A template may refuse an order of roles; which field they came in is ours to say.
+            raise InvalidRequestError(error.message, param=param, code=error.code) from None
+        except DsparkError:
+            raise
+        except Exception:
+            log.exception("the tokenizer failed")
+            raise InternalError("the prompt could not be tokenised") from None
+
+    def refused(self, error: DsparkError) -> None:
+        """Count a refusal."""
+        self.metrics.refused[error.code] += 1
+
+    def close(self) -> None:
+        """Let go of the threads; what they still tokenise is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Stream:
+    """Between the hub and a listener: latencies, and what is stored of the answer."""
+
+    def __init__(
+        self, service: Service, plan: Plan, messages: list[Message], listener: Listener, arrived: float
+    ) -> None:
+        self.over = asyncio.Event()
+        self._service = service
+        self._plan = plan
+        self._messages = messages
+        self._listener = listener
+        self._arrived = arrived
+        self._last = 0.0
+        self._texts: list[str] = []
+
+    def receive(self, event: EngineEvent) -> None:
+        if isinstance(event, TokensEvent):
+            self._measure(len(event.token_ids))
+            self._texts.append(event.text)
+        else:
+            self._finish(event)
+            # Before the listener hears of it: what it starts next must find this stream's place free.
+            self.over.set()
+        self._listener.engine_event(event)
+
+    def _measure(self, tokens: int) -> None:
+        now = time.monotonic()
+        metrics = self._service.metrics
+        if not self._last:
+            metrics.time_to_first_token.observe(now - self._arrived)
+        elif tokens:
+            metrics.inter_token_latency.observe((now - self._last) / tokens, tokens)
+        self._last = now
+
+    def _finish(self, event: FinishedEvent) -> None:
+        metrics = self._service.metrics
+        metrics.finished[event.reason] += 1
+        metrics.e2e_latency.observe(time.monotonic() - self._arrived)
+        # A cancelled answer is kept too: people stop an answer and go on with the conversation.
+        if self._plan.store and event.reason != "failed":
+            answer = "".join(self._texts)
+            self._service.store.put(self._plan.response_id, [*self._messages, ("assistant", answer)])

@@ -1,0 +1,108 @@
+"""Settings of the service, frozen; the program's own settings are mapped onto these in one place (the cli)."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import msgspec
+
+from dspark_stream.errors import ConfigError
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the service listens, who may use it, and the bounds of everything that a client can make it hold."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one; `serve` reports which."""
+    api_key: str = ""
+    """Empty: no key is asked for, which only a loopback bind allows."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names to accept beside the bind's own, as ``name`` (any port) or ``name:port``; ``*`` is any."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web origins to accept beside the page's own, exactly as browsers send them."""
+    served_names: tuple[str, ...] = ()
+    """Further names under which clients may ask for the model."""
+    web_dir: Path | None = None
+    """Folder of the demo page; None serves no page."""
+
+    max_queue: int = 64
+    """Streams that may wait beyond the engine's ``max_num_seqs``; past it 503."""
+    max_streams_per_client: int = 128
+    max_sockets: int = 1024
+    max_message_bytes: int = 1 << 20
+    """Longest message on a socket and longest HTTP body."""
+    max_lanes: int = 64
+    """Lanes of one socket that are in use at once."""
+    max_lane_queue: int = 8
+    """Responses that may wait in one lane behind the running one."""
+    max_socket_queue: int = 128
+    """Responses, running and waiting, of one socket."""
+    tokenizer_threads: int = 2
+
+    default_max_output_tokens: int = 1024
+    """For a request that does not say; less where the context has less room."""
+    store_max_responses: int = 1024
+    store_max_bytes: int = 64 << 20
+
+    pending_limit_bytes: int = 64 << 10
+    """Unsent events of one client, past which its streams leave the batch until it reads again."""
+    write_buffer_bytes: int = 64 << 10
+    """What may lie in a transport before a write waits for the reader."""
+    send_buffer_bytes: int = 128 << 10
+    """The kernel's share of the same: left to itself it takes megabytes, and a stalled reader is noticed late."""
+    slow_reader_timeout_s: float = 20.0
+    """How long one write may wait, or streams may be held, before the reader is given up."""
+    heartbeat_s: float = 30.0
+    """Between pings on a silent socket, and between comments on a silent event stream."""
+    body_timeout_s: float = 30.0
+    shutdown_timeout_s: float = 30.0
+    close_timeout_s: float = 2.0
+    """How long a closing socket waits for the peer's close frame."""
+
+    def __post_init__(self) -> None:
+        if not self.is_loopback and not self.api_key:
+            raise ConfigError(
+                f"listening on {self.host} needs a key: anybody who reaches it could use the model", param="api_key"
+            )
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError("the key must be printable ASCII: it travels in headers", param="api_key")
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0", param=name)
+        for origin in self.allowed_origins:
+            if "://" not in origin or origin.endswith("/"):
+                raise ConfigError(
+                    f"{origin!r} is not an origin; write scheme://host[:port] without a path", param="allowed_origins"
+                )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the bind."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+
+_POSITIVE = (
+    "max_streams_per_client",
+    "max_sockets",
+    "max_message_bytes",
+    "max_lanes",
+    "max_socket_queue",
+    "tokenizer_threads",
+    "default_max_output_tokens",
+    "pending_limit_bytes",
+    "write_buffer_bytes",
+    "send_buffer_bytes",
+    "slow_reader_timeout_s",
+    "heartbeat_s",
+    "body_timeout_s",
+    "close_timeout_s",
+)

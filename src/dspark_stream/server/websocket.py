@@ -1,0 +1,290 @@
+"""The shell of one WebSocket: frames in and out, tasks for the session's commands, close codes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterable
+from typing import Any
+
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from dspark_stream import __version__
+from dspark_stream.errors import DrainingError, DsparkError, InvalidRequestError, OverloadedError
+from dspark_stream.server import wire
+from dspark_stream.server.bodies import Encoding, decode_envelope, decode_event
+from dspark_stream.server.delivery import Delivery, SlowReaderError, bound_buffers
+from dspark_stream.server.guard import offered_subprotocols
+from dspark_stream.server.plan import Plan
+from dspark_stream.server.service import Service
+from dspark_stream.server.session import Abandon, Cancel, Outcome, Session, SessionLimits, Start
+from dspark_stream.types import EngineEvent, FinishedEvent
+
+log = logging.getLogger(__name__)
+
+
+class SocketShell:
+    """Drives a `Session` over one socket: a reader (the request's own task), a writer, one task for each response."""
+
+    def __init__(self, service: Service, client: str) -> None:
+        self._service = service
+        self._client = client
+        config = service.config
+        self._session = Session(
+            SessionLimits(
+                max_lanes=config.max_lanes,
+                max_lane_queue=config.max_lane_queue,
+                max_responses=config.max_socket_queue,
+            ),
+            service.planner.response,
+        )
+        self._delivery = Delivery(self._write, engine=service.engine, config=config, metrics=service.metrics)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._encoding: Encoding = "json"
+        self._transport: asyncio.Transport | None = None
+        self._closer: asyncio.Task[None] | None = None
+        self._close_code: int | None = None
+
+    @property
+    def pending_bytes(self) -> int:
+        """About how much waits for the reader."""
+        return self._delivery.outbox.pending_bytes
+
+    async def serve(self, request: web.Request) -> web.WebSocketResponse:
+        """Upgrade, then serve until either side closes."""
+        config = self._service.config
+        offered = offered_subprotocols(request)
+        protocol = next((name for name in offered if name in wire.PROTOCOLS), None)
+        self._encoding = wire.PROTOCOLS[protocol] if protocol else "json"
+        self._ws = web.WebSocketResponse(
+            protocols=(protocol,) if protocol else (),
+            heartbeat=config.heartbeat_s,
+            timeout=config.close_timeout_s,
+            max_msg_size=config.max_message_bytes,
+            writer_limit=config.write_buffer_bytes // 4,
+            # Compressed sizes tell what is being said, and cost the loop's time.
+            compress=False,
+        )
+        if offered and protocol is None:
+            # aiohttp logs offers that it does not know, and a browser's key is one.
+            request = _without_offers(request)
+        self._transport = request.transport
+        await self._ws.prepare(request)
+        if self._transport is not None:
+            bound_buffers(self._transport, config)
+        self._delivery.put(self._hello(protocol or wire.JSON_PROTOCOL))
+        metrics = self._service.metrics
+        metrics.sockets_open += 1
+        metrics.sockets_total += 1
+        reader = asyncio.create_task(self._read())
+        writer = asyncio.create_task(self._delivery.run())
+        try:
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            if writer.done() and isinstance(writer.exception(), SlowReaderError):
+                log.info("closing a slow reader: %s", writer.exception())
+                _cancel(self._tasks.values())
+                await self._begin_close(WSCloseCode.TRY_AGAIN_LATER, "the reader is too slow")
+        finally:
+            # aiohttp cancels us when the connection is lost, perhaps in the middle of this: no await before
+            # everything that still runs for this client, in whichever state it is, was told to stop.
+            left = [*self._tasks.values(), reader, writer]
+            _cancel(left)
+            metrics.sockets_open -= 1
+            code = self._close_code or self._ws.close_code or WSCloseCode.ABNORMAL_CLOSURE
+            metrics.sockets_closed[code] += 1
+            metrics.merged_deltas += self._delivery.outbox.merged
+            if self._closer is not None:
+                left.append(self._closer)
+            await _ended(left)
+        return self._ws
+
+    async def close(self, code: int, reason: str) -> None:
+        """Write what is pending, if the reader takes it, then close."""
+        config = self._service.config
+        try:
+            async with asyncio.timeout(config.close_timeout_s):
+                await self._delivery.flushed()
+        except TimeoutError:
+            log.info("closing a socket with %d events unread", len(self._delivery.outbox))
+        await self._begin_close(code, reason)
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._ws.receive()
+            match message.type:
+                case WSMsgType.TEXT | WSMsgType.BINARY:
+                    self._receive(message.data)
+                case _:
+                    return  # closed, closing, or a frame that broke the protocol: aiohttp has answered it
+            await self._delivery.room()
+
+    def _receive(self, data: str | bytes) -> None:
+        expected = "json" if isinstance(data, str) else "msgpack"
+        if expected != self._encoding:
+            kind = "text" if self._encoding == "json" else "binary"
+            self._refuse(
+                InvalidRequestError(f"this socket speaks {self._encoding}: send {kind} frames", code="wrong_frame_type")
+            )
+            return
+        try:
+            event = decode_event(data, self._encoding)
+        except DsparkError as error:
+            envelope = decode_envelope(data, self._encoding)
+            self._refuse(error, envelope.event_id, envelope.stream_id)
+            return
+        self._apply(self._session.receive(event))
+
+    def _refuse(self, error: DsparkError, event_id: object = None, stream_id: object = None) -> None:
+        self._apply(self._session.refuse(error, event_id=event_id, stream_id=stream_id))
+
+    # --- what the session wants -------------------------------------------------------------------------------
+
+    def _apply(self, outcome: Outcome) -> None:
+        for response_id, event in outcome.events:
+            if isinstance(event, wire.ErrorEvent):
+                self._service.metrics.refused[event.error.code] += 1
+            self._delivery.put(event, response_id)
+        for command in outcome.commands:
+            match command:
+                case Start(plan=plan):
+                    self._spawn(plan.response_id, self._run(plan))
+                case Abandon(response_id=response_id):
+                    self._tasks[response_id].cancel()
+                case Cancel(response_id=response_id):
+                    self._service.engine.cancel(response_id)
+
+    def _spawn(self, response_id: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks[response_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(response_id, None))
+
+    async def _run(self, plan: Plan) -> None:
+        try:
+            await self._service.run(plan, self._client, _Listener(self, plan.response_id))
+        except DsparkError as error:
+            self._apply(self._session.refused(plan.response_id, error))
+        except Exception as error:
+            log.exception("starting %s failed", plan.response_id)
+            self._apply(self._session.refused(plan.response_id, wire.as_dspark_error(error)))
+        finally:
+            self._delivery.remove_stream(plan.response_id)
+
+    def started(self, response_id: str) -> None:
+        """`Listener.started` of one of this socket's responses."""
+        self._delivery.add_stream(response_id)
+        self._apply(self._session.started(response_id))
+
+    def engine_event(self, event: EngineEvent) -> None:
+        """`Listener.engine_event` of one of this socket's responses."""
+        if isinstance(event, FinishedEvent):
+            self._delivery.remove_stream(event.request_id)
+        self._apply(self._session.engine_event(event))
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    async def _write(self, event: wire.ServerEvent) -> None:
+        kind = WSMsgType.TEXT if self._encoding == "json" else WSMsgType.BINARY
+        await self._ws.send_frame(wire.encode(event, self._encoding), kind)
+
+    def _begin_close(self, code: int, reason: str) -> asyncio.Task[None]:
+        if self._closer is None:
+            self._close_code = code
+            self._closer = asyncio.create_task(self._close(code, reason))
+        return self._closer
+
+    async def _close(self, code: int, reason: str) -> None:
+        transport = self._transport
+        try:
+            async with asyncio.timeout(self._service.config.close_timeout_s * 2):
+                await self._ws.close(code=code, message=reason.encode(), drain=False)
+        except TimeoutError:
+            log.debug("a socket did not close in time")
+        finally:
+            # A peer that does not read would keep the buffer, and us, for ever.
+            if transport is not None and transport.get_write_buffer_size():
+                transport.abort()
+
+    def _hello(self, protocol: str) -> wire.Hello:
+        info, config = self._service.info, self._service.config
+        return wire.Hello(
+            version=__version__,
+            protocol=protocol,
+            model=info.model,
+            drafter=info.drafter,
+            gamma=info.gamma,
+            schedule=info.schedule,
+            limits=wire.HelloLimits(
+                max_model_len=info.max_model_len,
+                max_num_seqs=info.max_num_seqs,
+                max_queue=config.max_queue,
+                max_message_bytes=config.max_message_bytes,
+                max_lanes=config.max_lanes,
+                max_lane_queue=config.max_lane_queue,
+                max_streams_per_client=config.max_streams_per_client,
+            ),
+        )
+
+
+class _Listener:
+    def __init__(self, shell: SocketShell, response_id: str) -> None:
+        self._shell = shell
+        self._response_id = response_id
+
+    def started(self) -> None:
+        self._shell.started(self._response_id)
+
+    def engine_event(self, event: EngineEvent) -> None:
+        self._shell.engine_event(event)
+
+
+class SocketRegistry:
+    """The open sockets of an application: how many there may be, and how they are closed when it ends."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.open: set[SocketShell] = set()
+
+    async def handle(self, request: web.Request, client: str) -> web.WebSocketResponse:
+        """Serve one upgrade request to its end.
+
+        Raises:
+            DrainingError: the server is shutting down.
+            OverloadedError: there are as many sockets as there may be.
+        """
+        if self._service.draining:
+            raise DrainingError("the server is shutting down; try again in a moment", retry_after_s=5)
+        if len(self.open) >= self._service.config.max_sockets:
+            raise OverloadedError("too many sockets are open; try again in a moment", retry_after_s=5)
+        shell = SocketShell(self._service, client)
+        self.open.add(shell)
+        try:
+            return await shell.serve(request)
+        finally:
+            self.open.discard(shell)
+
+    async def close_all(self) -> None:
+        """Close every socket with 1012: the service goes down, and may come back."""
+        await asyncio.gather(
+            *(shell.close(WSCloseCode.SERVICE_RESTART, "the server is shutting down") for shell in self.open)
+        )
+
+
+def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+
+
+async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception) and not isinstance(result, ConnectionError | SlowReaderError):
+            log.error("a socket's task failed", exc_info=result)
+
+
+def _without_offers(request: web.Request) -> web.Request:
+    headers = request.headers.copy()
+    headers.popall("Sec-WebSocket-Protocol", None)
+    clone = request.clone(headers=headers)
+    assert isinstance(clone, web.Request)  # aiohttp names the base class
+    return clone

@@ -1,0 +1,170 @@
+"""A whole training run on a tiny target: what it reaches, and that it goes on after a kill to the same weights."""
+
+import csv
+import json
+
+import pytest
+import torch
+from tiny import tiny_target
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dspark_stream.models.checkpoint import load_drafter
+from dspark_stream.models.loading import load_target
+from dspark_stream.progress import SILENT
+from dspark_stream.training import command, pipeline
+from dspark_stream.training.answers import read_answers, split_answers
+from dspark_stream.training.plan import TrainPlan
+from dspark_stream.training.validate import Walked, walk
+
+VOCAB = 48
+SHAPE = ["--block-size", "4", "--layers", "1", "--rank", "8", "--draft-vocab", "40", "--mask-token-id", "0"]
+TRAINING = ["--batch", "8", "--anchors", "16", "--lr", "0.01", "--held-out", "6", "--answer-tokens", "40"]
+
+
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory):
+    """A tiny target as people have them: weights and tokenizer in a folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    target = tiny_target(vocab=VOCAB)
+    target.model.save_pretrained(folder)
+    words = {f"w{i}": i for i in range(VOCAB)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "words.jsonl"
+    lines = [{"domain": "ab"[i % 2], "messages": [{"role": "user", "content": f"w{2 + i % 46} w{i // 46}"}]}
+             for i in range(120)]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(target_folder, prompts, tmp_path_factory):
+    """A finished run of the command, from prompts."""
+    folder = tmp_path_factory.mktemp("run")
+    argv = ["--target", str(target_folder), "--prompts", str(prompts), "--run-dir", str(folder), *SHAPE, *TRAINING]
+    assert command.main([*argv, "--steps", "150", "--validate-every", "50", "--licence", "words: CC0"]) == 0
+    return folder
+
+
+def held_out_lengths(folder):
+    with (folder / "log.csv").open(newline="") as file:
+        return [float(row["accepted_length"]) for row in csv.DictReader(file) if row["kind"] == "held_out"]
+
+
+def test_answers_are_half_greedy_and_the_targets_own(run_folder, target_folder):
+    answers = read_answers(run_folder / "answers.jsonl", VOCAB)
+    assert len(answers) == 120
+    for domain in "ab":
+        assert sum(a.temperature == 0 for a in answers if a.domain == domain) == 30
+    target = load_target(str(target_folder)).target
+    greedy = next(a for a in answers if a.temperature == 0)
+    features = pipeline.FeatureSource(run_folder / "none", target, [greedy], budget=0, fingerprint="").get([0])[0]
+    assert target.logits(features.final).argmax(-1).tolist() == list(greedy.answer_ids)
+
+
+def test_a_minute_of_training_is_worth_having(run_folder, target_folder):
+    """Untrained the drafter is right about once in 40 rounds; a trained one must be right far more often."""
+    lengths = held_out_lengths(run_folder)
+    assert len(lengths) == 3
+    assert lengths[-1] > 2.0
+    loaded = load_target(str(target_folder))
+    drafter = load_drafter(run_folder / "drafter", loaded.target)
+    split = split_answers(read_answers(run_folder / "answers.jsonl", VOCAB), 6, 0)
+    source = pipeline.FeatureSource(run_folder / "none", loaded.target, split.held_out, budget=0, fingerprint="")
+    walked = walk(drafter, split.held_out, source.get(range(len(split.held_out))))
+    saved = Walked([a for w in walked.values() for a in w.accepted]).accepted_length
+    assert saved == pytest.approx(lengths[-1], abs=0.2)  # the file holds bfloat16
+
+
+def test_the_saved_drafter_says_how_it_was_made(run_folder):
+    card = (run_folder / "drafter" / "card.md").read_text()
+    assert "words: CC0" in card
+    assert f"| all | {held_out_lengths(run_folder)[-1]:.3f}".rstrip("0") in card
+    plan = json.loads((run_folder / "drafter" / "train.json").read_text())
+    assert plan["steps"] == 150
+    assert plan["seed"] == 0
+
+
+def trainer_of(target_folder, answers, folder, **changes):
+    folder.mkdir(exist_ok=True)
+    values = {"steps": 12, "batch": 4, "anchors": 6, "layers": 1, "rank": 8, "block_size": 4, "draft_vocab": 40,
+              "mask_token_id": 0, "held_out": 4, "validate_every": 100, "lr": 0.01}  # fmt: skip
+    plan = TrainPlan(target=str(target_folder), answers=str(answers), **(values | changes))
+    loaded = load_target(plan.target)
+    split = split_answers(read_answers(answers, VOCAB), plan.held_out, plan.seed)
+    return pipeline.new_trainer(plan, loaded, split, folder, SILENT)
+
+
+def weights(trainer):
+    return {name: t.clone() for name, t in trainer.drafter.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("head", ["vanilla", "rnn", "none"])
+def test_a_killed_run_ends_at_the_same_weights(target_folder, run_folder, tmp_path, head):
+    answers = run_folder / "answers.jsonl"
+    whole = trainer_of(target_folder, answers, tmp_path / "whole", head=head)
+    assert whole.run()
+    first = trainer_of(target_folder, answers, tmp_path / "cut", head=head)
+    assert not first.run(stop=lambda: first.step >= 5)
+    for _ in range(3):  # steps after the last saved state are lost in a kill, and made again
+        first.train_step()
+    second = trainer_of(target_folder, answers, tmp_path / "cut", head=head)
+    assert second.step == 5
+    assert second.run()
+    assert second.step == whole.step == 12
+    assert same(weights(whole), weights(second))
+    other = trainer_of(target_folder, answers, tmp_path / "other", head=head, seed=1)
+    other.run()
+    assert not same(weights(whole), weights(other))
+
+
+def test_features_beyond_the_budget_are_computed_anew(target_folder, run_folder, tmp_path):
+    answers = run_folder / "answers.jsonl"
+    cached = trainer_of(target_folder, answers, tmp_path / "cached")
+    part = trainer_of(target_folder, answers, tmp_path / "part", feature_budget=200_000)
+    none = trainer_of(target_folder, answers, tmp_path / "none", feature_budget=0)
+    assert cached.features.cached == 120
+    assert 0 < part.features.cached < 120
+    assert none.features.cached == 0
+    for a, b, c in zip(*(t.features.get([3, 80, 110]) for t in (cached, part, none)), strict=True):
+        assert torch.allclose(a.taps, c.taps, atol=0.05)  # on disk they are bfloat16
+        assert torch.allclose(b.lse, c.lse, atol=1e-4)
+        assert torch.allclose(a.final, b.final, atol=0.05)
+
+
+def test_features_go_on_where_a_kill_left_them(target_folder, run_folder, tmp_path, monkeypatch):
+    answers = run_folder / "answers.jsonl"
+    monkeypatch.setattr("dspark_stream.training.features.PASS_TOKENS", 200)
+    computed = []
+    real = pipeline.FeatureSource._write
+
+    def write(self, i, features):
+        if len(computed) == 50:
+            raise KeyboardInterrupt
+        computed.append(i)
+        real(self, i, features)
+
+    monkeypatch.setattr(pipeline.FeatureSource, "_write", write)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(target_folder, answers, tmp_path / "run")
+    before = list(computed)
+    computed.clear()
+    monkeypatch.setattr(pipeline.FeatureSource, "_write", lambda *a: (computed.append(a[1]), real(*a))[1])
+    resumed = trainer_of(target_folder, answers, tmp_path / "run")
+    assert 0 < computed[0] <= 50
+    assert len(before) - computed[0] < 10  # at most one pass is made again
+    assert computed[-1] == 119
+    fresh = trainer_of(target_folder, answers, tmp_path / "fresh")
+    for a, b in zip(resumed.features.get(range(120)), fresh.features.get(range(120)), strict=True):
+        assert torch.equal(a.taps, b.taps)

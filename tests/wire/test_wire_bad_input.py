@@ -1,0 +1,291 @@
+"""Every kind of bad input: a typed error that names the field, and a socket that still works."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import struct
+from typing import Any
+
+import msgspec
+import pytest
+
+from wire.harness import Launch, Running, eventually
+
+CREATE: dict[str, Any] = {"type": "response.create", "input": "hello"}
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
+    # what is sent beside {"type": "response.create", "input": "hello"}, the field named, what the message says
+    ({"type": "response.make"}, "type", "response.make"),
+    ({"type": "dspark:resume", "response_id": "r", "starting_after": 0}, "type", "dspark:resume"),
+    ({"type": None}, "type", "type"),
+    ({"colour": "blue"}, "colour", "not a known field"),
+    ({"dspark": {"speed": 11}}, "dspark.speed", "not a known field"),
+    ({"temperature": "hot"}, "temperature", "float"),
+    ({"temperature": -0.1}, "temperature", "from 0 to 2"),
+    ({"temperature": 2.5}, "temperature", "from 0 to 2"),
+    ({"top_p": 0}, "top_p", "above 0 to 1"),
+    ({"top_p": 1.01}, "top_p", "above 0 to 1"),
+    ({"input": ""}, "input", "empty"),
+    ({"input": []}, "input", "empty"),
+    ({"input": [{"role": "user", "content": ""}]}, "input", "empty"),
+    ({"input": None}, "input", "required"),
+    ({"input": 5}, "input", "int"),
+    ({"input": ["x"]}, "input[0]", "object"),
+    ({"input": [{"role": "user"}]}, "input[0].content", "required"),
+    ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role", "robot"),
+    ({"input": [{"role": "user", "content": "x", "mood": 1}]}, "input[0].mood", "not a known field"),
+    ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].type", "function_call_output"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+        "input[0].content[0].type",
+        "only text",
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": 1}]}]},
+        "input[0].content[0].text",
+        "str",
+    ),
+    ({"max_output_tokens": 0}, "max_output_tokens", "from 1 to 2047"),
+    ({"max_output_tokens": 2048}, "max_output_tokens", "from 1 to 2047"),
+    ({"max_output_tokens": 10**30}, "max_output_tokens", "from 1 to 2047"),
+    ({"max_output_tokens": 2.5}, "max_output_tokens", "int"),
+    ({"max_output_tokens": 2040}, "max_output_tokens", "room for"),
+    ({"model": "gpt-17"}, "model", "gpt-17"),
+    ({"previous_response_id": "resp_never"}, "previous_response_id", "resp_never"),
+    ({"metadata": {"a": 1}}, "metadata", "str"),
+    ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "at most 16"),
+    ({"metadata": {"k" * 65: "x"}}, "metadata", "64"),
+    ({"dspark": {"mode": "fast"}}, "dspark.mode", "fast"),
+    ({"dspark": {"verification": "none"}}, "dspark.verification", "none"),
+    ({"dspark": {"seed": -1}}, "dspark.seed", "2^63"),
+    ({"dspark": {"seed": 2**63}}, "dspark.seed", "2^63"),
+    ({"dspark": {"top_k": -1}}, "dspark.top_k", "1000"),
+    ({"dspark": {"top_k": 1001}}, "dspark.top_k", "1000"),
+    ({"dspark": {"min_p": 1.5}}, "dspark.min_p", "from 0 to 1"),
+    ({"dspark": {"stop": ["a", "b", "c", "d", "e"]}}, "dspark.stop", "at most 4"),
+    ({"dspark": {"stop": ["a", ""]}}, "dspark.stop[1]", "1 to 256"),
+    ({"dspark": {"stop": "s" * 257}}, "dspark.stop", "1 to 256"),
+    ({"dspark": {"steps": "yes"}}, "dspark.steps", "bool"),
+    ({"stream_id": ""}, "stream_id", "1 to 128"),
+    ({"event_id": "e" * 129}, "event_id", "1 to 128"),
+    ({"tools": [{"type": "web_search"}]}, "tools", "not supported"),
+    ({"text": {"format": {"type": "json_schema"}}}, "text", "not supported"),
+    ({"reasoning": {"effort": "high"}}, "reasoning", "not supported"),
+    ({"truncation": "auto"}, "truncation", "not supported"),
+    ({"background": True}, "background", "not supported"),
+    ({"top_logprobs": 3}, "top_logprobs", "not supported"),
+    ({"include": ["reasoning.encrypted_content"]}, "include", "not supported"),
+    ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "not padded"),
+    ({"tools": deep(900)}, "tools", "not supported"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "says"), BAD_FIELDS, ids=lambda v: str(v)[:50])
+async def test_a_bad_field_is_named_and_the_socket_goes_on(
+    running: Running, fields: dict[str, Any], param: str, says: str
+) -> None:
+    """Guards against errors that do not say which field, and against bad events that cost the socket."""
+    async with running.socket() as socket:
+        await socket.send({"event_id": "e1", **CREATE, **fields})
+        error = await socket.receive()
+        assert error["type"] == "error"
+        assert error["error"]["param"] == param
+        assert says in error["error"]["message"]
+        assert error["error"]["type"] == "invalid_request_error"
+        assert error["status"] in (400, 404)
+        assert error["sequence_number"] == 0
+        assert error["event_id"] == fields.get("event_id", "e1")[:128]
+        assert error["error"]["code"]
+        await socket.create()
+        assert (await socket.response())[-1]["type"] == "response.completed"
+
+
+HARMLESS: list[dict[str, Any]] = [
+    {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+    {"truncation": "disabled", "background": False, "include": [], "top_logprobs": 0},
+    {"text": {"format": {"type": "text"}}, "reasoning": {"effort": None}, "service_tier": "auto"},
+    {"stream": True, "store": True, "user": "u", "metadata": None, "stream_options": None},
+    {"prompt_cache_key": "k", "safety_identifier": "s", "generate": True, "model": "fake-135m"},
+    {"temperature": 0, "top_p": 1, "dspark": {"seed": 5}},
+    {"dspark": {}},
+]
+
+
+@pytest.mark.parametrize("fields", HARMLESS, ids=lambda v: str(v)[:50])
+async def test_harmless_fields_of_other_clients_pass(running: Running, fields: dict[str, Any]) -> None:
+    """Guards against refusing clients for fields that ask for nothing."""
+    async with running.socket() as socket:
+        await socket.create(**fields)
+        assert (await socket.response())[-1]["type"] == "response.completed"
+
+
+MALFORMED: list[str] = [
+    "{not json",
+    "",
+    '{"type": "response.create", "input": "x", "temperature": NaN}',
+    '{"type": "response.create", "input": "x", "temperature": Infinity}',
+    '{"type": "response.create", "input": "\\ud800"}',
+    '{"type": "response.create"} trailing',
+    "[" * 100_000,
+    '{"tools":' + "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("text", MALFORMED, ids=lambda v: v[:40])
+async def test_malformed_json_is_an_error_and_the_socket_goes_on(running: Running, text: str) -> None:
+    """Guards against a parser's exception that ends the connection."""
+    async with running.socket() as socket:
+        await socket.connection.send(text)
+        error = await socket.receive()
+        assert (error["type"], error["status"]) == ("error", 400)
+        assert error["error"]["type"] == "invalid_request_error"
+        await socket.create()
+        assert (await socket.response())[-1]["type"] == "response.completed"
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '"x"', "null"])
+async def test_json_that_is_no_object(running: Running, text: str) -> None:
+    """Guards against an error that blames a field of something that has none."""
+    async with running.socket() as socket:
+        await socket.connection.send(text)
+        error = await socket.receive()
+        assert error["error"]["param"] is None
+        assert "object" in error["error"]["message"]
+
+
+async def test_nan_in_msgpack_is_an_error(launch: Launch) -> None:
+    """Guards against NaN where JSON cannot carry it but MessagePack can."""
+    running = await launch()
+    async with running.socket(subprotocols=["dspark.v1+msgpack"]) as socket:
+        for name in ("temperature", "top_p"):
+            await socket.create(**{name: math.nan})
+            assert (await socket.receive())["error"]["param"] == name
+        await socket.create(dspark={"min_p": math.inf})
+        assert (await socket.receive())["error"]["param"] == "dspark.min_p"
+        for garbage in (b"\xc1", b"", b"\x91" * 50_000, b"\x81\xa4type\xa1\xff"):
+            await socket.connection.send(garbage)
+            assert (await socket.receive())["status"] == 400
+        await socket.create()
+        assert (await socket.response())[-1]["type"] == "response.completed"
+
+
+async def test_the_wrong_kind_of_frame_is_an_error(running: Running) -> None:
+    """Guards against a binary frame on a JSON socket, or text on a MessagePack one, that costs the connection."""
+    async with running.socket() as socket:
+        await socket.connection.send(msgspec.msgpack.encode(CREATE))
+        error = await socket.receive()
+        assert error["error"]["code"] == "wrong_frame_type"
+        await socket.create()
+        assert (await socket.response())[-1]["type"] == "response.completed"
+    async with running.socket(subprotocols=["dspark.v1+msgpack"]) as socket:
+        await socket.connection.send(json.dumps(CREATE))
+        assert (await socket.receive())["error"]["code"] == "wrong_frame_type"
+        await socket.create()
+        assert (await socket.response())[-1]["type"] == "response.completed"
+
+
+async def test_a_huge_prompt_is_refused_before_it_is_tokenised(running: Running) -> None:
+    """Guards against paying for the tokens of a prompt that can never fit (its bytes already say so)."""
+    async with running.socket() as socket:
+        await socket.create(input="x" * 500_000)
+        error = await socket.receive()
+        assert error["error"]["param"] == "input"
+        assert error["error"]["code"] == "context_length_exceeded"
+        assert not running.tokenizer.chats
+        await socket.create(input="é" * 2_050)  # few enough bytes to be tried, too many tokens
+        error = await socket.receive()
+        assert (error["error"]["param"], error["error"]["code"]) == ("input", "context_length_exceeded")
+        assert len(running.tokenizer.chats) == 1
+        await socket.create()
+        assert (await socket.response())[-1]["type"] == "response.completed"
+
+
+async def test_a_long_conversation_is_refused_before_it_is_tokenised(launch: Launch) -> None:
+    """Guards against the same through turns that fit one by one."""
+    running = await launch()
+    async with running.socket() as socket:
+        await socket.create(input="x" * 1500)
+        first = (await socket.response())[-1]["response"]["id"]
+        await socket.create(input="y" * 1500, previous_response_id=first)
+        error = await socket.receive()
+        assert (error["error"]["param"], error["error"]["code"]) == ("input", "context_length_exceeded")
+
+
+async def test_a_failing_tokenizer_does_not_show_its_insides(running: Running) -> None:
+    """Guards against stack traces and paths in answers, and against places that such a failure keeps."""
+    running.tokenizer.error = RuntimeError("/secret/path: template exploded")
+    async with running.socket() as socket:
+        await socket.create(event_id="e")
+        error = await socket.receive()
+        assert (error["status"], error["event_id"]) == (500, "e")
+        assert "secret" not in json.dumps(error)
+        running.tokenizer.error = None
+        await socket.create()
+        assert (await socket.response())[-1]["type"] == "response.completed"
+
+
+# --- frames that break the protocol of WebSockets itself ---------------------------------------------------------
+
+
+def masked(opcode: int, payload: bytes, *, final: bool = True) -> bytes:
+    """A client's frame, with a mask of zeros."""
+    first = (0x80 if final else 0) | opcode
+    size = len(payload)
+    head = struct.pack("!BB", first, 0x80 | size) if size < 126 else struct.pack("!BBH", first, 0x80 | 126, size)
+    return head + b"\0\0\0\0" + payload
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (masked(1, b"\xff\xfe"), 1007),
+        (masked(3, b"x"), 1002),
+        (b"\xf1" + masked(1, b"x")[1:], 1002),
+        (masked(9, b"p" * 200), 1002),
+    ],
+    ids=["not-utf8", "unknown-opcode", "reserved-bits", "long-ping"],
+)
+async def test_a_malformed_frame_closes(running: Running, frame: bytes, code: int) -> None:
+    """Guards against going on after the stream of frames can no longer be trusted."""
+    async with running.socket() as socket:
+        socket.connection.transport.write(frame)
+        assert await socket.closed() == code
+
+
+async def test_an_oversized_message_closes(launch: Launch) -> None:
+    """Guards against messages that fill the memory before anybody looks at them."""
+    running = await launch(max_message_bytes=10_000)
+    async with running.socket() as socket:
+        await socket.create(input="x" * 9_000)
+        assert (await socket.receive())["type"] == "error"  # too many tokens, but not too many bytes
+        await socket.create(input="x" * 10_001)
+        assert await socket.closed() == 1009
+    await eventually(lambda: running.server.service.metrics.sockets_open == 0)
+
+
+async def test_a_flood_of_bad_events_is_answered_in_step(launch: Launch) -> None:
+    """Guards against a client that sends and does not read, and so piles up our answers."""
+    running = await launch(pending_limit_bytes=4_000, slow_reader_timeout_s=30.0)
+    async with running.socket(max_queue=1) as socket:
+        sent = asyncio.create_task(_flood(socket.connection, 20_000))
+        await asyncio.sleep(0.3)
+        (shell,) = running.server.sockets.open
+        assert shell.pending_bytes < 20_000
+        for _ in range(20_000):
+            assert (await socket.receive())["type"] == "error"
+        await sent
+
+
+async def _flood(connection: Any, count: int) -> None:
+    for _ in range(count):
+        await connection.send("{}")

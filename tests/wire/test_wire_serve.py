@@ -1,0 +1,77 @@
+"""The process: it says when it is ready, takes signals, and leaves cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket as sockets
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import websockets
+
+from wire.harness import Socket
+
+SCRIPT = Path(__file__).with_name("fake_server.py")
+
+
+@asynccontextmanager
+async def process(shutdown_timeout_s: float, port: int = 0) -> AsyncIterator[asyncio.subprocess.Process]:
+    started = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(SCRIPT),
+        str(port),
+        str(shutdown_timeout_s),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield started
+    finally:
+        if started.returncode is None:
+            started.kill()
+        await started.wait()
+
+
+async def address(server: asyncio.subprocess.Process) -> str:
+    assert server.stdout is not None
+    line = await asyncio.wait_for(server.stdout.readline(), 20)
+    return line.decode().strip().replace("http://", "ws://") + "v1/responses"
+
+
+async def test_sigterm_drains_and_a_second_one_does_not_wait() -> None:
+    """Guards against a process that ignores SIGTERM while it answers, or that cannot be hurried."""
+    async with process(60.0) as server:
+        async with websockets.connect(await address(server)) as connection:
+            socket = Socket(connection)
+            await socket.create()
+            await socket.until("response.output_text.delta")
+            server.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            assert server.returncode is None
+            await socket.until("response.output_text.delta")
+            begun = time.monotonic()
+            server.send_signal(signal.SIGTERM)
+            events = await socket.until("response.cancelled")
+            assert events[-1]["response"]["status"] == "cancelled"
+            assert await socket.closed() == 1012
+        assert await asyncio.wait_for(server.wait(), 10) == 0
+        assert time.monotonic() - begun < 5
+        assert server.stderr is not None
+        assert b"Traceback" not in await server.stderr.read()
+
+
+async def test_a_taken_port_is_a_plain_error() -> None:
+    """Guards against a stack trace where a sentence is enough."""
+    with sockets.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        async with process(0.0, taken.getsockname()[1]) as server:
+            assert await asyncio.wait_for(server.wait(), 20) == 1
+            assert server.stderr is not None
+            said = (await server.stderr.read()).decode()
+    assert said.startswith("port: cannot listen on 127.0.0.1:")
+    assert "Traceback" not in said
