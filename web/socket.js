@@ -1,0 +1,135 @@
+/**
+ * The connection: opens, reads, reconnects. All that it knows of the protocol is in protocol.js.
+ */
+
+import { Lanes, ResponseState, backoff, createEvent, subprotocols } from "./protocol.js";
+
+/**
+ * @typedef {Object} State
+ * @property {"connecting"|"open"|"waiting"|"key"|"forbidden"} phase
+ *   `waiting`: the next attempt comes by itself; `key`: the server wants a key; `forbidden`: it refuses this page.
+ * @property {number} [retryAt]  for `waiting`: when, in Date.now() milliseconds
+ * @property {string} [why]
+ */
+
+/** Close codes that say more than "gone". */
+const WHY = new Map([
+  [1001, "The server is going away."],
+  [1009, "The message was too large for the server."],
+  [1012, "The server is restarting."],
+  [1013, "The server is too busy."],
+]);
+
+export class Connection {
+  /** @type {State} */
+  state = { phase: "connecting" };
+  /** @type {any} the `dspark:hello` of the open socket */
+  hello = null;
+
+  /** @type {WebSocket|null} */
+  #socket = null;
+  #lanes = new Lanes();
+  #attempt = 0;
+  #timer = 0;
+  #asked = 0;
+  /** @type {string|null} */
+  #key;
+
+  /**
+   * @param {{url: string, key: string|null, probe: (key: string|null) => Promise<number>,
+   *          onState: (state: State) => void, onHello: (hello: any) => void,
+   *          onStray: (event: any) => void}} options
+   *   `probe` gives the HTTP status of a plain request, or 0: a browser does not tell why an upgrade was refused.
+   */
+  constructor(options) {
+    this.options = options;
+    this.#key = options.key;
+  }
+
+  open() {
+    clearTimeout(this.#timer);
+    this.#set({ phase: "connecting" });
+    const socket = new WebSocket(this.options.url, subprotocols(this.#key));
+    this.#socket = socket;
+    socket.onmessage = (message) => this.#receive(JSON.parse(message.data));
+    socket.onclose = (event) => this.#closed(socket, event);
+  }
+
+  /** @param {string} key */
+  useKey(key) {
+    this.#key = key;
+    this.#attempt = 0;
+    this.open();
+  }
+
+  /**
+   * Send one question.
+   * @param {Omit<Parameters<typeof createEvent>[0], "eventId">} question
+   * @param {import("./protocol.js").Handlers} handlers
+   * @returns {{cancel: () => void}}
+   */
+  ask(question, handlers) {
+    const eventId = `ask-${++this.#asked}`;
+    const response = new ResponseState(eventId, handlers);
+    if (this.state.phase !== "open") {
+      response.finish({ status: "lost", usage: null, reason: null, error: null });
+      return { cancel() {} };
+    }
+    this.#lanes.add(question.lane, response);
+    this.#send(createEvent({ ...question, eventId }));
+    return {
+      cancel: () => {
+        if (response.phase === "ended") return;
+        // Before `response.created` the lane is the only name that the response has.
+        const target = response.id ? { response_id: response.id } : { stream_id: question.lane };
+        this.#send({ type: "response.cancel", event_id: `cancel-${eventId}`, ...target });
+      },
+    };
+  }
+
+  /** @param {object} event */
+  #send(event) {
+    if (this.#socket?.readyState === WebSocket.OPEN) this.#socket.send(JSON.stringify(event));
+  }
+
+  /** @param {any} event */
+  #receive(event) {
+    if (event.type === "dspark:hello") {
+      this.#attempt = 0;
+      this.hello = event;
+      this.#set({ phase: "open" });
+      this.options.onHello(event);
+    } else if (!this.#lanes.receive(event) && event.type === "error") {
+      this.options.onStray(event);
+    }
+  }
+
+  /**
+   * @param {WebSocket} socket
+   * @param {CloseEvent} event
+   */
+  async #closed(socket, event) {
+    if (socket !== this.#socket) return; // an older one; a newer has taken its place
+    const wasOpen = this.state.phase === "open";
+    this.#lanes.lose();
+    if (event.code === 1008) {
+      this.#set({ phase: "key", why: event.reason });
+      return;
+    }
+    if (!wasOpen) {
+      const status = await this.options.probe(this.#key);
+      if (socket !== this.#socket) return;
+      if (status === 401) return this.#set({ phase: "key" });
+      if (status === 403) return this.#set({ phase: "forbidden" });
+    }
+    const wait_s = backoff(this.#attempt++, Math.random());
+    this.#timer = window.setTimeout(() => this.open(), wait_s * 1000);
+    this.#set({ phase: "waiting", retryAt: Date.now() + wait_s * 1000, why: WHY.get(event.code) });
+  }
+
+  /** @param {State} state */
+  #set(state) {
+    this.state = state;
+    this.options.onState(state);
+  }
+}
