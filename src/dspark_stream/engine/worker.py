@@ -292,8 +292,9 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
 
     if not request.prompt_ids:
         refuse("prompt_ids", "at least one token", [])
-    if not all(0 <= t < info.vocab_size for t in request.prompt_ids):
-        refuse("prompt_ids", f"token ids in 0 … {info.vocab_size - 1}", "one outside")
+    for token in request.prompt_ids:
+        if not 0 <= token < info.vocab_size:
+            refuse("prompt_ids", f"token ids in 0 … {info.vocab_size - 1}", token)
     if s.max_tokens < 1:
         refuse("max_tokens", "at least 1", s.max_tokens)
     if not 0.0 <= s.temperature < float("inf"):

@@ -30,11 +30,12 @@ def quantise_linears(module: nn.Module, quant: Quant) -> int:
     """
     if quant == "none":
         return 0
+    # it tells of optional kernels when imported, and of its fp16 cast at every single product
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes as bnb
     except (ImportError, OSError) as error:
         raise ModelLoadError(f"{quant} needs bitsandbytes, which does not load here: {error}") from error
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of its fp16 cast at every single product
     count = 0
     for parent_name, parent in list(module.named_modules()):
         for name, child in list(parent.named_children()):

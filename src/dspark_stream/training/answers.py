@@ -1,0 +1,136 @@
+"""Answer files: what the target wrote to prompts. JSONL, one answer a line.
+
+A line is ``{"domain", "temperature", "prompt_ids", "answer_ids"}``; further fields are left alone. Token ids, not
+text: a drafter must learn the very tokens that the target chose.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from dspark_stream.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer with its prompt, tokens under the chat template. n tokens in all."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    domain: str = ""
+    temperature: float = 0.0
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and answer, [n]."""
+        return self.prompt_ids + self.answer_ids
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Answers to train on and answers held out; no prompt is in both."""
+
+    train: list[Answer]
+    held_out: list[Answer]
+
+
+def read_answers(path: Path, vocab_size: int, *, limit: int | None = None) -> list[Answer]:
+    """All complete answers of a file; what a killed writer left half-written at the very end is passed over.
+
+    Raises:
+        ConfigError: no such file, nothing in it, or a broken line that is not the last (the message has its number).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"answers file {path} cannot be read: {error}", param="answers") from error
+    answers: list[Answer] = []
+    for number, line in enumerate(lines, 1):
+        if limit is not None and len(answers) >= limit:
+            break
+        try:
+            answers.append(parse_answer(line, vocab_size))
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ConfigError(f"{path}, line {number}: no usable answer: {error}", param="answers") from error
+    usable = [a for a in answers if a.answer_ids and a.prompt_ids]
+    if not usable:
+        raise ConfigError(f"{path} holds no answer with a prompt", param="answers")
+    return usable
+
+
+def parse_answer(line: str, vocab_size: int) -> Answer:
+    """One line.
+
+    Raises:
+        ValueError, KeyError, TypeError: not JSON, a field missing, or ids that the target does not have.
+    """
+    raw = json.loads(line)
+    if not isinstance(raw, dict):
+        raise TypeError("not a JSON object")
+    ids = {name: tuple(int(i) for i in raw[name]) for name in ("prompt_ids", "answer_ids")}
+    for name, values in ids.items():
+        if values and not 0 <= min(values) <= max(values) < vocab_size:
+            raise ValueError(f"{name} has ids outside the target's vocabulary of {vocab_size}")
+    return Answer(ids["prompt_ids"], ids["answer_ids"], str(raw.get("domain", "")), float(raw.get("temperature", 0.0)))
+
+
+def answer_line(answer: Answer, **further: object) -> str:
+    """One line, with its newline."""
+    fields = {
+        **further,
+        "domain": answer.domain,
+        "temperature": answer.temperature,
+        "prompt_ids": answer.prompt_ids,
+        "answer_ids": answer.answer_ids,
+    }
+    return json.dumps(fields) + "\n"
+
+
+def split_answers(answers: list[Answer], held_out: int, seed: int) -> Split:
+    """Hold out prompts until ``held_out`` greedy answers are, taking domains in turn; at most a tenth of all.
+
+    By prompt, not by answer: a prompt answered twice must not be on both sides. Greedy answers are what the walk of
+    `validate.py` needs; where a file has none, sampled ones stand in (their figure is then a lower bound).
+    """
+    of_prompt: dict[tuple[int, ...], list[Answer]] = {}
+    for answer in answers:
+        of_prompt.setdefault(answer.prompt_ids, []).append(answer)
+    any_greedy = any(a.temperature == 0 for a in answers)
+    queues: dict[str, list[tuple[int, ...]]] = {}
+    for prompt, own in of_prompt.items():
+        if not any_greedy or any(a.temperature == 0 for a in own):
+            queues.setdefault(own[0].domain, []).append(prompt)
+    rng = random.Random(seed)
+    for domain in sorted(queues):
+        rng.shuffle(queues[domain])
+    chosen: set[tuple[int, ...]] = set()
+    most = min(held_out, max(1, len(of_prompt) // 10)) if len(of_prompt) > 1 else 0
+    while len(chosen) < most and any(queues.values()):
+        for domain in sorted(queues):
+            if queues[domain] and len(chosen) < most:
+                chosen.add(queues[domain].pop())
+    return Split(
+        train=[a for a in answers if a.prompt_ids not in chosen],
+        held_out=[a for a in answers if a.prompt_ids in chosen and (a.temperature == 0 or not any_greedy)],
+    )
+
+
+def draft_vocabulary(answers: list[Answer], size: int, vocab_size: int, always: tuple[int, ...]) -> list[int]:
+    """The ``size`` target tokens that a drafter needs most, ascending.
+
+    ``always`` (stop tokens) first, then by use in answers, then by use in prompts, then the lowest ids, which in a
+    byte-pair vocabulary are the commonest.
+    """
+    in_answers = Counter(t for a in answers for t in a.answer_ids)
+    in_prompts = Counter(t for a in answers for t in a.prompt_ids)
+    ranked = sorted(range(vocab_size), key=lambda t: (t not in always, -in_answers[t], -in_prompts[t], t))
+    return sorted(ranked[:size])

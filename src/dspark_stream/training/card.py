@@ -1,0 +1,114 @@
+"""The card beside a trained drafter: what it was made from, how, and how good it is."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from dspark_stream import __version__
+from dspark_stream.training.answers import Answer, Split
+from dspark_stream.training.log import last_figures
+from dspark_stream.training.loop import Trainer
+from dspark_stream.training.plan import FILE, TrainPlan
+
+
+def write_card(plan: TrainPlan, trainer: Trainer, split: Split, target_name: str, run_folder: Path) -> str:
+    """The card as Markdown. Held-out figures are the log's last."""
+    config = trainer.drafter.config
+    parameters = sum(p.numel() for p in trainer.parameters)
+    head = "none (DFlash)" if not config.markov_rank else f"{config.markov_head_type}, rank {config.markov_rank}"
+    figures = last_figures(run_folder)
+    lines = [
+        f"# DSpark drafter for {target_name}",
+        "",
+        f"Made by `dspark-stream train` {__version__}; every setting is in `{FILE}` beside this card.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| layers | {config.num_layers}, started from the target's last ones |",
+        f"| block size γ | {config.block_size} |",
+        f"| sequential head | {head} |",
+        f"| draft vocabulary | {trainer.drafter.draft_vocab_size} of {trainer.drafter.vocab_size} tokens |",
+        f"| taps | {', '.join(map(str, config.target_layer_ids))} |",
+        f"| mask token | {config.mask_token_id} |",
+        f"| own parameters | {parameters / 1e6:.1f} million |",
+        "",
+        "## Data",
+        "",
+        "Only answers that the target itself wrote; prompts were read, never predicted.",
+        "",
+        *_data(split),
+        "",
+        *(f"- {line}" for line in _sources(plan)),
+        "",
+        "## Training",
+        "",
+        f"- {trainer.step} steps, {trainer.rows // config.block_size} blocks of γ rows, seed {plan.seed}",
+        f"- {trainer.elapsed_s / 60:.0f} minutes of training on {hardware(trainer.device)}",
+        "",
+        "## Held-out figures",
+        "",
+        *_figures(figures, config.block_size),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _data(split: Split) -> Iterable[str]:
+    yield "| domain | answers | answer tokens | held out |"
+    yield "| --- | --- | --- | --- |"
+    held_out = Counter(a.domain for a in split.held_out)
+    for domain in sorted({a.domain for a in (*split.train, *split.held_out)}):
+        own = [a for a in split.train if a.domain == domain]
+        yield f"| {domain or '-'} | {len(own)}{_greedy(own)} | {_tokens(own)} | {held_out[domain]} |"
+    yield f"| all | {len(split.train)}{_greedy(split.train)} | {_tokens(split.train)} | {len(split.held_out)} |"
+
+
+def _greedy(answers: list[Answer]) -> str:
+    return f" ({sum(a.temperature == 0 for a in answers)} greedy)"
+
+
+def _tokens(answers: list[Answer]) -> int:
+    return sum(len(a.answer_ids) for a in answers)
+
+
+def _sources(plan: TrainPlan) -> Iterable[str]:
+    if plan.licences:
+        yield from plan.licences
+        return
+    yield "Licences of the prompts were not given (`--licence`)."
+    if plan.prompts:
+        yield "Prompt files: " + ", ".join(Path(p).name for p in plan.prompts)
+
+
+def _figures(figures: dict[str, str], gamma: int) -> Iterable[str]:
+    if not figures:
+        yield "None were taken."
+        return
+    yield "Greedy walk over held-out greedy answers; accepted length is tokens committed a round, γ drafts verified."
+    yield ""
+    yield "| | accepted length |"
+    yield "| --- | --- |"
+    yield f"| all | {figures['accepted_length']} |"
+    for name, value in figures.items():
+        if name.startswith("accepted_length_") and value:
+            yield f"| {name.removeprefix('accepted_length_') or '-'} | {value} |"
+    yield ""
+    yield f"Acceptance of draft 1 … {gamma}, given that those before it were accepted: {figures['by_position']}."
+
+
+def hardware(device: torch.device) -> str:
+    """What the training ran on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        name = next(line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"CPU ({name}, {torch.get_num_threads()} threads)"

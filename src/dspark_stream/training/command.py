@@ -1,0 +1,185 @@
+"""`dspark-stream train`: a drafter for a target, from prompts or from answers that exist.
+
+Light to import: the command line reads `add_arguments` for its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dspark_stream.config import parse_bytes
+from dspark_stream.errors import ConfigError, DsparkError
+from dspark_stream.progress import Progress
+from dspark_stream.training.plan import HEADS, TrainPlan, settle
+
+EXIT_INTERRUPTED = 130
+
+Option = tuple[str, str, dict[str, Any]]
+"""Field of the plan, help, and what else argparse is told."""
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers like 1,8,14,20,27") from None
+
+
+DATA: list[Option] = [
+    ("target", 'model to draft for: "embedded", a folder, a .gguf file or a hub name', {"metavar": "MODEL"}),
+    ("prompts", "JSONL files of prompts (messages); the target answers them", {"nargs": "+", "metavar": "FILE"}),
+    ("answers", "JSONL file of answers that the target wrote before, instead of --prompts", {"metavar": "FILE"}),
+    (
+        "licences",
+        "a line on data and its licence for the card; may be repeated",
+        {"flag": "--licence", "action": "append", "metavar": "TEXT"},
+    ),
+    ("limit", "most answers to write or to use (default: one a prompt; more than prompts: asked again)", {"type": int}),
+    ("answer_tokens", "most tokens of an answer", {"type": int}),
+    ("streams", "answers written at the same time", {"type": int}),
+    ("held_out", "greedy answers kept out of training, to measure on", {"type": int}),
+]
+SHAPE: list[Option] = [
+    ("layers", "layers of the backbone", {"type": int}),
+    ("block_size", "draft block γ", {"type": int}),
+    ("head", "sequential head; none is DFlash", {"choices": HEADS}),
+    ("rank", "rank of the sequential head", {"type": int}),
+    ("draft_vocab", "draft vocabulary: the target's most used tokens; 0 for all of them", {"type": int}),
+    ("taps", "tapped target layers (default: five from 1 to L-3)", {"type": _layers, "metavar": "1,8,…"}),
+    ("mask_token_id", "id that stands for tokens not drafted yet (default: an unused special token)", {"type": int}),
+]
+TRAINING: list[Option] = [
+    ("minutes", "end after so many minutes of training", {"type": float}),
+    ("steps", "end after so many steps (the first of both ends it)", {"type": int}),
+    ("batch", "sequences a step", {"type": int}),
+    ("anchors", "blocks a sequence and step", {"type": int}),
+    ("lr", "highest learning rate", {"type": float}),
+    ("seed", "of everything drawn at random", {"type": int}),
+    ("validate_every", "steps between held-out figures", {"type": int, "metavar": "STEPS"}),
+    ("checkpoint_minutes", "minutes between saved states", {"type": float, "metavar": "MINUTES"}),
+    ("feature_budget", "disk for the target's hidden states, as 8GiB; the rest is computed anew", {"type": _size}),
+    ("device", "where it runs", {"choices": ("auto", "cpu", "cuda")}),
+    ("threads", "CPU threads; 0 leaves the choice to torch", {"type": int}),
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `train`."""
+    defaults = {f.name: f.default for f in fields(TrainPlan) if f.default is not MISSING}
+    for title, options in (("data", DATA), ("drafter", SHAPE), ("training", TRAINING)):
+        group = parser.add_argument_group(title)
+        for name, help_text, given in options:
+            told = {"metavar": "N"} | given if "choices" not in given else dict(given)
+            flag = told.pop("flag", "--" + name.replace("_", "-"))
+            default: Any = [] if told.get("action") == "append" else defaults[name]
+            if default not in (None, (), []) and "default:" not in help_text:
+                shown = f"{default // 2**30}GiB" if told.get("type") is _size else default
+                help_text = f"{help_text} (default: {shown})"  # noqa: PLW2901
+            group.add_argument(flag, dest=name, default=default, help=help_text, **told)
+    group = parser.add_argument_group("places")
+    group.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the run; the same command goes on where a stopped one left it (default: runs/NAME)",
+    )
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where the drafter is written (default: drafter/ in the run's folder)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, stage by stage. 0: the drafter is saved; 130: stopped by a signal, to be gone on with.
+
+    Raises:
+        DsparkError: whatever cannot be used or written; what is done is kept.
+    """
+    # before torch is loaded: threads that wait spinning take the time of whoever shares the machine, and of us
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(TrainPlan)}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    plan = TrainPlan(**values)
+    folder: Path = args.run_dir or Path("runs") / run_name(plan.target)
+    progress = Progress()
+    settle(plan, folder)
+
+    import torch
+
+    from dspark_stream.training.pipeline import run_stages
+
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    try:
+        with asked_to_stop() as stop:
+            finished = run_stages(plan, folder, args.out or folder / "drafter", progress, stop)
+    except OSError as error:  # what no stage could say better: a log line, say, on a full disk
+        raise ConfigError(f"{error}; what is done is kept in {folder}", param="run_dir") from error
+    if not finished:
+        progress.say(f"stopped; the same command goes on from {folder}")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def run_name(target: str) -> str:
+    """A folder's name for a target's."""
+    name = Path(target).name.removesuffix(".gguf").lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", name) or "target"
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGINT has come. A second one, or one outside training, ends the process as always."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    def stop() -> bool:
+        # the first question comes from the training loop: only from there on is a signal worth waiting with
+        if not before:
+            before.update({one: signal.signal(one, note) for one in (signal.SIGTERM, signal.SIGINT)})
+        return bool(asked)
+
+    try:
+        yield stop
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m dspark_stream.training.command`."""
+    parser = argparse.ArgumentParser(prog="dspark-stream train", allow_abbrev=False)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except DsparkError as error:
+        print(f"dspark-stream train: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

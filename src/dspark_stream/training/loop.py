@@ -1,0 +1,309 @@
+"""The training loop: steps, schedule, checkpoints, resume, log.
+
+Step i draws everything at random from (seed, i) alone, never from a generator that runs on; so a run that was killed
+and taken up again sees the same batches as one that was not, and on one machine ends at the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_stream.errors import ConfigError
+from dspark_stream.models.drafter import Drafter
+from dspark_stream.progress import SILENT, Progress
+from dspark_stream.training.answers import Answer
+from dspark_stream.training.blocks import BlockAttend, BlockBatch, make_batch, sample_anchors
+from dspark_stream.training.features import Features, FeatureSource
+from dspark_stream.training.log import loss_fields, open_log, spoken
+from dspark_stream.training.loss import Head, LossParts, Slots, block_loss, slot_weights
+from dspark_stream.training.validate import Walked, walk
+
+WARM_UP = 0.04
+CLIP_NORM = 1.0
+LOG_STEPS = 20
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to train. Whichever of ``steps`` and ``minutes`` is reached first ends the run; one may be None."""
+
+    steps: int | None
+    minutes: float | None
+    batch: int = 12
+    """Sequences a step."""
+    anchors: int = 24
+    """Blocks a sequence."""
+    lr: float = 6e-4
+    seed: int = 0
+    validate_every: int = 250
+    checkpoint_minutes: float = 3.0
+
+
+class Trainer:
+    """Trains one drafter; everything that a resumed run needs is in ``folder / 'state.pt'``.
+
+    Args:
+        drafter: new, float32, on the target's device.
+        answers: to train on.
+        held_out: never trained on.
+        features: of the held-out answers, then of those to train on.
+        folder: of the run.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        answers: list[Answer],
+        held_out: list[Answer],
+        features: FeatureSource,
+        config: LoopConfig,
+        folder: Path,
+    ) -> None:
+        self.drafter, self.answers, self.held_out = drafter, answers, held_out
+        self.features, self.config, self.folder = features, config, folder
+        self.device = drafter.target.device
+        self.parameters = [p for p in drafter.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        self.low_precision = drafter.target.dtype == torch.bfloat16
+        self.slot_weights = slot_weights(drafter.gamma).to(self.device)
+        self.head = Head(drafter.head_weight, drafter.target.softcap)
+        self.to_draft = torch.arange(drafter.vocab_size, device=self.device)
+        if drafter.draft_ids is not None:
+            self.to_draft.fill_(-1)
+            self.to_draft[drafter.draft_ids] = torch.arange(drafter.draft_vocab_size, device=self.device)
+        self.step = 0
+        self.rows = 0
+        """Block rows trained so far."""
+        self.elapsed_s = 0.0
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    # --- one step --------------------------------------------------------------------------------------------
+
+    def indices(self, step: int) -> list[int]:
+        """The sequences of a step: every one once an epoch, in an order drawn from (seed, epoch)."""
+        size = min(self.config.batch, len(self.answers))
+        per_epoch = len(self.answers) // size
+        epoch, at = divmod(step, per_epoch)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            self._order = (epoch, torch.randperm(len(self.answers), generator=generator))
+        return [int(i) for i in self._order[1][at * size : (at + 1) * size]]
+
+    def batch(self, answers: list[Answer], features: list[Features], seed: int) -> BlockBatch:
+        """Blocks at anchors drawn from ``seed``."""
+        generator = torch.Generator().manual_seed(seed)
+        anchors = [sample_anchors(a, self.config.anchors, generator) for a in answers]
+        c = self.drafter.config
+        return make_batch(answers, features, anchors, gamma=c.block_size, mask_id=c.mask_token_id)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 products with float32 weights where the machine has bfloat16; else nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
+
+    def loss(self, batch: BlockBatch) -> LossParts:
+        """Forward pass and loss of a batch."""
+        drafter, head = self.drafter, self.drafter.markov_head
+        with self.autocast():
+            hidden = drafter.block_hidden(batch.block_ids, batch.block_positions, BlockAttend(drafter, batch))
+            hidden = hidden.view(*batch.labels.shape, -1)  # [B, γ, H]
+            e = head.embed(batch.previous) if head is not None else None
+            features = self._head_features(hidden, e)
+        labels = torch.where(batch.labels >= 0, self.to_draft[batch.labels.clamp(min=0)], -1)
+        weights = self.slot_weights * (batch.labels >= 0)
+        weights = weights / weights.sum()
+        slots = Slots(
+            batch.target_final.flatten(0, 1),
+            batch.target_lse.flatten(),
+            labels.flatten(),
+            weights.flatten(),
+        )
+        confidence = drafter.confidence_head
+        return block_loss(
+            hidden.flatten(0, 1),
+            None if features is None else features.flatten(0, 1),
+            None if head is None else head.markov_w2.weight,
+            None if confidence is None else lambda: confidence(hidden, e).flatten(),
+            self.head,
+            slots,
+        )
+
+    def _head_features(self, hidden: Tensor, e: Tensor | None) -> Tensor | None:
+        """What W2 multiplies, [B, γ, r]; slot by slot only where the head carries a state."""
+        head = self.drafter.markov_head
+        if head is None or e is None:
+            return None
+        state = head.initial_state(len(hidden))
+        if state is None:
+            return head.step(e, hidden, None)[0]
+        outputs: list[Tensor] = []
+        for k in range(hidden.shape[1]):
+            out, state = head.step(e[:, k], hidden[:, k], state)
+            outputs.append(out)
+        return torch.stack(outputs, 1)
+
+    def train_step(self) -> LossParts:
+        """One optimiser step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * rate(self.progress)
+        indices = self.indices(self.step)
+        batch = self.batch(
+            [self.answers[i] for i in indices],
+            self.features.get([len(self.held_out) + i for i in indices]),
+            self.config.seed * 1_000_003 + 500_009 + self.step,
+        )
+        parts = self.loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts.total.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        self.optimizer.step()
+        self.step += 1
+        self.rows += batch.labels.numel()
+        return parts
+
+    # --- schedule --------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, 0 … 1, by steps or by time, whichever is further."""
+        c = self.config
+        by_steps = self.step / c.steps if c.steps else 0.0
+        by_time = self.elapsed_s / (60 * c.minutes) if c.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    # --- the run ---------------------------------------------------------------------------------------------
+
+    def run(self, progress: Progress = SILENT, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train from where the folder stands to the end. Validates and saves on the way, and at the end.
+
+        ``stop`` is asked after every step; when it says so the state is saved. Returns whether the end was reached.
+        """
+        c = self.config
+        self.drafter.train()
+        started = time.monotonic() - self.elapsed_s
+        saved_s = self.elapsed_s
+        left = 60 * c.minutes - self.elapsed_s if c.minutes else (c.steps or 0) - self.step
+        note = ""
+        with (
+            open_log(self.folder, {a.domain for a in self.held_out}, self.step) as log,
+            progress.bar("training", max(0, int(left)), "s" if c.minutes else "step") as bar,
+        ):
+            first_s, first = self.elapsed_s, self.step
+            while self.progress < 1:
+                parts = self.train_step()
+                self.elapsed_s = time.monotonic() - started
+                last, stopped = self.progress >= 1, stop()
+                if self.step % LOG_STEPS == 0 or last:
+                    log(self._train_line(parts))
+                    note = f"step {self.step} loss {parts.total.item():.3f}"
+                if self.step % c.validate_every == 0 or last:
+                    line = self._validation_line(*self.validate())
+                    log(line)
+                    progress.say(f"step {self.step}, held out: {spoken(line)}")
+                    self.elapsed_s = time.monotonic() - started
+                if last or stopped or self.elapsed_s - saved_s > 60 * c.checkpoint_minutes:
+                    self.save()
+                    saved_s = self.elapsed_s
+                bar.reach(int(self.elapsed_s - first_s) if c.minutes else self.step - first, note)
+                if stopped and not last:
+                    return False
+        return True
+
+    def _train_line(self, parts: LossParts) -> dict[str, Any]:
+        return {
+            "kind": "train",
+            "step": self.step,
+            "elapsed_s": round(self.elapsed_s, 1),
+            "block_rows": self.rows,
+            "lr": f"{self.optimizer.param_groups[0]['lr']:.2e}",
+            **loss_fields(parts),
+        }
+
+    def _validation_line(self, walked: dict[str, Walked], parts: LossParts) -> dict[str, Any]:
+        everything = Walked([a for w in walked.values() for a in w.accepted])
+        return {
+            "kind": "held_out",
+            "step": self.step,
+            "elapsed_s": round(self.elapsed_s, 1),
+            "block_rows": self.rows,
+            **loss_fields(parts),
+            "accepted_length": round(everything.accepted_length, 3),
+            **{f"accepted_length_{d}": round(w.accepted_length, 3) for d, w in sorted(walked.items())},
+            "by_position": " ".join(f"{a:.2f}" for a in everything.by_position(self.drafter.gamma)),
+        }
+
+    @torch.no_grad()
+    def validate(self) -> tuple[dict[str, Walked], LossParts]:
+        """Accepted length by domain, and the teacher-forced loss, of the held-out answers."""
+        self.drafter.eval()
+        features = self.features.get(range(len(self.held_out)))
+        with self.autocast():
+            walked = walk(self.drafter, self.held_out, features)
+        sums = [0.0] * 4
+        size = self.config.batch
+        chunks = range(0, len(self.held_out), size)
+        for at in chunks:
+            parts = self.loss(self.batch(self.held_out[at : at + size], features[at : at + size], at))
+            values = (parts.total.item(), parts.ce, parts.l1, parts.confidence)
+            sums = [s + v / len(chunks) for s, v in zip(sums, values, strict=True)]
+        self.drafter.train()
+        return walked, LossParts(torch.tensor(sums[0]), *sums[1:])
+
+    # --- state -----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Everything a resumed run needs; the earlier state stays until the new one is whole.
+
+        Raises:
+            ConfigError: the disk is full; the earlier state is still there.
+        """
+        path = self.folder / "state.pt"
+        part = path.with_name("state.pt.part")
+        state = {
+            "step": self.step,
+            "rows": self.rows,
+            "elapsed_s": self.elapsed_s,
+            "drafter": self.drafter.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        try:
+            torch.save(state, part)
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a short write
+            part.unlink(missing_ok=True)
+            raise ConfigError(f"the state cannot be saved to {path}: {error}", param="run_dir") from error
+
+    def resume(self) -> bool:
+        """Take up the state in the folder, if there is one.
+
+        Raises:
+            ConfigError: there is one, and it is broken or of another drafter.
+        """
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return False
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.drafter.load_state_dict(state["drafter"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.rows, self.elapsed_s = int(state["step"]), int(state["rows"]), float(state["elapsed_s"])
+        except Exception as error:  # whatever torch raises for a broken archive or other shapes
+            raise ConfigError(f"{path} cannot be taken up: {error}", param="run_dir") from error
+        return True
+
+
+def rate(progress: float) -> float:
+    """Learning rate factor: linear warm-up over the first 4 %, then linearly to zero."""
+    if progress < WARM_UP:
+        return max(progress, 1e-3) / WARM_UP
+    return (1 - progress) / (1 - WARM_UP)

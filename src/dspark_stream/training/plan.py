@@ -1,0 +1,114 @@
+"""What a training run is: every setting that its result depends on, saved beside the weights. A leaf.
+
+No torch here: the command line reads this to print its help.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from dspark_stream.errors import ConfigError
+
+HeadChoice = Literal["vanilla", "gated", "rnn", "none"]
+HEADS: tuple[HeadChoice, ...] = ("vanilla", "gated", "rnn", "none")
+FILE = "train.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """Settings of `dspark-stream train`; the options' help says what each is."""
+
+    target: str = "embedded"
+    prompts: tuple[str, ...] = ()
+    answers: str | None = None
+    licences: tuple[str, ...] = ()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    seed: int = 0
+    limit: int | None = None
+    held_out: int = 48
+    # answers
+    answer_tokens: int = 256
+    streams: int = 32
+    # drafter
+    layers: int = 2
+    block_size: int = 7
+    head: HeadChoice = "vanilla"
+    rank: int = 128
+    draft_vocab: int = 8192
+    taps: tuple[int, ...] = ()
+    mask_token_id: int | None = None
+    # training
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int = 12
+    anchors: int = 24
+    lr: float = 6e-4
+    validate_every: int = 500
+    checkpoint_minutes: float = 3.0
+    feature_budget: int = 16 * 2**30
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("layers", 1, 32),
+            ("block_size", 1, 64),
+            ("rank", 1, 4096),
+            ("batch", 1, 4096),
+            ("anchors", 1, 4096),
+            ("answer_tokens", 2, 2**20),
+            ("streams", 1, 4096),
+            ("held_out", 1, 10_000),
+            ("validate_every", 1, 2**40),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} {getattr(self, name)} is not in {low} … {high}", param=name)
+        if self.head not in HEADS:
+            raise ConfigError(f"head {self.head!r}; known: {', '.join(HEADS)}", param="head")
+        if not self.prompts and not self.answers:
+            raise ConfigError("nothing to learn from: give --prompts or --answers", param="prompts")
+        if not self.steps and not self.minutes:
+            raise ConfigError("no end: give --steps or --minutes", param="minutes")
+        for name in ("lr", "checkpoint_minutes", *(("minutes",) if self.minutes is not None else ())):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} {getattr(self, name)} is not above 0", param=name)
+        for name in ("steps", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value} is not above 0", param=name)
+        for name in ("draft_vocab", "feature_budget", "threads", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} {getattr(self, name)} is below 0", param=name)
+
+
+MAY_CHANGE = frozenset(
+    {"steps", "minutes", "validate_every", "checkpoint_minutes", "feature_budget", "licences", "threads", "streams"}
+)
+"""Settings that a resumed run may be given anew: they change how far and how fast, not what is learnt from what."""
+
+
+def settle(plan: TrainPlan, folder: Path) -> None:
+    """Save the plan in a run's folder; in a folder that has one, check that this is the same run.
+
+    Raises:
+        ConfigError: the folder is another run's (the message names what differs), or cannot be written.
+    """
+    path = folder / FILE
+    raw: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
+    try:
+        if path.exists():
+            earlier = json.loads(path.read_text())
+            names = [f.name for f in fields(plan) if f.name not in MAY_CHANGE]
+            differing = [f"{n}: {earlier.get(n)} → {raw[n]}" for n in names if earlier.get(n) != raw[n]]
+            if differing:
+                raise ConfigError(
+                    f"{folder} holds a run with other settings ({'; '.join(differing)}): give the same or another "
+                    "--run-dir",
+                    param="run_dir",
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(raw, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}", param="run_dir") from error
