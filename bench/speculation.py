@@ -1,6 +1,6 @@
 """Plain decoding against DSpark in the same engine: tokens a second, per user and in all, by streams and temperature.
 
-Every repeat runs every variant in turn on the same prompts in the same order, fixed answer length; medians over repeats.
+Every repeat runs every variant in turn on the same prompts in the same order, fixed answer length; medians.
 Schedules: plain (ℓ = 0, no drafting), fixed:1, fixed:γ, adaptive.
 
     python bench/speculation.py --streams 1 4 12 --temperatures 0 1 --repeats 3

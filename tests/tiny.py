@@ -18,7 +18,7 @@ from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
 
 VOCAB = 48
 GAMMA = 4
-FLAT = CapacityCurve(tokens=[1, 64], verify_ms=[1.0, 2.0], streams=[1, 16], draft_ms=[0.1, 0.2])
+FLAT = CapacityCurve(tokens=[1, 64], verify_ms=[1.0, 2.0], streams=[1, 16], stream_ms=[0.0, 0.1], draft_ms=[0.1, 0.2])
 """A machine on which drafting nearly always pays."""
 
 
@@ -85,7 +85,7 @@ def tiny_models(
     )
 
 
-def tiny_engine(models: Models | None = None, *, slots: int = 2048, max_num_seqs: int = 8, raw=None) -> EngineThread:
+def tiny_engine(models: Models | None = None, *, slots: int = 2048, max_num_seqs: int = 8, text=None) -> EngineThread:
     if models is None:
         target = tiny_target()
         models = tiny_models(target, tiny_drafter(target), slots=slots)
@@ -103,7 +103,7 @@ def tiny_engine(models: Models | None = None, *, slots: int = 2048, max_num_seqs
         draft_quant="none",
         schedule="adaptive",
     )
-    return EngineThread(models, info, ExtentAllocator(slots), raw)
+    return EngineThread(models, info, ExtentAllocator(slots), text)
 
 
 def request(name: str = "r", prompt: tuple[int, ...] = (5, 6, 7, 8), **options) -> GenerationRequest:

@@ -218,9 +218,10 @@ def generate(args: argparse.Namespace) -> int:
         return 0
     print()
     speed = "" if answer.tokens_per_s is None else f", {answer.tokens_per_s:.1f} tokens/s"
+    length = "" if answer.accepted_length is None else f", accepted length {answer.accepted_length:.2f}"
     print(
-        f"[{len(answer.output_ids)} tokens in {len(answer.rounds)} rounds{speed}, accepted length "
-        f"{answer.accepted_length:.2f}, ended by {answer.finish_reason}]",
+        f"[{len(answer.output_ids)} tokens in {len(answer.rounds)} rounds{speed}{length}, "
+        f"ended by {answer.finish_reason}]",
         file=sys.stderr,
     )
     return 0

@@ -243,11 +243,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 30.0
 
-    @property
-    def fixed_length(self) -> int | None:
-        """N of ``fixed:N``; None when the schedule is adaptive."""
-        return None if self.schedule == "adaptive" else int(self.schedule.partition(":")[2])
-
 
 SPECULATIVE_CONFIG = "speculative_config"
 _SPECULATIVE = Setting(

@@ -127,6 +127,7 @@ class Tally:
         self.rounds: list[RoundRecord] = []
         self.user_speeds: list[float] = []
         self.prompts = 0
+        self._accepted = 0
         self.output_tokens = 0
         self.wall_s = 0.0
 
@@ -134,9 +135,15 @@ class Tally:
         self.rounds += other.rounds
         self.user_speeds += other.user_speeds
         self.prompts += other.prompts
+        self._accepted += other._accepted
         self.output_tokens += other.output_tokens
         self.wall_s += other.wall_s
         return self
+
+    def add_round(self, record: RoundRecord) -> None:
+        """Count a verification round."""
+        self.rounds.append(record)
+        self._accepted += record.accepted
 
     def add_stream(self, usage: Usage) -> None:
         """Count a stream that has finished. Its first token comes out of the prompt's own pass."""
@@ -149,7 +156,7 @@ class Tally:
         """Mean tokens a round, before cuts."""
         if not self.rounds:
             return None
-        return 1 + sum(one.accepted for one in self.rounds) / len(self.rounds)
+        return 1 + self._accepted / len(self.rounds)
 
     def figures(self) -> Figures:
         """All figures of what was gathered so far."""
@@ -198,7 +205,7 @@ def run_prompts(
         for event, _ in engine.run(requests(), plan.streams):
             if isinstance(event, TokensEvent):
                 if event.round is not None:
-                    tally.rounds.append(event.round)
+                    tally.add_round(event.round)
             else:
                 _check_finished(event)
                 tally.add_stream(event.usage)

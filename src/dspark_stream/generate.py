@@ -34,7 +34,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     output_ids: list[int]
     text: str
     finish_reason: FinishReason
-    accepted_length: float
+    accepted_length: float | None
+    """None where no round was run: the first token comes out of the prompt's own pass."""
     tokens_per_s: float | None
     """Tokens after the first over the time since the first; None where there was but one."""
     rounds: list[Round]
@@ -67,7 +68,7 @@ def generate(engine: LocalEngine, request: GenerationRequest, on_text: Callable[
             output_ids=ids,
             text="".join(texts),
             finish_reason=event.reason,
-            accepted_length=usage.accepted_length,
+            accepted_length=usage.accepted_length if usage.rounds else None,
             tokens_per_s=1000 * (usage.output_tokens - 1) / usage.decode_ms if timed else None,
             rounds=rounds,
             usage=usage,

@@ -20,7 +20,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one stream's tokens are chosen; the same for target, drafter and plain decoding.
 
     Applied in this order, as vLLM and transformers do: temperature, top-k, top-p, min-p. ``temperature`` 0
-    is greedy and ignores the rest. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off.
+    (anything below 1e-5) is greedy and ignores the rest. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off.
     """
 
     max_tokens: int

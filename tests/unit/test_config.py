@@ -129,8 +129,7 @@ def test_speculative_config_stands_for_drafter_quantisation_and_schedule():
     text = '{"method": "dspark", "model": "./d", "quantization": "int8", "num_speculative_tokens": 3}'
     config = from_flags("--speculative-config", text)
     assert (config.drafter, config.draft_quant, config.schedule) == ("./d", "int8", "fixed:3")
-    assert config.fixed_length == 3
-    assert from_flags().fixed_length is None
+    assert config.schedule == "fixed:3"
 
 
 @pytest.mark.parametrize(

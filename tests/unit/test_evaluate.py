@@ -65,8 +65,10 @@ def test_calibration_uses_scheduled_positions_only():
 
 def test_in_all_is_counted_not_averaged():
     few, many = Tally(), Tally()
-    few.rounds, few.wall_s = [a_round(3, [0.5] * 3)], 1.0
-    many.rounds, many.wall_s = [a_round(0, [0.5] * 3)] * 9, 2.0
+    few.wall_s, many.wall_s = 1.0, 2.0
+    few.add_round(a_round(3, [0.5] * 3))
+    for _ in range(9):
+        many.add_round(a_round(0, [0.5] * 3))
     few.add_stream(Usage(input_tokens=1, output_tokens=11, decode_ms=1000))
     many.add_stream(Usage(input_tokens=1, output_tokens=21, decode_ms=1000))
     together = Tally()

@@ -17,6 +17,7 @@ import torch
 
 import dspark_stream.spec.accept as accept_module
 import dspark_stream.spec.draft as draft_module
+from dspark_stream.engine.stream import round_key
 from dspark_stream.models.cache import Extent
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.draft import walk
@@ -24,7 +25,7 @@ from dspark_stream.spec.noise import NoiseCache
 from dspark_stream.spec.sampling import race
 from dspark_stream.spec.schedule import admit
 from dspark_stream.spec.survival import AcceptanceHistory, Calibration
-from dspark_stream.types import SamplingParams
+from dspark_stream.types import GenerationRequest, SamplingParams
 
 EDGE = 1e-5
 
@@ -37,6 +38,7 @@ class FakeStream:
     anchor: int = 0
     extent: Extent = field(default_factory=lambda: Extent(0, 16))
     noise: NoiseCache = field(default=None)
+    round_key: int = 0
 
 
 class TableDrafter:
@@ -217,6 +219,35 @@ def test_rejection_with_the_scheduler_on_has_the_targets_law(seed, company, monk
     assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
     for tokens, probability in law.items():
         assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
+
+
+def test_two_streams_with_one_seed_do_not_decide_for_each_other():
+    """Guards against uniforms shared between streams: through B's confidence, A's draft would admit itself.
+
+    The client gives both the seed 1, they stand at the same position, and only their prompts differ. The curve admits
+    A's x_1 (a_1 = 0.5) exactly when B's second draft (after 0.8) is worth it, which B's x_1 decides. P(first token
+    of A) must be 0.70; with shared uniforms it is 0.85. A count over many pairs, since it is the keys that are tested.
+    """
+    p = torch.tensor([0.7, 0.3])
+    drafter = TableDrafter(torch.full((2, 2, 2), 0.5), torch.tensor([[0.5, 0.8], [0.999, 1e-9]]))
+    sps = {2: 1.0, 3: 0.72, 4: 0.58, 5: 0.52, 6: 0.44}.__getitem__
+    sampling = SamplingParams(max_tokens=9, temperature=1.0, seed=1)
+
+    def key(prompt: int) -> int:
+        return round_key(GenerationRequest(request_id="x", prompt_ids=(prompt,), sampling=sampling))
+
+    hidden = torch.arange(2).view(1, 2, 1).expand(2, 2, 1).float()
+    trials, first_is_a, shared = 3000, 0, 0
+    for i in range(trials):
+        streams = [FakeStream(sampling, "rejection", anchor=r, round_key=key(2 * i + r)) for r in range(2)]
+        blocks = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(2))
+        shared += blocks[0].tokens == blocks[1].tokens
+        lengths = admit([b.survival for b in blocks], sps)
+        rows = p.log().expand(sum(lengths) + 2, 2)
+        accepted, bonus = accept(rows, streams, blocks, lengths, None)[0]
+        first_is_a += (blocks[0].tokens[0] if accepted else bonus) == 0
+    assert shared / trials == pytest.approx(0.25, abs=0.04)
+    assert first_is_a / trials == pytest.approx(0.70, abs=0.03)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -121,7 +121,10 @@ def tiny_extent():
         ({"block_size": None}, "block_size"),
         ({"target_layer_ids": None}, "target_layer_ids"),
         ({"markov_head_type": "lstm"}, "lstm"),
-        ({"block_size": 0}, "block_size 0"),
+        ({"block_size": 0}, "block_size"),
+        ({"block_size": "seven"}, "block_size"),
+        ({"mask_token_id": 400}, "mask_token_id 400"),
+        ({"target_layer_ids": 3}, "target_layer_ids"),
         ({"hidden_size": 64}, "hidden size 64"),
         ({"target_layer_ids": [0, 2]}, "layer 2"),
         ({"markov_rank": 9}, "wrong shape"),
@@ -252,3 +255,43 @@ def test_chat_templates_are_sandboxed_and_their_refusals_typed():
         codec.encode_chat([("user", "a"), ("user", "b")])
     with pytest.raises(InvalidRequestError):
         TextCodec(raw, "{{ messages.__class__.__mro__ }}", {}).encode_chat([("user", "a")])
+
+
+def test_rotary_frequencies_stay_in_float32(tmp_path):
+    """Trap: cast with the weights, they ruin positions at long context; only acceptance would show it."""
+    target = tiny_target()
+    save_drafter(tiny_drafter(target), tmp_path)
+    target.dtype = torch.bfloat16
+    drafter = load_drafter(tmp_path, target)
+    assert drafter.fc.weight.dtype == torch.bfloat16
+    positions = torch.tensor([4096])
+    cos, _ = drafter.rope(positions)
+    inv_freq = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    assert torch.allclose(cos[0, 0, :4].float(), torch.cos(4096 * inv_freq), atol=4e-3)
+
+
+def test_draft_vocabularies_must_be_ascending_and_different(tmp_path):
+    """Guards against a residual that counts a token twice, or not at all: biased text with no error."""
+    target = tiny_target()
+    save_drafter(tiny_drafter(target, draft_vocab=20), tmp_path, torch.float32)
+    path = tmp_path / "model.safetensors"
+    for change in (lambda t: t.index_fill(0, torch.tensor([5]), -1), lambda t: t + 48, lambda t: t.flip(0)):
+        tensors = load_file(path)
+        good = tensors["d2t"].clone()
+        tensors["d2t"] = change(good)
+        save_file(tensors, path)
+        with pytest.raises(ModelLoadError, match="d2t"):
+            load_drafter(tmp_path, target)
+        tensors["d2t"] = good
+        save_file(tensors, path)
+
+
+def test_a_target_with_tensors_missing_is_refused(tmp_path):
+    """Guards against a model that the library fills up with random numbers."""
+    tiny_target().model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in tensors if "layers.1.mlp" in name)
+    del tensors[gone]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=gone):
+        load_target(str(tmp_path))

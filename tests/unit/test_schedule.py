@@ -76,15 +76,18 @@ def test_ladder_and_monotone():
 
 
 def test_curve_between_and_beyond_its_points():
-    curve = CapacityCurve(tokens=[1, 4, 8], verify_ms=[10.0, 10.0, 18.0], streams=[1, 3], draft_ms=[2.0, 4.0])
-    assert curve.round_ms(2, 0) == 10.0
-    assert curve.round_ms(6, 1) == pytest.approx(16.0)
-    assert curve.round_ms(10, 2) == pytest.approx(22.0 + 3.0)
-    assert curve.sps(4, 0) == pytest.approx(100.0)
+    curve = CapacityCurve(
+        tokens=[1, 4, 8], verify_ms=[10.0, 10.0, 18.0], streams=[1, 3], stream_ms=[0.0, 5.0], draft_ms=[2.0, 4.0]
+    )
+    assert curve.round_ms(2, 1, 0) == 10.0
+    assert curve.round_ms(6, 1, 1) == pytest.approx(16.0)
+    assert curve.round_ms(10, 3, 2) == pytest.approx(22.0 + 5.0 + 3.0)
+    assert curve.sps(4, 1, 0) == pytest.approx(100.0)
 
 
 def test_measure_takes_medians_after_a_first_pass_that_does_not_count():
     times = {n: iter([99.0, 5.0, n * 1.0, 7.0 + n]) for n in (1, 2, 3, 4)}
-    curve = measure(lambda n: next(times[n]), None, max_tokens=4, max_streams=1, repeats=3)
+    curve = measure(lambda n: next(times[n]), lambda n: 4.0 + n, None, max_tokens=4, max_streams=3, repeats=3)
     assert curve.verify_ms == [5.0, 5.0, 5.0, 5.0]
-    assert curve.draft_ms == [0.0]
+    assert (curve.streams, curve.stream_ms) == ([1, 2, 3], [0.0, 1.0, 2.0])
+    assert curve.draft_ms == [0.0, 0.0, 0.0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +14,6 @@ from dspark_stream.spec.sampling import distributions, race, sample, truncate
 from dspark_stream.spec.survival import (
     AcceptanceHistory,
     Calibration,
-    calibration_error,
     load_calibration,
     prefix_survival,
     sigmoid,
@@ -118,14 +115,16 @@ def test_survival_calibration_and_history(tmp_path):
     history = AcceptanceHistory(3)
     history.record(scheduled=3, accepted=1)
     assert history.confidence() == [3 / 5, 2 / 5, 2 / 4]
+    for _ in range(500):
+        history.record(scheduled=1, accepted=0)
+    assert history.confidence()[0] < 0.02
+    for _ in range(2000):
+        history.record(scheduled=0, accepted=0)
+    assert history.confidence()[0] == pytest.approx(0.5, abs=0.01)  # given up, and tried again
     assert load_calibration(tmp_path) == Calibration()
     (tmp_path / "calibration.json").write_text('{"rejection": ["x"]}')
     with pytest.raises(ModelLoadError, match="rejection"):
         load_calibration(tmp_path)
-
-
-def test_calibration_error_by_hand():
-    """Bin [0.8, 0.9): said 1.6, came 1; bin [0.2, 0.3): said 0.2, came 1: (0.6 + 0.8) / 3."""
-    assert calibration_error([(0.8, True), (0.8, False), (0.2, True)]) == pytest.approx(1.4 / 3)
-    assert calibration_error([]) == 0.0
-    assert math.isclose(calibration_error([(1.0, True)] * 4), 0.0)
+    (tmp_path / "calibration.json").write_text('{"coupled": [1.0, 0.0]}')
+    with pytest.raises(ModelLoadError, match=r"above 0.*coupled"):
+        load_calibration(tmp_path)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from dspark_stream.engine.text import StopStrings, TextStream
+from dspark_stream.models.tokenizer import TokenBytes
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -20,7 +21,7 @@ def byte_tokenizer() -> Tokenizer:
     return raw
 
 
-RAW = byte_tokenizer()
+RAW = TokenBytes(byte_tokenizer())
 
 
 def run(text: bytes, stop: tuple[str, ...] = ()) -> tuple[str, bool, list]:
@@ -79,10 +80,40 @@ def test_pieces_keep_their_origin():
     assert [(p.text, p.drafted) for p in pieces] == [("a", True), ("b", False), ("c", True)]
 
 
-@pytest.mark.parametrize("n", [2000, 20000])
-def test_long_texts_stay_linear(n):
-    """Guards against decoding the whole text anew for every token (quadratic: 20,000 tokens would not end)."""
-    assert run(b"x" * n)[0] == "x" * n
+@pytest.mark.parametrize("what", [b"x", b"\x80", "é".encode()])
+def test_long_texts_stay_linear(what):
+    """Guards against decoding anew what went before, also for bytes that never become a character."""
+    n = 100_000
+    assert run(what * n)[0] == what.decode(errors="replace") * n
+
+
+@given(st.binary(max_size=40))
+def test_bytes_that_are_no_text_become_replacements_at_once(data):
+    """Guards against text held for ever, or an error, because somewhere before it something was no UTF-8."""
+    assert run(data)[0] == data.decode(errors="replace")
+
+
+def test_special_tokens_say_nothing_and_cost_nothing():
+    raw = byte_tokenizer()
+    raw.add_special_tokens(["<|end|>"])
+    stream = TextStream(TokenBytes(raw), ())
+    assert all(stream.push(256, False) == ([], False) for _ in range(100_000))
+    assert [p.text for p in stream.push(104, True)[0]] == ["h"]
+
+
+def sentence_piece() -> Tokenizer:
+    vocab = {"<unk>": 0} | {f"<0x{b:02X}>": 1 + b for b in range(256)} | {"▁the": 257, "▁": 258, "re": 259}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return raw
+
+
+def test_byte_fallback_tokens_become_characters():
+    """Guards against the error that the library's decode stream raises for bytes that are no UTF-8."""
+    stream = TextStream(TokenBytes(sentence_piece()), ())
+    tokens = [257, 259, 1 + 0xC3, 1 + 0xA9, 1 + 0x80, 258, 1 + 0xF0]
+    text = "".join(p.text for t in tokens for p in stream.push(t, True)[0])
+    assert text + "".join(p.text for p in stream.finish()) == " thereé� �"
 
 
 def test_without_a_tokenizer_there_is_no_text():

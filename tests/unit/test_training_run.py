@@ -2,13 +2,16 @@
 
 import csv
 import json
+import os
+import signal
 
 import pytest
 import torch
-from tiny import tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from disk import files_no_larger_than
+from dspark_stream.errors import ConfigError
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.progress import SILENT
@@ -16,10 +19,11 @@ from dspark_stream.training import command, pipeline
 from dspark_stream.training.answers import read_answers, split_answers
 from dspark_stream.training.plan import TrainPlan
 from dspark_stream.training.validate import Walked, walk
+from tiny import tiny_target
 
 VOCAB = 48
 SHAPE = ["--block-size", "4", "--layers", "1", "--rank", "8", "--draft-vocab", "40", "--mask-token-id", "0"]
-TRAINING = ["--batch", "8", "--anchors", "16", "--lr", "0.01", "--held-out", "6", "--answer-tokens", "40"]
+TRAINING = ["--batch", "6", "--anchors", "12", "--lr", "0.01", "--held-out", "6", "--answer-tokens", "24"]
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +31,9 @@ def target_folder(tmp_path_factory):
     """A tiny target as people have them: weights and tokenizer in a folder."""
     folder = tmp_path_factory.mktemp("tiny")
     target = tiny_target(vocab=VOCAB)
+    for parameter in target.decoder.layers.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(0.4)  # a random network at full strength writes noise that nobody could foretell
     target.model.save_pretrained(folder)
     words = {f"w{i}": i for i in range(VOCAB)}
     raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -49,7 +56,7 @@ def run_folder(target_folder, prompts, tmp_path_factory):
     """A finished run of the command, from prompts."""
     folder = tmp_path_factory.mktemp("run")
     argv = ["--target", str(target_folder), "--prompts", str(prompts), "--run-dir", str(folder), *SHAPE, *TRAINING]
-    assert command.main([*argv, "--steps", "150", "--validate-every", "50", "--licence", "words: CC0"]) == 0
+    assert command.main([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0"]) == 0
     return folder
 
 
@@ -72,8 +79,8 @@ def test_answers_are_half_greedy_and_the_targets_own(run_folder, target_folder):
 def test_a_minute_of_training_is_worth_having(run_folder, target_folder):
     """Untrained the drafter is right about once in 40 rounds; a trained one must be right far more often."""
     lengths = held_out_lengths(run_folder)
-    assert len(lengths) == 3
-    assert lengths[-1] > 2.0
+    assert len(lengths) == 2
+    assert lengths[-1] > 1.7
     loaded = load_target(str(target_folder))
     drafter = load_drafter(run_folder / "drafter", loaded.target)
     split = split_answers(read_answers(run_folder / "answers.jsonl", VOCAB), 6, 0)
@@ -88,13 +95,13 @@ def test_the_saved_drafter_says_how_it_was_made(run_folder):
     assert "words: CC0" in card
     assert f"| all | {held_out_lengths(run_folder)[-1]:.3f}".rstrip("0") in card
     plan = json.loads((run_folder / "drafter" / "train.json").read_text())
-    assert plan["steps"] == 150
+    assert plan["steps"] == 80
     assert plan["seed"] == 0
 
 
 def trainer_of(target_folder, answers, folder, **changes):
     folder.mkdir(exist_ok=True)
-    values = {"steps": 12, "batch": 4, "anchors": 6, "layers": 1, "rank": 8, "block_size": 4, "draft_vocab": 40,
+    values = {"steps": 8, "batch": 4, "anchors": 6, "layers": 1, "rank": 8, "block_size": 4, "draft_vocab": 40,
               "mask_token_id": 0, "held_out": 4, "validate_every": 100, "lr": 0.01}  # fmt: skip
     plan = TrainPlan(target=str(target_folder), answers=str(answers), **(values | changes))
     loaded = load_target(plan.target)
@@ -116,13 +123,13 @@ def test_a_killed_run_ends_at_the_same_weights(target_folder, run_folder, tmp_pa
     whole = trainer_of(target_folder, answers, tmp_path / "whole", head=head)
     assert whole.run()
     first = trainer_of(target_folder, answers, tmp_path / "cut", head=head)
-    assert not first.run(stop=lambda: first.step >= 5)
-    for _ in range(3):  # steps after the last saved state are lost in a kill, and made again
+    assert not first.run(stop=lambda: first.step >= 3)
+    for _ in range(2):  # steps after the last saved state are lost in a kill, and made again
         first.train_step()
     second = trainer_of(target_folder, answers, tmp_path / "cut", head=head)
-    assert second.step == 5
+    assert second.step == 3
     assert second.run()
-    assert second.step == whole.step == 12
+    assert second.step == whole.step == 8
     assert same(weights(whole), weights(second))
     other = trainer_of(target_folder, answers, tmp_path / "other", head=head, seed=1)
     other.run()
@@ -168,3 +175,67 @@ def test_features_go_on_where_a_kill_left_them(target_folder, run_folder, tmp_pa
     fresh = trainer_of(target_folder, answers, tmp_path / "fresh")
     for a, b in zip(resumed.features.get(range(120)), fresh.features.get(range(120)), strict=True):
         assert torch.equal(a.taps, b.taps)
+
+
+def test_a_full_disk_is_said_and_keeps_the_earlier_state(target_folder, run_folder, tmp_path):
+    answers = run_folder / "answers.jsonl"
+    trainer = trainer_of(target_folder, answers, tmp_path / "run")
+    trainer.train_step()
+    trainer.save()
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    trainer.train_step()
+    with files_no_larger_than(2000), pytest.raises(ConfigError, match="cannot be saved"):
+        trainer.save()
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.part"))
+    with files_no_larger_than(2000), pytest.raises(ConfigError, match="cannot be written"):
+        pipeline.save(trainer, tmp_path / "out", run_folder, "")
+    with files_no_larger_than(2000), pytest.raises(ConfigError, match="--feature-budget"):
+        trainer_of(target_folder, answers, tmp_path / "other")
+
+
+def test_a_broken_state_is_said(target_folder, run_folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.pt").write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(ConfigError, match="cannot be taken up"):
+        trainer_of(target_folder, run_folder / "answers.jsonl", tmp_path / "run")
+
+
+def test_the_command_says_what_is_wrong(target_folder, run_folder, tmp_path, capsys):
+    def refused(*argv):
+        assert command.main(["--target", str(target_folder), "--run-dir", str(tmp_path / "new"), *argv]) == 2
+        return capsys.readouterr().err
+
+    assert "--prompts or --answers" in refused("--steps", "1")
+    assert "--steps or --minutes" in refused("--answers", "a.jsonl")
+    assert "a.jsonl" in refused("--answers", str(tmp_path / "a.jsonl"), "--steps", "1")
+    given = ["--answers", str(run_folder / "answers.jsonl"), "--steps", "1"]
+    other = str(run_folder)
+    assert "other settings" in refused(*given, "--run-dir", other)
+
+
+def test_the_same_command_again_has_nothing_left_to_do(run_folder, target_folder, prompts, capsys):
+    state = (run_folder / "state.pt").read_bytes()
+    argv = ["--target", str(target_folder), "--prompts", str(prompts), "--run-dir", str(run_folder), *SHAPE, *TRAINING]
+    assert command.main([*argv, "--steps", "80", "--licence", "words: CC0"]) == 0
+    assert (run_folder / "state.pt").read_bytes() == state
+    assert "going on from step 80" in capsys.readouterr().err
+
+
+def test_a_signal_stops_after_the_step_with_its_state_saved(target_folder, run_folder, tmp_path, monkeypatch):
+    real = pipeline.Trainer.train_step
+
+    def train_step(self):
+        parts = real(self)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return parts
+
+    monkeypatch.setattr(pipeline.Trainer, "train_step", train_step)
+    answers = ["--answers", str(run_folder / "answers.jsonl")]
+    argv = ["--target", str(target_folder), *answers, "--run-dir", str(tmp_path), *SHAPE, *TRAINING, "--steps", "30"]
+    before = signal.getsignal(signal.SIGTERM)
+    assert command.main(argv) == command.EXIT_INTERRUPTED
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
+    assert not (tmp_path / "drafter").exists()

@@ -34,32 +34,44 @@ def ragged_attention(
     scale: float,
     causal: bool,
     window: int | None = None,
+    masks: dict[object, list[Tensor | None]] | None = None,
 ) -> Tensor:  # [T, Hq, Dv]
     """Each stream's rows attend to that stream's keys, positions 0 … start + rows - 1; to what is there, no more.
 
     The rows' own keys and values must already be in the store. ``causal``: a row at position i sees positions
     ≤ i (verification, prefill); otherwise every row sees all of them (the drafter's block). ``window`` w limits
-    a row to positions > i - w. Rows that share a key head are folded into one matrix, so keys are read once a
+    a row to positions > i - w. ``masks`` is scratch that layers of one pass may share: the same rows need the same
+    masks in every layer. Rows that share a key head are folded into one matrix, so keys are read once a
     group and never repeated.
     """
     heads_q, heads_k = query.shape[1], keys.shape[1]
     group = heads_q // heads_k
     out = query.new_empty(query.shape[0], heads_q, values.shape[2])
-    for row, rows, slot, start in segments:
+    key = (group, causal, window)
+    shared = masks if masks is not None else {}
+    if key not in shared:
+        shared[key] = [_mask(segment, group, causal, window, query.device) for segment in segments]
+    for (row, rows, slot, start), mask in zip(segments, shared[key], strict=True):
         first = 0 if window is None else max(0, start - window + 1)
         length = start + rows - first
         q = query[row : row + rows].unflatten(1, (heads_k, group))  # [rows, Hk, G, D]
         q = q.permute(1, 2, 0, 3).reshape(1, heads_k, group * rows, -1)
         k = keys[slot + first : slot + first + length].transpose(0, 1).unsqueeze(0)
         v = values[slot + first : slot + first + length].transpose(0, 1).unsqueeze(0)
-        mask = None
-        if rows > 1 and (causal or window is not None):
-            at = torch.arange(start, start + rows, device=query.device).unsqueeze(1)
-            key_at = torch.arange(first, start + rows, device=query.device)
-            mask = key_at <= at if causal else torch.ones_like(key_at <= at)
-            if window is not None:
-                mask = mask & (key_at > at - window)
-            mask = mask.repeat(group, 1)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         out[row : row + rows] = o.view(heads_k, group, rows, -1).permute(2, 0, 1, 3).flatten(1, 2)
     return out
+
+
+def _mask(segment: Segment, group: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """What a segment's folded rows may see, [group·rows, keys]; None where that is everything."""
+    _, rows, _, start = segment
+    if rows == 1 or not (causal or window is not None):
+        return None
+    first = 0 if window is None else max(0, start - window + 1)
+    at = torch.arange(start, start + rows, device=device).unsqueeze(1)
+    key_at = torch.arange(first, start + rows, device=device)
+    mask = key_at <= at if causal else torch.ones_like(key_at <= at)
+    if window is not None:
+        mask = mask & (key_at > at - window)
+    return mask.repeat(group, 1)

@@ -43,6 +43,8 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         loaded = load_target(path, dtype=config.dtype, device=config.device)
     target = loaded.target
     drafter, calibration, drafter_folder = _load_drafter(config, loaded)
+    if drafter is None and config.drafter != "none":
+        progress.say(f"no drafter is shipped for {loaded.name}: decoding is plain; --drafter names one")
     for module, quant in ((target.decoder, config.target_quant), (drafter, config.draft_quant)):
         if module is not None:
             quantise_linears(module, quant)
@@ -58,9 +60,13 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         )
     gamma = drafter.gamma if drafter else 0
     per_token = sum(s.nbytes(target.dtype) for s in [*target.kv_shapes, *(drafter.kv_shapes if drafter else [])])
-    affordable = config.kv_memory // per_token - gamma - 2 * GRAIN
-    if not config.max_model_len:
-        max_model_len = min(max_model_len, max(GRAIN, affordable))
+    affordable = max(GRAIN, config.kv_memory // per_token - gamma - 2 * GRAIN)
+    if not config.max_model_len and affordable < max_model_len:
+        progress.say(
+            f"max_model_len is {affordable} of the model's {max_model_len}: kv_memory of {config.kv_memory >> 20} MiB "
+            "holds no longer stream"
+        )
+        max_model_len = affordable
     slots = slots_for_budget(config.kv_memory, per_token, max_model_len + gamma + 1)
     allocator = ExtentAllocator(slots)
     target_kv = KVStore(target.kv_shapes, slots, target.dtype, target.device)
@@ -103,8 +109,8 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         draft_quant=config.draft_quant,
         schedule=config.schedule,
     )
-    raw = codec.raw if codec else None
-    return EngineThread(models, info, allocator, raw, prefill_budget_ms=config.prefill_budget_ms), codec
+    text = codec.token_bytes if codec else None
+    return EngineThread(models, info, allocator, text, prefill_budget_ms=config.prefill_budget_ms), codec
 
 
 def _load_drafter(config: Config, loaded: LoadedTarget) -> tuple[Drafter | None, Calibration, Path | None]:

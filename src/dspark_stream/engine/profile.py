@@ -26,6 +26,8 @@ from dspark_stream.types import GenerationRequest, SamplingParams
 
 CONTEXT = 256
 """Positions that a measured stream already holds, where the model allows as many."""
+LONGEST_CHUNK = 512
+"""Rows of one stream up to which passes are measured: prompts are cut into chunks by this curve, too."""
 
 
 class _Stored(msgspec.Struct):
@@ -81,55 +83,17 @@ def load_or_measure(
             return stored.curve
     except (OSError, msgspec.MsgspecError):
         pass  # none yet, or written by another version: measured anew and written over
-    gamma = drafter.gamma if drafter else 0
-    max_tokens = max_seqs * (1 + gamma)
-    context = max(1, min(CONTEXT, max_model_len - gamma - 1))
-    extent = allocator.allocate(context + gamma + 1)
-    assert extent is not None  # the budget was checked to hold at least one whole stream
-    for store in (target_kv, drafter_kv):
-        for tensor in [*store.keys, *store.values] if store else []:
-            tensor[extent.slot : extent.slot + extent.size] = 0
-
-    def stream() -> Stream:
-        request = GenerationRequest(
-            request_id="profile",
-            prompt_ids=(0,) * (context + 1),
-            sampling=SamplingParams(max_tokens=1, temperature=0.0),
-        )
-        made = Stream(request, target.vocab_size, gamma, frozenset(), None)
-        made.extent = Extent(extent.slot, extent.size)
-        return made
-
-    def time_verify_ms(tokens: int) -> float:
-        count = -(-tokens // (1 + gamma))
-        lengths = [gamma] * (count - 1) + [tokens - (count - 1) * (1 + gamma) - 1]
-        streams = [stream() for _ in range(count)]
-        blocks = [Block(tokens=[0] * gamma) for _ in streams]
-        t = time.perf_counter()
-        logits, _ = verify(target, target_kv, streams, blocks, lengths)
-        accept(logits, streams, blocks, lengths, None)
-        return (time.perf_counter() - t) * 1e3
-
-    def time_draft_ms(count: int) -> float:
-        assert drafter is not None
-        assert drafter_kv is not None
-        streams = [stream() for _ in range(count)]
-        t = time.perf_counter()
-        draft(drafter, drafter_kv, streams, Calibration(), AcceptanceHistory(gamma))
-        return (time.perf_counter() - t) * 1e3
-
-    points = len(ladder(max_tokens)) + (len(ladder(max_seqs)) if drafter else 0)
-    try:
+    with _Bench(target, target_kv, drafter, drafter_kv, allocator, max_seqs, max_model_len) as bench:
+        points = len(ladder(bench.max_tokens)) + len(ladder(max_seqs)) * (2 if drafter else 1)
         with progress.bar("measuring the capacity curve", total=points) as bar:
             curve = measure(
-                time_verify_ms,
-                time_draft_ms if drafter else None,
-                max_tokens=max_tokens,
+                bench.time_rows_ms,
+                bench.time_streams_ms,
+                bench.time_draft_ms if drafter else None,
+                max_tokens=bench.max_tokens,
                 max_streams=max_seqs,
                 on_point=bar.advance,
             )
-    finally:
-        allocator.free(extent)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
@@ -138,3 +102,77 @@ def load_or_measure(
     except OSError as error:
         progress.say(f"the capacity curve could not be kept in {folder}: {error}; it will be measured again next time")
     return curve
+
+
+class _Bench:
+    """Streams that exist only to be timed: each at the same position of an extent of its own, its past all zeros."""
+
+    def __init__(
+        self,
+        target: Target,
+        target_kv: KVStore,
+        drafter: Drafter | None,
+        drafter_kv: KVStore | None,
+        allocator: ExtentAllocator,
+        max_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        self._target, self._target_kv, self._allocator = target, target_kv, allocator
+        self._drafter, self._drafter_kv = drafter, drafter_kv
+        self._gamma = drafter.gamma if drafter else 0
+        self._context = max(1, min(CONTEXT, max_model_len // 2))
+        widest = max(LONGEST_CHUNK, max_seqs * (1 + self._gamma))
+        self.max_tokens = max(1, min(widest, max_model_len - self._context))
+        self._extents: list[Extent] = []
+        for tokens in [self.max_tokens] + [1 + self._gamma] * (max_seqs - 1):
+            extent = allocator.allocate(self._context + tokens)
+            if extent is None:  # a small budget: some streams are then timed on each other's slots
+                break
+            self._extents.append(extent)
+
+    def __enter__(self) -> _Bench:
+        for store in (self._target_kv, self._drafter_kv):
+            for tensor in [*store.keys, *store.values] if store else []:
+                for extent in self._extents:
+                    tensor[extent.slot : extent.slot + extent.size] = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for extent in self._extents:
+            self._allocator.free(extent)
+
+    def _streams(self, count: int) -> list[Stream]:
+        request = GenerationRequest(
+            request_id="profile",
+            prompt_ids=(0,) * (self._context + 1),
+            sampling=SamplingParams(max_tokens=1, temperature=0.0),
+        )
+        streams = [Stream(request, self._target.vocab_size, self._gamma, frozenset(), None) for _ in range(count)]
+        for i, stream in enumerate(streams):
+            stream.extent = self._extents[i % len(self._extents)]
+        return streams
+
+    def _verify_ms(self, streams: list[Stream], length: int) -> float:
+        blocks = [Block(tokens=[0] * length) for _ in streams]
+        lengths = [length] * len(streams)
+        begun = time.perf_counter()
+        logits, _ = verify(self._target, self._target_kv, streams, blocks, lengths)
+        accept(logits, streams, blocks, lengths, None)
+        return (time.perf_counter() - begun) * 1e3
+
+    def time_rows_ms(self, tokens: int) -> float:
+        """One stream with that many rows."""
+        return self._verify_ms(self._streams(1), tokens - 1)
+
+    def time_streams_ms(self, count: int) -> float:
+        """That many streams with a row each."""
+        return self._verify_ms(self._streams(count), 0)
+
+    def time_draft_ms(self, count: int) -> float:
+        """Drafting for that many streams."""
+        assert self._drafter is not None
+        assert self._drafter_kv is not None
+        streams = self._streams(count)
+        begun = time.perf_counter()
+        draft(self._drafter, self._drafter_kv, streams, Calibration(), AcceptanceHistory(self._gamma))
+        return (time.perf_counter() - begun) * 1e3

@@ -17,7 +17,7 @@ from dspark_stream.engine.stream import Stream
 from dspark_stream.models.cache import KVStore
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.target import Rows, Target
-from dspark_stream.spec.accept import accept
+from dspark_stream.spec.accept import Outcome, accept
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.draft import Block, draft
 from dspark_stream.spec.schedule import Schedule
@@ -58,19 +58,46 @@ class Committed(NamedTuple):
 
 def decode_round(models: Models, streams: Sequence[Stream]) -> list[Committed]:
     """One verification round for R streams; streams in plain mode take part with ℓ = 0."""
-    t_start = time.perf_counter()
+    clock = [time.perf_counter()]
     blocks = _draft(models, streams)
-    t_drafted = time.perf_counter()
-    drafting = sum(s.drafts for s in streams)
-    lengths = models.schedule.lengths([b.survival for b in blocks], lambda b: models.capacity.sps(b, drafting))
+    clock.append(time.perf_counter())
+    lengths = _schedule(models, streams, blocks)
     logits, taps = verify(models.target, models.target_kv, streams, blocks, lengths)
     outcomes = accept(logits, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
-    t_verified = time.perf_counter()
+    clock.append(time.perf_counter())
+    return _commit(models, streams, blocks, lengths, outcomes, taps, clock)
 
-    rows = [0, *accumulate(1 + length for length in lengths)]
-    _keep_context(
-        models, taps, [(s, row, s.position, 1 + o.accepted) for s, row, o in zip(streams, rows, outcomes, strict=False)]
+
+def _draft(models: Models, streams: Sequence[Stream]) -> list[Block]:
+    """A block for every stream; an empty one where it does not draft."""
+    drafting = [s for s in streams if s.drafts]
+    if not drafting or models.drafter is None or models.drafter_kv is None:
+        return [Block() for _ in streams]
+    drafted = iter(draft(models.drafter, models.drafter_kv, drafting, models.calibration, models.history))
+    return [next(drafted) if s.drafts else Block() for s in streams]
+
+
+def _schedule(models: Models, streams: Sequence[Stream], blocks: Sequence[Block]) -> list[int]:
+    """ℓ of every stream, by prefix survival and what a round of this company costs."""
+    drafting = sum(s.drafts for s in streams)
+    return models.schedule.lengths(
+        [block.survival for block in blocks], lambda tokens: models.capacity.sps(tokens, len(streams), drafting)
     )
+
+
+def _commit(
+    models: Models,
+    streams: Sequence[Stream],
+    blocks: Sequence[Block],
+    lengths: Sequence[int],
+    outcomes: Sequence[Outcome],
+    taps: torch.Tensor,
+    clock: Sequence[float],
+) -> list[Committed]:
+    """Accepted tokens and the bonus token leave for the client; context features of what stands are kept."""
+    *first_rows, batch_tokens = [0, *accumulate(1 + length for length in lengths)]
+    kept = [(s, row, s.position, 1 + o.accepted) for s, row, o in zip(streams, first_rows, outcomes, strict=True)]
+    _keep_context(models, taps, kept)
     committed = []
     for stream, block, length, (accepted, bonus) in zip(streams, blocks, lengths, outcomes, strict=True):
         record = RoundRecord(
@@ -82,9 +109,9 @@ def decode_round(models: Models, streams: Sequence[Stream]) -> list[Committed]:
             bonus=bonus,
             confidence=block.confidence,
             survival=block.survival,
-            t_draft_ms=(t_drafted - t_start) * 1e3,
-            t_verify_ms=(t_verified - t_drafted) * 1e3,
-            batch_tokens=rows[-1],
+            t_draft_ms=(clock[1] - clock[0]) * 1e3,
+            t_verify_ms=(clock[2] - clock[1]) * 1e3,
+            batch_tokens=batch_tokens,
             streams=len(streams),
         )
         stream.count_round(len(block.tokens), length, accepted)
@@ -93,15 +120,6 @@ def decode_round(models: Models, streams: Sequence[Stream]) -> list[Committed]:
         event, reason = stream.commit([*block.tokens[:accepted], bonus], accepted, record)
         committed.append(Committed(stream, event, reason, record))
     return committed
-
-
-def _draft(models: Models, streams: Sequence[Stream]) -> list[Block]:
-    """A block for every stream; an empty one where it does not draft."""
-    drafting = [s for s in streams if s.drafts]
-    if not drafting or models.drafter is None or models.drafter_kv is None:
-        return [Block() for _ in streams]
-    drafted = iter(draft(models.drafter, models.drafter_kv, drafting, models.calibration, models.history))
-    return [next(drafted) if s.drafts else Block() for s in streams]
 
 
 def _keep_context(models: Models, taps: torch.Tensor, kept: Iterable[tuple[Stream, int, int, int]]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from enum import Enum
 
-from tokenizers import Tokenizer as RawTokenizer
-
 from dspark_stream.engine.text import TextStream
 from dspark_stream.models.cache import Extent
+from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.spec.noise import NoiseCache
 from dspark_stream.types import (
     ErrorInfo,
@@ -24,6 +24,18 @@ from dspark_stream.types import (
 )
 
 
+def round_key(request: GenerationRequest) -> int:
+    """What rejection's uniforms are keyed by: 64 bits of the whole request, its seed included.
+
+    Not the seed alone: two streams of one batch with the same seed at the same position would draw the same x_1, and
+    the one's confidence, which knows its x_1, would decide about admitting the other's. Streams that are the same in
+    everything draw the same and do no harm: ties are admitted by position first (spec/schedule.py).
+    """
+    s = request.sampling
+    what = (s.seed, s.temperature, s.top_p, s.top_k, s.min_p, request.prompt_ids)
+    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest())
+
+
 class Phase(Enum):
     """Where a stream is; it only moves down this list."""
 
@@ -37,12 +49,14 @@ class Stream:
     """Written by the engine thread alone. `position` and `anchor` are the algorithm's p and anchor token."""
 
     def __init__(
-        self, request: GenerationRequest, vocab: int, gamma: int, stop_ids: frozenset[int], raw: RawTokenizer | None
+        self, request: GenerationRequest, vocab: int, gamma: int, stop_ids: frozenset[int], text: TokenBytes | None
     ) -> None:
         self.request = request
         self.sampling: SamplingParams = request.sampling
         self.verification: Verification = request.verification
-        self.drafts = request.mode == "dspark" and gamma > 0
+        self.gamma = gamma if request.mode == "dspark" else 0
+        """Draft tokens a round; 0 in plain mode."""
+        self.round_key = round_key(request)
         self.noise = NoiseCache(request.sampling.seed, vocab)
         self.phase = Phase.WAITING
         self.held = False
@@ -53,19 +67,24 @@ class Stream:
         self.anchor = request.prompt_ids[-1]
         self.output_tokens = 0
         self._stop_ids = stop_ids
-        self._text = TextStream(raw, request.sampling.stop)
+        self._text = TextStream(text, request.sampling.stop)
         self._rounds = 0
         self._drafted = 0
         self._scheduled = 0
         self._accepted = 0
-        self._per_position = [0] * (gamma if self.drafts else 0)
+        self._per_position = [0] * self.gamma
         self._t_submit = time.perf_counter()
         self._t_admit = self._t_first = self._t_submit
 
     @property
+    def drafts(self) -> bool:
+        """Whether it takes part in drafting."""
+        return self.gamma > 0
+
+    @property
     def slots_needed(self) -> int:
         """Token slots from the first prompt token to the last that a round could touch: a whole block past the end."""
-        return len(self.request.prompt_ids) + self.sampling.max_tokens + len(self._per_position) + 1
+        return len(self.request.prompt_ids) + self.sampling.max_tokens + self.gamma + 1
 
     def admitted(self, extent: Extent) -> None:
         """The stream has its slots and starts its prefill."""
@@ -121,6 +140,7 @@ class Stream:
     def _tokens_event(self, tokens: list[int], pieces: list[Piece], record: RoundRecord | None) -> TokensEvent:
         merged: list[Piece] = []
         for piece in pieces:
+            # who asks for rounds wants to see tokens; for everybody else neighbours of one origin are one piece
             if merged and merged[-1].drafted == piece.drafted and not self.request.record_rounds:
                 merged[-1] = Piece(merged[-1].text + piece.text, piece.drafted)
             else:

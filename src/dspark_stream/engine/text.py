@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 from collections import deque
 
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers.decoders import DecodeStream
-
+from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.types import Piece
 
 
@@ -39,46 +38,46 @@ class StopStrings:
 
 
 class TextStream:
-    """One stream's text. Without a tokenizer there is no text and no stop string, only tokens."""
+    """One stream's text. Without a tokenizer there is no text and no stop string, only tokens.
 
-    def __init__(self, tokenizer: RawTokenizer | None, stop: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True) if tokenizer else None
-        self._undecoded: list[int] = []  # tokens since the last whole character
+    Tokens become bytes and bytes become characters as soon as they are whole; what can no longer become a character
+    is U+FFFD at once. The `tokenizers` library's own decode stream was turned down: it raises for byte tokens that
+    are no UTF-8, and decodes again everything since its last character for each token that brings none.
+    """
+
+    def __init__(self, token_bytes: TokenBytes | None, stop: tuple[str, ...]) -> None:
+        self._token_bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = True
         self._stop = StopStrings(stop)
         self._held: deque[Piece] = deque()  # decoded, not yet safe to release
         self._last_drafted = False
 
     def push(self, token: int, drafted: bool) -> tuple[list[Piece], bool]:
         """Add a token; returns the pieces now safe to send, and whether a stop string was completed."""
-        if self._tokenizer is None or self._decoder is None:
+        if self._token_bytes is None:
             return [], False
         self._last_drafted = drafted
-        text = self._decoder.step(self._tokenizer, token)
-        if text is None:
-            self._undecoded.append(token)
-            return [], False
-        self._undecoded.clear()
-        return self._release(Piece(text, drafted))
+        return self._release(self._utf8.decode(self._token_bytes[token]), drafted)
 
     def finish(self) -> list[Piece]:
         """What was held back and did not become a stop string; half a character ends as U+FFFD."""
-        if self._undecoded and self._tokenizer is not None:
-            text = self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
-            self._undecoded.clear()
-            pieces, stopped = self._release(Piece(text, self._last_drafted))
-            if stopped:
-                return pieces
-        else:
-            pieces = []
-        pieces += self._held
+        pieces, stopped = self._release(self._utf8.decode(b"", True), self._last_drafted)
+        if not stopped:
+            pieces += self._held
         self._held.clear()
         return pieces
 
-    def _release(self, piece: Piece) -> tuple[list[Piece], bool]:
-        if piece.text:
-            self._held.append(piece)
-        count, stopped = self._stop.feed(piece.text)
+    def _release(self, text: str, drafted: bool) -> tuple[list[Piece], bool]:
+        if not text:
+            return [], False
+        if self._at_start:
+            self._at_start = False
+            if self._token_bytes is not None and self._token_bytes.strips_first_space:
+                text = text.removeprefix(" ")
+        if text:
+            self._held.append(Piece(text, drafted))
+        count, stopped = self._stop.feed(text)
         out: list[Piece] = []
         while count and self._held:
             head = self._held.popleft()

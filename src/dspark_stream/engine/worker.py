@@ -5,6 +5,7 @@ The loop's thread and this one share an inbox of commands and the event sink, no
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -13,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from tokenizers import Tokenizer as RawTokenizer
 
 from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.step import Committed, Models, decode_round, prefill
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, InternalError, InvalidRequestError
 from dspark_stream.models.cache import ExtentAllocator
+from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.types import (
     MAX_SEED,
     EngineEvent,
@@ -58,7 +59,7 @@ class EngineThread:
         models: target, drafter, caches, schedule.
         info: what is served and its limits; checked on submit.
         allocator: the token slots.
-        raw: the tokenizer that turns tokens into text; None for token ids only.
+        text: what tokens stand for; None for token ids only.
         prefill_budget_ms: how long a prompt chunk may hold up the streams that are decoding.
     """
 
@@ -67,14 +68,14 @@ class EngineThread:
         models: Models,
         info: ModelInfo,
         allocator: ExtentAllocator,
-        raw: RawTokenizer | None,
+        text: TokenBytes | None,
         *,
         prefill_budget_ms: float = 60.0,
     ) -> None:
         self.info = info
         self._models = models
         self._allocator = allocator
-        self._raw = raw
+        self._text = text
         self._prefill_chunk = _chunk_for(models, prefill_budget_ms)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}  # every stream that has not ended, oldest first
@@ -85,6 +86,7 @@ class EngineThread:
         self._events: list[EngineEvent] = []  # of the step under way
         self._counters = Counters(per_position=[0] * models.gamma)
         self._beat = time.perf_counter()
+        self._resting = True  # nothing to do but wait for commands
         self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
         self._sink: EventSink = lambda events: None
 
@@ -99,9 +101,11 @@ class EngineThread:
     def submit(self, request: GenerationRequest) -> None:
         """See `boundary.Engine`."""
         check_request(request, self.info)
+        if request.sampling.stop and self._text is None:
+            raise InvalidRequestError("stop strings need a tokenizer, and this model has none", param="stop")
         eos = () if request.sampling.ignore_eos else self._models.target.eos_token_ids
         stops = frozenset(eos) | frozenset(request.sampling.stop_token_ids)
-        stream = Stream(request, self._models.target.vocab_size, self._models.gamma, stops, self._raw)
+        stream = Stream(request, self._models.target.vocab_size, self._models.gamma, stops, self._text)
         if stream.slots_needed > self._allocator.total:
             raise ContextLengthError(
                 f"prompt and max_output_tokens need {stream.slots_needed} token slots; the server's kv_memory holds "
@@ -114,7 +118,8 @@ class EngineThread:
             if request.request_id in self._known:
                 raise InvalidRequestError(f"request id {request.request_id} is in use", param="request_id")
             self._known.add(request.request_id)
-        self._inbox.put(lambda: self._streams.__setitem__(request.request_id, stream))
+            # under the lock: after `close` nothing may enter, or it would wait for a thread that has gone
+            self._inbox.put(lambda: self._streams.__setitem__(request.request_id, stream))
 
     def cancel(self, request_id: str) -> None:
         """See `boundary.Engine`."""
@@ -134,7 +139,7 @@ class EngineThread:
         c = self._counters
         return EngineSnapshot(
             running=sum(s.phase in (Phase.PREFILL, Phase.DECODE) for s in streams),
-            waiting=sum(s.phase is Phase.WAITING for s in streams) + self._inbox.qsize(),
+            waiting=max(0, len(self._known) - sum(s.phase is not Phase.WAITING for s in streams)),
             held=sum(s.held for s in streams),
             kv_tokens_used=self._allocator.used,
             kv_tokens_total=self._allocator.total,
@@ -146,7 +151,7 @@ class EngineThread:
             num_accepted_tokens_per_pos=list(c.per_position),
             prompt_tokens_total=c.prompt_tokens,
             generation_tokens_total=c.generation_tokens,
-            last_step_age_s=time.perf_counter() - self._beat if streams else 0.0,
+            last_step_age_s=0.0 if self._resting else time.perf_counter() - self._beat,
             alive=self._thread.is_alive(),
         )
 
@@ -166,6 +171,19 @@ class EngineThread:
     # --- the thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:  # not a step but the engine itself: nobody may wait for a thread that has gone
+            log.exception("the engine ends")
+            with self._lock:
+                self._closing = True
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._inbox.get_nowait()()
+            self._fail(list(self._streams.values()), error)
+            self._hand_over(self._events)
+
+    def _loop(self) -> None:
         events = self._events
         while True:
             self._take_commands()
@@ -177,7 +195,8 @@ class EngineThread:
                 self._step()
             except Exception as error:  # one broken step must not end the service: its streams fail, it goes on
                 log.exception("engine step failed; its streams end")
-                self._fail_running(error)
+                running = (Phase.PREFILL, Phase.DECODE)
+                self._fail([s for s in self._streams.values() if s.phase in running and not s.held], error)
             self._beat = time.perf_counter()
             if events:
                 self._hand_over(events)
@@ -195,11 +214,16 @@ class EngineThread:
         """Everything that callers asked for since the last step; waits for it when there is nothing to do."""
         self._admit()
         if not any(s.phase is not Phase.WAITING and not s.held for s in self._streams.values()):
+            timeout = None if self._deadline == float("inf") else max(0.0, self._deadline - time.perf_counter())
+            self._resting = True
             try:
-                timeout = None if self._deadline == float("inf") else max(0.0, self._deadline - time.perf_counter())
-                self._inbox.get(timeout=timeout)()
+                command = self._inbox.get(timeout=timeout)
             except queue.Empty:
                 return
+            finally:
+                self._beat = time.perf_counter()
+                self._resting = False
+            command()
         while True:
             try:
                 self._inbox.get_nowait()()
@@ -253,12 +277,11 @@ class EngineThread:
         if (stream := self._streams.get(request_id)) is not None:
             stream.held = held
 
-    def _fail_running(self, error: Exception) -> None:
+    def _fail(self, streams: Sequence[Stream], error: Exception) -> None:
         known = error if isinstance(error, DsparkError) else InternalError("the engine failed on this batch")
         info = ErrorInfo(status=known.status, type=known.type, code=known.code, message=known.message)
-        for stream in list(self._streams.values()):
-            if stream.phase in (Phase.PREFILL, Phase.DECODE) and not stream.held:
-                self._end(stream, "failed", info)
+        for stream in streams:
+            self._end(stream, "failed", info)
 
     def _end(self, stream: Stream, reason: FinishReason, error: ErrorInfo | None = None) -> None:
         """The one way out: gives everything back and says so exactly once."""

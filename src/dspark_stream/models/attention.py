@@ -33,6 +33,7 @@ class StoreAttend:
 
     def __init__(self, store: KVStore, slots: Tensor, segments: list[Segment], *, causal: bool) -> None:
         self.store, self.slots, self.segments, self.causal = store, slots, segments, causal
+        self._masks: dict[object, list[Tensor | None]] = {}
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
@@ -47,6 +48,7 @@ class StoreAttend:
             scale=scale,
             causal=self.causal,
             window=window,
+            masks=self._masks,
         )
 
 

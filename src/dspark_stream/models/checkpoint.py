@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, cast, get_args
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,22 @@ FROZEN = ("embed_tokens.weight", "lm_head.weight")
 """Copies of the target's tensors that released checkpoints carry; the target's own are used instead."""
 
 
+class _Fields(msgspec.Struct):
+    """The fields of a `config.json` that are about the drafter; the others are about its backbone."""
+
+    architectures: list[str]
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    mask_token_id: Annotated[int, msgspec.Meta(ge=0)]
+    target_layer_ids: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
+    markov_rank: Annotated[int, msgspec.Meta(ge=0)] | None = 0
+    markov_head_type: str | None = "vanilla"
+    enable_confidence_head: bool = False
+    confidence_head_with_markov: bool = False
+    num_anchors: int | None = None
+    draft_vocab_size: int | None = None
+
+
 def read_config(folder: Path) -> DrafterConfig:
     """`config.json` of a drafter checkpoint.
 
@@ -43,45 +60,51 @@ def read_config(folder: Path) -> DrafterConfig:
         raw: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"no readable drafter config at {path}: {error}", param="drafter") from error
-    architecture = (raw.get("architectures") or ["(none)"])[0]
-    if architecture not in ARCHITECTURES.values():
+    try:
+        fields = msgspec.convert(raw, _Fields)
+    except msgspec.ValidationError as error:
+        raise ModelLoadError(f"{path}: {error}", param="drafter") from error
+    if not set(fields.architectures) & set(ARCHITECTURES.values()):
         raise ModelLoadError(
-            f"{path}: architecture {architecture} is no DSpark drafter; known: {', '.join(ARCHITECTURES.values())}",
+            f"{path}: architecture {fields.architectures} is no DSpark drafter; known: "
+            f"{', '.join(dict.fromkeys(ARCHITECTURES.values()))}",
             param="architectures",
         )
-    for field in ("num_hidden_layers", "block_size", "mask_token_id", "target_layer_ids"):
-        if field not in raw:
-            raise ModelLoadError(f"{path}: field {field} is missing", param=field)
-    rank = int(raw.get("markov_rank") or 0)
-    head_type: HeadType = raw.get("markov_head_type") or "vanilla"
-    if head_type not in get_args(HeadType):
+    rank = fields.markov_rank or 0
+    kind = fields.markov_head_type or "vanilla" if rank else "vanilla"
+    if kind not in get_args(HeadType):
         raise ModelLoadError(
-            f"{path}: markov_head_type {head_type!r}; known: vanilla, gated, rnn", param="markov_head_type"
+            f"{path}: markov_head_type {kind!r}; known: {', '.join(get_args(HeadType))}", param="markov_head_type"
         )
-    if not 1 <= int(raw["block_size"]) <= 64:
-        raise ModelLoadError(f"{path}: block_size {raw['block_size']} is not in 1 … 64", param="block_size")
-    num_layers = int(raw["num_hidden_layers"])
     return DrafterConfig(
-        backbone=backbone_config(_text_config(raw, path), num_layers),
-        num_layers=num_layers,
-        block_size=int(raw["block_size"]),
-        mask_token_id=int(raw["mask_token_id"]),
-        target_layer_ids=tuple(int(i) for i in raw["target_layer_ids"]),
+        backbone=backbone_config(_text_config(raw, path), fields.num_hidden_layers),
+        num_layers=fields.num_hidden_layers,
+        block_size=fields.block_size,
+        mask_token_id=fields.mask_token_id,
+        target_layer_ids=fields.target_layer_ids,
         markov_rank=rank,
-        markov_head_type=head_type,
-        enable_confidence_head=bool(raw.get("enable_confidence_head", False)),
-        confidence_head_with_markov=bool(raw.get("confidence_head_with_markov", False)) and rank > 0,
-        num_anchors=int(raw.get("num_anchors") or 512),
-        draft_vocab_size=raw.get("draft_vocab_size"),
+        markov_head_type=cast(HeadType, kind),
+        enable_confidence_head=fields.enable_confidence_head,
+        confidence_head_with_markov=fields.confidence_head_with_markov and rank > 0,
+        num_anchors=fields.num_anchors or 512,
+        draft_vocab_size=fields.draft_vocab_size,
     )
 
 
+INHERITED = ("architectures", "layer_types", "sliding_window", "per_layer_config")
+"""Fields about the target's own layers, which must not be read as the drafter's."""
+
+
 def _text_config(raw: dict[str, Any], path: Path) -> Any:
-    """The inherited target config as the library reads it; the layer types in it may be the target's or ours."""
-    fields = {name: value for name, value in raw.items() if name not in ("architectures", "layer_types")}
+    """The inherited target config as the library reads it, without what is about the target's layers alone."""
+    fields = {name: value for name, value in raw.items() if name not in INHERITED}
     model_type = fields.pop("model_type", None)
     if model_type not in LAYERS:
         raise ModelLoadError(f"{path}: model_type {model_type!r}; known: {', '.join(LAYERS)}", param="model_type")
+    for layer in (raw.get("per_layer_config") or {}).values():
+        # newer libraries write the full-attention layers' shape here; older ones, and we, in fields of its own
+        fields.setdefault("global_head_dim", layer.get("head_dim"))
+        fields.setdefault("num_global_key_value_heads", layer.get("num_key_value_heads"))
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # the library's own validation: any of several classes, all about this file
@@ -111,11 +134,25 @@ def load_drafter(folder: Path, target: Target) -> Drafter:
             f"{target.config.model_type} of {target.hidden_size}",
             param="drafter",
         )
+    if config.mask_token_id >= target.vocab_size:
+        raise ModelLoadError(
+            f"{folder}: mask_token_id {config.mask_token_id} is not in the target's vocabulary of {target.vocab_size}",
+            param="mask_token_id",
+        )
     for name in FROZEN:
         tensors.pop(name, None)
     draft_ids = None
     if (d2t := tensors.pop("d2t", None)) is not None:
         draft_ids = (d2t.long() + torch.arange(len(d2t))).to(target.device)
+        if (
+            not len(d2t)
+            or int(d2t.min()) < 0
+            or int(draft_ids[-1]) >= target.vocab_size
+            or bool((d2t.diff() < 0).any())
+        ):
+            raise ModelLoadError(
+                f"{folder}: d2t does not name ascending, different token ids below {target.vocab_size}", param="drafter"
+            )
     target.set_taps(config.target_layer_ids)
     bias = "confidence_head.proj.bias" in tensors
     config = DrafterConfig(**{**config.__dict__, "confidence_bias": bias})

@@ -8,7 +8,7 @@ Symbols: R streams, γ block size, H hidden size, V target vocabulary, Vd draft 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,11 @@ from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4RMSNorm,
     Gemma4TextDecoderLayer,
     Gemma4TextRotaryEmbedding,
+)
+from transformers.models.gemma4_unified.modeling_gemma4_unified import (
+    Gemma4UnifiedRMSNorm,
+    Gemma4UnifiedTextDecoderLayer,
+    Gemma4UnifiedTextRotaryEmbedding,
 )
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -38,8 +43,12 @@ LAYERS: dict[str, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
     "llama": (LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding),
     "qwen3": (Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding),
     "gemma4_text": (Gemma4TextDecoderLayer, Gemma4RMSNorm, Gemma4TextRotaryEmbedding),
+    "gemma4_unified_text": (Gemma4UnifiedTextDecoderLayer, Gemma4UnifiedRMSNorm, Gemma4UnifiedTextRotaryEmbedding),
 }
 """Decoder layer, norm and rotary embedding of each family, by the config's `model_type`."""
+
+GEMMA = ("gemma4_text", "gemma4_unified_text")
+"""Families whose full-attention layers have a head size of their own, and whose rotary embedding asks for the type."""
 
 TARGET_ONLY = {
     "num_kv_shared_layers": 0,
@@ -49,7 +58,12 @@ TARGET_ONLY = {
 }
 """Settings of some targets that their drafters do not have."""
 
-ARCHITECTURES = {"llama": "LlamaDSparkModel", "qwen3": "Qwen3DSparkModel", "gemma4_text": "Gemma4DSparkModel"}
+ARCHITECTURES = {
+    "llama": "LlamaDSparkModel",
+    "qwen3": "Qwen3DSparkModel",
+    "gemma4_text": "Gemma4DSparkModel",
+    "gemma4_unified_text": "Gemma4DSparkModel",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +115,7 @@ def backbone_config(target_config: Any, num_layers: int) -> Any:
 
 def full_attention_shape(config: Any) -> dict[str, int]:
     """Head size and key heads of a family's full-attention layers, where they differ from the others (Gemma4)."""
-    if config.model_type != "gemma4_text":
+    if config.model_type not in GEMMA:
         return {}
     layer = config.per_layer_config[config.layer_types.index("full_attention")]
     return {"global_head_dim": layer.head_dim, "num_global_key_value_heads": layer.num_key_value_heads}
@@ -147,8 +161,10 @@ class Drafter(nn.Module):
             head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             head.weight = weight
             self._head = (head,)
-        self.rotary_emb: Any = rotary_class(backbone)
-        self._rope_of_layer_type = ("full_attention",) if config.family == "gemma4_text" else ()
+        # outside the module tree like the target: a cast to bfloat16 would ruin its frequencies, and with them
+        # acceptance at long context
+        self._rotary = (rotary_class(backbone).to(target.device),)
+        self._rope_of_layer_type = ("full_attention",) if config.family in GEMMA else ()
 
     @property
     def target(self) -> Target:
@@ -181,7 +197,7 @@ class Drafter(nn.Module):
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [1, T, D] of positions [T], by the library's own rotary embedding of the family."""
         like = torch.empty(0, dtype=self._dtype, device=positions.device)
-        cos, sin = self.rotary_emb(like, positions.unsqueeze(0), *self._rope_of_layer_type)
+        cos, sin = self._rotary[0](like, positions.unsqueeze(0), *self._rope_of_layer_type)
         return cos, sin
 
     # --- context features --------------------------------------------------------------------------------
@@ -263,8 +279,3 @@ class Drafter(nn.Module):
     def to_target_ids(self, draft_tokens: Tensor) -> Tensor:
         """Draft vocabulary indices → target token ids."""
         return draft_tokens if self.draft_ids is None else self.draft_ids[draft_tokens]
-
-
-def with_layers(config: DrafterConfig, num_layers: int) -> DrafterConfig:
-    """The same drafter with another depth."""
-    return replace(config, num_layers=num_layers, backbone=backbone_config(config.backbone, num_layers))

@@ -19,7 +19,7 @@ from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf, codec_fro
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAMILIES = ("llama", "qwen3", "gemma4", "gemma4_text")
+FAMILIES = ("llama", "qwen3", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
 
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # missing, unreachable, not JSON, or refused by the library's validation of its fields
         raise ModelLoadError(
             f"{name} is no model folder, GGUF file or reachable hub name: {error}", param="model"
         ) from error
@@ -94,13 +94,17 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
     own = getattr(config.get_text_config(), "dtype", None) or torch.float32
     own = DTYPES.get(own, torch.float32) if isinstance(own, str) else own
     try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=pick_dtype(dtype, own, device), attn_implementation=ATTENTION_NAME
-            ).to(device)
+        with quiet() if Path(name).is_dir() else contextlib.nullcontext():  # a fetch from the hub shows its bars
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=pick_dtype(dtype, own, device),
+                attn_implementation=ATTENTION_NAME,
+                output_loading_info=True,
+            )
     except Exception as error:  # the library raises anything for a broken file: safetensors, pickle, shape errors
         raise ModelLoadError(f"{name} does not load: {error}", param="model") from error
-    target = Target(model, eos_token_ids=_eos_ids(model))
+    _check_complete(name, report)
+    target = Target(model.to(device), eos_token_ids=_eos_ids(model))
     path = Path(name)
     return LoadedTarget(target, codec_from_hub(name), path.name if path.is_dir() else name, _fingerprint(path, name))
 
@@ -116,16 +120,18 @@ def _load_gguf(path: Path, dtype: DType, device: torch.device) -> LoadedTarget:
 
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 str(path.parent),
                 gguf_file=path.name,
                 dtype=pick_dtype(dtype, None, device),
                 attn_implementation=ATTENTION_NAME,
-            ).to(device)
+                output_loading_info=True,
+            )
     except Exception as error:  # as above: any error class, all meaning a file that cannot be used
         raise ModelLoadError(f"{path} does not load: {error}", param="model") from error
-    eos = fields.get("tokenizer.ggml.eos_token_id")
-    target = Target(model, eos_token_ids=() if eos is None else (int(eos),))
+    _check_complete(str(path), report)
+    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    target = Target(model.to(device), eos_token_ids=tuple(dict.fromkeys(int(e) for e in ends if e is not None)))
     return LoadedTarget(target, codec_from_gguf(fields), path.stem, _fingerprint(path, str(path)))
 
 
@@ -141,6 +147,18 @@ def gguf_fields(path: Path) -> dict[str, Any]:
         return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
     except Exception as error:  # the reader raises whatever numpy and struct raise on a broken file
         raise ModelLoadError(f"{path} is not a readable GGUF file: {error}", param="model") from error
+
+
+def _check_complete(name: str, report: dict[str, Any]) -> None:
+    """The library fills tensors that a file lacks with random numbers and only warns."""
+    missing = sorted(report.get("missing_keys", ()))
+    wrong = sorted(str(key) for key in report.get("mismatched_keys", ()))
+    if missing or wrong:
+        raise ModelLoadError(
+            f"{name}: tensors missing: {', '.join(missing[:4]) or 'none'}; of the wrong shape: "
+            f"{', '.join(wrong[:4]) or 'none'}",
+            param="model",
+        )
 
 
 def _eos_ids(model: Any) -> tuple[int, ...]:

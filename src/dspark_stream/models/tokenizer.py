@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
@@ -49,6 +51,55 @@ PRE_TOKENIZERS = {
 TOKEN_CONTROL, TOKEN_USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
+class TokenBytes:
+    """The bytes that each token stands for, without its neighbours; special tokens stand for none.
+
+    Exact for the decoders of the supported families: byte-level BPE (Llama 3, Qwen, SmolLM) and SentencePiece with byte
+    fallback (Llama 2, Gemma). Of other decoders each token's own text is taken.
+    """
+
+    def __init__(self, raw: RawTokenizer) -> None:
+        state = raw.decoder.__getstate__().decode() if raw.decoder else ""
+        self.strips_first_space = '"Strip"' in state or '"Metaspace"' in state
+        added = raw.get_added_tokens_decoder()
+        plain = _byte_level if '"ByteLevel"' in state else _sentence_piece if "▁" in state else None
+        self._table: list[bytes] = [b""] * (max(raw.get_vocab().values(), default=-1) + 1)
+        for text, token in raw.get_vocab().items():
+            if token in added:
+                self._table[token] = b"" if added[token].special else text.encode()
+            else:
+                self._table[token] = plain(text) if plain else raw.decode([token]).encode()
+
+    def __getitem__(self, token: int) -> bytes:
+        """Bytes of a token; of an id that the vocabulary does not have, none."""
+        return self._table[token] if token < len(self._table) else b""
+
+    def longest(self) -> int:
+        """The most bytes that one token stands for."""
+        return max(map(len, self._table), default=1)
+
+
+def _byte_level(text: str) -> bytes:
+    """GPT-2's way of writing bytes: printable ones as themselves, the others from U+0100 on."""
+    return b"".join(BYTE_OF[c] if c in BYTE_OF else c.encode() for c in text)
+
+
+def _bytes_by_character() -> dict[str, bytes]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    pairs = [(chr(b), b) for b in printable] + [(chr(256 + i), b) for i, b in enumerate(others)]
+    return {c: bytes([b]) for c, b in pairs}
+
+
+BYTE_OF = _bytes_by_character()
+
+
+def _sentence_piece(text: str) -> bytes:
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return bytes([int(text[3:5], 16)])
+    return text.replace("▁", " ").encode()
+
+
 class TextCodec:
     """Text in, tokens out, for one model. Implements the engine's `Tokenizer` protocol; safe to call from threads."""
 
@@ -58,12 +109,18 @@ class TextCodec:
         """`bos_token` and `eos_token`, as chat templates ask for them."""
         self._template: jinja2.Template | None = None
         if chat_template:
-            env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
             env.globals["raise_exception"] = _template_error
+            env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
             env.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-            self._template = env.from_string(chat_template)
-        # byte-level pieces write one character a byte
-        self.max_token_bytes = max((len(t.encode()) for t in raw.get_vocab()), default=1)
+            try:
+                self._template = env.from_string(chat_template)
+            except jinja2.TemplateError as error:
+                raise ModelLoadError(f"the model's chat template does not parse: {error}", param="model") from error
+        self.token_bytes = TokenBytes(raw)
+        # a special token's own name can be typed as text, too
+        names = max((len(t.encode()) for t in raw.get_vocab()), default=1)
+        self.max_token_bytes = max(names, self.token_bytes.longest())
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text; nothing is added, and special tokens in the text are read as such."""
@@ -82,8 +139,10 @@ class TextCodec:
             text = "".join(f"{t['role']}: {t['content']}\n" for t in turns) + "assistant:"
         else:
             try:
-                text = self._template.render(messages=turns, add_generation_prompt=True, **self.special)
-            except jinja2.TemplateError as error:
+                text = self._template.render(
+                    messages=turns, add_generation_prompt=True, tools=None, documents=None, **self.special
+                )
+            except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
                 raise InvalidRequestError(f"the model's chat template refuses this: {error}", param="input") from error
         return self.encode(text)
 

@@ -99,7 +99,7 @@ def rejection(
     outcomes = []
     for part, r in zip(p, chosen, strict=True):
         block, length = blocks[r], lengths[r]
-        uniforms = block.uniforms or RoundUniforms(streams[r].sampling.seed, streams[r].position, 0)
+        uniforms = block.uniforms or RoundUniforms(streams[r].round_key, streams[r].position, 0)
         accepted = 0
         if length:
             assert block.q is not None

@@ -16,25 +16,33 @@ POINT_MS = 500.0
 
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a target pass over B tokens and of drafting for R streams; linear between measured points."""
+    """Milliseconds of a round's parts; linear between measured points.
+
+    ``verify_ms``: a target pass over that many ``tokens`` of one stream. ``stream_ms``: what the same pass costs more
+    when its tokens belong to that many ``streams``. ``draft_ms``: drafting for that many streams.
+    """
 
     tokens: list[int]
     verify_ms: list[float]
     streams: list[int]
+    stream_ms: list[float]
     draft_ms: list[float]
 
-    def round_ms(self, batch_tokens: int, drafting: int) -> float:
-        """A whole round: drafting for ``drafting`` streams, then a target pass over ``batch_tokens`` tokens."""
-        draft = _interpolate(self.streams, self.draft_ms, drafting) if drafting else 0.0
-        return draft + _interpolate(self.tokens, self.verify_ms, batch_tokens)
+    def round_ms(self, batch_tokens: int, streams: int, drafting: int) -> float:
+        """A whole round: drafting for ``drafting`` of R ``streams``, then a pass over B ``batch_tokens``."""
+        verify = interpolate(self.tokens, self.verify_ms, batch_tokens)
+        more = interpolate(self.streams, self.stream_ms, streams)
+        draft = interpolate(self.streams, self.draft_ms, drafting) if drafting else 0.0
+        return verify + more + draft
 
-    def sps(self, batch_tokens: int, drafting: int) -> float:
+    def sps(self, batch_tokens: int, streams: int, drafting: int) -> float:
         """Rounds a second when a round carries ``batch_tokens`` target tokens."""
-        return 1000.0 / self.round_ms(batch_tokens, drafting)
+        return 1000.0 / self.round_ms(batch_tokens, streams, drafting)
 
 
 def measure(
-    time_verify_ms: Callable[[int], float],
+    time_rows_ms: Callable[[int], float],
+    time_streams_ms: Callable[[int], float],
     time_draft_ms: Callable[[int], float] | None,
     *,
     max_tokens: int,
@@ -45,9 +53,10 @@ def measure(
     """Time real passes at a ladder of sizes; medians, made monotone.
 
     Args:
-        time_verify_ms: runs one target pass over that many tokens and returns its milliseconds.
+        time_rows_ms: runs one target pass over that many tokens of one stream and returns its milliseconds.
+        time_streams_ms: the same over one token of each of that many streams.
         time_draft_ms: the same for drafting for that many streams; None without a drafter.
-        max_tokens: the largest batch, B.
+        max_tokens: the largest B.
         max_streams: the largest R.
         repeats: passes a point; their median counts.
         on_point: called after every point, for a progress bar.
@@ -62,13 +71,16 @@ def measure(
                 passes.append(run(size))
             times.append(median(passes))
             on_point()
-        return monotone(times)
+        return times
 
-    tokens = ladder(max_tokens)
-    verify_ms = points(tokens, time_verify_ms)
-    streams = ladder(max_streams) if time_draft_ms else [1]
-    draft_ms = points(streams, time_draft_ms) if time_draft_ms else [0.0]
-    return CapacityCurve(tokens=tokens, verify_ms=verify_ms, streams=streams, draft_ms=draft_ms)
+    tokens, streams = ladder(max_tokens), ladder(max_streams)
+    verify_ms = monotone(points(tokens, time_rows_ms))
+    together = points(streams, time_streams_ms)
+    more = [max(0.0, ms - interpolate(tokens, verify_ms, r)) for r, ms in zip(streams, together, strict=True)]
+    draft_ms = monotone(points(streams, time_draft_ms)) if time_draft_ms else [0.0] * len(streams)
+    return CapacityCurve(
+        tokens=tokens, verify_ms=verify_ms, streams=streams, stream_ms=monotone(more), draft_ms=draft_ms
+    )
 
 
 def ladder(largest: int) -> list[int]:
@@ -92,10 +104,11 @@ def monotone(values: Sequence[float]) -> list[float]:
     return [mean for mean, n in blocks for _ in range(n)]
 
 
-def _interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
+def interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
+    """Linear between points, flat before the first, on with the last slope after the last."""
     if x <= xs[0]:
         return ys[0]
-    if x >= xs[-1]:  # beyond the last point the last slope goes on
+    if x >= xs[-1]:
         if len(xs) == 1 or x == xs[-1]:
             return ys[-1]
         slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])

@@ -44,13 +44,21 @@ class StreamView(Protocol):
         """Rejection or coupled."""
 
     @property
+    def round_key(self) -> int:
+        """Keys its uniforms (rejection verification); no other stream of the batch has the same."""
+
+    @property
     def noise(self) -> NoiseCache:
         """Its token exponentials (coupled verification)."""
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy, as in vLLM."""
+
+
 def is_greedy(stream: StreamView) -> bool:
-    """Temperature 0: every distribution is one-hot, and both verifications are the same comparison."""
-    return stream.sampling.temperature == 0.0
+    """Temperature 0, or so small that logits would overflow: one-hot distributions, one comparison for both ways."""
+    return stream.sampling.temperature < GREEDY_BELOW
 
 
 def is_coupled(stream: StreamView) -> bool:
@@ -99,7 +107,7 @@ def walk(
     calibration: Calibration,
     history: AcceptanceHistory,
 ) -> list[Block]:
-    """The sequential head, left to right: hidden [R, γ, H] → one block a stream. No host wait until the end."""
+    """The sequential head, left to right: hidden [R, γ, H] → one block a stream."""
     gamma, device = drafter.gamma, hidden.device
     base = drafter.base_logits(hidden)  # [R, γ, Vd]
     choose = _Chooser(drafter, streams, device)
@@ -137,7 +145,7 @@ class _Chooser:
         self.sampled = [r for r, s in enumerate(streams) if is_rejection(s)]
         self.coupled = [r for r, s in enumerate(streams) if is_coupled(s)]
         self.params = [s.sampling for s in streams]
-        self.uniforms = [RoundUniforms(streams[r].sampling.seed, streams[r].position, gamma) for r in self.sampled]
+        self.uniforms = [RoundUniforms(streams[r].round_key, streams[r].position, gamma) for r in self.sampled]
         self.u = torch.tensor([u.draft for u in self.uniforms], dtype=torch.float64, device=device)  # [Rs, γ]
         self.q: list[Tensor] = []
         self.indices: list[Tensor] = []

@@ -1,7 +1,7 @@
 """Randomness as an argument: everything random in a round comes from here, by counter, never from a global state.
 
-Philox 4x64 keyed by (stream seed, position, purpose): any token's noise can be made again at any time, in any order,
-alone or in company, on any machine.
+Philox 4x64 keyed by (the stream's seed or key, position, purpose): any token's noise can be made again at any time,
+in any order, alone or in company, on any machine.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ def _generator(seed: int, position: int, purpose: Purpose) -> np.random.Generato
 
 
 class RoundUniforms:
-    """The 2γ+1 uniforms in [0, 1) of one rejection round of one stream."""
+    """The 2γ+1 uniforms in [0, 1) of one rejection round of one stream.
 
-    def __init__(self, seed: int, start: int, gamma: int) -> None:
-        u = _generator(seed, start, Purpose.ROUND).random(2 * gamma + 1).tolist()
+    ``key`` must be the stream's own: drafts of two streams that share uniforms know of each other, and then a schedule
+    that reads the one's confidence biases the other.
+    """
+
+    def __init__(self, key: int, start: int, gamma: int) -> None:
+        u = _generator(key, start, Purpose.ROUND).random(2 * gamma + 1).tolist()
         self.bonus: float = u[0]
         self.draft: list[float] = u[1 : gamma + 1]
         self.accept: list[float] = u[gamma + 1 :]

@@ -37,17 +37,17 @@ def admit(survival: Sequence[Survival], sps: Callable[[int], float], *, early_st
     batch_tokens = len(survival)
     expected = float(len(survival))  # τ of the whole batch: one bonus token a stream
     best = expected * sps(batch_tokens) if batch_tokens else 0.0
-    best_lengths = lengths.copy()
-    for negative, j, r in order:
-        batch_tokens += 1
+    admitted = 0
+    for count, (negative, _, _) in enumerate(order, 1):
         expected -= negative
-        lengths[r] = j
-        theta = expected * sps(batch_tokens)
+        theta = expected * sps(batch_tokens + count)
         if theta > best:
-            best, best_lengths = theta, lengths.copy()
+            best, admitted = theta, count
         elif early_stop:
             break
-    return best_lengths
+    for _, j, r in order[:admitted]:
+        lengths[r] = j
+    return lengths
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,11 @@ def load_calibration(folder: Path) -> Calibration:
     if not path.exists():
         return Calibration()
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+        calibration = msgspec.json.decode(path.read_bytes(), type=Calibration)
+        for name, temperatures in (("rejection", calibration.rejection), ("coupled", calibration.coupled)):
+            if not all(0 < t < float("inf") for t in temperatures):
+                raise msgspec.ValidationError(f"temperatures must be above 0 - at `$.{name}`")
+        return calibration
     except (OSError, msgspec.MsgspecError) as error:
         raise ModelLoadError(f"{path}: {error}", param="drafter") from error
 
@@ -57,12 +61,17 @@ def prefix_survival(confidence: Sequence[float]) -> list[float]:
 class AcceptanceHistory:
     """Acceptance by position over past rounds: the confidence of a drafter that has no confidence head.
 
-    Only the past goes in, so scheduling by it is lossless. Starts from a prior of 2 accepted in 4.
+    Only the past goes in, so scheduling by it is lossless. Starts from a prior of 2 accepted in 4, and every round
+    fades a little back towards it, also one that sent nothing: so a position that was given up is tried again.
     """
 
+    PRIOR = (2.0, 4.0)
+    FADE = 0.005
+    """Share of what was seen that a round forgets: the memory is some 200 rounds long."""
+
     def __init__(self, gamma: int) -> None:
-        self._accepted = [2.0] * gamma
-        self._seen = [4.0] * gamma
+        self._accepted = [self.PRIOR[0]] * gamma
+        self._seen = [self.PRIOR[1]] * gamma
 
     def confidence(self) -> list[float]:
         """Estimated c_1 … c_γ."""
@@ -70,17 +79,9 @@ class AcceptanceHistory:
 
     def record(self, scheduled: int, accepted: int) -> None:
         """One round's outcome: positions 1 … accepted passed, the next one failed if it was sent."""
+        for k in range(len(self._seen)):
+            self._accepted[k] += self.FADE * (self.PRIOR[0] - self._accepted[k])
+            self._seen[k] += self.FADE * (self.PRIOR[1] - self._seen[k])
         for k in range(min(accepted + 1, scheduled)):
             self._seen[k] += 1.0
             self._accepted[k] += k < accepted
-
-
-def calibration_error(pairs: Sequence[tuple[float, bool]], bins: int = 10) -> float:
-    """Expected calibration error of (predicted probability, happened) pairs over equal-width bins; 0 for none."""
-    totals = [[0.0, 0.0, 0] for _ in range(bins)]
-    for predicted, happened in pairs:
-        cell = totals[min(int(predicted * bins), bins - 1)]
-        cell[0] += predicted
-        cell[1] += happened
-        cell[2] += 1
-    return sum(abs(p - h) for p, h, n in totals if n) / max(1, len(pairs))
