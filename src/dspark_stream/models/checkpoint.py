@@ -177,7 +177,7 @@ def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bflo
     folder.mkdir(parents=True, exist_ok=True)
     c = drafter.config
     raw: dict[str, Any] = c.backbone.to_dict()
-    for derived in ("_name_or_path", "per_layer_config"):
+    for derived in ("_name_or_path", "_model_name_or_path", "per_layer_config"):
         raw.pop(derived, None)
     raw |= full_attention_shape(c.backbone)
     raw |= {

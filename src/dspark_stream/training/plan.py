@@ -109,6 +109,8 @@ def settle(plan: TrainPlan, folder: Path) -> None:
                     param="run_dir",
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(raw, indent=2) + "\n")
+        part = path.with_name(FILE + ".part")
+        part.write_text(json.dumps(raw, indent=2) + "\n")
+        part.replace(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be used: {error}", param="run_dir") from error
