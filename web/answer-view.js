@@ -15,16 +15,18 @@ import { RoundStrip } from "./strip.js";
 /** @typedef {"tokens"|"formatted"} Show */
 
 /** What the head of an answer says about how it ended. */
-const ENDINGS = { completed: "", incomplete: "cut at the token limit", failed: "failed", cancelled: "stopped",
+const ENDINGS = { completed: "", incomplete: "cut at the token limit", failed: "failed", cancelled: "stopped by the server",
   lost: "connection lost" };
 
 export class AnswerView {
   origin = new TextByOrigin();
   /** @type {End|null} */
   end = null;
+  #asked = false;
+  #stopped = false;
   /** @type {Show} */
   #show;
-  #figures = new Figures(performance.now());
+  #figures = new Figures();
   /** @type {HTMLElement[]} the spans of each round */
   #rounds = [];
   #rest = document.createTextNode("");
@@ -35,16 +37,16 @@ export class AnswerView {
   #paint = () => this.#paintNow();
 
   /**
-   * @param {{mode: "dspark"|"plain", seed: number, gamma: number, show: Show, title: string,
-   *          onPaint?: () => void}} options
+   * @param {{mode: "dspark"|"plain", seed: number|null, gamma: number, show: Show, title: string,
+   *          onPaint?: () => void}} options `gamma` is how high the strip is; `seed` is shown unless it is null
    */
   constructor({ mode, seed, gamma, show, title, onPaint }) {
     this.mode = mode;
     this.onPaint = onPaint;
     this.#show = show;
-    this.strip = new RoundStrip({ gamma: mode === "plain" ? 0 : gamma, onSelect: (round) => this.#select(round) });
+    this.strip = new RoundStrip({ gamma, onSelect: (round) => this.#select(round) });
 
-    this.state = h("span", { class: "answer-state" }, "waiting");
+    this.state = h("span", { class: "answer-state" }, "not started");
     this.tokens = h("div", { class: "text tokens", onpointerover: (event) => this.#hover(event),
       onpointerleave: () => this.strip.select(-1) });
     this.tokens.append(this.#rest);
@@ -68,15 +70,14 @@ export class AnswerView {
         row("tokens", this.values.tokens, "Tokens of this answer"),
         row("batch", this.values.streams, "Streams that shared the last round"),
         row("first text", this.values.first, "From the question sent to the first text"),
-        row("seed", this.values.seed, "The seed that repeats this answer"),
+        ...(seed === null ? [] : [row("seed", this.values.seed, "The seed that repeats this answer")]),
       ),
       this.strip.element, this.roundLine);
 
     this.element = h("article", { class: "answer", "data-mode": mode, "aria-busy": "true", "aria-label": title },
-      h("div", { class: "answer-body" },
-        h("p", { class: "answer-head" },
-          h("span", { class: "mode-name" }, mode === "plain" ? "Plain" : "DSpark"), this.state),
-        this.tokens, this.prose, this.notice),
+      h("p", { class: "answer-head" },
+        h("span", { class: "mode-name" }, mode === "plain" ? "Plain" : "DSpark"), this.state),
+      h("div", { class: "answer-body" }, this.tokens, this.prose, this.notice),
       this.figures);
     this.show(show);
     this.#describeRound(-1);
@@ -90,19 +91,34 @@ export class AnswerView {
     return this.#figures.snapshot();
   }
 
+  sent() {
+    this.#asked = true;
+    this.#figures.sent(performance.now());
+    this.state.textContent = "waiting";
+  }
+
   created() {
-    this.state.textContent = "answering";
+    if (!this.#stopped) this.state.textContent = "answering";
+  }
+
+  /** The reader wants no more of it; its end is still to come. */
+  stopping() {
+    if (this.end) return;
+    this.#stopped = true;
+    this.state.textContent = "stopping";
   }
 
   /** @param {string} text */
   delta(text) {
+    if (text !== "") this.#figures.text(performance.now());
     this.origin.delta(text);
     beforeNextFrame(this.#paint);
   }
 
   /** @param {Step} step */
   step(step) {
-    this.#figures.step(step, performance.now());
+    // A round's text comes before its step or after it; what is longer has something before the round.
+    this.#figures.step(step, performance.now(), this.text.length > step.text.length);
     this.origin.step(this.strip.steps.length, step.pieces ?? []);
     this.strip.add(step);
     beforeNextFrame(this.#paint);
@@ -139,6 +155,8 @@ export class AnswerView {
   notifyEnd(end, retry) {
     if (end.status === "lost") {
       this.notify("The connection was lost before the answer ended.", { retry });
+    } else if (end.status === "cancelled" && this.#asked && !this.#stopped) {
+      this.notify("The server stopped this answer before its end.", { retry });
     } else if (end.status === "failed") {
       const { title, detail, retry: helps } = explain(end.error);
       this.notify(title, { detail, retry: helps ? retry : undefined });
@@ -158,7 +176,8 @@ export class AnswerView {
   }
 
   #paintNow() {
-    for (const span of this.origin.take()) {
+    for (const span of this.origin.take(this.end !== null)) {
+      if (span.origin === "drafted") this.element.dataset.drafted = "";
       this.#round(span.round).append(
         span.origin === null ? span.text : h("span", { class: span.origin }, span.text));
     }
@@ -169,7 +188,9 @@ export class AnswerView {
     this.#paintFigures();
     if (this.end && this.element.hasAttribute("aria-busy")) {
       this.element.removeAttribute("aria-busy");
-      this.state.textContent = ENDINGS[this.end.status];
+      this.element.dataset.status = this.end.status;
+      if (!this.#asked) this.state.textContent = "not started";
+      else this.state.textContent = this.#stopped && this.end.status === "cancelled" ? "stopped" : ENDINGS[this.end.status];
     }
     this.onPaint?.();
   }

@@ -92,6 +92,7 @@ function showConnection(state) {
     page.key.focus();
   }
   if (state.phase === "waiting") {
+    announce(state.why ?? "The connection is lost; it will be tried again.");
     const tick = () => {
       const left_s = Math.max(0, Math.ceil((/** @type {number} */ (state.retryAt) - Date.now()) / 1000));
       page.connectionText.textContent = `${state.why ?? "Offline."} Next try in ${left_s} s`;
@@ -103,7 +104,7 @@ function showConnection(state) {
 
 /** @param {any} hello */
 function showHello(hello) {
-  gamma = hello.limits?.gamma ?? 0;
+  gamma = hello.gamma ?? 0;
   settings.limit(hello.limits ?? {});
   const name = (/** @type {string} */ path) => path.replace(/[/\\]+$/, "").split(/[/\\]/).pop() ?? path;
   page.model.replaceChildren(
@@ -138,6 +139,7 @@ page.keyForm.addEventListener("submit", (/** @type {SubmitEvent} */ event) => {
  */
 function ask({ view, ...question }) {
   let cancel = () => {};
+  view.sent();
   const ended = /** @type {Promise<End>} */ (new Promise((resolve) => {
     ({ cancel } = connection.ask({ ...question, settings: settings.read() }, {
       created: () => view.created(),
@@ -150,7 +152,13 @@ function ask({ view, ...question }) {
       },
     }));
   }));
-  return { ended, cancel: () => cancel() };
+  return {
+    ended,
+    cancel: () => {
+      view.stopping();
+      cancel();
+    },
+  };
 }
 
 /** @param {string} question */
@@ -158,7 +166,7 @@ async function chat(question) {
   const { seed: fixed } = settings.read();
   const seed = fixed ?? newSeed();
   const mode = /** @type {"dspark"|"plain"} */ (chosen("mode"));
-  const view = new AnswerView({ mode, seed, gamma, show: show(), title: "Answer", onPaint: follow });
+  const view = new AnswerView({ mode, seed, gamma: mode === "plain" ? 0 : gamma, show: show(), title: "Answer", onPaint: follow });
   const turn = h("li", { class: "turn" },
     h("div", { class: "question" }, h("p", {}, question)), view.element);
   page.intro.hidden = true;

@@ -8,12 +8,12 @@
  * @typedef {Object} Snapshot
  * @property {number} tokens
  * @property {number} rounds
- * @property {number|null} tokens_per_s  while decoding: the first round and the wait for it do not count
+ * @property {number|null} tokens_per_s  while decoding: the first text and the wait for it do not count
  * @property {number|null} tau           accepted length τ, the bonus token included
  * @property {number|null} ell           mean verification length ℓ
  * @property {number|null} streams       in the batch of the last round
  * @property {number|null} first_ms      from the question sent to the first text
- * @property {number} decode_ms          from the first round to the last
+ * @property {number} decode_ms          from the first text to the last
  */
 
 export class Figures {
@@ -23,25 +23,36 @@ export class Figures {
   #tokens = 0;
   #tokensOfFirst = 0;
   #streams = 0;
-  #sentAt;
+  #sentAt = 0;
   /** @type {number|null} */
-  #firstAt = null;
+  #textAt = null;
+  #firstAt = 0;
   #lastAt = 0;
 
   /** @param {number} now when the question was sent */
-  constructor(now) {
+  sent(now) {
     this.#sentAt = now;
+  }
+
+  /** @param {number} now when some text came */
+  text(now) {
+    this.#textAt ??= now;
   }
 
   /**
    * @param {Step} step
    * @param {number} now
+   * @param {boolean} [late] text of an earlier moment came before this round's, though no round did: the prompt's
+   *   pass gives the first token
    */
-  step(step, now) {
+  step(step, now, late = false) {
     const tokens = step.accepted + 1;
-    if (this.#firstAt === null) {
-      this.#firstAt = now;
-      this.#tokensOfFirst = tokens;
+    if (this.#rounds === 0) {
+      const prefill = late && this.#textAt !== null;
+      this.#firstAt = prefill ? /** @type {number} */ (this.#textAt) : now;
+      this.#tokensOfFirst = prefill ? 1 : tokens;
+      this.#tokens = prefill ? 1 : 0;
+      this.#textAt ??= now;
     }
     this.#lastAt = now;
     this.#rounds += 1;
@@ -59,16 +70,16 @@ export class Figures {
   /** @returns {Snapshot} */
   snapshot() {
     const rounds = this.#rounds;
-    const decode_ms = this.#firstAt === null ? 0 : this.#lastAt - this.#firstAt;
+    const decode_ms = rounds ? this.#lastAt - this.#firstAt : 0;
     const later = this.#tokens - this.#tokensOfFirst;
     return {
       tokens: this.#tokens,
       rounds,
-      tokens_per_s: rounds > 1 && decode_ms > 0 && later > 0 ? (later / decode_ms) * 1000 : null,
+      tokens_per_s: decode_ms > 0 && later > 0 ? (later / decode_ms) * 1000 : null,
       tau: rounds ? 1 + this.#accepted / rounds : null,
       ell: rounds ? this.#scheduled / rounds : null,
       streams: rounds ? this.#streams : null,
-      first_ms: this.#firstAt === null ? null : this.#firstAt - this.#sentAt,
+      first_ms: this.#textAt === null ? null : this.#textAt - this.#sentAt,
       decode_ms,
     };
   }

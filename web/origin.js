@@ -1,6 +1,7 @@
 /**
- * Which part of an answer's text came from whom. Deltas are the text; steps say who wrote it. The two may come in
- * either order, and a step can be missing, so each step is placed where its text is found and what no step claims
+ * Which part of an answer's text came from whom. Deltas are the text; steps say who wrote it. A step follows its
+ * delta, so its text is what the text ends with at that moment; should it come first, its text is looked for. Text
+ * before the first round is the target's own: the token that reading the prompt gives. Elsewhere, what no step claims
  * stays unmarked. Pure.
  */
 
@@ -10,7 +11,8 @@
 export class TextByOrigin {
   text = "";
   #placed = 0;
-  /** @type {{round: number, pieces: [string, boolean][]}[]} */
+  #first = true;
+  /** @type {{round: number, pieces: [string, boolean][], text: string, at: number}[]} */
   #waiting = [];
 
   /** @param {string} text */
@@ -24,27 +26,38 @@ export class TextByOrigin {
    */
   step(round, pieces) {
     const spoken = pieces.filter(([text]) => text !== "");
-    if (spoken.length > 0) this.#waiting.push({ round, pieces: spoken });
+    if (spoken.length === 0) return;
+    const text = spoken.map(([piece]) => piece).join("");
+    const at = this.text.endsWith(text) ? this.text.length - text.length : -1;
+    this.#waiting.push({ round, pieces: spoken, text, at });
   }
 
   /**
    * What can be placed now, in order, without gaps.
+   * @param {boolean} [ended] no step will follow
    * @returns {Span[]}
    */
-  take() {
+  take(ended = false) {
     /** @type {Span[]} */
     const spans = [];
     let step;
     while ((step = this.#waiting[0])) {
-      const at = this.text.indexOf(step.pieces.map(([text]) => text).join(""), this.#placed);
+      const at = step.at >= this.#placed ? step.at : this.text.indexOf(step.text, this.#placed);
       if (at < 0) break; // its delta is still to come
-      if (at > this.#placed) spans.push({ text: this.text.slice(this.#placed, at), origin: null, round: -1 });
+      if (at > this.#placed) {
+        spans.push({ text: this.text.slice(this.#placed, at), origin: this.#first ? "own" : null, round: -1 });
+      }
+      this.#first = false;
       this.#placed = at;
       for (const [text, drafted] of step.pieces) {
         spans.push({ text, origin: drafted ? "drafted" : "own", round: step.round });
         this.#placed += text.length;
       }
       this.#waiting.shift();
+    }
+    if (ended && this.#first && this.rest !== "") {
+      spans.push({ text: this.rest, origin: "own", round: -1 }); // the prompt's token was the only one
+      this.#placed = this.text.length;
     }
     return spans;
   }

@@ -30,7 +30,10 @@
  * @property {number} streams
  */
 
-/** @typedef {{status?: number, type?: string, code?: string, message: string, param?: string|null}} WireError */
+/**
+ * @typedef {{status?: number, type?: string, code?: string, message: string, param?: string|null,
+ *            retry_after_s?: number}} WireError
+ */
 
 /**
  * How a response ended. `lost` is ours: the socket went away before the server could say.
@@ -71,6 +74,7 @@ export function createEvent({ lane, eventId, input, settings, seed, mode, verifi
     temperature: settings.temperature,
     top_p: settings.top_p,
     max_output_tokens: settings.max_output_tokens,
+    store: false, // every question brings its whole conversation along
     dspark: { mode, verification: verification ?? settings.verification, seed, steps: true },
   };
 }
@@ -200,7 +204,7 @@ export class Lanes {
  * @returns {WireError}
  */
 export function wireError(event) {
-  return { status: event.status, message: "Unknown error", ...event.error };
+  return { status: event.status, retry_after_s: event.retry_after_s, message: "Unknown error", ...event.error };
 }
 
 /**
@@ -210,15 +214,21 @@ export function wireError(event) {
  */
 export function explain(error) {
   const detail = error?.message ?? "";
+  const seconds = error?.retry_after_s;
+  const wait = !seconds ? "Give it a few seconds" : seconds === 1 ? "Give it a second" : `Give it ${seconds} seconds`;
   if (error?.code === "draining") {
     return { title: "The server is shutting down. Try again when it is back.", detail, retry: true };
   }
-  if (error?.status === 503) {
-    return { title: "The server is full at the moment. Give it a few seconds, then try again.", detail, retry: true };
+  if (error?.status === 503 || error?.type === "overloaded_error") {
+    return { title: `The server is full at the moment. ${wait}, then try again.`, detail, retry: true };
   }
-  if (error?.status === 429) {
-    return { title: "You have reached this server’s limit for one client. Wait a moment, then try again.", detail,
+  if (error?.status === 429 || error?.code === "rate_limit_exceeded") {
+    return { title: `You have reached this server’s limit for one client. ${wait}, then try again.`, detail,
       retry: true };
+  }
+  if (error?.code === "message_too_large") {
+    return { title: "This conversation is too long for one message. Start a new chat, or ask a shorter question.", detail,
+      retry: false };
   }
   if (error?.code === "context_length_exceeded") {
     return { title: "This conversation no longer fits the model’s context. Start a new chat, or ask for a shorter answer.",

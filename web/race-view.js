@@ -1,7 +1,7 @@
 /** The race on the page: two lanes, a timeline, a verdict. */
 
 import { AnswerView } from "./answer-view.js";
-import { h } from "./dom.js";
+import { h, svg } from "./dom.js";
 import { duration } from "./metrics.js";
 import { judge, raceVerification, speedSentence, whyDifferent } from "./race.js";
 
@@ -30,7 +30,7 @@ export class RaceView {
     this.options = options;
     const { question, seed, gamma, show, onPaint, settings, together } = options;
     const view = (/** @type {"plain"|"dspark"} */ mode, /** @type {string} */ title) =>
-      new AnswerView({ mode, seed, gamma, show, title, onPaint });
+      new AnswerView({ mode, seed: null, gamma, show, title, onPaint });
     this.plain = view("plain", "Plain answer");
     this.dspark = view("dspark", "DSpark answer");
     this.views = [this.plain, this.dspark];
@@ -41,6 +41,8 @@ export class RaceView {
     if (settings.temperature > 0) {
       how.push("Coupled verification, under which the same seed gives the same text at any temperature.");
     }
+    if (gamma === 0) how.push("This server has no drafter, so both decode plainly.");
+    how.push(`Seed ${seed}.`);
     this.verdict = h("section", { class: "verdict", "aria-label": "Verdict", hidden: true });
     root.replaceChildren(
       h("div", { class: "question" }, h("p", {}, question)),
@@ -66,7 +68,6 @@ export class RaceView {
       const { status } = await start("plain");
       if (this.#cancelled || status === "failed" || status === "lost") {
         this.dspark.finish({ status: "cancelled", usage: null, reason: null, error: null });
-        this.dspark.state.textContent = "not started";
       } else {
         await start("dspark");
       }
@@ -91,11 +92,13 @@ export class RaceView {
       return "No verdict: both sides have to finish.";
     }
     const headline = verdict.same ? "Same text" : "Texts differ";
-    const sentence = speedSentence(verdict.ratio);
+    // Without a drafter a ratio would only measure the machine's mood.
+    const sentence = this.options.gamma === 0 ? "" : speedSentence(verdict.ratio);
     const longest = Math.max(plain.decode_ms, dspark.decode_ms, 1);
     const bar = (/** @type {string} */ name, /** @type {number} */ ms) => h("div", { class: "bar" },
       h("span", {}, name),
-      h("meter", { min: 0, max: longest, value: ms, "aria-label": `${name}: decoding time` }, duration(ms)),
+      svg("svg", { "aria-hidden": "true" }, svg("rect", { class: "track", width: "100%" }),
+        svg("rect", { class: "value", width: `${(100 * ms) / longest}%` })),
       h("span", { class: "num" }, duration(ms)));
     this.verdict.dataset.same = String(verdict.same);
     this.verdict.replaceChildren(
@@ -107,8 +110,8 @@ export class RaceView {
     if (!verdict.same) {
       this.verdict.append(
         h("dl", { class: "diff" },
-          h("dt", {}, "Plain"), h("dd", {}, h("q", {}, verdict.around[0])),
-          h("dt", {}, "DSpark"), h("dd", {}, h("q", {}, verdict.around[1]))),
+          h("dt", {}, "Plain"), h("dd", {}, quote(verdict.around[0])),
+          h("dt", {}, "DSpark"), h("dd", {}, quote(verdict.around[1]))),
         h("p", { class: "detail" }, whyDifferent(this.options.settings)));
     }
     if (this.options.together) {
@@ -119,3 +122,6 @@ export class RaceView {
     return `${headline}. ${sentence}`;
   }
 }
+
+/** @param {string} text */
+const quote = (text) => (text === "" ? "(ends here)" : h("q", {}, text));

@@ -42,7 +42,8 @@ export class SettingsForm {
   /** @param {{max_model_len?: number}} limits */
   limit({ max_model_len }) {
     const input = this.inputs.find(({ name }) => name === "max_output_tokens");
-    if (max_model_len && input) input.setAttribute("max", String(max_model_len));
+    // One token of the context is the least that a question takes.
+    if (max_model_len && input) input.setAttribute("max", String(max_model_len - 1));
   }
 
   /** @returns {HTMLElement|null} the first input that is out of range */

@@ -20,6 +20,9 @@ const WHY = new Map([
   [1013, "The server is too busy."],
 ]);
 
+/** Begins the `event_id` of every cancel. */
+const CANCEL = "cancel-";
+
 export class Connection {
   /** @type {State} */
   state = { phase: "connecting" };
@@ -75,21 +78,25 @@ export class Connection {
       response.finish({ status: "lost", usage: null, reason: null, error: null });
       return { cancel() {} };
     }
+    const message = JSON.stringify(createEvent({ ...question, eventId }));
+    const limit = this.hello?.limits?.max_message_bytes ?? Infinity;
+    if (message.length > limit || new Blob([message]).size > limit) {
+      // The server would close the socket on it, and everything else that runs there would end.
+      response.finish({ status: "failed", usage: null, reason: null,
+        error: { status: 413, code: "message_too_large", message: `A message may have ${limit} bytes.` } });
+      return { cancel() {} };
+    }
     this.#lanes.add(question.lane, response);
-    this.#send(createEvent({ ...question, eventId }));
+    this.#socket?.send(message);
     return {
       cancel: () => {
         if (response.phase === "ended") return;
         // Before `response.created` the lane is the only name that the response has.
         const target = response.id ? { response_id: response.id } : { stream_id: question.lane };
-        this.#send({ type: "response.cancel", event_id: `cancel-${eventId}`, ...target });
+        const event = { type: "response.cancel", event_id: `${CANCEL}${eventId}`, ...target };
+        if (this.#socket?.readyState === WebSocket.OPEN) this.#socket.send(JSON.stringify(event));
       },
     };
-  }
-
-  /** @param {object} event */
-  #send(event) {
-    if (this.#socket?.readyState === WebSocket.OPEN) this.#socket.send(JSON.stringify(event));
   }
 
   /** @param {any} event */
@@ -99,6 +106,8 @@ export class Connection {
       this.hello = event;
       this.#set({ phase: "open" });
       this.options.onHello(event);
+    } else if (event.type === "error" && event.event_id?.startsWith(CANCEL)) {
+      // The answer ended while the cancel was on its way: nothing is left to stop.
     } else if (!this.#lanes.receive(event) && event.type === "error") {
       this.options.onStray(event);
     }

@@ -1,0 +1,835 @@
+"""The page in a real browser, against the real server. Every test also fails on a console error or CSP violation."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import msgspec
+import pytest
+from playwright.async_api import Locator, Page, expect
+
+from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, OverloadedError, RateLimitError
+from dspark_stream.server.app import Server
+from fakes import FakeEngine, FakeTokenizer, Script
+from page.conftest import Launch, Site
+from wire.harness import eventually
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # the browser's
+
+WORDS = "".join(f"w{i} " for i in range(10))
+LONG = Script(tokens=[f"word{i} " for i in range(4000)], rounds=(3, 1, 2))
+
+
+async def ask(page: Page, question: str) -> Locator:
+    """Send a question with the keyboard; gives the answer's element."""
+    before = await page.locator("#turns .answer").count()
+    await page.locator("#question").fill(question)
+    await page.locator("#question").press("Enter")
+    return page.locator("#turns .answer").nth(before)
+
+
+async def ended(page: Page) -> None:
+    await expect(page.locator("#send")).to_be_visible()
+    await expect(page.locator(".answer[aria-busy]")).to_have_count(0)
+
+
+async def choose(page: Page, control: str) -> None:
+    await page.locator(f'label[for="{control}"]').click()
+
+
+async def setting(page: Page, name: str, value: str) -> None:
+    if await page.locator("#settings").is_hidden():
+        await page.locator("#settings-toggle").click()
+    await page.locator(f'[name="{name}"]').fill(value)
+
+
+def seconds(duration: str) -> float:
+    """Of a duration as the page writes it."""
+    value, unit = duration.split()
+    return float(value) / {"ms": 1000, "s": 1}[unit]
+
+
+async def figures(answer: Locator) -> dict[str, str]:
+    rows = await answer.locator(".figures dl > div").all()
+    return {await row.locator("dt").inner_text(): await row.locator("dd").inner_text() for row in rows}
+
+
+# --- the chat ---------------------------------------------------------------------------------------------------
+
+
+async def test_an_answer_streams_and_its_tokens_are_marked_by_origin(site: Site) -> None:
+    """Text or a figure that the rounds do not say, or origins that only colour tells apart."""
+    page = await site.connected()
+    await expect(page.locator("#model")).to_contain_text("fake-135m")
+    answer = await ask(page, "Hello?")
+    await ended(page)
+
+    assert await answer.locator(".tokens").inner_text() == WORDS
+    # Rounds of 3, 1, 2, 3 and 1 tokens; the last of each is the target's own.
+    assert await answer.locator(".tokens .drafted").all_inner_texts() == ["w0 ", "w1 ", "w4 ", "w6 ", "w7 "]
+    assert await answer.locator(".tokens .own").all_inner_texts() == ["w2 ", "w3 ", "w5 ", "w8 ", "w9 "]
+    assert await answer.locator(".round").count() == 5
+    # Two origins differ by more than colour, and the legend shows both.
+    looks = await answer.evaluate(
+        """a => [".drafted", ".own"].map(s => {
+             const c = getComputedStyle(a.querySelector(s)); return [c.textDecorationStyle, c.fontWeight] })"""
+    )
+    assert looks[0][0] == "solid"
+    assert looks[1][0] == "dotted"
+    assert int(looks[1][1]) > int(looks[0][1])
+    await expect(page.locator(".legend .drafted")).to_be_visible()
+    await expect(page.locator(".legend .own")).to_be_visible()
+
+    shown = await figures(answer)
+    assert {k: shown[k] for k in ("accepted τ", "verified ℓ", "rounds", "tokens", "batch")} == {
+        "accepted τ": "2.00", "verified ℓ": "4.00", "rounds": "5", "tokens": "10", "batch": "1",
+    }  # fmt: skip
+    assert re.fullmatch(r"\d+(\.\d+)? tokens/s", await answer.locator(".speed").inner_text())
+    assert await answer.locator(".rounds .accepted").count() == 5
+    assert await answer.locator(".rounds .rejected").count() == 5 * 4 - 5
+    await expect(page.locator("#status")).to_contain_text("Answer complete: 10 tokens")
+
+
+class PrefillEngine(FakeEngine):
+    """As the real engine: the first token comes from reading the prompt, in no round."""
+
+    def _round(self, stream: Any, count: int) -> Any:
+        if stream.written:
+            return super()._round(stream, count)
+        event = super()._round(stream, 1)
+        stream.rounds = self.rounds_total = 0
+        return msgspec.structs.replace(event, round=None)
+
+
+async def test_the_token_that_the_prompt_gives_is_the_targets_own(launch: Launch) -> None:
+    """A first token that is left unmarked, uncounted, or taken for a round's text that reads the same."""
+    site = await launch(PrefillEngine(Script(tokens=["a ", "a ", "b ", "a ", "c "], rounds=(1, 3)), step_s=0.02))
+    page = await site.connected()
+    answer = await ask(page, "Hello?")
+    await ended(page)
+    # Rounds of "a" and "b a c" follow the prompt's "a", which is in neither.
+    assert await answer.locator(".tokens .own").all_inner_texts() == ["a ", "a ", "c "]
+    assert await answer.locator(".tokens .drafted").all_inner_texts() == ["b ", "a "]
+    assert await answer.locator(".round").all_inner_texts() == ["a ", "b a c "]
+    shown = await figures(answer)
+    assert (shown["rounds"], shown["tokens"], shown["accepted τ"]) == ("2", "5", "2.00")
+
+    await setting(page, "max_output_tokens", "1")
+    answer = await ask(page, "Shortly")
+    await ended(page)
+    assert await answer.locator(".tokens .own").all_inner_texts() == ["a "]
+    assert (await figures(answer))["tokens"] == "1"
+
+
+async def test_text_shows_while_it_streams_and_what_stands_is_not_touched_again(launch: Launch) -> None:
+    """Text that only shows at the end, or a page that draws everything anew each frame."""
+    site = await launch(LONG)
+    page = await site.connected()
+    await setting(page, "max_output_tokens", "600")
+    answer = await ask(page, "A long one")
+    first = answer.locator(".round").first
+    await first.wait_for()
+    await first.evaluate("e => { window.first = e }")
+    assert await answer.get_attribute("aria-busy") == "true"
+    await ended(page)
+    assert await page.evaluate("window.first.isConnected")
+    assert await answer.locator(".tokens").inner_text() == "".join(LONG.tokens[:600])
+    await expect(answer.locator(".answer-state")).to_have_text("cut at the token limit")
+
+
+@pytest.mark.parametrize("how", ["button", "escape"])
+async def test_stop(launch: Launch, how: str) -> None:
+    """A stop that does not reach the engine, or an answer that looks complete after it."""
+    site = await launch(LONG)
+    page = await site.connected()
+    answer = await ask(page, "Go on for ever")
+    await answer.locator(".round").nth(3).wait_for()
+    if how == "button":
+        await page.locator("#stop").click()
+    else:
+        await page.keyboard.press("Escape")
+    await ended(page)
+    await expect(answer.locator(".answer-state")).to_have_text("stopped")
+    await expect(answer).to_have_attribute("data-status", "cancelled")
+    assert await answer.locator(".tokens").inner_text() != ""
+    assert list(site.engine.finished.values()) == ["cancelled"]
+    assert site.engine.live == 0
+    await expect(page.locator("#status")).to_contain_text("Stopped after")
+
+
+async def test_stop_before_anything_has_come(launch: Launch) -> None:
+    """A stop that is lost because the response has no id yet."""
+    site = await launch(LONG)
+    page = await site.connected()
+    site.tokenizer.gate.clear()  # the prompt is still being read: the response has no id yet
+    answer = await ask(page, "Quick")
+    await expect(answer.locator(".answer-state")).to_have_text("waiting")
+    await page.keyboard.press("Escape")
+    await expect(answer.locator(".answer-state")).to_have_text("stopped")
+    await ended(page)
+    site.tokenizer.gate.set()
+    assert site.engine.submitted == []
+
+    site.engine.script = Script()
+    answer = await ask(page, "Usable")
+    await ended(page)
+    assert await answer.locator(".tokens").inner_text() == WORDS
+
+
+async def test_a_stop_that_comes_too_late_is_no_error(site: Site) -> None:
+    """An alarm about an answer that had ended by itself while the stop was on its way."""
+    page = await site.connected()
+    heard: list[str] = []
+    page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: heard.append(str(frame))))
+    # The cancel leaves when the answer's end is already on its way.
+    await page.add_init_script(
+        """const send = WebSocket.prototype.send;
+           WebSocket.prototype.send = function (data) {
+             if (data.includes("response.cancel")) setTimeout(() => send.call(this, data), 500);
+             else send.call(this, data); }"""
+    )
+    await page.reload()
+    await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
+    site.engine.gate.clear()
+    answer = await ask(page, "Short")
+    await expect(answer.locator(".answer-state")).to_have_text("answering")
+    await page.keyboard.press("Escape")
+    site.engine.gate.set()
+    await ended(page)
+    assert await answer.locator(".tokens").inner_text() == WORDS
+    await eventually(lambda: any("not_found" in frame for frame in heard))
+    await ask(page, "More")
+    await ended(page)
+    await expect(page.locator("#notice")).to_be_hidden()
+
+
+async def test_turns_follow_each_other_and_a_new_chat_forgets_them(site: Site) -> None:
+    """A model that is not told the earlier turns, or is told those of a chat that was left."""
+    page = await site.connected()
+    await ask(page, "One")
+    await ended(page)
+    await ask(page, "Two")
+    await ended(page)
+    assert site.tokenizer.chats[-1] == [("user", "One"), ("assistant", WORDS), ("user", "Two")]
+    await expect(page.locator("#turns .question")).to_have_text(["One", "Two"])
+
+    await page.locator("#new-chat").click()
+    await expect(page.locator("#turns .answer")).to_have_count(0)
+    await expect(page.locator("#intro")).to_be_visible()
+    await ask(page, "Three")
+    await ended(page)
+    assert site.tokenizer.chats[-1] == [("user", "Three")]
+
+
+async def test_plain_decoding_is_a_switch(launch: Launch) -> None:
+    """A switch that does not reach the engine, or plain tokens marked as drafted."""
+    site = await launch(lambda r: Script(rounds=(1,)) if r.mode == "plain" else Script())
+    page = await site.connected()
+    await choose(page, "mode-plain")
+    answer = await ask(page, "Plainly")
+    await ended(page)
+    assert site.engine.submitted[-1].mode == "plain"
+    assert await answer.locator(".drafted").count() == 0
+    assert await answer.locator(".tokens").inner_text() == WORDS
+    shown = await figures(answer)
+    assert (shown["accepted τ"], shown["verified ℓ"], shown["rounds"]) == ("1.00", "0.00", "10")
+
+    await choose(page, "mode-dspark")
+    await ask(page, "Again")
+    await ended(page)
+    assert site.engine.submitted[-1].mode == "dspark"
+
+
+async def test_settings_reach_the_engine_and_last(site: Site) -> None:
+    """Settings that are shown but not sent, forgotten, or sent although they are out of range."""
+    page = await site.connected()
+    await setting(page, "temperature", "0.7")
+    await setting(page, "top_p", "0.9")
+    await setting(page, "max_output_tokens", "6")
+    await setting(page, "seed", "42")
+    await page.locator('[name="verification"]').select_option("coupled")
+    answer = await ask(page, "With settings")
+    await ended(page)
+    request = site.engine.submitted[-1]
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.seed) == (0.7, 0.9, 6, 42)
+    assert request.verification == "coupled"
+    assert (await figures(answer))["seed"] == "42"
+
+    await page.reload()
+    await page.locator("#settings-toggle").click()
+    await expect(page.locator('[name="temperature"]')).to_have_value("0.7")
+
+    # What is out of range is shown, and not sent.
+    await setting(page, "temperature", "7")
+    await page.locator("#question").fill("Hot")
+    await page.locator("#question").press("Enter")
+    await expect(page.locator('[name="temperature"]')).to_be_focused()
+    await expect(page.locator('[name="temperature"]')).to_have_attribute("aria-invalid", "true")
+    assert len(site.engine.submitted) == 1
+
+
+# --- formatted text, and what a model must not be able to do ------------------------------------------------------
+
+NASTY = """# Heading
+
+Some **bold** text, `code` and a [link](https://example.org/page "title").
+
+<script>window.pwned = 1</script>
+<img src=x onerror="window.pwned = 2"> <svg onload="window.pwned = 3"></svg>
+<style>body { display: none }</style> <p style="position: fixed">styled</p>
+<iframe srcdoc="<script>parent.pwned = 4</script>"></iframe> <form action="https://evil.example"><input></form>
+
+[a](javascript:window.pwned=5) [b](data:text/html,<script>window.pwned=6</script>) [c](vbscript:x)
+![pixel](https://tracker.example/pixel.png) ![" onerror="window.pwned=7](x" onerror="window.pwned=8)
+
+| a | b |
+| - | - |
+| 1 | 2 |
+
+- [x] done
+- [ ] open
+
+```html
+<b>not bold</b>
+```
+"""
+
+
+def pieces(text: str) -> Script:
+    """The text in tokens of a few characters."""
+    return Script(tokens=[text[i : i + 3] for i in range(0, len(text), 3)], rounds=(4, 1, 3))
+
+
+async def test_a_model_cannot_inject_anything(launch: Launch) -> None:
+    """Script, markup, a form or a request to another host that came out of a model's text."""
+    site = await launch(pieces(NASTY))
+    page = await site.connected()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    await setting(page, "max_output_tokens", "1000")
+    answer = await ask(page, "Attack")
+    await answer.locator(".round").first.wait_for()
+    await choose(page, "show-formatted")
+    await ended(page)
+    prose = answer.locator(".prose")
+    await expect(prose.locator("pre")).to_have_text("<b>not bold</b>")
+    await expect(prose.locator("h4")).to_have_text("Heading")
+    await expect(prose.locator("strong")).to_have_text("bold")
+    await expect(prose.locator("td")).to_have_text(["1", "2"])
+    await expect(prose).to_contain_text("<script>window.pwned = 1</script>")  # shown, not run
+
+    link = prose.get_by_role("link", name="link")
+    assert await link.get_attribute("rel") == "noopener noreferrer nofollow"
+    assert await link.get_attribute("target") == "_blank"
+    names = await prose.evaluate("p => [...new Set([...p.querySelectorAll('*')].map(e => e.localName))]")
+    assert not set(names) & {"script", "img", "svg", "style", "iframe", "form", "input"}
+    attributes = await prose.evaluate(
+        "p => [...new Set([...p.querySelectorAll('*')].flatMap(e => e.getAttributeNames()))]"
+    )
+    assert set(attributes) <= {"href", "title", "rel", "target", "align", "start"}
+    links = await prose.evaluate("p => [...p.querySelectorAll('a')].map(a => a.getAttribute('href'))")
+    assert all(href is None or href.startswith("https://") for href in links)
+
+    await choose(page, "show-tokens")
+    assert await answer.locator(".tokens").inner_text() == NASTY
+    assert await page.evaluate("window.pwned") is None
+    assert asked == []
+
+
+async def test_growing_markdown_ends_like_markdown_rendered_at_once(site: Site) -> None:
+    """Formatting that depends on how the text was cut into rounds."""
+    page = await site.connected()
+    text = NASTY + "\n1. one\n\n   still one\n2. two\n   - deep\n\nend\n===\n\n> quote\nlazy\n\nlast *words"
+    growing, whole = await page.evaluate(
+        """async text => {
+          const { GrowingMarkdown, render } = await import("/markdown.js");
+          const root = document.createElement("div"), at_once = document.createElement("div");
+          const growing = new GrowingMarkdown(root);
+          for (let i = 1; i <= text.length; i++) growing.update(text.slice(0, i));
+          at_once.append(render(text));
+          const lines = e => e.innerHTML.replace(/\\n+/g, "\\n").trim();
+          return [lines(root), lines(at_once)];
+        }""",
+        text,
+    )
+    assert growing == whole
+
+
+# --- the race -------------------------------------------------------------------------------------------------------
+
+
+def by_mode(plain: str, dspark: str) -> Any:
+    def script(request: Any) -> Script:
+        text, rounds = (plain, (1,)) if request.mode == "plain" else (dspark, (4, 2))
+        return Script(tokens=re.findall(r"\S+ ?", text), rounds=rounds)
+
+    return script
+
+
+async def race(page: Page, question: str = "Who is faster?") -> Locator:
+    await choose(page, "view-race")
+    await page.locator("#question").fill(question)
+    await page.locator("#question").press("Enter")
+    verdict = page.locator(".verdict")
+    await expect(verdict).to_be_visible()
+    return verdict
+
+
+async def test_race_same_text(launch: Launch) -> None:
+    """A race without its verdict, of unlike requests, or with times that count the other answer's."""
+    text = " ".join(f"w{i}" for i in range(40))
+    site = await launch(by_mode(text, text), step_s=0.01)
+    page = await site.connected()
+    verdict = await race(page)
+    await expect(verdict.locator(".headline")).to_have_text("Same text")
+    await expect(verdict).to_contain_text(re.compile(r"DSpark was \d\.\d\d times as fast"))
+    plain, dspark = site.engine.submitted
+    assert (plain.mode, dspark.mode) == ("plain", "dspark")
+    assert plain.sampling == dspark.sampling
+    assert plain.verification == "rejection"  # at temperature 0 there is nothing to couple
+    await expect(page.locator(".how")).to_contain_text("One after the other")
+    # Each answer's times begin with its own request, not with the race.
+    first_text = await page.locator('.lanes [data-mode="dspark"] dt:text-is("first text") + dd').inner_text()
+    decoding = await verdict.locator(".bar .num").first.inner_text()
+    assert seconds(first_text) < seconds(decoding)
+    assert (
+        await page.locator(".lanes .answer").evaluate_all(
+            "lanes => lanes.map(l => l.querySelector('.tokens').textContent)"
+        )
+        == [text] * 2
+    )
+
+
+async def test_race_with_temperature_is_coupled_and_can_run_at_once(launch: Launch) -> None:
+    """A race of two samples that had no reason to be the same text."""
+    text = " ".join(f"w{i}" for i in range(30))
+    site = await launch(by_mode(text, text), step_s=0.01)
+    page = await site.connected()
+    await setting(page, "temperature", "0.8")
+    await choose(page, "view-race")
+    await page.locator("#together").check()
+    verdict = await race(page)
+    await expect(verdict.locator(".headline")).to_have_text("Same text")
+    assert {request.verification for request in site.engine.submitted} == {"coupled"}
+    await expect(page.locator(".how")).to_contain_text("Coupled verification")
+    await expect(page.locator(".how")).to_contain_text("Both at once")
+
+
+async def test_race_texts_differ(launch: Launch) -> None:
+    """A difference that is hidden, put in the wrong place, or left unexplained."""
+    site = await launch(by_mode("The cat sat on the mat", "The cat lay on the mat"))
+    page = await site.connected()
+    verdict = await race(page)
+    await expect(verdict.locator(".headline")).to_have_text("Texts differ")
+    await expect(verdict).to_contain_text("first difference is at character 9")
+    await expect(verdict.locator("q")).to_have_text(["sat on the mat", "lay on the mat"])
+    await expect(verdict).to_contain_text("floating-point")
+
+
+async def test_a_stopped_race_has_no_verdict(launch: Launch) -> None:
+    """A verdict about half an answer, or a second answer that starts after the stop."""
+    site = await launch(LONG)
+    page = await site.connected()
+    await choose(page, "view-race")
+    await page.locator("#question").fill("For ever")
+    await page.locator("#question").press("Enter")
+    await page.locator(".lanes .round").nth(3).wait_for()
+    await page.keyboard.press("Escape")
+    await expect(page.locator(".verdict .headline")).to_have_text("No verdict")
+    assert len(site.engine.submitted) == 1  # the second was not begun
+    await expect(page.locator(".lanes .answer-state")).to_have_text(["stopped", "not started"])
+
+
+# --- when things go wrong -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "again"),
+    [
+        (RateLimitError("too many streams", retry_after_s=3), "limit for one client. Give it 3 seconds", True),
+        (OverloadedError("the queue is full"), "The server is full at the moment", True),
+        (DrainingError("going down"), "shutting down", True),
+        (ContextLengthError("9 tokens too many"), "no longer fits the model’s context", False),
+    ],
+)
+async def test_a_refusal_is_explained(launch: Launch, error: DsparkError, words: str, again: bool) -> None:
+    """A refusal that is shown as code, or after which the page can ask no more."""
+    site = await launch(Script(error=error))
+    page = await site.connected()
+    answer = await ask(page, "Please")
+    await expect(answer.locator(".notice")).to_contain_text(words)
+    await expect(answer.locator(".notice .detail")).to_have_text(error.message)
+    await ended(page)
+    retry = answer.get_by_role("button", name="Try again")
+    await expect(retry).to_have_count(int(again))
+    if again:
+        site.engine.script = Script()
+        await retry.click()
+        await ended(page)
+        await expect(page.locator("#turns .tokens")).to_have_text([WORDS])
+        assert site.tokenizer.chats[-1] == [("user", "Please")]
+
+
+async def test_a_client_at_its_limit_tries_again(launch: Launch) -> None:
+    """A 429 that ends the chat instead of being tried again."""
+    site = await launch(LONG, max_streams_per_client=1)
+    first, second = await site.connected(), await site.connected()
+    running = await ask(first, "I came first")
+    await running.locator(".round").first.wait_for()
+    refused = await ask(second, "Me too")
+    await expect(refused.locator(".notice")).to_contain_text("limit for one client. Give it a second, then try again.")
+    await ended(second)
+    await first.keyboard.press("Escape")
+    await ended(first)
+    site.engine.script = Script()
+    await second.get_by_role("button", name="Try again").click()
+    await ended(second)
+    await expect(second.locator("#turns .tokens")).to_have_text([WORDS])
+
+
+async def test_limits_that_the_server_told_are_kept(launch: Launch) -> None:
+    """A question that makes the server close the socket, or a limit that is off by one."""
+    site = await launch(Script(), max_message_bytes=4096)
+    page = await site.connected()
+    answer = await ask(page, "ä" * 2500)  # in bytes too long, in characters not
+    await expect(answer.locator(".notice")).to_contain_text("too long for one message")
+    await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
+    most = str(site.engine.info.max_model_len - 1)
+    await expect(page.locator('[name="max_output_tokens"]')).to_have_attribute("max", most)
+    await setting(page, "max_output_tokens", "2000")  # more than the rest of the context: the server's to refuse
+    answer = await ask(page, "x" * 100)
+    await expect(answer.locator(".notice")).to_contain_text("no longer fits")
+    await setting(page, "max_output_tokens", "100")
+    answer = await ask(page, "Short")
+    await ended(page)
+    assert await answer.locator(".tokens").inner_text() == WORDS
+
+
+async def test_a_failure_in_the_middle_keeps_the_text(launch: Launch) -> None:
+    """Text that disappears with the failure that followed it."""
+    site = await launch(Script(fail_after_rounds=2))
+    page = await site.connected()
+    answer = await ask(page, "Fail")
+    await expect(answer.locator(".notice")).to_contain_text("The server failed while answering")
+    await ended(page)
+    assert await answer.locator(".tokens").inner_text() == "w0 w1 w2 w3 "
+    await expect(answer.locator(".answer-state")).to_have_text("failed")
+
+
+@pytest.mark.parametrize("by_hand", [True, False], ids=["try-now", "by-itself"])
+async def test_a_restart_of_the_server_is_survived(site: Site, by_hand: bool) -> None:
+    """A page that stays dead, or forgets its chat, when the server comes back."""
+    page = await site.connected()
+    await ask(page, "Before")
+    await ended(page)
+    site.engine.script = LONG
+    answer = await ask(page, "Meanwhile")
+    await answer.locator(".round").nth(3).wait_for()
+
+    await site.server.stop()
+    connection = page.locator("#connection")
+    await expect(connection).to_have_attribute("data-phase", "waiting")
+    await expect(page.locator("#connection-text")).to_contain_text("Next try in")
+    await expect(answer).not_to_have_attribute("aria-busy", "true")
+    await expect(answer.locator(".answer-state")).to_have_text("stopped by the server")
+    await expect(answer.get_by_role("button", name="Try again")).to_be_visible()
+    await expect(page.locator("#send")).to_be_disabled()
+
+    site.engine, site.tokenizer = FakeEngine(Script()), FakeTokenizer()
+    config = msgspec.structs.replace(site.server.config, port=site.server.port)
+    site.server = Server(config, site.engine, site.tokenizer)
+    await site.server.start()
+    if by_hand:
+        await page.locator("#retry-now").click()
+    await expect(connection).to_have_attribute("data-phase", "open")
+    await ask(page, "After")
+    await ended(page)
+    said = site.tokenizer.chats[-1]
+    assert said[:2] == [("user", "Before"), ("assistant", WORDS)]
+    assert said[-1] == ("user", "After")
+    # Chromium reports each socket and probe that found nobody; nothing else may be there.
+    assert all("ERR_CONNECTION" in problem or "WebSocket" in problem for problem in site.problems)
+    site.problems.clear()
+
+
+async def test_a_key_is_asked_for_only_where_one_is_needed(launch: Launch) -> None:
+    """A key form that nobody sees, takes anything, or keeps the key beyond the tab."""
+    site = await launch(Script(), api_key="s3cret-key")
+    page = await site.open()
+    form = page.locator("#key-form")
+    await expect(form).to_be_visible()
+    await expect(page.locator("#key")).to_be_focused()
+    await page.keyboard.type("not valid, this")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#key-error")).to_contain_text("letters, digits")
+    await page.locator("#key").fill("wrong")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#key-error")).to_contain_text("did not accept")
+    await page.locator("#key").fill("s3cret-key")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
+    await expect(form).to_be_hidden()
+    assert await page.evaluate("[localStorage, sessionStorage].map(s => JSON.stringify(s).includes('s3cret'))") == [
+        False,
+        True,
+    ]
+    await ask(page, "With a key")
+    await ended(page)
+    assert all("401" in problem or "WebSocket" in problem for problem in site.problems)
+    site.problems.clear()
+
+
+# --- for everybody --------------------------------------------------------------------------------------------------
+
+
+async def test_keyboard_alone(launch: Launch) -> None:
+    """Something that only a pointer reaches, or a focus that cannot be seen."""
+    site = await launch(LONG)
+    page = await site.connected()
+    await expect(page.locator("#question")).to_be_focused()
+    await page.keyboard.type("first line")
+    await page.keyboard.press("Shift+Enter")
+    await page.keyboard.type("second line")
+    await page.keyboard.press("Enter")
+    answer = page.locator("#turns .answer").first
+    await answer.locator(".round").nth(5).wait_for()
+    await page.keyboard.press("Escape")
+    await ended(page)
+    assert site.tokenizer.chats[-1] == [("user", "first line\nsecond line")]
+
+    await page.keyboard.press("Tab")
+    await expect(page.locator("#mode-dspark")).to_be_focused()
+    await page.keyboard.press("ArrowRight")
+    await expect(page.locator("#mode-plain")).to_be_checked()
+    await page.keyboard.press("Tab")
+    await page.keyboard.press("ArrowRight")
+    await expect(answer.locator(".prose")).to_be_visible()
+    await page.keyboard.press("ArrowLeft")
+    await page.keyboard.press("Tab")
+    await expect(page.locator("#settings-toggle")).to_be_focused()
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#settings")).to_be_visible()
+    await page.keyboard.press("Escape")
+    await expect(page.locator("#settings")).to_be_hidden()
+    await expect(page.locator("#settings-toggle")).to_be_focused()
+    await page.keyboard.press("Tab")
+    await expect(page.locator("#send")).to_be_focused()
+
+    # The rounds are a slider: it says what the columns show, and marks the round's text.
+    strip = answer.get_by_role("slider", name="Rounds of this answer")
+    await expect(strip).to_have_attribute("aria-valuetext", re.compile(r"^\d+ rounds; in the mean 4\.0 draft tokens"))
+    await strip.focus()
+    await page.keyboard.press("Home")
+    await expect(strip).to_have_attribute("aria-valuetext", re.compile("^Round 1 of .*: 4 drafted, 4 checked, 2 acc"))
+    await expect(answer.locator(".round.lit")).to_have_text("word0 word1 word2 ")
+    await page.keyboard.press("ArrowRight")
+    await expect(answer.locator(".round.lit")).to_have_text("word3 ")
+    await expect(answer.locator(".round-line")).to_contain_text("Round 2: 0 of 4 accepted")
+
+    # Every stop of the tab key is visible while it has the focus.
+    await page.locator("#question").focus()
+    for _ in range(14):
+        await page.keyboard.press("Tab")
+        seen = await page.evaluate(
+            """() => { const e = document.activeElement;
+                       const shown = e.matches("input[type=radio]") ? e.nextElementSibling  // its label
+                         : e.matches("#question") ? e.form : e;
+                       return e === document.body || getComputedStyle(shown).outlineStyle !== "none" }"""
+        )
+        assert seen, await page.evaluate("document.activeElement.outerHTML.slice(0, 120)")
+
+
+CONTRAST = """() => {
+  const style = getComputedStyle(document.documentElement);
+  const light = name => {
+    const hex = style.getPropertyValue(name).trim().slice(1);
+    const [r, g, b] = [0, 2, 4].map(i => parseInt(hex.slice(i, i + 2), 16) / 255)
+      .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ratio = (a, b) => {
+    const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05) };
+  const papers = ["--paper", "--sheet"], out = {};
+  for (const paper of papers) {
+    for (const ink of ["--ink", "--soft", "--drafted", "--own", "--ok"]) out[ink + paper] = ratio(ink, paper) / 4.5;
+    out["--edge" + paper] = ratio("--edge", paper) / 3;
+  }
+  out.lit = ratio("--ink", "--lit") / 4.5;
+  out.primary = ratio("--on-primary", "--primary") / 4.5;
+  out.alert = Math.min(ratio("--ink", "--alert-paper"), ratio("--soft", "--alert-paper")) / 4.5;
+  return Object.entries(out).filter(([, r]) => r < 1);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_light_and_dark_have_enough_contrast(site: Site, scheme: str) -> None:
+    """A scheme that does not follow the system's, or text too faint to read."""
+    page = await site.connected(color_scheme=scheme)
+    background = await page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    ink = await page.evaluate("getComputedStyle(document.body).color.match(/\\d+/g).map(Number)")
+    assert (sum(background) > sum(ink)) == (scheme == "light")
+    assert await page.evaluate(CONTRAST) == []
+
+
+async def test_a_phone_needs_no_sideways_scrolling(launch: Launch) -> None:
+    """Something wider than a phone, or too small for a finger."""
+    site = await launch(Script(tokens=["averylongword" * 12, " | a | b |", "```\n" + "x" * 300 + "\n```"] * 4))
+    page = await site.connected(width=360, height=740, has_touch=True, is_mobile=True, reduced_motion="reduce")
+    sideways = "[document.documentElement, document.getElementById('main')].map(e => e.scrollWidth - e.clientWidth)"
+    assert await page.evaluate(sideways) == [0, 0]
+    await page.locator("#settings-toggle").click()
+    assert await page.evaluate(sideways) == [0, 0]
+    await page.locator("#settings-toggle").click()
+    answer = await ask(page, "long" * 60)
+    await ended(page)
+    assert await page.evaluate(sideways) == [0, 0]
+    await choose(page, "show-formatted")
+    assert await page.evaluate(sideways) == [0, 0]
+    await race(page)
+    assert await page.evaluate(sideways) == [0, 0]
+    small = await page.evaluate(
+        """() => [...document.querySelectorAll("button, .segmented label")].filter(e => e.checkVisibility())
+                 .filter(e => e.getBoundingClientRect().height < 24).map(e => e.textContent)"""
+    )
+    assert small == []
+    assert await answer.evaluate("a => getComputedStyle(a).animationName") == "none"
+
+
+async def test_the_page_follows_the_text_only_for_a_reader_at_its_end(launch: Launch) -> None:
+    """A page that tears a reader away from what is being read."""
+    site = await launch(LONG)
+    page = await site.connected(height=500)
+    await setting(page, "max_output_tokens", "1900")
+    await page.locator("#settings-toggle").click()
+    answer = await ask(page, "Long")
+    await answer.locator(".round").nth(150).wait_for()
+    left = "(e => e.scrollHeight - e.scrollTop - e.clientHeight)(document.getElementById('main'))"
+    assert await page.evaluate(left) < 60
+    await page.evaluate("document.getElementById('main').scrollTop = 0")
+    jump = page.locator("#latest")
+    await expect(jump).to_be_visible()
+    assert await page.evaluate("document.getElementById('main').scrollTop") == 0
+    await jump.click()
+    await expect(jump).to_be_hidden()
+    assert await page.evaluate(left) < 60
+    await page.keyboard.press("Escape")
+    await ended(page)
+
+
+async def test_a_long_answer_does_not_slow_the_page(launch: Launch) -> None:
+    """Work each frame that grows with the length of the answer."""
+    site = await launch(LONG, step_s=0.001)
+    page = await site.connected()
+    await setting(page, "max_output_tokens", "1900")
+    await page.evaluate(
+        """() => { window.longest = 0; let last = performance.now();
+                   const tick = now => {
+                     longest = Math.max(longest, now - last); last = now; requestAnimationFrame(tick) };
+                   requestAnimationFrame(tick) }"""
+    )
+    started = time.monotonic()
+    await ask(page, "Long")
+    await ended(page)
+    assert time.monotonic() - started < 20
+    assert await page.evaluate("window.longest") < 1000  # milliseconds, on a shared machine
+
+
+# --- the modules without a page -------------------------------------------------------------------------------------
+
+
+async def test_lanes_give_each_event_to_its_response(site: Site) -> None:
+    """An event that lands in another lane's answer, or an answer that never ends."""
+    page = await site.open()
+    heard = await page.evaluate(
+        """async () => {
+          const { Lanes, ResponseState } = await import("/protocol.js");
+          const heard = [], lanes = new Lanes();
+          const add = (lane, id) => lanes.add(lane, new ResponseState(id, {
+            delta: text => heard.push(id + ":" + text),
+            end: end => heard.push(id + " " + end.status + (end.error ? " " + end.error.code : "")) }));
+          add("a", "e1"); add("a", "e2"); add("b", "e3"); add("b", "e4");
+          const say = (stream_id, type, more = {}) => lanes.receive({ type, stream_id, ...more });
+          say("a", "response.created", { response: { id: "r1" } });
+          say("b", "error", { event_id: "e3", error: { code: "full" } });
+          say("a", "error", { event_id: "cancel-1", error: { code: "late" } });   // is about no response
+          say("a", "response.output_text.delta", { delta: "x" });
+          say("a", "response.completed", { response: {} });
+          say("a", "response.output_text.delta", { delta: "y" });
+          say("zzz", "response.output_text.delta", { delta: "nobody's" });
+          lanes.lose(); lanes.lose();
+          return heard;
+        }"""
+    )
+    assert heard == ["e3 failed full", "e1:x", "e1 completed", "e2:y", "e2 lost", "e4 lost"]
+
+
+async def test_origins_are_found_in_whichever_order_events_come(site: Site) -> None:
+    """Origins that slip when a step is late, early or missing."""
+    page = await site.open()
+    marks = await page.evaluate(
+        """async () => {
+          const { TextByOrigin } = await import("/origin.js");
+          const run = events => {
+            const text = new TextByOrigin(), spans = [];
+            for (const [kind, value, round] of events) {
+              if (kind === "delta") text.delta(value); else text.step(round, value);
+              spans.push(...text.take().map(s => (s.origin ?? "?")[0] + s.text));
+            }
+            return spans.join("|") + "+" + text.rest;
+          };
+          const one = [["ab", true], ["c", false]], two = [["de", true], ["f", false]];
+          return [
+            run([["delta", "abc"], ["step", one, 0], ["delta", "def"], ["step", two, 1]]),
+            run([["step", one, 0], ["step", two, 1], ["delta", "abcd"], ["delta", "ef"]]),
+            run([["delta", "abcdef"], ["step", two, 1]]),
+            run([["delta", "abcdef"], ["step", one, 0], ["step", [["", true]], 1]]),
+          ];
+        }"""
+    )
+    assert marks == ["dab|oc|dde|of+", "dab|oc|dde|of+", "oabc|dde|of+", "dab|oc+def"]
+
+
+async def test_figures_leave_the_wait_for_the_first_round_out(site: Site) -> None:
+    """A speed that counts the wait for the first round as decoding."""
+    page = await site.open()
+    now = await page.evaluate(
+        """async () => {
+          const { Figures } = await import("/metrics.js"), figures = new Figures();
+          figures.sent(1000);
+          const step = (accepted, scheduled, at) => figures.step({ accepted, scheduled, streams: 2 }, at);
+          step(4, 5, 3000); step(1, 5, 3500); step(0, 2, 4000);
+          return figures.snapshot();
+        }"""
+    )
+    assert now["first_ms"] == 2000
+    assert now["tokens_per_s"] == 3.0  # two and one tokens in the second after the first round
+    assert (now["tau"], now["ell"], now["tokens"], now["streams"]) == (1 + 5 / 3, 4.0, 8, 2)
+
+
+async def test_figures_count_the_token_that_the_prompt_gives(site: Site) -> None:
+    """A speed or a count that is off by the token that is in no round."""
+    page = await site.open()
+    now = await page.evaluate(
+        """async () => {
+          const { Figures } = await import("/metrics.js"), figures = new Figures();
+          figures.sent(1000); figures.text(2000); figures.text(3000);
+          figures.step({ accepted: 3, scheduled: 5, streams: 1 }, 3000, true);
+          return figures.snapshot();
+        }"""
+    )
+    assert (now["first_ms"], now["decode_ms"], now["tokens"], now["tokens_per_s"]) == (1000, 1000, 5, 4.0)
+
+
+async def test_the_headers_let_nothing_foreign_in(site: Site) -> None:
+    """A policy that the page had to be loosened for."""
+    page = await site.connected()
+    response = await page.goto(site.server.url)
+    assert response is not None
+    policy = response.headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "base-uri 'none'" in policy
+    assert await page.evaluate("document.querySelectorAll('[style]:not(#question), style').length") == 0
