@@ -37,9 +37,22 @@ def test_against_the_naive_loop(causal, window, heads):
     written = torch.zeros(96, dtype=torch.bool)
     for _, rows, slot, start in segments:
         written[slot : slot + start + rows] = True
-    k[~written], v[~written] = math.nan, math.nan  # nothing outside a stream's own past may be read
+    k[~written], v[~written] = 1e3, 1e3  # what is not a stream's own past may be looked at, but must not count
     got = ragged_attention(q, k, v, segments, scale=0.3, causal=causal, window=window)
     assert torch.allclose(got, naive(q, k, v, segments, 0.3, causal, window), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_know_how_many_rows_are_in_its_round(dtype):
+    """Guards against text that changes with the verification length: alone or with seven others, the same bits."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2048, 3, 64).to(dtype), torch.randn(2048, 3, 64).to(dtype)
+    for start in (0, 1, 15, 60, 63, 64, 200, 505, 511, 900, 1500):
+        q = torch.randn(8, 9, 64).to(dtype)
+        whole = ragged_attention(q, k, v, [Segment(0, 8, 16, start)], scale=0.125, causal=True)
+        for j in range(8):
+            alone = ragged_attention(q[j : j + 1], k, v, [Segment(0, 1, 16, start + j)], scale=0.125, causal=True)
+            assert torch.equal(alone[0], whole[j])
 
 
 @pytest.mark.skipif(
@@ -51,9 +64,12 @@ def test_packed_linear_is_the_plain_one_and_ignores_company(bias):
     torch.manual_seed(0)
     linear = torch.nn.Linear(96, 160, bias=bias).bfloat16()
     packed = PackedLinear(linear)
-    x = torch.randn(16, 96).bfloat16()
+    x = torch.randn(300, 96).bfloat16()
     with torch.inference_mode():
         whole = packed(x)
         assert torch.allclose(whole.float(), linear(x).float(), atol=2e-2)
-        for n in (1, 3, 8):
-            assert torch.equal(packed(x[:n]), whole[:n])
+        assert torch.equal(packed(x.view(3, 100, 96)).view(300, 160), whole)
+        alone = torch.cat([packed(row) for row in x.split(1)])
+        assert torch.equal(alone, whole)
+        for n in (3, 8, 33, 128, 200):
+            assert torch.equal(packed(x[:n]), alone[:n])

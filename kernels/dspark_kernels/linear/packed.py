@@ -10,6 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+MOST_ROWS = 128
+"""Rows of one product. With more of them oneDNN may divide the sum over the inputs in another way, and a row's result
+would depend on its company."""
+
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this machine multiplies bfloat16 in hardware and torch can pack for it."""
@@ -32,6 +36,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, plus bias where there is one."""
+        rows = x.flatten(0, -2)
+        if len(rows) <= MOST_ROWS:
+            return self._product(x)
+        return torch.cat([self._product(part) for part in rows.split(MOST_ROWS)]).unflatten(0, x.shape[:-1])
+
+    def _product(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return y
 

@@ -1,5 +1,5 @@
 """Attention of a ragged batch over streams' own stretches of one KV store."""
 
-from dspark_kernels.ragged_attention.reference import Segment, ragged_attention
+from dspark_kernels.ragged_attention.reference import PAD, Segment, ragged_attention
 
-__all__ = ["Segment", "ragged_attention"]
+__all__ = ["PAD", "Segment", "ragged_attention"]

@@ -11,6 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PAD = 64
+"""Causal rows look at a multiple of this many keys, masked beyond their own: then a row's sums are grouped in the same
+way however many rows are in its round, and its result is the same to the bit
+(docs/decisions/007-attention-in-whole-blocks.md). The slots looked at must hold finite numbers."""
+
 
 class Segment(NamedTuple):
     """One stream's rows in a ragged batch."""
@@ -36,7 +41,7 @@ def ragged_attention(
     window: int | None = None,
     masks: dict[object, list[Tensor | None]] | None = None,
 ) -> Tensor:  # [T, Hq, Dv]
-    """Each stream's rows attend to that stream's keys, positions 0 … start + rows - 1; to what is there, no more.
+    """Each stream's rows attend to that stream's keys, positions 0 … start + rows - 1; to what is there, not to more.
 
     The rows' own keys and values must already be in the store. ``causal``: a row at position i sees positions
     ≤ i (verification, prefill); otherwise every row sees all of them (the drafter's block). ``window`` w limits
@@ -50,10 +55,10 @@ def ragged_attention(
     key = (group, causal, window)
     shared = masks if masks is not None else {}
     if key not in shared:
-        shared[key] = [_mask(segment, group, causal, window, query.device) for segment in segments]
+        shared[key] = [_mask(s, group, causal, window, keys.shape[0], query.device) for s in segments]
     for (row, rows, slot, start), mask in zip(segments, shared[key], strict=True):
-        first = 0 if window is None else max(0, start - window + 1)
-        length = start + rows - first
+        first = _first_key(start, window)
+        length = start + rows - first if mask is None else mask.shape[1]
         q = query[row : row + rows].unflatten(1, (heads_k, group))  # [rows, Hk, G, D]
         q = q.permute(1, 2, 0, 3).reshape(1, heads_k, group * rows, -1)
         k = keys[slot + first : slot + first + length].transpose(0, 1).unsqueeze(0)
@@ -63,15 +68,24 @@ def ragged_attention(
     return out
 
 
-def _mask(segment: Segment, group: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+def _first_key(start: int, window: int | None) -> int:
+    return 0 if window is None else max(0, start - window + 1)
+
+
+def _mask(
+    segment: Segment, group: int, causal: bool, window: int | None, slots: int, device: torch.device
+) -> Tensor | None:
     """What a segment's folded rows may see, [group·rows, keys]; None where that is everything."""
-    _, rows, _, start = segment
-    if rows == 1 or not (causal or window is not None):
+    _, rows, slot, start = segment
+    first = _first_key(start, window)
+    length = start + rows - first
+    if causal:
+        length = min(-(-length // PAD) * PAD, slots - slot - first)  # the store's last slots have none behind them
+    elif window is None:
         return None
-    first = 0 if window is None else max(0, start - window + 1)
     at = torch.arange(start, start + rows, device=device).unsqueeze(1)
-    key_at = torch.arange(first, start + rows, device=device)
-    mask = key_at <= at if causal else torch.ones_like(key_at <= at)
+    key_at = torch.arange(first, first + length, device=device)
+    mask = key_at <= at if causal else torch.ones(rows, length, dtype=torch.bool, device=device)
     if window is not None:
         mask = mask & (key_at > at - window)
     return mask.repeat(group, 1)
