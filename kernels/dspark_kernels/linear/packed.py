@@ -1,7 +1,7 @@
 """bfloat16 linear layers whose weight is laid out once for the CPU's matrix units.
 
 The contract is `torch.nn.Linear`. oneDNN re-orders a plain weight at every call; a weight re-ordered once saves a
-third of a decoding step (docs/decisions/003-cpu-precision.md), and a row's result does not depend on how many
+quarter to a third of that (docs/decisions/003-cpu-precision.md), and a row's result does not depend on how many
 other rows are in the batch, so plain decoding and verification agree to the bit in every linear layer.
 """
 
