@@ -39,7 +39,8 @@ class PackedLinear(nn.Module):
         rows = x.flatten(0, -2)
         if len(rows) <= MOST_ROWS:
             return self._product(x)
-        return torch.cat([self._product(part) for part in rows.split(MOST_ROWS)]).unflatten(0, x.shape[:-1])
+        parts = [self._product(part) for part in rows.split(MOST_ROWS)]
+        return torch.cat(parts).view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
