@@ -11,9 +11,10 @@ from dspark_stream.models.attention import ATTENTION_NAME
 from dspark_stream.models.cache import ExtentAllocator, KVStore
 from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
 from dspark_stream.models.target import Target
+from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.schedule import Adaptive, Schedule
-from dspark_stream.spec.survival import AcceptanceHistory, Calibration
+from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
 
 VOCAB = 48

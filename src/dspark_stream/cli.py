@@ -66,7 +66,7 @@ def _build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     into = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_chat, _add_generate, _add_eval):
+    for add in (_add_serve, _add_chat, _add_generate, _add_eval, _add_calibrate):
         add(into)
     # Training brings its own flags; other commands need not wait for its imports.
     _add_train(into, fill="train" in argv[:1])
@@ -287,11 +287,63 @@ def _add_eval(into: _Subparsers) -> None:
     parser.add_argument(
         "--streams", type=_number(int, 1, 4096), default=8, metavar="N", help="prompts at once (default: 8)"
     )
+    parser.add_argument(
+        "--turns",
+        type=_number(int, 1, 64),
+        default=1,
+        metavar="N",
+        help='go on with the prompts\' "follow_ups" for up to N turns (default: 1)',
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
         "--no-quant-cost", action="store_true", help="leave out the unquantised run beside a quantised one"
     )
     _add_decoding(parser, max_tokens=256)
+    settings.add_arguments(parser, ("model", "engine"))
+
+
+# --- calibrate -----------------------------------------------------------------------------------------------
+
+_CALIBRATE_EPILOG = """\
+Runs the prompts with every draft verified, greedily and at temperature 1 under both verifications, and chooses one
+temperature for each position of the draft block so that promised prefix survival matches what was accepted
+(Sequential Temperature Scaling). calibration.json is written beside the drafter's weights, where every command
+finds it; --calibration none leaves it aside. Take prompts that are like those that will be asked; a hundred do.
+
+example:
+  dspark-stream calibrate --drafter ./my-drafter --prompts math.jsonl chat.jsonl --limit 50
+"""
+
+
+def _add_calibrate(into: _Subparsers) -> None:
+    parser = _add_command(
+        into, "calibrate", commands.calibrate, "fit a drafter's confidence to what is accepted", _CALIBRATE_EPILOG
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", type=Path, required=True, metavar="FILE", help="prompt files (JSON lines), as for eval"
+    )
+    parser.add_argument(
+        "--limit",
+        type=_number(int, 1, 1 << 31),
+        default=None,
+        metavar="N",
+        help="take the first N prompts of each file (default: all)",
+    )
+    parser.add_argument(
+        "--streams", type=_number(int, 1, 4096), default=8, metavar="N", help="prompts at once (default: 8)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=_number(int, 2, 1 << 24),
+        default=128,
+        metavar="N",
+        help="most tokens of an answer (default: 128)",
+    )
+    parser.add_argument("--seed", type=_number(int, 0, MAX_SEED), default=0, metavar="S", help="(default: 0)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where calibration.json is written (default: the drafter's folder)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     settings.add_arguments(parser, ("model", "engine"))
 
 

@@ -245,13 +245,19 @@ def _print_text(text: str) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a pair on prompt files; a table or JSON on stdout."""
-    from dspark_stream.evaluate import Plan, quantisation_cost, read_prompts, table
+    from dspark_stream.evaluate import Plan, parts_table, quantisation_cost, read_prompts, table
 
     config = settings.resolve(vars(args)).config
     if args.streams > config.max_num_seqs:
         config = msgspec.structs.replace(config, max_num_seqs=args.streams)
     files = {str(path): read_prompts(path, args.limit) for path in args.prompts}
-    plan = Plan(sampling=_sampling(args), mode=args.mode, verification=args.verification, streams=args.streams)
+    plan = Plan(
+        sampling=_sampling(args),
+        mode=args.mode,
+        verification=args.verification,
+        streams=args.streams,
+        turns=args.turns,
+    )
     figures, together, info = _measure(config, files, plan, quiet=_quiet(args))
     unquantised = None
     if (config.draft_quant, config.target_quant) != ("none", "none") and not args.no_quant_cost:
@@ -267,6 +273,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if unquantised is not None:
         rows["all, unquantised"] = unquantised
     print(table(rows))
+    if parts := parts_table(together):
+        print(parts)
     if unquantised is not None:
         print(quantisation_cost(together, unquantised))
     return 0
@@ -286,6 +294,46 @@ def _measure(
     with LocalEngine(engine) as local:
         figures, together = run(local, tokenizer, files, plan, Progress(enabled=not quiet))
     return figures, together, engine.info
+
+
+# --- calibrate -----------------------------------------------------------------------------------------------
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """Fit temperatures, write them beside the drafter, and show what they do."""
+    from dspark_stream.calibrate import calibrate as run
+    from dspark_stream.calibrate import calibration_config, table
+    from dspark_stream.engine.build import drafter_folder
+    from dspark_stream.evaluate import read_prompts
+    from dspark_stream.local import LocalEngine
+    from dspark_stream.progress import Progress
+    from dspark_stream.spec.calibration import save_calibration
+
+    prompts = [p for path in args.prompts for p in read_prompts(path, args.limit)]
+    config = settings.resolve(vars(args)).config
+    folder = drafter_folder(config)
+    if folder is None:
+        raise ConfigError("there is no drafter to calibrate: name one with --drafter", param="drafter")
+    engine, tokenizer = _load(calibration_config(config), quiet=_quiet(args))
+    if tokenizer is None:
+        raise ConfigError("this model has no tokenizer, so prompt files cannot be read")
+    with LocalEngine(engine) as local:
+        calibration, fits = run(
+            local,
+            [tokenizer.encode_chat([(m.role, m.content) for m in p.messages]) for p in prompts],
+            gamma=engine.info.gamma,
+            max_tokens=args.max_tokens,
+            streams=min(args.streams, config.max_num_seqs),
+            seed=args.seed,
+            progress=Progress(enabled=not _quiet(args)),
+        )
+    path = save_calibration(calibration, args.out or folder)
+    if args.json:
+        print(json.dumps(msgspec.to_builtins({"file": str(path), "calibration": calibration, "fits": fits})))
+    else:
+        print(table(calibration, fits))
+        print(f"written to {path}")
+    return 0
 
 
 # --- train -------------------------------------------------------------------------------------------------

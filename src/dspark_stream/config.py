@@ -121,6 +121,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Setting("precision of the models", "model")] = (
         "auto"
     )
+    calibration: Annotated[
+        Literal["auto", "none"],
+        Setting("auto: the calibration of confidences beside the drafter's weights, where there is one", "model"),
+    ] = "auto"
     draft_quant: Annotated[Quant, Setting("quantisation of the drafter's linear layers", "model")] = "none"
     target_quant: Annotated[Quant, Setting("quantisation of the target's linear layers", "model")] = "none"
     threads: Annotated[int, Setting("CPU threads of the engine; 0 leaves the choice to torch", "model", 0, 1024)] = 0

@@ -17,6 +17,7 @@ from dspark_stream.engine.boundary import Tokenizer
 from dspark_stream.errors import ConfigError, InternalError
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
+from dspark_stream.spec.calibration import Bin, expected_calibration_error, reliability
 from dspark_stream.types import (
     FinishedEvent,
     GenerationRequest,
@@ -28,7 +29,10 @@ from dspark_stream.types import (
     Verification,
 )
 
-CALIBRATION_BINS = 10
+CONTEXT_BOUNDS = (128, 256, 512, 1024, 2048, 4096, 8192)
+"""Rounds are grouped by where they start, for accepted length against context length."""
+LOOKUP_NGRAMS = (3, 2)
+LOOKUP_DRAFTS = 7
 
 DEFINITIONS = """\
 figures, for each file and in all:
@@ -39,6 +43,11 @@ figures, for each file and in all:
   calibration_error       expected calibration error: how far the promised prefix survival a_k is from the
                           observed share of rounds that accepted 1 … k, over 10 equal bins of a_k, using the
                           scheduled positions, averaged over k (null: nothing was scheduled)
+  calibration_error_by_position, reliability
+                          the same at k = 1, 2, …, and its bins: mean promise, share that held, rounds
+  prompt_lookup_length    accepted length that prompt lookup would have had on the same texts: the tokens after the
+                          latest earlier place of the last 3 (else 2) tokens, at most 7, are its drafts
+  by_turn, by_context     accepted length and rounds by the turn of the conversation and by where rounds start
   tokens_per_s_user       mean over streams: tokens after the first / time since the first
   tokens_per_s_total      all tokens / wall time, prompts included
   rounds                  verification rounds
@@ -58,6 +67,8 @@ class Prompt(msgspec.Struct, frozen=True):
     messages: list[Message]
     domain: str = ""
     set: str = ""
+    follow_ups: list[str] = []
+    """The user's next turns, if the conversation goes on."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +78,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     mode: Mode
     verification: Verification
     streams: int
+    turns: int = 1
+    """Most turns of a conversation; those after the first are the prompt's ``follow_ups``."""
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Some of the rounds."""
+
+    rounds: int
+    accepted_length: float
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +98,11 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     accepted_length: float | None
     acceptance_by_position: list[float | None]
     calibration_error: float | None
+    calibration_error_by_position: list[float]
+    reliability: list[list[Bin]]
+    prompt_lookup_length: float | None
+    by_turn: dict[str, Part]
+    by_context: dict[str, Part]
     tokens_per_s_user: float | None
     tokens_per_s_total: float | None
     wall_s: float
@@ -127,23 +152,32 @@ class Tally:
         self.rounds: list[RoundRecord] = []
         self.user_speeds: list[float] = []
         self.prompts = 0
-        self._accepted = 0
         self.output_tokens = 0
         self.wall_s = 0.0
+        self._accepted = 0
+        self._lookup: list[int] = []
+        self._by_turn: dict[str, list[int]] = {}
+        self._by_context: dict[str, list[int]] = {}
 
     def __iadd__(self, other: Tally) -> Tally:
         self.rounds += other.rounds
         self.user_speeds += other.user_speeds
         self.prompts += other.prompts
-        self._accepted += other._accepted
         self.output_tokens += other.output_tokens
         self.wall_s += other.wall_s
+        self._accepted += other._accepted
+        self._lookup += other._lookup
+        for own, theirs in ((self._by_turn, other._by_turn), (self._by_context, other._by_context)):
+            for name, accepted in theirs.items():
+                own.setdefault(name, []).extend(accepted)
         return self
 
-    def add_round(self, record: RoundRecord) -> None:
+    def add_round(self, record: RoundRecord, turn: int = 1) -> None:
         """Count a verification round."""
         self.rounds.append(record)
         self._accepted += record.accepted
+        self._by_turn.setdefault(str(turn), []).append(record.accepted)
+        self._by_context.setdefault(context_range(record.start), []).append(record.accepted)
 
     def add_stream(self, usage: Usage) -> None:
         """Count a stream that has finished. Its first token comes out of the prompt's own pass."""
@@ -151,6 +185,10 @@ class Tally:
         self.output_tokens += usage.output_tokens
         if usage.output_tokens > 1 and usage.decode_ms > 0:
             self.user_speeds.append(1000 * (usage.output_tokens - 1) / usage.decode_ms)
+
+    def add_text(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Count what prompt lookup would have made of a finished text."""
+        self._lookup += prompt_lookup([*prompt_ids, *output_ids], len(prompt_ids))
 
     def accepted_length(self) -> float | None:
         """Mean tokens a round, before cuts."""
@@ -160,13 +198,20 @@ class Tally:
 
     def figures(self) -> Figures:
         """All figures of what was gathered so far."""
+        promises = survival_promises(self.rounds)
+        errors = [expected_calibration_error(*pair) for pair in promises]
         return Figures(
             prompts=self.prompts,
             output_tokens=self.output_tokens,
             rounds=len(self.rounds),
             accepted_length=self.accepted_length(),
             acceptance_by_position=acceptance_by_position(self.rounds),
-            calibration_error=calibration_error(self.rounds),
+            calibration_error=statistics.fmean(errors) if errors else None,
+            calibration_error_by_position=errors,
+            reliability=[reliability(*pair) for pair in promises],
+            prompt_lookup_length=_mean_length(self._lookup),
+            by_turn=_parts(self._by_turn, sorted(self._by_turn, key=int)),
+            by_context=_parts(self._by_context, [context_range(b - 1) for b in CONTEXT_BOUNDS]),
             tokens_per_s_user=statistics.fmean(self.user_speeds) if self.user_speeds else None,
             tokens_per_s_total=self.output_tokens / self.wall_s if self.wall_s > 0 else None,
             wall_s=self.wall_s,
@@ -181,37 +226,70 @@ def run_prompts(
     progress: Progress,
     label: str,
 ) -> Tally:
-    """Run ``prompts``, ``plan.streams`` at once, and count.
+    """Run ``prompts``, ``plan.streams`` at once, turn by turn, and count.
 
     Raises:
         DsparkError: a prompt that the engine refuses, or a stream that failed.
     """
     tally = Tally()
+    chats = [[(turn.role, turn.content) for turn in prompt.messages] for prompt in prompts]
+    begun_s = time.perf_counter()
+    for turn in range(1, plan.turns + 1):
+        going_on = [i for i, prompt in enumerate(prompts) if turn == 1 or len(prompt.follow_ups) >= turn - 1]
+        if not going_on:
+            break
+        if turn > 1:
+            for i in going_on:
+                chats[i].append(("user", prompts[i].follow_ups[turn - 2]))
+        named = label if turn == 1 else f"{label}, turn {turn}"
+        answers = _run_turn(engine, tokenizer, {i: chats[i] for i in going_on}, plan, progress, named, turn, tally)
+        for i, ids in answers.items():
+            chats[i].append(("assistant", tokenizer.decode(ids).strip()))
+    tally.wall_s = time.perf_counter() - begun_s
+    return tally
+
+
+def _run_turn(
+    engine: LocalEngine,
+    tokenizer: Tokenizer,
+    chats: dict[int, list[tuple[str, str]]],
+    plan: Plan,
+    progress: Progress,
+    label: str,
+    turn: int,
+    tally: Tally,
+) -> dict[int, list[int]]:
+    """One turn of every conversation: its answer's tokens."""
+    running: dict[str, tuple[int, tuple[int, ...], list[int]]] = {}
+    answers: dict[int, list[int]] = {}
 
     def requests() -> Iterator[GenerationRequest]:
-        for number, prompt in enumerate(prompts):
-            ids = tokenizer.encode_chat([(turn.role, turn.content) for turn in prompt.messages])
-            yield GenerationRequest(
+        for number, chat in chats.items():
+            request = GenerationRequest(
                 request_id=f"{label}#{number + 1}",
-                prompt_ids=tuple(ids),
+                prompt_ids=tuple(tokenizer.encode_chat(chat)),
                 sampling=plan.sampling,
                 mode=plan.mode,
                 verification=plan.verification,
                 record_rounds=True,
             )
+            running[request.request_id] = (number, request.prompt_ids, [])
+            yield request
 
-    begun_s = time.perf_counter()
-    with progress.bar(label, len(prompts), "prompt") as bar:
+    with progress.bar(label, len(chats), "prompt") as bar:
         for event, _ in engine.run(requests(), plan.streams):
             if isinstance(event, TokensEvent):
+                running[event.request_id][2].extend(event.token_ids)
                 if event.round is not None:
-                    tally.add_round(event.round)
+                    tally.add_round(event.round, turn)
             else:
                 _check_finished(event)
+                number, prompt_ids, ids = running.pop(event.request_id)
+                answers[number] = ids
                 tally.add_stream(event.usage)
+                tally.add_text(prompt_ids, ids)
                 bar.advance(note=f"accepted length {_number(tally.accepted_length())}")
-    tally.wall_s = time.perf_counter() - begun_s
-    return tally
+    return answers
 
 
 def _check_finished(event: FinishedEvent) -> None:
@@ -233,22 +311,59 @@ def acceptance_by_position(rounds: Sequence[RoundRecord]) -> list[float | None]:
     return shares
 
 
-def calibration_error(rounds: Sequence[RoundRecord]) -> float | None:
-    """Expected calibration error of prefix survival over scheduled positions, averaged over positions."""
-    errors = []
+def survival_promises(rounds: Sequence[RoundRecord]) -> list[tuple[list[float], list[bool]]]:
+    """At k = 1, 2, …: the promised survival of every round that scheduled k, and whether it accepted 1 … k."""
+    pairs = []
     for k in range(1, max((one.scheduled for one in rounds), default=0) + 1):
-        promised = [(one.survival[k - 1], one.accepted >= k) for one in rounds if one.scheduled >= k]
-        errors.append(_expected_calibration_error(promised))
-    return statistics.fmean(errors) if errors else None
+        asked = [one for one in rounds if one.scheduled >= k]
+        pairs.append(([one.survival[k - 1] for one in asked], [one.accepted >= k for one in asked]))
+    return pairs
 
 
-def _expected_calibration_error(promised: Sequence[tuple[float, bool]]) -> float:
-    """Σ over bins of |mean promise − share that held|, weighted by how much falls into the bin."""
-    sums = [0.0] * CALIBRATION_BINS
-    for promise, held in promised:
-        sums[min(int(promise * CALIBRATION_BINS), CALIBRATION_BINS - 1)] += promise - held
-    # Within a bin, n·|mean promise − mean held| = |Σ (promise − held)|.
-    return sum(map(abs, sums)) / len(promised)
+def prompt_lookup(ids: Sequence[int], start: int) -> list[int]:
+    """Accepted drafts of each round, had ``ids[start:]`` been drafted by looking up n-grams in what came before.
+
+    The free alternative to a drafter. Its drafts are certain, so whatever the temperature each is accepted exactly if
+    the text goes on with it: walking along a finished text gives its acceptance without running anything.
+    """
+    latest: dict[tuple[int, ...], int] = {}
+    """Where each n-gram last ended, before the place looked from."""
+    accepted: list[int] = []
+    at, known = start, 0
+    while at + LOOKUP_DRAFTS < len(ids):
+        for end in range(known + 1, at):
+            for n in LOOKUP_NGRAMS:
+                if end >= n:
+                    latest[tuple(ids[end - n : end])] = end
+        known = max(known, at - 1)
+        found = next((latest[g] for n in LOOKUP_NGRAMS if (g := tuple(ids[at - n : at])) in latest and at >= n), None)
+        drafts: list[int] = []
+        if found is not None:
+            for k in range(found, found + LOOKUP_DRAFTS):  # past what is known it goes on from its own drafts
+                drafts.append(ids[k] if k < at else drafts[k - at])
+        count = next((k for k, draft in enumerate(drafts) if draft != ids[at + k]), len(drafts))
+        accepted.append(count)
+        at += count + 1
+    return accepted
+
+
+def context_range(position: int) -> str:
+    """The range of `CONTEXT_BOUNDS` that a position is in, in words."""
+    low = 0
+    for bound in CONTEXT_BOUNDS:
+        if position < bound:
+            return f"{low}-{bound - 1}"
+        low = bound
+    return f"{low}-"
+
+
+def _mean_length(accepted: Sequence[int]) -> float | None:
+    return 1 + statistics.fmean(accepted) if accepted else None
+
+
+def _parts(accepted: dict[str, list[int]], names: Sequence[str]) -> dict[str, Part]:
+    known = [*names, *(name for name in accepted if name not in names)]
+    return {name: Part(len(accepted[name]), 1 + statistics.fmean(accepted[name])) for name in known if name in accepted}
 
 
 # --- showing -----------------------------------------------------------------------------------------------
@@ -261,6 +376,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("tok/s a user", lambda f: _number(f.tokens_per_s_user, 1)),
     ("tok/s total", lambda f: _number(f.tokens_per_s_total, 1)),
     ("calibration error", lambda f: _number(f.calibration_error, 3)),
+    ("prompt lookup", lambda f: _number(f.prompt_lookup_length)),
     ("acceptance at 1, 2, …", lambda f: " ".join(_number(a) for a in f.acceptance_by_position) or "-"),
 )
 
@@ -278,6 +394,16 @@ def table(figures: dict[str, Figures]) -> str:
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def parts_table(figures: Figures) -> str:
+    """Accepted length by turn and by context length, a line each; by turn only where there are several."""
+    lines = []
+    for title, parts in (("turn", figures.by_turn), ("context", figures.by_context)):
+        if len(parts) > 1:
+            cells = [f"{name}: {part.accepted_length:.2f} ({part.rounds})" for name, part in parts.items()]
+            lines.append(f"accepted length (rounds) by {title}:  " + "  ".join(cells))
     return "\n".join(lines)
 
 

@@ -33,6 +33,10 @@ class LocalEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what runs and end the engine."""
         self._engine.close(0.0)
 
     def run(self, requests: Iterable[GenerationRequest], streams: int = 1) -> Iterator[Arrival]:

@@ -11,6 +11,8 @@ import msgspec
 
 Mode = Literal["dspark", "plain"]
 Verification = Literal["rejection", "coupled"]
+Acceptance = Literal["greedy", "rejection", "coupled"]
+"""How a stream's drafts are accepted: at temperature 0 both verifications are one comparison."""
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 MAX_SEED = 2**63 - 1

@@ -13,6 +13,7 @@ import pytest
 from dspark_stream import cli, commands
 from dspark_stream.config import Config
 from dspark_stream.errors import InternalError, ModelLoadError
+from dspark_stream.spec.calibration import load_calibration
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 
 SEVEN_WORDS = Script(tokens=tuple(f"w{i} " for i in range(7)), rounds=(3, 1))
@@ -212,6 +213,16 @@ def test_eval_prints_a_table(loaded, tmp_path, capsys):
     assert "two.jsonl: 100%" in said.err
 
 
+def test_eval_goes_on_with_follow_ups(loaded, tmp_path, capsys):
+    path = tmp_path / "chat.jsonl"
+    turn = {"messages": [{"role": "user", "content": "one"}]}
+    path.write_text(json.dumps(turn | {"follow_ups": ["two", "three"]}) + "\n" + json.dumps(turn) + "\n")
+    assert cli.main(["eval", "--prompts", str(path), "--turns", "2", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["all"]
+    assert figures["prompts"] == 3
+    assert {turn: part["rounds"] for turn, part in figures["by_turn"].items()} == {"1": 6, "2": 3}
+
+
 def test_eval_of_a_quantised_drafter_tells_what_it_costs(loaded, tmp_path, capsys):
     path = write_prompts(tmp_path / "one.jsonl", 2)
     assert cli.main(["eval", "--prompts", str(path), "--draft-quant", "int8"]) == 0
@@ -248,6 +259,31 @@ def test_eval_names_the_line_that_cannot_be_read(line, words, loaded, tmp_path, 
     assert words in said
     # Lines past the limit are not read.
     assert cli.main(["eval", "--prompts", str(path), "--limit", "2"]) == 0
+
+
+# --- calibrate -----------------------------------------------------------------------------------------------
+
+
+def test_calibrate_verifies_everything_three_ways_and_writes_beside_the_drafter(loaded, tmp_path, capsys):
+    path = write_prompts(tmp_path / "one.jsonl", 4)
+    argv = ["calibrate", "--prompts", str(path), "--drafter", str(tmp_path), "--limit", "3"]
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().out
+    (config,) = loaded
+    assert (config.calibration, config.schedule) == ("none", "fixed:64")
+    calibration = load_calibration(tmp_path)
+    # Seven words are rounds of 3, 1 and 3: of two drafts in three 0.9 was promised for each.
+    assert len(calibration.greedy) == len(calibration.coupled) == 4
+    assert calibration.greedy[0] > 2
+    assert said.count("9 rounds, accepted length 2.33") == 3
+    assert cli.main([*argv, "--json", "--out", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_calibrate_needs_a_drafter(loaded, tmp_path, capsys):
+    path = write_prompts(tmp_path / "one.jsonl", 1)
+    assert cli.main(["calibrate", "--prompts", str(path), "--drafter", "none"]) == 2
+    assert "--drafter" in capsys.readouterr().err
 
 
 # --- signals -------------------------------------------------------------------------------------------------

@@ -2,13 +2,29 @@
 
 import pytest
 
-from dspark_stream.evaluate import Figures, Tally, acceptance_by_position, calibration_error, table
+from dspark_stream.evaluate import (
+    Figures,
+    Part,
+    Tally,
+    acceptance_by_position,
+    context_range,
+    parts_table,
+    prompt_lookup,
+    table,
+)
 from dspark_stream.types import RoundRecord, Usage
 
 
-def a_round(accepted: int, survival: list[float], scheduled: int | None = None) -> RoundRecord:
+def calibration_error(rounds):
+    tally = Tally()
+    for one in rounds:
+        tally.add_round(one)
+    return tally.figures().calibration_error
+
+
+def a_round(accepted: int, survival: list[float], scheduled: int | None = None, start: int = 0) -> RoundRecord:
     return RoundRecord(
-        start=0,
+        start=start,
         anchor=0,
         draft_tokens=list(range(len(survival))),
         scheduled=len(survival) if scheduled is None else scheduled,
@@ -61,6 +77,40 @@ def test_calibration_is_of_prefixes_and_averaged_over_positions():
 def test_calibration_uses_scheduled_positions_only():
     rounds = [a_round(1, [1.0, 0.9], scheduled=1)] * 4
     assert calibration_error(rounds) == pytest.approx(0.0)
+
+
+def test_error_and_reliability_by_position():
+    tally = Tally()
+    for accepted in (1, 1, 1, 0):
+        tally.add_round(a_round(accepted, [0.75, 0.15]))
+    figures = tally.figures()
+    assert figures.calibration_error_by_position == pytest.approx([0.0, 0.15])
+    assert figures.reliability == [[(0.75, 0.75, 4)], [(0.15, 0.0, 4)]]
+
+
+def test_rounds_by_turn_and_by_context_add_up():
+    tally, other = Tally(), Tally()
+    tally.add_round(a_round(2, [0.5] * 2, start=127), turn=1)
+    tally.add_round(a_round(1, [0.5] * 2, start=128), turn=1)
+    other.add_round(a_round(0, [0.5] * 2, start=200), turn=2)
+    tally += other
+    figures = tally.figures()
+    assert figures.by_turn == {"1": Part(2, 2.5), "2": Part(1, 1.0)}
+    assert figures.by_context == {"0-127": Part(1, 3.0), "128-255": Part(2, 1.5)}
+    assert parts_table(figures).splitlines() == [
+        "accepted length (rounds) by turn:  1: 2.50 (2)  2: 1.00 (1)",
+        "accepted length (rounds) by context:  0-127: 3.00 (1)  128-255: 1.50 (2)",
+    ]
+    assert [context_range(p) for p in (0, 8191, 8192)] == ["0-127", "4096-8191", "8192-"]
+
+
+def test_prompt_lookup_by_hand():
+    # the prompt ends in 1 2 3, seen before with 4 5 6 7 after it; the text goes on 4 5 9 and then with news
+    prompt = [1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
+    assert prompt_lookup([*prompt, 4, 5, 9, *range(20, 30)], len(prompt)) == [2, 0, 0, 0]
+    # a loop is foretold further than it is known
+    assert prompt_lookup([5, 6, 7, 5, 6, 7, *[5, 6, 7] * 7], 6) == [7, 7]
+    assert prompt_lookup([1, 2], 2) == []
 
 
 def test_in_all_is_counted_not_averaged():

@@ -20,11 +20,12 @@ import dspark_stream.spec.draft as draft_module
 from dspark_stream.engine.stream import round_key
 from dspark_stream.models.cache import Extent
 from dspark_stream.spec.accept import accept
+from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import walk
 from dspark_stream.spec.noise import NoiseCache
 from dspark_stream.spec.sampling import race
 from dspark_stream.spec.schedule import admit
-from dspark_stream.spec.survival import AcceptanceHistory, Calibration
+from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, SamplingParams
 
 EDGE = 1e-5

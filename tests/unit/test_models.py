@@ -19,8 +19,9 @@ from dspark_stream.models.loading import load_target, pick_dtype
 from dspark_stream.models.quant import quantise_linears
 from dspark_stream.models.target import Rows
 from dspark_stream.models.tokenizer import TextCodec
+from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import draft
-from dspark_stream.spec.survival import AcceptanceHistory, Calibration
+from dspark_stream.spec.survival import AcceptanceHistory
 from tiny import tiny_drafter, tiny_models, tiny_target
 
 

@@ -7,17 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_stream.errors import ModelLoadError
 from dspark_stream.spec.accept import match, residual
 from dspark_stream.spec.noise import NoiseCache, RoundUniforms, token_exponentials
 from dspark_stream.spec.sampling import distributions, race, sample, truncate
-from dspark_stream.spec.survival import (
-    AcceptanceHistory,
-    Calibration,
-    load_calibration,
-    prefix_survival,
-    sigmoid,
-)
+from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.types import SamplingParams
 
 
@@ -105,13 +98,8 @@ def test_race_follows_the_noise():
     assert int(race(p, torch.tensor([[2.0, 1.0, 0.001]], dtype=torch.float64))[0]) == 1
 
 
-def test_survival_calibration_and_history(tmp_path):
-    calibration = Calibration(rejection=[2.0, 1.0], coupled=[0.5])
-    assert calibration.confidence([2.0, 0.0, 1.0], "rejection") == [sigmoid(1.0), 0.5, sigmoid(1.0)]
-    assert calibration.confidence([2.0], "coupled") == [sigmoid(4.0)]
+def test_survival_and_history():
     assert prefix_survival([0.5, 0.5, 1.0]) == [0.5, 0.25, 0.25]
-    assert sigmoid(-800.0) == 0.0
-    assert sigmoid(800.0) == 1.0
     history = AcceptanceHistory(3)
     history.record(scheduled=3, accepted=1)
     assert history.confidence() == [3 / 5, 2 / 5, 2 / 4]
@@ -121,10 +109,3 @@ def test_survival_calibration_and_history(tmp_path):
     for _ in range(2000):
         history.record(scheduled=0, accepted=0)
     assert history.confidence()[0] == pytest.approx(0.5, abs=0.01)  # given up, and tried again
-    assert load_calibration(tmp_path) == Calibration()
-    (tmp_path / "calibration.json").write_text('{"rejection": ["x"]}')
-    with pytest.raises(ModelLoadError, match="rejection"):
-        load_calibration(tmp_path)
-    (tmp_path / "calibration.json").write_text('{"coupled": [1.0, 0.0]}')
-    with pytest.raises(ModelLoadError, match=r"above 0.*coupled"):
-        load_calibration(tmp_path)

@@ -1,5 +1,7 @@
 """Prompts, answers and plans: what is read, what is refused in words, and what a kill or a full disk leaves."""
 
+import contextlib
+import importlib.util
 import json
 
 import pytest
@@ -8,10 +10,19 @@ from disk import files_no_larger_than
 from dspark_stream.errors import ConfigError, InternalError
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import SILENT
-from dspark_stream.training.answering import plan_questions, take_up, write_answers
+from dspark_stream.training.answering import (
+    OWN_DOMAIN,
+    OWN_TEMPERATURE,
+    Scribe,
+    plan_questions,
+    read_files,
+    take_up,
+    usable,
+)
 from dspark_stream.training.answers import Answer, answer_line, draft_vocabulary, read_answers, split_answers
 from dspark_stream.training.initial import default_taps, pick_mask_token
 from dspark_stream.training.plan import TrainPlan, settle
+from dspark_stream.training.writers import EngineWriter, Written, choose_writer
 from fakes import FakeEngine, FakeTokenizer, Script
 
 VOCAB = 100
@@ -112,7 +123,8 @@ def test_mask_token_is_one_that_no_text_contains():
 @pytest.mark.parametrize(
     ("values", "param"),
     [
-        ({"answers": None}, "prompts"),
+        ({"follow_ups": 1.5}, "follow_ups"),
+        ({"own_prompts": 0}, "own_prompts"),
         ({"steps": None}, "minutes"),
         ({"minutes": 0.0}, "minutes"),
         ({"minutes": float("nan")}, "minutes"),
@@ -141,7 +153,38 @@ def test_a_folder_belongs_to_one_run(tmp_path):
         settle(plan(), tmp_path / "run")
 
 
-# --- the answers stage -----------------------------------------------------------------------------------------
+# --- the texts -------------------------------------------------------------------------------------------------
+
+
+class Codec(FakeTokenizer):
+    """A chat as the fake service has it, open for the assistant or for the user."""
+
+    def encode_chat(self, messages):
+        return [*super().encode_chat(messages), *b"<assistant>"]
+
+    def encode_open_turn(self, history, opening=""):
+        return self.encode("".join(f"<{role}>{content}\n" for role, content in history) + "<user>" + opening)
+
+
+class StubWriter:
+    """Writes what follows from the question alone; fails after so many texts."""
+
+    def __init__(self, fail_after=None, max_model_len=2048):
+        self.fail_after, self.max_model_len = fail_after, max_model_len
+        self.asked = []
+
+    def write(self, asks):
+        for ask in asks:
+            if self.fail_after is not None and len(self.asked) >= self.fail_after:
+                raise InternalError("failed on purpose")
+            self.asked.append(ask)
+            random = f"{ask.seed:x}"
+            if bytes(ask.prompt_ids).rpartition(b"<")[2].startswith(b"user>"):
+                # one in ten: words of one kind; one in ten: cut off
+                text = "no " * 9 if ask.number % 10 == 3 else f" tell me about {random} and more"
+                yield Written(ask, tuple(text.encode()), ask.number % 10 != 5)
+            else:
+                yield Written(ask, tuple(random.encode()), ask.number % 3 != 0)
 
 
 def prompt_file(tmp_path, count=10, bad=None):
@@ -154,71 +197,130 @@ def prompt_file(tmp_path, count=10, bad=None):
     return str(path)
 
 
+def texts_plan(**values):
+    return plan(**({"answers": None, "answer_tokens": 8} | values))
+
+
+def write_texts(run_plan, folder, writer):
+    folder.mkdir(exist_ok=True)
+    return Scribe(run_plan, folder, writer, Codec(), SILENT).write_answers()
+
+
 def test_an_unreadable_prompt_line_is_named_before_anything_is_asked(tmp_path):
     with pytest.raises(ConfigError, match=r"math\.jsonl:4"):
-        plan_questions(plan(prompts=(prompt_file(tmp_path, bad=3),)))
+        read_files([prompt_file(tmp_path, bad=3)])
 
 
 def test_half_is_greedy_and_repeats_are_not(tmp_path):
-    asked = plan_questions(plan(prompts=(prompt_file(tmp_path),), limit=25))
+    asked = plan_questions(texts_plan(limit=25), read_files([prompt_file(tmp_path)]))
     assert len(asked) == 25
     assert [q.temperature for q in asked[:10]].count(0.0) == 5
     assert {q.temperature for q in asked[10:]} == {1.0}
     assert [q.messages for q in asked[10:20]] == [q.messages for q in asked[:10]]
 
 
-def test_answers_are_written_by_index_and_taken_up_after_a_kill(tmp_path):
-    run_plan = plan(prompts=(prompt_file(tmp_path),), answer_tokens=8)
-    folder = tmp_path / "run"
-    folder.mkdir()
+@pytest.mark.parametrize("files", [True, False], ids=["from files", "by itself"])
+def test_whatever_stage_a_kill_comes_in_the_end_is_the_same(tmp_path, files):
+    prompts = (prompt_file(tmp_path, 30),) if files else ()
+    run_plan = texts_plan(prompts=prompts, own_prompts=40, follow_ups=0.5)
+    whole = StubWriter()
+    text = write_texts(run_plan, tmp_path / "whole", whole).read_text()
+    for texts in (1, 20, 45, 50, len(whole.asked) - 1):  # stages ask for different numbers; all of them are met
+        folder = tmp_path / f"killed-{texts}"
+        first, second = StubWriter(fail_after=texts), StubWriter()
+        with pytest.raises(InternalError):
+            write_texts(run_plan, folder, first)
+        assert write_texts(run_plan, folder, second).read_text() == text
+        assert sorted(first.asked + second.asked) == sorted(whole.asked)
 
-    def write(engine):
-        with LocalEngine(engine) as local:
-            return write_answers(run_plan, folder, local, FakeTokenizer(), 2048, SILENT)
 
-    whole = write(FakeEngine())
-    text = whole.read_text()
-    answers = read_answers(whole, 1000)
-    assert len(answers) == 10
-    assert all(a.answer_ids == tuple(range(8)) for a in answers)
-    asked = plan_questions(run_plan)
-    assert [a.temperature for a in answers] == [q.temperature for q in asked]
-    # a kill: four answers are there, the last of them half
-    whole.unlink()
-    lines = text.splitlines(keepends=True)
-    part = folder / "answers.part.jsonl"
-    part.write_text(lines[7] + lines[2] + lines[5] + lines[0][:30])
-    engine = FakeEngine()
-    assert write(engine).read_text() == text
-    assert {r.request_id for r in engine.submitted} == {str(i) for i in range(10)} - {"7", "2", "5"}
-    assert not part.exists()
+def test_a_target_writes_its_own_prompts_and_what_is_no_use_is_left_out(tmp_path):
+    writer = StubWriter()
+    answers = read_answers(write_texts(texts_plan(own_prompts=40, turns=1), tmp_path, writer), 1000)
+    turns = [a for a in writer.asked if a.temperature == OWN_TEMPERATURE]
+    assert len(turns) == 40
+    assert len({a.seed for a in turns}) == 40
+    assert len(answers) == 40 - 8  # a tenth stutters, a tenth never ends
+    assert {a.domain for a in answers} == {OWN_DOMAIN}
+    assert sum(a.temperature == 0 for a in answers) == 16
+    assert all(b"tell me about" in bytes(a.prompt_ids) for a in answers)
+
+
+def test_later_turns_go_on_from_what_was_said(tmp_path):
+    run_plan = texts_plan(prompts=(prompt_file(tmp_path, 30),), follow_ups=0.5)
+    answers = read_answers(write_texts(run_plan, tmp_path / "run", StubWriter()), 1000)
+    by_turn = {n: [a for a in answers if bytes(a.prompt_ids).count(b"<user>") == n] for n in (1, 2, 3)}
+    assert len(by_turn[1]) == 30
+    ended = 20  # two in three come to an end of themselves; half of them go on, less what is no use as a turn
+    assert ended // 2 - 3 <= len(by_turn[2]) <= ended // 2
+    assert 0 < len(by_turn[3]) <= len(by_turn[2])
+    for later in (2, 3):
+        for answer in by_turn[later]:
+            begun = bytes(answer.prompt_ids).rpartition(b"\n<user>")[0]
+            before = [bytes(a.prompt_ids) + bytes(a.answer_ids) for a in by_turn[later - 1]]
+            assert begun in before
+        assert {a.temperature for a in by_turn[2]} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("Tell me about the tides.", True),
+        ("tell me  about the TIDES.", False),  # again
+        ("Why so?", False),
+        ("the the the the the tides", False),
+    ],
+)
+def test_turns_that_are_of_use(text, good):
+    assert usable(text, {"tell me about the tides."} if "TIDES" in text else set()) is good
 
 
 def test_prompts_that_do_not_fit_are_passed_over(tmp_path):
-    run_plan = plan(prompts=(prompt_file(tmp_path),), answer_tokens=8)
-    with LocalEngine(FakeEngine()) as local:
-        path = write_answers(run_plan, tmp_path, local, FakeTokenizer(), 15, SILENT)
+    path = write_texts(texts_plan(prompts=(prompt_file(tmp_path),)), tmp_path / "run", StubWriter(max_model_len=26))
     assert path.read_text() == ""
 
 
 def test_a_failing_engine_leaves_what_was_written(tmp_path):
-    run_plan = plan(prompts=(prompt_file(tmp_path),), answer_tokens=8, streams=1)
+    run_plan = texts_plan(prompts=(prompt_file(tmp_path),), turns=1)
     scripts = iter([Script()] * 4 + [Script(fail_after_rounds=1)] * 6)
-    with LocalEngine(FakeEngine(lambda request: next(scripts))) as local, pytest.raises(InternalError, match="purpose"):
-        write_answers(run_plan, tmp_path, local, FakeTokenizer(), 2048, SILENT)
-    assert len(take_up(tmp_path / "answers.part.jsonl")) == 4
+    engine = LocalEngine(FakeEngine(lambda request: next(scripts)))
+    with contextlib.closing(EngineWriter(engine, 1, 2048)) as writer, pytest.raises(InternalError, match="purpose"):
+        write_texts(run_plan, tmp_path / "run", writer)
+    assert len(take_up(tmp_path / "run" / "turn-1.jsonl.part")) == 4
+
+
+def test_a_line_cut_in_half_is_asked_again(tmp_path):
+    run_plan = texts_plan(prompts=(prompt_file(tmp_path),), turns=1)
+    text = write_texts(run_plan, tmp_path / "whole", StubWriter()).read_text()
+    lines = text.splitlines(keepends=True)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "turn-1.jsonl.part").write_text(lines[7] + lines[2] + lines[5] + lines[0][:30])
+    writer = StubWriter()
+    assert write_texts(run_plan, folder, writer).read_text() == text
+    assert sorted(a.number for a in writer.asked) == [0, 1, 3, 4, 6, 8, 9]
 
 
 def test_a_full_disk_loses_no_whole_answer(tmp_path):
-    run_plan = plan(prompts=(prompt_file(tmp_path),), answer_tokens=8)
-    with (
-        LocalEngine(FakeEngine()) as local,
-        files_no_larger_than(700),
-        pytest.raises(ConfigError, match="run the same command again"),
-    ):
-        write_answers(run_plan, tmp_path, local, FakeTokenizer(), 2048, SILENT)
-    kept = take_up(tmp_path / "answers.part.jsonl")
+    run_plan = texts_plan(prompts=(prompt_file(tmp_path),), turns=1)
+    folder = tmp_path / "run"
+    with files_no_larger_than(700), pytest.raises(ConfigError, match="run the same command again"):
+        write_texts(run_plan, folder, StubWriter())
+    kept = take_up(folder / "turn-1.jsonl.part")
     assert 0 < len(kept) < 10
-    with LocalEngine(FakeEngine()) as local:
-        path = write_answers(run_plan, tmp_path, local, FakeTokenizer(), 2048, SILENT)
-    assert len(read_answers(path, 1000)) == 10
+    assert len(read_answers(write_texts(run_plan, folder, StubWriter()), 1000)) == 10
+
+
+def test_openvino_writes_only_where_it_can(monkeypatch):
+    installed = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    assert choose_writer("auto", "model.gguf", "cpu") == "engine"
+    with pytest.raises(ConfigError, match="pip install openvino-genai"):
+        choose_writer("openvino", "model.gguf", "auto")
+    installed.append("openvino_genai")
+    assert choose_writer("auto", "model.gguf", "cpu") == "openvino"
+    assert choose_writer("auto", "model.gguf", "cuda") == "engine"
+    assert choose_writer("auto", "folder", "cpu") == "engine"
+    assert choose_writer("engine", "model.gguf", "cpu") == "engine"
+    with pytest.raises(ConfigError, match=r"needs a \.gguf"):
+        choose_writer("openvino", "folder", "cpu")

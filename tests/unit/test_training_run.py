@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -15,6 +16,7 @@ from dspark_stream.errors import ConfigError
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.progress import SILENT
+from dspark_stream.spec.calibration import load_calibration
 from dspark_stream.training import command, pipeline
 from dspark_stream.training.answers import read_answers, split_answers
 from dspark_stream.training.plan import TrainPlan
@@ -94,6 +96,11 @@ def test_the_saved_drafter_says_how_it_was_made(run_folder):
     card = (run_folder / "drafter" / "card.md").read_text()
     assert "words: CC0" in card
     assert f"| all | {held_out_lengths(run_folder)[-1]:.3f}".rstrip("0") in card
+    calibration = load_calibration(run_folder / "drafter")
+    assert [len(t) for t in (calibration.greedy, calibration.rejection, calibration.coupled)] == [4, 4, 4]
+    in_engine = re.search(r"^\| greedy \| (\d+) \| ([\d.]+) \|", card, re.MULTILINE)
+    assert int(in_engine[1]) > 20
+    assert float(in_engine[2]) == pytest.approx(held_out_lengths(run_folder)[-1], abs=0.25)
     plan = json.loads((run_folder / "drafter" / "train.json").read_text())
     assert plan["steps"] == 80
     assert plan["seed"] == 0
@@ -117,7 +124,7 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("head", ["vanilla", "rnn", "none"])
+@pytest.mark.parametrize("head", ["markov", "rnn", "none"])
 def test_a_killed_run_ends_at_the_same_weights(target_folder, run_folder, tmp_path, head):
     answers = run_folder / "answers.jsonl"
     whole = trainer_of(target_folder, answers, tmp_path / "whole", head=head)
@@ -189,7 +196,7 @@ def test_a_full_disk_is_said_and_keeps_the_earlier_state(target_folder, run_fold
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.part"))
     with files_no_larger_than(2000), pytest.raises(ConfigError, match="cannot be written"):
-        pipeline.save(trainer, tmp_path / "out", run_folder, "")
+        pipeline.save(trainer, tmp_path / "out", run_folder)
     with files_no_larger_than(2000), pytest.raises(ConfigError, match="--feature-budget"):
         trainer_of(target_folder, answers, tmp_path / "other")
 
@@ -206,7 +213,7 @@ def test_the_command_says_what_is_wrong(target_folder, run_folder, tmp_path, cap
         assert command.main(["--target", str(target_folder), "--run-dir", str(tmp_path / "new"), *argv]) == 2
         return capsys.readouterr().err
 
-    assert "--prompts or --answers" in refused("--steps", "1")
+    assert "follow_ups 2.0" in refused("--steps", "1", "--follow-ups", "2")
     assert "--steps or --minutes" in refused("--answers", "a.jsonl")
     assert "a.jsonl" in refused("--answers", str(tmp_path / "a.jsonl"), "--steps", "1")
     given = ["--answers", str(run_folder / "answers.jsonl"), "--steps", "1"]

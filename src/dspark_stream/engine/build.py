@@ -21,9 +21,12 @@ from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.models.quant import quantise_linears
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.progress import Progress
+from dspark_stream.spec.calibration import Calibration, load_calibration
 from dspark_stream.spec.schedule import parse_schedule
-from dspark_stream.spec.survival import AcceptanceHistory, Calibration, load_calibration
+from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import ModelInfo
+
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 
 
 def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, TextCodec | None]:
@@ -42,7 +45,7 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
     with progress.stage(f"loading {config.model}"):
         loaded = load_target(path, dtype=config.dtype, device=config.device)
     target = loaded.target
-    drafter, calibration, drafter_folder = _load_drafter(config, loaded)
+    drafter, calibration, drafter_folder = _load_drafter(config, loaded, progress)
     if drafter is None and config.drafter != "none":
         progress.say(f"no drafter is shipped for {loaded.name}: decoding is plain; --drafter names one")
     for module, quant in ((target.decoder, config.target_quant), (drafter, config.draft_quant)):
@@ -96,7 +99,7 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
     )
     codec = loaded.codec
     info = ModelInfo(
-        model="SmolLM2-135M-Instruct" if embedded else loaded.name,
+        model=EMBEDDED_NAME if embedded else loaded.name,
         drafter=drafter_folder.name if drafter_folder else None,
         gamma=gamma,
         vocab_size=target.vocab_size,
@@ -113,24 +116,32 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
     return EngineThread(models, info, allocator, text, prefill_budget_ms=config.prefill_budget_ms), codec
 
 
-def _load_drafter(config: Config, loaded: LoadedTarget) -> tuple[Drafter | None, Calibration, Path | None]:
-    if config.drafter == "none":
+def _load_drafter(
+    config: Config, loaded: LoadedTarget, progress: Progress
+) -> tuple[Drafter | None, Calibration, Path | None]:
+    folder = drafter_folder(config)
+    if folder is None:
         return None, Calibration(), None
-    if config.drafter == "auto":
-        folder = shipped_drafter(loaded.name)
-        if folder is None:
-            return None, Calibration(), None
-    else:
-        folder = _drafter_folder(config.drafter)
-    return load_drafter(folder, loaded.target), load_calibration(folder), folder
+    drafter = load_drafter(folder, loaded.target)
+    if config.calibration == "none":
+        return drafter, Calibration(), folder
+    calibration = load_calibration(folder)
+    if calibration is None and drafter.confidence_head is not None:
+        progress.say(f"{folder.name} is not calibrated: confidences count as they come; dspark-stream calibrate helps")
+    return drafter, calibration or Calibration(), folder
 
 
-def _drafter_folder(name: str) -> Path:
-    """A local folder, or a hub name fetched through the hub's own library.
+def drafter_folder(config: Config) -> Path | None:
+    """The drafter's folder: the one named, the one shipped for the model, or none. A hub name is fetched.
 
     Raises:
-        ModelLoadError: neither.
+        ModelLoadError: a name that is neither a folder nor reachable.
     """
+    if config.drafter == "none":
+        return None
+    if config.drafter == "auto":
+        return shipped_drafter(EMBEDDED_NAME if config.model == "embedded" else config.model)
+    name = config.drafter
     path = Path(name).expanduser()
     if path.is_dir():
         return path

@@ -18,9 +18,10 @@ from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.target import Target
 from dspark_stream.progress import Progress
 from dspark_stream.spec.accept import accept
+from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import CapacityCurve, ladder, measure
 from dspark_stream.spec.draft import Block, draft
-from dspark_stream.spec.survival import AcceptanceHistory, Calibration
+from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import GenerationRequest, SamplingParams
 

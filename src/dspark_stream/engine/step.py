@@ -18,10 +18,11 @@ from dspark_stream.models.cache import KVStore
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.target import Rows, Target
 from dspark_stream.spec.accept import Outcome, accept
+from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.draft import Block, draft
 from dspark_stream.spec.schedule import Schedule
-from dspark_stream.spec.survival import AcceptanceHistory, Calibration
+from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 

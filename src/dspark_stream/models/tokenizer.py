@@ -134,17 +134,30 @@ class TextCodec:
         Raises:
             InvalidRequestError: the template refuses these messages (``param`` is ``input``).
         """
+        return self.encode(self._chat_text(messages))
+
+    def encode_open_turn(self, history: Sequence[tuple[str, str]], opening: str = "") -> list[int]:
+        """Tokens of a conversation up to a next turn of the user that begins with ``opening``, for a model to go on.
+
+        Raises:
+            InvalidRequestError: the template refuses these messages, or does not show what the user says.
+        """
+        mark = "\u2045turn\u2046"
+        before, found, _ = self._chat_text([*history, ("user", mark)]).rpartition(mark)
+        if not found:
+            raise InvalidRequestError("the model's chat template does not show the user's turn", param="input")
+        return self.encode(before + opening)
+
+    def _chat_text(self, messages: Sequence[tuple[str, str]]) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
         if self._template is None:
-            text = "".join(f"{t['role']}: {t['content']}\n" for t in turns) + "assistant:"
-        else:
-            try:
-                text = self._template.render(
-                    messages=turns, add_generation_prompt=True, tools=None, documents=None, **self.special
-                )
-            except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-                raise InvalidRequestError(f"the model's chat template refuses this: {error}", param="input") from error
-        return self.encode(text)
+            return "".join(f"{t['role']}: {t['content']}\n" for t in turns) + "assistant:"
+        try:
+            return self._template.render(
+                messages=turns, add_generation_prompt=True, tools=None, documents=None, **self.special
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise InvalidRequestError(f"the model's chat template refuses this: {error}", param="input") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_stream.spec.draft import Block, StreamView, is_greedy, is_rejection
+from dspark_stream.spec.draft import Block, StreamView, acceptance_of, is_greedy
 from dspark_stream.spec.noise import RoundUniforms
 from dspark_stream.spec.sampling import distributions, race, sample
 
@@ -37,7 +37,7 @@ def accept(
     first = [0, *accumulate(1 + length for length in lengths)]
     outcomes: list[Outcome | None] = [None] * len(streams)
 
-    exact = [r for r, s in enumerate(streams) if not is_rejection(s)]
+    exact = [r for r, s in enumerate(streams) if acceptance_of(s) != "rejection"]
     if exact:
         rows = [first[r] + j for r in exact for j in range(lengths[r] + 1)]
         tokens = iter(_target_tokens(_rows(logits, rows), [streams[r] for r in exact], [lengths[r] for r in exact]))

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from dspark_stream.models.cache import Extent, KVStore
 from dspark_stream.models.drafter import Drafter
+from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.noise import NoiseCache, RoundUniforms
 from dspark_stream.spec.sampling import distributions, race, sample
-from dspark_stream.spec.survival import AcceptanceHistory, Calibration, prefix_survival
-from dspark_stream.types import SamplingParams, Verification
+from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
+from dspark_stream.types import Acceptance, SamplingParams, Verification
 
 
 class StreamView(Protocol):
@@ -61,14 +62,11 @@ def is_greedy(stream: StreamView) -> bool:
     return stream.sampling.temperature < GREEDY_BELOW
 
 
-def is_coupled(stream: StreamView) -> bool:
-    """Draws by shared noise."""
-    return not is_greedy(stream) and stream.verification == "coupled"
-
-
-def is_rejection(stream: StreamView) -> bool:
-    """Draws by inverse transform, accepts by the ratio of probabilities."""
-    return not is_greedy(stream) and stream.verification == "rejection"
+def acceptance_of(stream: StreamView) -> Acceptance:
+    """Greedy: one-hot distributions, one comparison. Rejection: drawn by inverse transform, accepted by the ratio of
+    probabilities. Coupled: drawn by shared noise, accepted where it is the target's own draw.
+    """
+    return "greedy" if is_greedy(stream) else stream.verification
 
 
 @dataclass
@@ -130,7 +128,9 @@ def walk(
     logit_rows = torch.stack(logits, 1).float().tolist() if logits else None
     blocks = []
     for r, stream in enumerate(streams):
-        confidence = calibration.confidence(logit_rows[r], stream.verification) if logit_rows else history.confidence()
+        confidence = (
+            calibration.confidence(logit_rows[r], acceptance_of(stream)) if logit_rows else history.confidence()
+        )
         block = Block(tokens=token_rows[r], confidence=confidence, survival=prefix_survival(confidence))
         choose.fill(r, block)
         blocks.append(block)
@@ -142,8 +142,8 @@ class _Chooser:
 
     def __init__(self, drafter: Drafter, streams: Sequence[StreamView], device: torch.device) -> None:
         gamma = drafter.gamma
-        self.sampled = [r for r, s in enumerate(streams) if is_rejection(s)]
-        self.coupled = [r for r, s in enumerate(streams) if is_coupled(s)]
+        self.sampled = [r for r, s in enumerate(streams) if acceptance_of(s) == "rejection"]
+        self.coupled = [r for r, s in enumerate(streams) if acceptance_of(s) == "coupled"]
         self.params = [s.sampling for s in streams]
         self.uniforms = [RoundUniforms(streams[r].round_key, streams[r].position, gamma) for r in self.sampled]
         self.u = torch.tensor([u.draft for u in self.uniforms], dtype=torch.float64, device=device)  # [Rs, γ]

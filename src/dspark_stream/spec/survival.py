@@ -1,56 +1,10 @@
-"""Confidence and prefix survival: how likely draft tokens are to be accepted."""
+"""Prefix survival: how likely a draft token and all before it are to be accepted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from math import exp
 from operator import mul
-from pathlib import Path
-
-import msgspec
-
-from dspark_stream.errors import ModelLoadError
-from dspark_stream.types import Verification
-
-CALIBRATION_FILE = "calibration.json"
-
-
-class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Sequential Temperature Scaling: one temperature a position, c_k = σ(logit_k / T_k), for each verification."""
-
-    rejection: list[float] = []
-    coupled: list[float] = []
-
-    def confidence(self, logits: Sequence[float], verification: Verification) -> list[float]:
-        """c_1 … c_γ from confidence logits; a position without a temperature counts as T = 1."""
-        temperatures = self.coupled if verification == "coupled" else self.rejection
-        padded = [*temperatures, *[1.0] * (len(logits) - len(temperatures))]
-        return [sigmoid(x / t) for x, t in zip(logits, padded, strict=False)]
-
-
-def load_calibration(folder: Path) -> Calibration:
-    """The calibration that lies beside a drafter's weights; the identity where there is none.
-
-    Raises:
-        ModelLoadError: the file is there and broken.
-    """
-    path = folder / CALIBRATION_FILE
-    if not path.exists():
-        return Calibration()
-    try:
-        calibration = msgspec.json.decode(path.read_bytes(), type=Calibration)
-        for name, temperatures in (("rejection", calibration.rejection), ("coupled", calibration.coupled)):
-            if not all(0 < t < float("inf") for t in temperatures):
-                raise msgspec.ValidationError(f"temperatures must be above 0 - at `$.{name}`")
-        return calibration
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ModelLoadError(f"{path}: {error}", param="drafter") from error
-
-
-def sigmoid(x: float) -> float:
-    """σ(x), safe at both ends."""
-    return 1.0 / (1.0 + exp(-x)) if x >= 0 else exp(x) / (1.0 + exp(x))
 
 
 def prefix_survival(confidence: Sequence[float]) -> list[float]:

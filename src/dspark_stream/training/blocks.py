@@ -171,18 +171,14 @@ class BlockAttend:
         context = [x.to(dtype) for x in self.drafter.context_kv(layer, self.features, *self.rope)]
         query, key = query.to(dtype), key.to(dtype)
         gamma = self.drafter.gamma
-        out: list[Tensor] = []
-        for span, bias in zip(self.spans, self._masks(query.shape[1] // key.shape[1], dtype), strict=True):
-            rows = slice(span.row, span.row + len(span.anchors) * gamma)
-            past = slice(span.context, span.context + span.length)
-            out.append(
-                block_attention(
-                    query[rows],
-                    (context[0][past], context[1][past]),
-                    (key[rows], value[rows]),
-                    bias,
-                    gamma=gamma,
-                    scale=scale,
-                )
-            )
-        return torch.cat(out)
+        # split, not sliced: a slice's gradient would be added to a tensor of zeros for all sequences, for each of them
+        rows, lengths = [len(s.anchors) * gamma for s in self.spans], [s.length for s in self.spans]
+        queries, keys, values = query.split(rows), key.split(rows), value.split(rows)
+        past = zip(context[0].split(lengths), context[1].split(lengths), strict=True)
+        biases = self._masks(query.shape[1] // key.shape[1], dtype)
+        return torch.cat(
+            [
+                block_attention(q, kv, (k, v), bias, gamma=gamma, scale=scale)
+                for q, k, v, kv, bias in zip(queries, keys, values, past, biases, strict=True)
+            ]
+        )

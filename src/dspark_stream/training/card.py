@@ -6,18 +6,22 @@ import platform
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from dspark_stream import __version__
+from dspark_stream.calibrate import Fit
 from dspark_stream.training.answers import Answer, Split
 from dspark_stream.training.log import last_figures
 from dspark_stream.training.loop import Trainer
 from dspark_stream.training.plan import FILE, TrainPlan
 
 
-def write_card(plan: TrainPlan, trainer: Trainer, split: Split, target_name: str, run_folder: Path) -> str:
-    """The card as Markdown. Held-out figures are the log's last."""
+def write_card(
+    plan: TrainPlan, trainer: Trainer, split: Split, target_name: str, run_folder: Path, fits: dict[str, Fit]
+) -> str:
+    """The card as Markdown. Held-out figures are the log's last, and those of the calibration's rounds."""
     config = trainer.drafter.config
     parameters = sum(p.numel() for p in trainer.parameters)
     head = "none (DFlash)" if not config.markov_rank else f"{config.markov_head_type}, rank {config.markov_rank}"
@@ -53,6 +57,10 @@ def write_card(plan: TrainPlan, trainer: Trainer, split: Split, target_name: str
         "## Held-out figures",
         "",
         *_figures(figures, config.block_size),
+        "",
+        "## In the engine",
+        "",
+        *_fits(fits),
         "",
     ]
     return "\n".join(lines)
@@ -99,6 +107,18 @@ def _figures(figures: dict[str, str], gamma: int) -> Iterable[str]:
             yield f"| {name.removeprefix('accepted_length_') or '-'} | {value} |"
     yield ""
     yield f"Acceptance of draft 1 … {gamma}, given that those before it were accepted: {figures['by_position']}."
+
+
+def _fits(fits: dict[str, Fit]) -> Iterable[str]:
+    yield "The held-out prompts, run by the engine with all drafts verified: greedily, and at temperature 1 under both"
+    yield "verifications. Calibration error of prefix survival, mean over positions, before Sequential Temperature"
+    yield "Scaling and after it on the same rounds."
+    yield ""
+    yield "| | rounds | accepted length | error before | error after |"
+    yield "| --- | --- | --- | --- | --- |"
+    for way, fit in fits.items():
+        before, after = (f"{100 * fmean(errors):.1f} %" for errors in (fit.before, fit.after))
+        yield f"| {way} | {fit.rounds} | {fit.accepted_length:.2f} | {before} | {after} |"
 
 
 def hardware(device: torch.device) -> str:

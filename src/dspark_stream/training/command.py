@@ -44,7 +44,14 @@ def _layers(text: str) -> tuple[int, ...]:
 
 DATA: list[Option] = [
     ("target", 'model to draft for: "embedded", a folder, a .gguf file or a hub name', {"metavar": "MODEL"}),
-    ("prompts", "JSONL files of prompts (messages); the target answers them", {"nargs": "+", "metavar": "FILE"}),
+    (
+        "prompts",
+        "JSONL files of prompts (messages); the target answers them (default: it writes prompts, too)",
+        {"nargs": "+", "metavar": "FILE"},
+    ),
+    ("own_prompts", "without --prompts: user turns that the target is let write", {"type": int}),
+    ("turns", "most turns of a conversation; later ones are written by the target", {"type": int}),
+    ("follow_ups", "share of conversations that go on after their first answer", {"type": float, "metavar": "SHARE"}),
     ("answers", "JSONL file of answers that the target wrote before, instead of --prompts", {"metavar": "FILE"}),
     (
         "licences",
@@ -54,6 +61,11 @@ DATA: list[Option] = [
     ("limit", "most answers to write or to use (default: one a prompt; more than prompts: asked again)", {"type": int}),
     ("answer_tokens", "most tokens of an answer", {"type": int}),
     ("streams", "answers written at the same time", {"type": int}),
+    (
+        "writer",
+        "who lets the target write: our engine, or openvino-genai (.gguf on a CPU), the faster where it is installed",
+        {"choices": ("auto", "engine", "openvino")},
+    ),
     ("held_out", "greedy answers kept out of training, to measure on", {"type": int}),
 ]
 SHAPE: list[Option] = [
@@ -71,6 +83,7 @@ TRAINING: list[Option] = [
     ("batch", "sequences a step", {"type": int}),
     ("anchors", "blocks a sequence and step", {"type": int}),
     ("lr", "highest learning rate", {"type": float}),
+    ("optimizer", "of the layers' matrices; everything else is AdamW's", {"choices": ("muon", "adamw")}),
     ("seed", "of everything drawn at random", {"type": int}),
     ("validate_every", "steps between held-out figures", {"type": int, "metavar": "STEPS"}),
     ("checkpoint_minutes", "minutes between saved states", {"type": float, "metavar": "MINUTES"}),
@@ -126,7 +139,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dspark_stream.training.pipeline import run_stages
+    from dspark_stream.training.workers import keep_freed_memory
 
+    keep_freed_memory()
     if plan.threads:
         torch.set_num_threads(plan.threads)
     try:

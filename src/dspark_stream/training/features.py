@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class FeatureSource:
         self.nbytes = sizes[self.cached]
         self._done = 0
         self._key = self._digest(fingerprint)
-        self._maps: tuple[Tensor, Tensor, Tensor] | None = None
+        self._files: dict[str, BinaryIO] = {}
 
     def _digest(self, fingerprint: str) -> str:
         digest = hashlib.sha256(json.dumps([fingerprint, self.target.tap_layers, self.cached]).encode())
@@ -111,27 +111,29 @@ class FeatureSource:
             digest.update(repr((answer.prompt_ids, answer.answer_ids)).encode())
         return digest.hexdigest()
 
-    def _open(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three files, mapped: taps [N, taps·H], final [M, H], lse [M].
+    @property
+    def _layout(self) -> dict[str, tuple[list[int], int, torch.dtype]]:
+        """Of each file: where each sequence's rows begin, the rows' width and type."""
+        return {
+            "taps": (self._row, self._tap_width, torch.bfloat16),
+            "final": (self._answer_row, self.target.hidden_size, torch.bfloat16),
+            "lse": (self._answer_row, 1, torch.float32),
+        }
+
+    def _open(self) -> None:
+        """Open the files, at their full size.
 
         Raises:
             ConfigError: the disk has no room for them.
         """
-        rows, answer_rows, h = self._row[self.cached], self._answer_row[self.cached], self.target.hidden_size
-        maps: list[Tensor] = []
-        for name, count, dtype in (
-            ("taps", rows * self._tap_width, torch.bfloat16),
-            ("final", answer_rows * h, torch.bfloat16),
-            ("lse", answer_rows, torch.float32),
-        ):
+        for name, (begin, width, dtype) in self._layout.items():
             path = self.folder / f"{name}.bin"
-            size = count * dtype.itemsize
+            size = begin[self.cached] * width * dtype.itemsize
             try:
-                with path.open("r+b" if path.exists() else "w+b") as file:
-                    if os.fstat(file.fileno()).st_size != size:
-                        file.truncate(size)
-                    # now, not in the middle of a mapped write, where a full disk kills the process without a word
-                    os.posix_fallocate(file.fileno(), 0, size)
+                file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+                self._files[name] = file
+                file.truncate(size)
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not after an hour's work
             except OSError as error:
                 free = shutil.disk_usage(self.folder).free
                 raise ConfigError(
@@ -139,8 +141,11 @@ class FeatureSource:
                     f"{error}; give a smaller --feature-budget (0 computes them on the fly)",
                     param="feature_budget",
                 ) from error
-            maps.append(torch.from_file(str(path), shared=True, size=count, dtype=dtype))
-        return maps[0].view(rows, -1), maps[1].view(answer_rows, h), maps[2]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
 
     def prepare(self, progress: Progress = SILENT) -> None:
         """Compute what is to be on disk and not there yet.
@@ -153,7 +158,7 @@ class FeatureSource:
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "done.json"
         self._done = self._marked(mark)
-        self._maps = self._open()
+        self._open()
         left = self._row[self.cached] - self._row[self._done]
         with progress.bar("features", left, "token") as bar:
             while self._done < self.cached:
@@ -181,11 +186,11 @@ class FeatureSource:
         return range(self._done, stop)
 
     def _write(self, i: int, features: Features) -> None:
-        assert self._maps is not None
-        taps, final, lse = self._maps
-        taps[self._row[i] : self._row[i + 1]] = features.taps
-        where = slice(self._answer_row[i], self._answer_row[i + 1])
-        final[where], lse[where] = features.final, features.lse
+        for (name, (begin, width, dtype)), rows in zip(self._layout.items(), features, strict=True):
+            data = as_bytes(rows.to("cpu", dtype).contiguous())
+            done, offset = 0, begin[i] * width * dtype.itemsize
+            while done < len(data):
+                done += os.pwrite(self._files[name].fileno(), data[done:], offset + done)
 
     def get(self, indices: Sequence[int]) -> list[Features]:
         """Features of the sequences at ``indices``, on the target's device."""
@@ -206,12 +211,28 @@ class FeatureSource:
         return out
 
     def _read(self, i: int) -> Features:
-        assert self._maps is not None
-        taps, final, lse = self._maps
-        where = slice(self._answer_row[i], self._answer_row[i + 1])
-        rows = slice(self._row[i], self._row[i + 1])
+        """Read, not mapped: every epoch would pay for mapping each page anew, several times what the copy costs."""
+        taps, final, lse = (self._rows(name, i) for name in self._layout)
         device, dtype = self.target.device, self.target.dtype
-        return Features(taps[rows].to(device, dtype), final[where].to(device, dtype), lse[where].to(device))
+        return Features(taps.to(device, dtype), final.to(device, dtype), lse.squeeze(1).to(device))
+
+    def _rows(self, name: str, i: int) -> Tensor:
+        begin, width, dtype = self._layout[name]
+        rows = torch.empty((begin[i + 1] - begin[i], width), dtype=dtype)
+        data = as_bytes(rows)
+        done, offset = 0, begin[i] * width * dtype.itemsize
+        while done < len(data):
+            got = os.preadv(self._files[name].fileno(), [data[done:]], offset + done)
+            if not got:
+                raise ConfigError(f"{self.folder / name}.bin has been cut short", param="run_dir")
+            done += got
+        return rows
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's own memory."""
+    raw: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -6,7 +6,6 @@ and taken up again sees the same batches as one that was not, and on one machine
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -21,11 +20,12 @@ from dspark_stream.errors import ConfigError
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.progress import SILENT, Progress
 from dspark_stream.training.answers import Answer
-from dspark_stream.training.blocks import BlockAttend, BlockBatch, make_batch, sample_anchors
-from dspark_stream.training.features import Features, FeatureSource
+from dspark_stream.training.blocks import make_batch, sample_anchors
+from dspark_stream.training.features import FeatureSource
 from dspark_stream.training.log import loss_fields, open_log, spoken
-from dspark_stream.training.loss import Head, LossParts, Slots, block_loss, slot_weights
+from dspark_stream.training.loss import LossParts
 from dspark_stream.training.validate import Walked, walk
+from dspark_stream.training.workers import Share, Workers, mean_parts
 
 WARM_UP = 0.04
 CLIP_NORM = 1.0
@@ -42,7 +42,9 @@ class LoopConfig:
     """Sequences a step."""
     anchors: int = 24
     """Blocks a sequence."""
-    lr: float = 6e-4
+    lr: float = 2e-3
+    muon: bool = True
+    """False: AdamW for everything."""
     seed: int = 0
     validate_every: int = 250
     checkpoint_minutes: float = 3.0
@@ -72,21 +74,18 @@ class Trainer:
         self.features, self.config, self.folder = features, config, folder
         self.device = drafter.target.device
         self.parameters = [p for p in drafter.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
-        self.low_precision = drafter.target.dtype == torch.bfloat16
-        self.slot_weights = slot_weights(drafter.gamma).to(self.device)
-        self.head = Head(drafter.head_weight, drafter.target.softcap)
-        self.to_draft = torch.arange(drafter.vocab_size, device=self.device)
-        if drafter.draft_ids is not None:
-            self.to_draft.fill_(-1)
-            self.to_draft[drafter.draft_ids] = torch.arange(drafter.draft_vocab_size, device=self.device)
+        self.optimizers = make_optimizers(drafter, config)
+        self.workers = Workers(drafter, config.batch)
         self.step = 0
         self.rows = 0
         """Block rows trained so far."""
         self.elapsed_s = 0.0
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def close(self) -> None:
+        """End the workers' threads and close the features' files."""
+        self.workers.close()
+        self.features.close()
 
     # --- one step --------------------------------------------------------------------------------------------
 
@@ -100,75 +99,30 @@ class Trainer:
             self._order = (epoch, torch.randperm(len(self.answers), generator=generator))
         return [int(i) for i in self._order[1][at * size : (at + 1) * size]]
 
-    def batch(self, answers: list[Answer], features: list[Features], seed: int) -> BlockBatch:
-        """Blocks at anchors drawn from ``seed``."""
+    def anchors(self, answers: list[Answer], seed: int) -> list[Tensor]:
+        """Of each answer, drawn from ``seed``."""
         generator = torch.Generator().manual_seed(seed)
-        anchors = [sample_anchors(a, self.config.anchors, generator) for a in answers]
-        c = self.drafter.config
-        return make_batch(answers, features, anchors, gamma=c.block_size, mask_id=c.mask_token_id)
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bfloat16 products with float32 weights where the machine has bfloat16; else nothing."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
-
-    def loss(self, batch: BlockBatch) -> LossParts:
-        """Forward pass and loss of a batch."""
-        drafter, head = self.drafter, self.drafter.markov_head
-        with self.autocast():
-            hidden = drafter.block_hidden(batch.block_ids, batch.block_positions, BlockAttend(drafter, batch))
-            hidden = hidden.view(*batch.labels.shape, -1)  # [B, γ, H]
-            e = head.embed(batch.previous) if head is not None else None
-            features = self._head_features(hidden, e)
-        labels = torch.where(batch.labels >= 0, self.to_draft[batch.labels.clamp(min=0)], -1)
-        weights = self.slot_weights * (batch.labels >= 0)
-        weights = weights / weights.sum()
-        slots = Slots(
-            batch.target_final.flatten(0, 1),
-            batch.target_lse.flatten(),
-            labels.flatten(),
-            weights.flatten(),
-        )
-        confidence = drafter.confidence_head
-        return block_loss(
-            hidden.flatten(0, 1),
-            None if features is None else features.flatten(0, 1),
-            None if head is None else head.markov_w2.weight,
-            None if confidence is None else lambda: confidence(hidden, e).flatten(),
-            self.head,
-            slots,
-        )
-
-    def _head_features(self, hidden: Tensor, e: Tensor | None) -> Tensor | None:
-        """What W2 multiplies, [B, γ, r]; slot by slot only where the head carries a state."""
-        head = self.drafter.markov_head
-        if head is None or e is None:
-            return None
-        state = head.initial_state(len(hidden))
-        if state is None:
-            return head.step(e, hidden, None)[0]
-        outputs: list[Tensor] = []
-        for k in range(hidden.shape[1]):
-            out, state = head.step(e[:, k], hidden[:, k], state)
-            outputs.append(out)
-        return torch.stack(outputs, 1)
+        return [sample_anchors(a, self.config.anchors, generator) for a in answers]
 
     def train_step(self) -> LossParts:
         """One optimiser step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * rate(self.progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr * rate(self.progress)
         indices = self.indices(self.step)
-        batch = self.batch(
-            [self.answers[i] for i in indices],
-            self.features.get([len(self.held_out) + i for i in indices]),
-            self.config.seed * 1_000_003 + 500_009 + self.step,
+        answers = [self.answers[i] for i in indices]
+        parts = self.workers.backward(
+            answers,
+            self.features,
+            [len(self.held_out) + i for i in indices],
+            self.anchors(answers, self.config.seed * 1_000_003 + 500_009 + self.step),
         )
-        parts = self.loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts.total.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.workers.follow()
         self.step += 1
-        self.rows += batch.labels.numel()
+        self.rows += sum(min(self.config.anchors, len(a.answer_ids) - 1) for a in answers) * self.drafter.gamma
         return parts
 
     # --- schedule --------------------------------------------------------------------------------------------
@@ -189,7 +143,6 @@ class Trainer:
         ``stop`` is asked after every step; when it says so the state is saved. Returns whether the end was reached.
         """
         c = self.config
-        self.drafter.train()
         started = time.monotonic() - self.elapsed_s
         saved_s = self.elapsed_s
         left = 60 * c.minutes - self.elapsed_s if c.minutes else (c.steps or 0) - self.step
@@ -225,7 +178,7 @@ class Trainer:
             "step": self.step,
             "elapsed_s": round(self.elapsed_s, 1),
             "block_rows": self.rows,
-            "lr": f"{self.optimizer.param_groups[0]['lr']:.2e}",
+            "lr": f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
             **loss_fields(parts),
         }
 
@@ -245,19 +198,17 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> tuple[dict[str, Walked], LossParts]:
         """Accepted length by domain, and the teacher-forced loss, of the held-out answers."""
-        self.drafter.eval()
+        worker, size, c = self.workers.workers[0], self.config.batch, self.drafter.config
         features = self.features.get(range(len(self.held_out)))
-        with self.autocast():
-            walked = walk(self.drafter, self.held_out, features)
-        sums = [0.0] * 4
-        size = self.config.batch
-        chunks = range(0, len(self.held_out), size)
-        for at in chunks:
-            parts = self.loss(self.batch(self.held_out[at : at + size], features[at : at + size], at))
-            values = (parts.total.item(), parts.ce, parts.l1, parts.confidence)
-            sums = [s + v / len(chunks) for s, v in zip(sums, values, strict=True)]
-        self.drafter.train()
-        return walked, LossParts(torch.tensor(sums[0]), *sums[1:])
+        walked = walk(worker.drafter, self.held_out, features)
+        shares: list[Share] = []
+        for at in range(0, len(self.held_out), size):
+            answers = self.held_out[at : at + size]
+            anchors = self.anchors(answers, at)
+            batch = make_batch(answers, features[at : at + size], anchors, gamma=c.block_size, mask_id=c.mask_token_id)
+            shares.append(worker.loss(batch))
+        whole = sum(s.weight for s in shares)
+        return walked, mean_parts([s.parts for s in shares], [s.weight / whole for s in shares])
 
     # --- state -----------------------------------------------------------------------------------------------
 
@@ -274,7 +225,7 @@ class Trainer:
             "rows": self.rows,
             "elapsed_s": self.elapsed_s,
             "drafter": self.drafter.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
         }
         try:
             torch.save(state, part)
@@ -295,11 +246,31 @@ class Trainer:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.drafter.load_state_dict(state["drafter"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             self.step, self.rows, self.elapsed_s = int(state["step"]), int(state["rows"]), float(state["elapsed_s"])
         except Exception as error:  # whatever torch raises for a broken archive or other shapes
             raise ConfigError(f"{path} cannot be taken up: {error}", param="run_dir") from error
+        self.workers.follow()
         return True
+
+
+def make_optimizers(drafter: Drafter, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between hidden states, AdamW for the rest (norms, the heads' tables), at one rate.
+
+    Muon's update is scaled to have the size that AdamW's would have (``match_rms_adamw``). For the same tokens it
+    trains further than AdamW alone, which is what counts where tokens are dear; see docs/drafter.md for by how much.
+    """
+    named = [(n, p) for n, p in drafter.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if p.ndim == 2 and n.startswith(("layers.", "fc."))] if config.muon else []
+    rest = [p for _, p in named if not any(p is m for m in matrices)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        )
+    optimizers.append(torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    return optimizers
 
 
 def rate(progress: float) -> float:

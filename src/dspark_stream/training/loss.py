@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CE_WEIGHT, L1_WEIGHT, CONFIDENCE_WEIGHT = 0.1, 0.9, 1.0
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
-"""Logits that exist at one time: within the cache of a CPU, within reason on a GPU."""
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+"""Logits that exist at one time: enough rows for a good product, few enough for any memory."""
+CACHED_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
+"""Of these, how many are worked on at one time: a dozen passes over them should stay in a core's own cache."""
 
 
 def slot_weights(gamma: int, decay: float | None = None) -> Tensor:
@@ -63,32 +65,38 @@ class DistributionLoss(torch.autograd.Function):
         dtype = head.weight.dtype
         d_hidden = torch.empty_like(hidden)
         d_features = None if features is None else torch.empty_like(features)
-        d_w2 = None if w2 is None else torch.zeros_like(w2)
+        d_w2 = None if w2 is None else torch.zeros_like(w2, dtype=torch.float32)
         w2_low = None if w2 is None else w2.to(dtype)
         l1 = torch.empty(len(hidden), device=hidden.device)
         ce = torch.empty_like(l1)
         rows = max(16, CHUNK_ELEMENTS[hidden.device.type] // len(head.weight))
+        few = max(1, CACHED_ELEMENTS[hidden.device.type] // len(head.weight))
+        room = hidden.new_empty((3, min(rows, len(hidden)), len(head.weight)), dtype=dtype)
         for at in range(0, len(hidden), rows):
-            part = slice(at, at + rows)
-            h = hidden[part].to(dtype)
+            part = slice(at, min(at + rows, len(hidden)))
+            n = part.stop - at
             f = None if features is None else features[part].to(dtype)
-            bias = None if f is None or w2_low is None else f @ w2_low.T
-            slope = None
-            if head.softcap is not None:  # the cap is on the base logits, before the bias
-                z = torch.tanh((h @ head.weight.T).float() / head.softcap)
-                slope = 1 - z * z
-                z = z * head.softcap if bias is None else z * head.softcap + bias
-            else:
-                z = (h @ head.weight.T if bias is None else torch.addmm(bias, h, head.weight.T)).float()
-            g, l1[part], ce[part] = _chunk(z, slots, part, head)
-            low = g.to(dtype)
+            base = torch.mm(hidden[part].to(dtype), head.weight.T, out=room[0, :n])
+            target = torch.mm(slots.target_final[part].to(dtype), head.weight.T, out=room[1, :n])
+            bias = None if f is None or w2_low is None else torch.mm(f, w2_low.T, out=room[2, :n])
+            if bias is not None and head.softcap is None:
+                base += bias
+            for first in range(at, part.stop, few):
+                some = slice(first, min(first + few, part.stop))
+                own = slice(some.start - at, some.stop - at)
+                z, slope = base[own].float(), None
+                if head.softcap is not None:  # the cap is on the base logits, before the bias
+                    z = z.div_(head.softcap).tanh_()
+                    slope = 1 - z * z
+                    z = z * head.softcap if bias is None else z * head.softcap + bias[own]
+                g, l1[some], ce[some] = _distances(z, target[own].float(), slots, some, head)
+                target[own] = g  # its place is free now
+                base[own] = g if slope is None else g * slope
             if f is not None and d_features is not None and d_w2 is not None and w2_low is not None:
-                d_features[part] = (low @ w2_low).to(d_features.dtype)
-                d_w2 += low.T @ f
-            if slope is not None:
-                low = (g * slope).to(dtype)
-            d_hidden[part] = (low @ head.weight).to(hidden.dtype)
-        ctx.save_for_backward(d_hidden, d_features, d_w2)
+                d_features[part] = (target @ w2_low).to(d_features.dtype)
+                d_w2 += target.T @ f
+            d_hidden[part] = (base @ head.weight).to(hidden.dtype)
+        ctx.save_for_backward(d_hidden, d_features, None if d_w2 is None or w2 is None else d_w2.to(w2.dtype))
         ctx.mark_non_differentiable(l1, ce)
         total = (slots.weights * (CE_WEIGHT * ce + L1_WEIGHT * l1)).sum()
         return total, l1, ce
@@ -100,9 +108,8 @@ class DistributionLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
-def _chunk(z: Tensor, slots: Slots, part: slice, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """∂(weighted loss)/∂z [n, Vd], L1 [n], CE [n] of draft logits z [n, Vd]."""
-    t = (slots.target_final[part].to(head.weight.dtype) @ head.weight.T).float()
+def _distances(z: Tensor, t: Tensor, slots: Slots, part: slice, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """∂(weighted loss)/∂z [n, Vd], L1 [n], CE [n] of draft logits z [n, Vd] against the target's, t [n, Vd]."""
     if head.softcap is not None:
         t = torch.tanh(t / head.softcap) * head.softcap
     p_t = t.sub_(slots.target_lse[part].unsqueeze(1)).exp_()

@@ -1,17 +1,18 @@
-"""The stages of a training run, in order: answers → features → training → saved drafter with its card.
+"""The stages of a training run, in order: texts → features → training → calibration → the drafter with its card.
 
 Each stage leaves its result in the run's folder and starts where a killed one stopped::
 
     train.json     the plan
-    answers.jsonl  what the target wrote, or a snapshot of the file given
+    answers.jsonl  what the target wrote (answering.py names the files on the way), or a snapshot of the file given
     features/      the target's hidden states, within the budget; needed only while training
     state.pt       weights, optimiser and place of the training
     log.csv        losses and held-out accepted lengths
-    drafter/       the drafter in DeepSpec's format, its card and the plan
+    drafter/       the drafter in DeepSpec's format, its calibration, its card and the plan
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from dspark_kernels.linear import can_pack, pack_linears
+from dspark_stream.calibrate import Fit, calibrate, calibration_config
 from dspark_stream.config import Config, default_cache_dir
 from dspark_stream.engine.build import build_engine
 from dspark_stream.errors import ConfigError
@@ -29,13 +31,18 @@ from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
 from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.progress import Progress
-from dspark_stream.training.answering import write_answers
+from dspark_stream.spec.calibration import CALIBRATION_FILE, save_calibration
+from dspark_stream.training.answering import Scribe, read_files
 from dspark_stream.training.answers import Answer, Split, draft_vocabulary, read_answers, split_answers
 from dspark_stream.training.card import write_card
 from dspark_stream.training.features import FeatureSource
 from dspark_stream.training.initial import default_taps, pick_mask_token, start_from_target
 from dspark_stream.training.loop import LoopConfig, Trainer
 from dspark_stream.training.plan import FILE, TrainPlan
+from dspark_stream.training.writers import EngineWriter, OpenVinoWriter, Writer, choose_writer
+
+CALIBRATION_STREAMS = 16
+CALIBRATION_TOKENS = 128
 
 
 def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress, stop: Callable[[], bool]) -> bool:
@@ -47,17 +54,20 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress, sto
     target_name = plan.target
     if target_name == "embedded":
         target_name = str(ensure_embedded_model(default_cache_dir(), progress))
-    answers_file = answers_stage(plan, target_name, folder, progress)
     with progress.stage(f"loading {target_name}"):
         loaded = load_target(target_name, device=plan.device)
+    answers_file = answers_stage(plan, target_name, loaded, folder, progress)
     answers = read_answers(answers_file, loaded.target.vocab_size, limit=plan.limit)
     split = split_answers(fitting(answers, plan, loaded, progress), plan.held_out, plan.seed)
     if not split.train or not split.held_out:
         raise ConfigError("too few answers: some must be trained on and some held out", param="answers")
     trainer = new_trainer(plan, loaded, split, folder, progress)
-    if not trainer.run(progress, stop):
-        return False
-    save(trainer, out, folder, write_card(plan, trainer, split, loaded.name, folder))
+    with contextlib.closing(trainer):
+        if not trainer.run(progress, stop):
+            return False
+    save(trainer, out, folder)
+    fits = calibration_stage(plan, target_name, split, out, progress)
+    write_text(out / "card.md", write_card(plan, trainer, split, loaded.name, folder, fits))
     progress.say(f"the drafter is in {out}")
     if trainer.features.nbytes:
         size = trainer.features.nbytes / 2**30
@@ -68,21 +78,36 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress, sto
 # --- answers -------------------------------------------------------------------------------------------------
 
 
-def answers_stage(plan: TrainPlan, target_name: str, folder: Path, progress: Progress) -> Path:
+def answers_stage(plan: TrainPlan, target_name: str, loaded: LoadedTarget, folder: Path, progress: Progress) -> Path:
     """The run's answers file, complete: a snapshot of the one given, or written by the target now."""
     path = folder / "answers.jsonl"
     if path.exists():
         return path
     if plan.answers is not None:
         return snapshot_answers(Path(plan.answers), path)
+    if loaded.codec is None:
+        raise ConfigError(f"{target_name} has no tokenizer: give --answers", param="prompts")
+    read_files(plan.prompts)  # a broken line is to be said before anything is loaded to answer it
+    with contextlib.closing(open_writer(plan, target_name, loaded, progress)) as writer:
+        return Scribe(plan, folder, writer, loaded.codec, progress).write_answers()
+
+
+def open_writer(plan: TrainPlan, target_name: str, loaded: LoadedTarget, progress: Progress) -> Writer:
+    """Who writes this plan's texts, ready."""
+    if choose_writer(plan.writer, target_name, plan.device) == "openvino":
+        progress.say("answers are written by OpenVINO GenAI")
+        return OpenVinoWriter(
+            target_name,
+            loaded.target.eos_token_ids,
+            streams=plan.streams,
+            threads=plan.threads,
+            max_model_len=loaded.target.max_positions,
+        )
     config = Config(
         model=target_name, drafter="none", device=plan.device, threads=plan.threads, max_num_seqs=plan.streams
     )
-    engine, codec = build_engine(config, progress)
-    with LocalEngine(engine) as local:
-        if codec is None:
-            raise ConfigError(f"{target_name} has no tokenizer: give --answers", param="prompts")
-        return write_answers(plan, folder, local, codec, engine.info.max_model_len, progress)
+    engine, _ = build_engine(config, progress)
+    return EngineWriter(LocalEngine(engine), plan.streams, engine.info.max_model_len)
 
 
 def snapshot_answers(source: Path, path: Path) -> Path:
@@ -133,7 +158,7 @@ def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) ->
         mask_token_id=mask,
         target_layer_ids=taps,
         markov_rank=0 if plan.head == "none" else plan.rank,
-        markov_head_type="vanilla" if plan.head == "none" else plan.head,
+        markov_head_type=plan.head if plan.head in ("gated", "rnn") else "vanilla",
         confidence_head_with_markov=plan.head != "none",
         num_anchors=plan.anchors,
         draft_vocab_size=None if ids is None else size,
@@ -164,6 +189,7 @@ def new_trainer(plan: TrainPlan, loaded: LoadedTarget, split: Split, folder: Pat
         batch=plan.batch,
         anchors=plan.anchors,
         lr=plan.lr,
+        muon=plan.optimizer == "muon",
         seed=plan.seed,
         validate_every=plan.validate_every,
         checkpoint_minutes=plan.checkpoint_minutes,
@@ -174,18 +200,52 @@ def new_trainer(plan: TrainPlan, loaded: LoadedTarget, split: Split, folder: Pat
     return trainer
 
 
-def save(trainer: Trainer, out: Path, folder: Path, card: str) -> None:
-    """Write the drafter, its card and the plan.
+def save(trainer: Trainer, out: Path, folder: Path) -> None:
+    """Write the drafter and the plan; a calibration of earlier weights goes.
 
     Raises:
         ConfigError: no room; the run's state is still there, so nothing but this has to be done again.
     """
     try:
+        (out / CALIBRATION_FILE).unlink(missing_ok=True)
         save_drafter(trainer.drafter, out)
-        (out / "card.md").write_text(card, encoding="utf-8")
-        shutil.copyfile(folder / FILE, out / FILE)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"the drafter cannot be written to {out}: {error}; run the same command again when there is room",
-            param="out",
-        ) from error
+        raise _unwritable(out, error) from error
+    write_text(out / FILE, (folder / FILE).read_text())
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file beside the weights.
+
+    Raises:
+        ConfigError: no room.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(out: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"the drafter cannot be written to {out}: {error}; run the same command again when there is room", param="out"
+    )
+
+
+def calibration_stage(plan: TrainPlan, target_name: str, split: Split, out: Path, progress: Progress) -> dict[str, Fit]:
+    """Calibrate the saved drafter on the held-out prompts, in the engine: what it is worth there, by way to accept."""
+    streams = min(plan.streams, CALIBRATION_STREAMS)
+    config = Config(model=target_name, drafter=str(out), device=plan.device, threads=plan.threads, max_num_seqs=streams)
+    engine, _ = build_engine(calibration_config(config), progress)
+    with LocalEngine(engine) as local:
+        calibration, fits = calibrate(
+            local,
+            [a.prompt_ids for a in split.held_out],
+            gamma=engine.info.gamma,
+            max_tokens=min(plan.answer_tokens, CALIBRATION_TOKENS),
+            streams=streams,
+            seed=plan.seed,
+            progress=progress,
+        )
+    save_calibration(calibration, out)
+    return fits

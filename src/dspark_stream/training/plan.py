@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from dspark_stream.errors import ConfigError
 
-HeadChoice = Literal["vanilla", "gated", "rnn", "none"]
-HEADS: tuple[HeadChoice, ...] = ("vanilla", "gated", "rnn", "none")
+HeadChoice = Literal["markov", "gated", "rnn", "none"]
+HEADS: tuple[HeadChoice, ...] = ("markov", "gated", "rnn", "none")
 FILE = "train.json"
 
 
@@ -30,13 +30,17 @@ class TrainPlan:
     seed: int = 0
     limit: int | None = None
     held_out: int = 48
-    # answers
+    # texts
+    own_prompts: int = 2000
+    turns: int = 3
+    follow_ups: float = 0.2
     answer_tokens: int = 256
-    streams: int = 32
+    streams: int = 64
+    writer: Literal["auto", "engine", "openvino"] = "auto"
     # drafter
     layers: int = 2
     block_size: int = 7
-    head: HeadChoice = "vanilla"
+    head: HeadChoice = "markov"
     rank: int = 128
     draft_vocab: int = 8192
     taps: tuple[int, ...] = ()
@@ -46,7 +50,8 @@ class TrainPlan:
     minutes: float | None = None
     batch: int = 12
     anchors: int = 24
-    lr: float = 6e-4
+    lr: float = 2e-3
+    optimizer: Literal["muon", "adamw"] = "muon"
     validate_every: int = 500
     checkpoint_minutes: float = 3.0
     feature_budget: int = 16 * 2**30
@@ -58,6 +63,8 @@ class TrainPlan:
             ("rank", 1, 4096),
             ("batch", 1, 4096),
             ("anchors", 1, 4096),
+            ("own_prompts", 1, 2**24),
+            ("turns", 1, 64),
             ("answer_tokens", 2, 2**20),
             ("streams", 1, 4096),
             ("held_out", 1, 10_000),
@@ -67,8 +74,8 @@ class TrainPlan:
                 raise ConfigError(f"{name} {getattr(self, name)} is not in {low} … {high}", param=name)
         if self.head not in HEADS:
             raise ConfigError(f"head {self.head!r}; known: {', '.join(HEADS)}", param="head")
-        if not self.prompts and not self.answers:
-            raise ConfigError("nothing to learn from: give --prompts or --answers", param="prompts")
+        if not 0 <= self.follow_ups <= 1:
+            raise ConfigError(f"follow_ups {self.follow_ups} is not in 0 … 1", param="follow_ups")
         if not self.steps and not self.minutes:
             raise ConfigError("no end: give --steps or --minutes", param="minutes")
         for name in ("lr", "checkpoint_minutes", *(("minutes",) if self.minutes is not None else ())):
@@ -84,7 +91,10 @@ class TrainPlan:
 
 
 MAY_CHANGE = frozenset(
-    {"steps", "minutes", "validate_every", "checkpoint_minutes", "feature_budget", "licences", "threads", "streams"}
+    {
+        *("steps", "minutes", "validate_every", "checkpoint_minutes", "feature_budget", "licences", "threads"),
+        *("streams", "writer"),
+    }
 )
 """Settings that a resumed run may be given anew: they change how far and how fast, not what is learnt from what."""
 

@@ -1,0 +1,144 @@
+"""``dspark-stream calibrate``: fit a drafter's confidence to what its rounds really accept.
+
+The engine runs prompts with every draft verified and every confidence as the head gives it; from these rounds
+`spec.calibration` chooses the temperatures. It works for any drafter with a confidence head, trained here or not.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from dspark_stream.config import MAX_FIXED, Config
+from dspark_stream.errors import ConfigError, InternalError
+from dspark_stream.local import LocalEngine
+from dspark_stream.progress import Progress
+from dspark_stream.spec.calibration import (
+    Calibration,
+    Observed,
+    expected_calibration_error,
+    fit_temperatures,
+    logit,
+)
+from dspark_stream.spec.survival import prefix_survival
+from dspark_stream.types import (
+    Acceptance,
+    FinishedEvent,
+    GenerationRequest,
+    RoundRecord,
+    SamplingParams,
+    TokensEvent,
+)
+
+WAYS: tuple[Acceptance, ...] = ("greedy", "rejection", "coupled")
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to accept: what was observed, and how far promises were off before and after."""
+
+    rounds: int
+    accepted_length: float
+    before: list[float]
+    """Expected calibration error of prefix survival at k = 1 … γ, with T = 1."""
+    after: list[float]
+    """With the temperatures, on the rounds that they were chosen on."""
+
+
+def calibration_config(config: Config) -> Config:
+    """The settings to observe rounds with: all drafts verified, confidence as it comes."""
+    return msgspec.structs.replace(config, calibration="none", schedule=f"fixed:{MAX_FIXED}")
+
+
+def calibrate(
+    engine: LocalEngine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    gamma: int,
+    max_tokens: int,
+    streams: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[Calibration, dict[str, Fit]]:
+    """Temperatures for all three ways to accept, from rounds over prompts (token ids).
+
+    Args:
+        engine: with `calibration_config`.
+
+    Raises:
+        ConfigError: nothing was drafted, or the drafter has no confidence head.
+        DsparkError: a prompt that the engine refuses.
+    """
+    temperatures: dict[str, list[float]] = {}
+    fits: dict[str, Fit] = {}
+    for way in WAYS:
+        rounds = _observe(engine, prompts, way, max_tokens=max_tokens, streams=streams, seed=seed, progress=progress)
+        seen = [Observed([logit(c) for c in r.confidence], r.accepted) for r in rounds if r.scheduled == gamma]
+        if not seen:
+            raise ConfigError("no round verified a whole block: is there a drafter?", param="drafter")
+        temperatures[way] = fit_temperatures(seen, gamma)
+        fits[way] = Fit(
+            rounds=len(seen),
+            accepted_length=1 + statistics.fmean(one.accepted for one in seen),
+            before=errors(seen, Calibration(), way),
+            after=errors(seen, Calibration(**{way: temperatures[way]}), way),
+        )
+    return Calibration(**temperatures), fits
+
+
+def errors(rounds: Sequence[Observed], calibration: Calibration, way: Acceptance) -> list[float]:
+    """Expected calibration error of prefix survival at k = 1 … γ."""
+    survival = [prefix_survival(calibration.confidence(r.logits, way)) for r in rounds]
+    return [
+        expected_calibration_error([s[k] for s in survival], [r.accepted > k for r in rounds])
+        for k in range(len(rounds[0].logits))
+    ]
+
+
+def _observe(
+    engine: LocalEngine,
+    prompts: Sequence[Sequence[int]],
+    way: Acceptance,
+    *,
+    max_tokens: int,
+    streams: int,
+    seed: int,
+    progress: Progress,
+) -> list[RoundRecord]:
+    def requests() -> Iterator[GenerationRequest]:
+        for number, ids in enumerate(prompts):
+            yield GenerationRequest(
+                request_id=f"{way}#{number}",
+                prompt_ids=tuple(ids),
+                sampling=SamplingParams(
+                    max_tokens=max_tokens, temperature=0.0 if way == "greedy" else 1.0, seed=seed + number
+                ),
+                verification="coupled" if way == "coupled" else "rejection",
+                record_rounds=True,
+            )
+
+    rounds: list[RoundRecord] = []
+    with progress.bar(f"rounds, {way}", len(prompts), "prompt") as bar:
+        for event, _ in engine.run(requests(), streams):
+            if isinstance(event, TokensEvent) and event.round is not None:
+                rounds.append(event.round)
+            elif isinstance(event, FinishedEvent):
+                if event.reason not in ("stop", "length"):
+                    raise InternalError(f"{event.request_id}: {event.error.message if event.error else event.reason}")
+                bar.advance(note=f"{len(rounds)} rounds")
+    return rounds
+
+
+def table(calibration: Calibration, fits: dict[str, Fit]) -> str:
+    """For people: temperatures, and errors before and after, at each position."""
+    lines: list[str] = []
+    for way, fit in fits.items():
+        temperatures: list[float] = getattr(calibration, way)
+        lines += [
+            f"{way}: {fit.rounds} rounds, accepted length {fit.accepted_length:.2f}",
+            "  temperature   " + "  ".join(f"{t:6.2f}" for t in temperatures),
+            "  error before  " + "  ".join(f"{100 * e:5.1f}%" for e in fit.before),
+            "  error after   " + "  ".join(f"{100 * e:5.1f}%" for e in fit.after),
+        ]
+    return "\n".join(lines)
