@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from dspark_stream.config import MAX_FIXED, Config
-from dspark_stream.errors import ConfigError, InternalError
+from dspark_stream.errors import InternalError
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import (
@@ -32,6 +32,7 @@ from dspark_stream.types import (
     TokensEvent,
 )
 
+LEAST_ROUNDS = 200
 WAYS: tuple[Acceptance, ...] = ("greedy", "rejection", "coupled")
 
 
@@ -56,6 +57,7 @@ def calibrate(
     prompts: Sequence[Sequence[int]],
     *,
     gamma: int,
+    max_model_len: int,
     max_tokens: int,
     streams: int,
     seed: int,
@@ -66,17 +68,20 @@ def calibrate(
     Args:
         engine: with `calibration_config`.
 
+    A way with too few rounds to say anything (`LEAST_ROUNDS`) keeps T = 1. Prompts that leave no room are passed over.
+
     Raises:
-        ConfigError: nothing was drafted, or the drafter has no confidence head.
-        DsparkError: a prompt that the engine refuses.
+        DsparkError: the engine failed.
     """
+    prompts = [p for p in prompts if len(p) + 2 <= max_model_len]
     temperatures: dict[str, list[float]] = {}
     fits: dict[str, Fit] = {}
     for way in WAYS:
-        rounds = _observe(engine, prompts, way, max_tokens=max_tokens, streams=streams, seed=seed, progress=progress)
+        rounds = _observe(engine, prompts, way, max_model_len, max_tokens, streams, seed, progress)
         seen = [Observed([logit(c) for c in r.confidence], r.accepted) for r in rounds if r.scheduled == gamma]
-        if not seen:
-            raise ConfigError("no round verified a whole block: is there a drafter?", param="drafter")
+        if len(seen) < LEAST_ROUNDS:
+            progress.say(f"{way}: {len(seen)} rounds are too few to calibrate with; its confidences stay as they come")
+            continue
         temperatures[way] = fit_temperatures(seen, gamma)
         fits[way] = Fit(
             rounds=len(seen),
@@ -100,7 +105,7 @@ def _observe(
     engine: LocalEngine,
     prompts: Sequence[Sequence[int]],
     way: Acceptance,
-    *,
+    max_model_len: int,
     max_tokens: int,
     streams: int,
     seed: int,
@@ -112,7 +117,9 @@ def _observe(
                 request_id=f"{way}#{number}",
                 prompt_ids=tuple(ids),
                 sampling=SamplingParams(
-                    max_tokens=max_tokens, temperature=0.0 if way == "greedy" else 1.0, seed=seed + number
+                    max_tokens=min(max_tokens, max_model_len - len(ids)),
+                    temperature=0.0 if way == "greedy" else 1.0,
+                    seed=seed + number,
                 ),
                 verification="coupled" if way == "coupled" else "rejection",
                 record_rounds=True,
@@ -139,6 +146,6 @@ def table(calibration: Calibration, fits: dict[str, Fit]) -> str:
             f"{way}: {fit.rounds} rounds, accepted length {fit.accepted_length:.2f}",
             "  temperature   " + "  ".join(f"{t:6.2f}" for t in temperatures),
             "  error before  " + "  ".join(f"{100 * e:5.1f}%" for e in fit.before),
-            "  error after   " + "  ".join(f"{100 * e:5.1f}%" for e in fit.after),
+            "  after (fitted) " + "  ".join(f"{100 * e:5.1f}%" for e in fit.after),
         ]
     return "\n".join(lines)

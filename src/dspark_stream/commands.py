@@ -262,7 +262,7 @@ def evaluate(args: argparse.Namespace) -> int:
     unquantised = None
     if (config.draft_quant, config.target_quant) != ("none", "none") and not args.no_quant_cost:
         gc.collect()
-        bare = msgspec.structs.replace(config, draft_quant="none", target_quant="none")
+        bare = msgspec.structs.replace(config, draft_quant="none", target_quant="none", cpu_kernels="off")
         unquantised = _measure(bare, files, plan, quiet=_quiet(args))[1]
     if args.json:
         report = {"files": figures, "all": together, "unquantised": unquantised, "engine": info, "plan": plan}
@@ -306,6 +306,7 @@ def calibrate(args: argparse.Namespace) -> int:
     from dspark_stream.engine.build import drafter_folder
     from dspark_stream.evaluate import read_prompts
     from dspark_stream.local import LocalEngine
+    from dspark_stream.models.checkpoint import read_config
     from dspark_stream.progress import Progress
     from dspark_stream.spec.calibration import save_calibration
 
@@ -314,6 +315,11 @@ def calibrate(args: argparse.Namespace) -> int:
     folder = drafter_folder(config)
     if folder is None:
         raise ConfigError("there is no drafter to calibrate: name one with --drafter", param="drafter")
+    if not read_config(folder).enable_confidence_head:
+        raise ConfigError(f"{folder} has no confidence head, so there is nothing to calibrate", param="drafter")
+    out: Path = args.out or folder
+    if not out.is_dir():
+        raise ConfigError(f"{out} is no folder", param="out")
     engine, tokenizer = _load(calibration_config(config), quiet=_quiet(args))
     if tokenizer is None:
         raise ConfigError("this model has no tokenizer, so prompt files cannot be read")
@@ -322,12 +328,13 @@ def calibrate(args: argparse.Namespace) -> int:
             local,
             [tokenizer.encode_chat([(m.role, m.content) for m in p.messages]) for p in prompts],
             gamma=engine.info.gamma,
+            max_model_len=engine.info.max_model_len,
             max_tokens=args.max_tokens,
             streams=min(args.streams, config.max_num_seqs),
             seed=args.seed,
             progress=Progress(enabled=not _quiet(args)),
         )
-    path = save_calibration(calibration, args.out or folder)
+    path = save_calibration(calibration, out)
     if args.json:
         print(json.dumps(msgspec.to_builtins({"file": str(path), "calibration": calibration, "fits": fits})))
     else:

@@ -47,7 +47,7 @@ figures, for each file and in all:
                           the same at k = 1, 2, …, and its bins: mean promise, share that held, rounds
   prompt_lookup_length    accepted length that prompt lookup would have had on the same texts: the tokens after the
                           latest earlier place of the last 3 (else 2) tokens, at most 7, are its drafts
-  by_turn, by_context     accepted length and rounds by the turn of the conversation and by where rounds start
+  by_turn, by_context     accepted length and rounds by how many turns the user has had and by where rounds start
   tokens_per_s_user       mean over streams: tokens after the first / time since the first
   tokens_per_s_total      all tokens / wall time, prompts included
   rounds                  verification rounds
@@ -188,7 +188,7 @@ class Tally:
 
     def add_text(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         """Count what prompt lookup would have made of a finished text."""
-        self._lookup += prompt_lookup([*prompt_ids, *output_ids], len(prompt_ids))
+        self._lookup += prompt_lookup([*prompt_ids, *output_ids], len(prompt_ids) + 1)  # the first token is undrafted
 
     def accepted_length(self) -> float | None:
         """Mean tokens a round, before cuts."""
@@ -242,7 +242,7 @@ def run_prompts(
             for i in going_on:
                 chats[i].append(("user", prompts[i].follow_ups[turn - 2]))
         named = label if turn == 1 else f"{label}, turn {turn}"
-        answers = _run_turn(engine, tokenizer, {i: chats[i] for i in going_on}, plan, progress, named, turn, tally)
+        answers = _run_turn(engine, tokenizer, {i: chats[i] for i in going_on}, plan, progress, named, tally)
         for i, ids in answers.items():
             chats[i].append(("assistant", tokenizer.decode(ids).strip()))
     tally.wall_s = time.perf_counter() - begun_s
@@ -256,7 +256,6 @@ def _run_turn(
     plan: Plan,
     progress: Progress,
     label: str,
-    turn: int,
     tally: Tally,
 ) -> dict[int, list[int]]:
     """One turn of every conversation: its answer's tokens."""
@@ -268,7 +267,8 @@ def _run_turn(
             request = GenerationRequest(
                 request_id=f"{label}#{number + 1}",
                 prompt_ids=tuple(tokenizer.encode_chat(chat)),
-                sampling=plan.sampling,
+                # each prompt its own: coupled noise is drawn by (seed, position)
+                sampling=msgspec.structs.replace(plan.sampling, seed=(plan.sampling.seed or 0) + number),
                 mode=plan.mode,
                 verification=plan.verification,
                 record_rounds=True,
@@ -281,7 +281,7 @@ def _run_turn(
             if isinstance(event, TokensEvent):
                 running[event.request_id][2].extend(event.token_ids)
                 if event.round is not None:
-                    tally.add_round(event.round, turn)
+                    tally.add_round(event.round, sum(role == "user" for role, _ in chats[running[event.request_id][0]]))
             else:
                 _check_finished(event)
                 number, prompt_ids, ids = running.pop(event.request_id)

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dspark_stream import cli, commands
 from dspark_stream.config import Config
 from dspark_stream.errors import InternalError, ModelLoadError
-from dspark_stream.spec.calibration import load_calibration
+from dspark_stream.spec.calibration import Calibration, load_calibration
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 
 SEVEN_WORDS = Script(tokens=tuple(f"w{i} " for i in range(7)), rounds=(3, 1))
@@ -264,7 +265,16 @@ def test_eval_names_the_line_that_cannot_be_read(line, words, loaded, tmp_path, 
 # --- calibrate -----------------------------------------------------------------------------------------------
 
 
-def test_calibrate_verifies_everything_three_ways_and_writes_beside_the_drafter(loaded, tmp_path, capsys):
+@pytest.fixture
+def confident(monkeypatch):
+    """A drafter's config without a file, and few rounds are enough."""
+    config = SimpleNamespace(enable_confidence_head=True)
+    monkeypatch.setattr("dspark_stream.models.checkpoint.read_config", lambda folder: config)
+    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 9)
+    return config
+
+
+def test_calibrate_verifies_everything_three_ways_and_writes_beside_the_drafter(loaded, confident, tmp_path, capsys):
     path = write_prompts(tmp_path / "one.jsonl", 4)
     argv = ["calibrate", "--prompts", str(path), "--drafter", str(tmp_path), "--limit", "3"]
     assert cli.main(argv) == 0
@@ -278,6 +288,20 @@ def test_calibrate_verifies_everything_three_ways_and_writes_beside_the_drafter(
     assert said.count("9 rounds, accepted length 2.33") == 3
     assert cli.main([*argv, "--json", "--out", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_calibrate_leaves_alone_what_it_has_seen_too_little_of(loaded, confident, tmp_path, capsys):
+    path = write_prompts(tmp_path / "one.jsonl", 2)
+    assert cli.main(["calibrate", "--prompts", str(path), "--drafter", str(tmp_path)]) == 0
+    assert "6 rounds are too few" in capsys.readouterr().err
+    assert load_calibration(tmp_path) == Calibration()
+
+
+def test_calibrate_needs_a_confidence_head(loaded, confident, tmp_path, capsys):
+    confident.enable_confidence_head = False
+    path = write_prompts(tmp_path / "one.jsonl", 1)
+    assert cli.main(["calibrate", "--prompts", str(path), "--drafter", str(tmp_path)]) == 2
+    assert "no confidence head" in capsys.readouterr().err
 
 
 def test_calibrate_needs_a_drafter(loaded, tmp_path, capsys):

@@ -94,6 +94,17 @@ def test_a_prompt_is_never_on_both_sides():
 # --- choices made from the data --------------------------------------------------------------------------------
 
 
+def test_turns_of_a_conversation_are_on_one_side():
+    firsts = [Answer((1, i), (7, i), "a") for i in range(40)]
+    seconds = [Answer((*a.ids, 3), (8,), "a") for a in firsts[:20]]
+    thirds = [Answer((*a.ids, 4), (9,), "a") for a in seconds[:10]]
+    split = split_answers([*firsts, *seconds, *thirds], held_out=4, seed=0)
+    begun = {a.prompt_ids[:2] for a in split.held_out}
+    assert len(begun) == 4
+    assert not begun & {a.prompt_ids[:2] for a in split.train}
+    assert len(split.train) + len(split.held_out) == 70
+
+
 def test_draft_vocabulary_by_hand():
     answers = [Answer((9, 9, 8), (5, 5, 5, 7)), Answer((8,), (7, 6))]
     # 99 must be there; 5 (three), 7 (two), 6 (one) in answers; 8 before 9 in prompts (two each, the lower id); then 0
@@ -315,7 +326,7 @@ def test_openvino_writes_only_where_it_can(monkeypatch):
     installed = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else None)
     assert choose_writer("auto", "model.gguf", "cpu") == "engine"
-    with pytest.raises(ConfigError, match="pip install openvino-genai"):
+    with pytest.raises(ConfigError, match=r"pip install dspark-stream\[openvino\]"):
         choose_writer("openvino", "model.gguf", "auto")
     installed.append("openvino_genai")
     assert choose_writer("auto", "model.gguf", "cpu") == "openvino"

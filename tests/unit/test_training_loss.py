@@ -47,9 +47,10 @@ def test_a_label_outside_the_draft_vocabulary_has_no_cross_entropy():
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("chunk", [2**27, 64])
-def test_gradient_is_autograds(softcap, chunk, monkeypatch):
+@pytest.mark.parametrize(("chunk", "cached"), [(2**27, 2**27), (64, 2**27), (400, 60), (400, 1)])
+def test_gradient_is_autograds(softcap, chunk, cached, monkeypatch):
     monkeypatch.setitem(DistributionLoss.forward.__globals__["CHUNK_ELEMENTS"], "cpu", chunk)
+    monkeypatch.setitem(DistributionLoss.forward.__globals__["CACHED_ELEMENTS"], "cpu", cached)
     torch.manual_seed(0)
     n, h, r, vd, v = 37, 8, 4, 20, 30
     weight = torch.randn(v, h)

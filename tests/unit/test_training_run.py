@@ -1,10 +1,12 @@
 """A whole training run on a tiny target: what it reaches, and that it goes on after a kill to the same weights."""
 
+import contextlib
 import csv
 import json
 import os
 import re
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from dspark_stream.training import command, pipeline
 from dspark_stream.training.answers import read_answers, split_answers
 from dspark_stream.training.plan import TrainPlan
 from dspark_stream.training.validate import Walked, walk
+from dspark_stream.training.workers import Workers
 from tiny import tiny_target
 
 VOCAB = 48
@@ -58,7 +61,9 @@ def run_folder(target_folder, prompts, tmp_path_factory):
     """A finished run of the command, from prompts."""
     folder = tmp_path_factory.mktemp("run")
     argv = ["--target", str(target_folder), "--prompts", str(prompts), "--run-dir", str(folder), *SHAPE, *TRAINING]
-    assert command.main([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+        assert command.main([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0"]) == 0
     return folder
 
 
@@ -141,6 +146,26 @@ def test_a_killed_run_ends_at_the_same_weights(target_folder, run_folder, tmp_pa
     other = trainer_of(target_folder, answers, tmp_path / "other", head=head, seed=1)
     other.run()
     assert not same(weights(whole), weights(other))
+
+
+@pytest.mark.parametrize("head", ["markov", "none"])
+def test_however_many_workers_the_gradient_is_the_same(target_folder, run_folder, tmp_path, head):
+    """Of answers of unequal length, one of a single token, with more workers than answers as well."""
+    answers = read_answers(run_folder / "answers.jsonl", VOCAB)[:5]
+    answers = [replace(a, answer_ids=a.answer_ids[: 1 + 6 * i]) for i, a in enumerate(answers)]
+    trainer = trainer_of(target_folder, run_folder / "answers.jsonl", tmp_path / "run", head=head)
+    features = pipeline.FeatureSource(tmp_path / "none", trainer.drafter.target, answers, budget=0, fingerprint="")
+    gradients, losses = [], []
+    for count in (1, 2, 3, 8):
+        with contextlib.closing(Workers(trainer.drafter, 8, count)) as workers:
+            assert len(workers.workers) == count
+            parts = workers.backward(answers, features, [0, 1, 2, 3, 4], trainer.anchors(answers, 3))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]))
+        losses.append((parts.total.item(), parts.ce, parts.l1, parts.confidence))
+    assert gradients[0].abs().max() > 0
+    for gradient, loss in zip(gradients[1:], losses[1:], strict=True):
+        assert torch.allclose(gradient, gradients[0], atol=1e-5)
+        assert loss == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_features_beyond_the_budget_are_computed_anew(target_folder, run_folder, tmp_path):

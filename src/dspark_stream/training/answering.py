@@ -108,7 +108,7 @@ def take_up(path: Path) -> dict[int, str]:
                 written[int(json.loads(line)["index"])] = line
                 whole += len(raw)
             file.truncate(whole)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be taken up: {error}; remove it to start anew", param="run_dir") from error
     return written
 

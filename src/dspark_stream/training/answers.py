@@ -98,12 +98,14 @@ def answer_line(answer: Answer, **further: object) -> str:
 def split_answers(answers: list[Answer], held_out: int, seed: int) -> Split:
     """Hold out prompts until ``held_out`` greedy answers are, taking domains in turn; at most a tenth of all.
 
-    By prompt, not by answer: a prompt answered twice must not be on both sides. Greedy answers are what the walk of
+    By conversation, not by answer: a prompt answered twice must not be on both sides, nor a turn and a later one of the
+    same conversation. Greedy answers are what the walk of
     `validate.py` needs; where a file has none, sampled ones stand in (their figure is then a lower bound).
     """
     of_prompt: dict[tuple[int, ...], list[Answer]] = {}
+    roots = first_turns(answers)
     for answer in answers:
-        of_prompt.setdefault(answer.prompt_ids, []).append(answer)
+        of_prompt.setdefault(roots[answer.prompt_ids], []).append(answer)
     any_greedy = any(a.temperature == 0 for a in answers)
     queues: dict[str, list[tuple[int, ...]]] = {}
     for prompt, own in of_prompt.items():
@@ -119,9 +121,19 @@ def split_answers(answers: list[Answer], held_out: int, seed: int) -> Split:
             if queues[domain] and len(chosen) < most:
                 chosen.add(queues[domain].pop())
     return Split(
-        train=[a for a in answers if a.prompt_ids not in chosen],
-        held_out=[a for a in answers if a.prompt_ids in chosen and (a.temperature == 0 or not any_greedy)],
+        train=[a for a in answers if roots[a.prompt_ids] not in chosen],
+        held_out=[a for a in answers if roots[a.prompt_ids] in chosen and (a.temperature == 0 or not any_greedy)],
     )
+
+
+def first_turns(answers: list[Answer]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Of each prompt the one that its conversation began with: the shortest prompt of all that it begins with."""
+    prompts = {a.prompt_ids for a in answers}
+    lengths = sorted({len(p) for p in prompts})
+    return {
+        p: next(start for n in lengths if n <= len(p) and (start := p[:n]) in prompts)  # at the latest itself
+        for p in prompts
+    }
 
 
 def draft_vocabulary(answers: list[Answer], size: int, vocab_size: int, always: tuple[int, ...]) -> list[int]:

@@ -55,7 +55,7 @@ class BlockBatch:
 def sample_anchors(answer: Answer, count: int, generator: torch.Generator) -> Tensor:
     """At most ``count`` positions p whose successor is an answer token, without repetition, ascending.
 
-    The first is the prompt's last token: the engine's first round starts from it.
+    The first may be the prompt's last token; the engine's first round starts from the token after it.
     """
     first, last = len(answer.prompt_ids) - 1, len(answer) - 2
     order = torch.randperm(last - first + 1, generator=generator)[:count]

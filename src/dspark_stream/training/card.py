@@ -88,9 +88,14 @@ def _sources(plan: TrainPlan) -> Iterable[str]:
     if plan.licences:
         yield from plan.licences
         return
-    yield "Licences of the prompts were not given (`--licence`)."
     if plan.prompts:
         yield "Prompt files: " + ", ".join(Path(p).name for p in plan.prompts)
+    elif plan.answers:
+        yield f"Answers file: {Path(plan.answers).name}"
+    else:
+        yield "Prompts: none were given; the target wrote its own"
+        return
+    yield "Licences were not given (`--licence`)."
 
 
 def _figures(figures: dict[str, str], gamma: int) -> Iterable[str]:

@@ -8,13 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from dspark_stream.config import parse_bytes
@@ -145,8 +142,7 @@ def run(args: argparse.Namespace) -> int:
     if plan.threads:
         torch.set_num_threads(plan.threads)
     try:
-        with asked_to_stop() as stop:
-            finished = run_stages(plan, folder, args.out or folder / "drafter", progress, stop)
+        finished = run_stages(plan, folder, args.out or folder / "drafter", progress)
     except OSError as error:  # what no stage could say better: a log line, say, on a full disk
         raise ConfigError(f"{error}; what is done is kept in {folder}", param="run_dir") from error
     if not finished:
@@ -159,30 +155,6 @@ def run_name(target: str) -> str:
     """A folder's name for a target's."""
     name = Path(target).name.removesuffix(".gguf").lower()
     return re.sub(r"[^a-z0-9._-]+", "-", name) or "target"
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGINT has come. A second one, or one outside training, ends the process as always."""
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-    def stop() -> bool:
-        # the first question comes from the training loop: only from there on is a signal worth waiting with
-        if not before:
-            before.update({one: signal.signal(one, note) for one in (signal.SIGTERM, signal.SIGINT)})
-        return bool(asked)
-
-    try:
-        yield stop
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -102,6 +103,7 @@ class FeatureSource:
         """How many sequences, from the first, are kept on disk."""
         self.nbytes = sizes[self.cached]
         self._done = 0
+        self._computing = threading.Lock()  # the target keeps the taps of the pass under way
         self._key = self._digest(fingerprint)
         self._files: dict[str, BinaryIO] = {}
 
@@ -158,6 +160,8 @@ class FeatureSource:
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "done.json"
         self._done = self._marked(mark)
+        if not self._done:  # the files are about to be written over: what they were is no longer true
+            mark.unlink(missing_ok=True)
         self._open()
         left = self._row[self.cached] - self._row[self._done]
         with progress.bar("features", left, "token") as bar:
@@ -167,7 +171,7 @@ class FeatureSource:
                 for i, features in zip(batch, computed, strict=True):
                     self._write(i, features)
                 self._done = batch.stop
-                # mapped pages reach the disk in the kernel's own time: enough after a kill, which this is for
+                # what is written reaches the disk in the kernel's own time: enough after a kill, which this is for
                 replace_text(mark, json.dumps({"key": self._key, "sequences": self._done}))
                 bar.advance(self._row[batch.stop] - self._row[batch.start])
 
@@ -199,6 +203,10 @@ class FeatureSource:
         return [computed[i] if i in computed else self._read(i) for i in indices]
 
     def _compute(self, indices: list[int]) -> list[Features]:
+        with self._computing:
+            return self._compute_alone(indices)
+
+    def _compute_alone(self, indices: list[int]) -> list[Features]:
         out: list[Features] = []
         while len(out) < len(indices):
             batch = [indices[len(out)]]

@@ -1,7 +1,8 @@
 """The training loop: steps, schedule, checkpoints, resume, log.
 
 Step i draws everything at random from (seed, i) alone, never from a generator that runs on; so a run that was killed
-and taken up again sees the same batches as one that was not, and on one machine ends at the same weights.
+and taken up again sees the same batches as one that was not, and ends at the same weights: on one machine, with as
+many threads, and with its end given in steps (given in minutes, the learning rate follows the clock).
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Trainer:
     # --- one step --------------------------------------------------------------------------------------------
 
     def indices(self, step: int) -> list[int]:
-        """The sequences of a step: every one once an epoch, in an order drawn from (seed, epoch)."""
+        """The sequences of a step: each at most once an epoch, in an order drawn from (seed, epoch)."""
         size = min(self.config.batch, len(self.answers))
         per_epoch = len(self.answers) // size
         epoch, at = divmod(step, per_epoch)
@@ -122,7 +123,7 @@ class Trainer:
             optimizer.step()
         self.workers.follow()
         self.step += 1
-        self.rows += sum(min(self.config.anchors, len(a.answer_ids) - 1) for a in answers) * self.drafter.gamma
+        self.rows += sum(min(self.config.anchors, len(a.answer_ids)) for a in answers) * self.drafter.gamma
         return parts
 
     # --- schedule --------------------------------------------------------------------------------------------

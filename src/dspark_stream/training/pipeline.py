@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,8 +49,8 @@ CALIBRATION_STREAMS = 16
 CALIBRATION_TOKENS = 128
 
 
-def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress, stop: Callable[[], bool]) -> bool:
-    """All stages; False where ``stop`` ended the training early (its state is saved).
+def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> bool:
+    """All stages; False where a signal ended the training early (its state is saved).
 
     Raises:
         DsparkError: whatever cannot be used or written, said in words; what is done is kept.
@@ -57,13 +61,15 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress, sto
     with progress.stage(f"loading {target_name}"):
         loaded = load_target(target_name, device=plan.device)
     answers_file = answers_stage(plan, target_name, loaded, folder, progress)
-    answers = read_answers(answers_file, loaded.target.vocab_size, limit=plan.limit)
+    answers = read_answers(answers_file, loaded.target.vocab_size, limit=plan.limit if plan.answers else None)
     split = split_answers(fitting(answers, plan, loaded, progress), plan.held_out, plan.seed)
     if not split.train or not split.held_out:
         raise ConfigError("too few answers: some must be trained on and some held out", param="answers")
     trainer = new_trainer(plan, loaded, split, folder, progress)
     with contextlib.closing(trainer):
-        if not trainer.run(progress, stop):
+        with asked_to_stop() as stop:
+            finished = trainer.run(progress, stop)
+        if not finished:
             return False
     save(trainer, out, folder)
     fits = calibration_stage(plan, target_name, split, out, progress)
@@ -73,6 +79,26 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress, sto
         size = trainer.features.nbytes / 2**30
         progress.say(f"{folder / 'features'} ({size:.1f} GiB) is of use only to train this run further")
     return True
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGINT has come, while this lasts. A second one ends the process as always."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        before.update({one: signal.signal(one, note) for one in (signal.SIGTERM, signal.SIGINT)})
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 # --- answers -------------------------------------------------------------------------------------------------
@@ -88,13 +114,17 @@ def answers_stage(plan: TrainPlan, target_name: str, loaded: LoadedTarget, folde
     if loaded.codec is None:
         raise ConfigError(f"{target_name} has no tokenizer: give --answers", param="prompts")
     read_files(plan.prompts)  # a broken line is to be said before anything is loaded to answer it
-    with contextlib.closing(open_writer(plan, target_name, loaded, progress)) as writer:
-        return Scribe(plan, folder, writer, loaded.codec, progress).write_answers()
+    threads = torch.get_num_threads()
+    try:
+        with contextlib.closing(open_writer(plan, target_name, loaded, progress)) as writer:
+            return Scribe(plan, folder, writer, loaded.codec, progress).write_answers()
+    finally:
+        torch.set_num_threads(threads)  # an engine on kernels of its own leaves torch only one
 
 
 def open_writer(plan: TrainPlan, target_name: str, loaded: LoadedTarget, progress: Progress) -> Writer:
     """Who writes this plan's texts, ready."""
-    if choose_writer(plan.writer, target_name, plan.device) == "openvino":
+    if choose_writer(plan.writer, target_name, loaded.target.device.type) == "openvino":
         progress.say("answers are written by OpenVINO GenAI")
         return OpenVinoWriter(
             target_name,
@@ -242,6 +272,7 @@ def calibration_stage(plan: TrainPlan, target_name: str, split: Split, out: Path
             local,
             [a.prompt_ids for a in split.held_out],
             gamma=engine.info.gamma,
+            max_model_len=engine.info.max_model_len,
             max_tokens=min(plan.answer_tokens, CALIBRATION_TOKENS),
             streams=streams,
             seed=plan.seed,

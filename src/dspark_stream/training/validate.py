@@ -69,7 +69,7 @@ def walk(drafter: Drafter, answers: Sequence[Answer], features: Sequence[Feature
     """
     gamma = drafter.gamma
     attend = WalkAttend([_context(drafter, f) for f in features], gamma)
-    at = [len(a.prompt_ids) - 1 for a in answers]
+    at = [len(a.prompt_ids) for a in answers]  # the first token comes out of the prompt's own pass, undrafted
     out: dict[str, Walked] = {}
     tokens = [a.ids for a in answers]
     while True:

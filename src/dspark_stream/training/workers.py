@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -111,12 +112,15 @@ class Worker:
 class Workers:
     """As many workers as the CPU has threads to give, or one on a GPU; close it to end their threads."""
 
-    def __init__(self, master: Drafter, most: int) -> None:
-        device = master.target.device
-        count = max(1, min(most, torch.get_num_threads())) if device.type == "cpu" else 1
+    def __init__(self, master: Drafter, most: int, count: int | None = None) -> None:
+        threads = torch.get_num_threads()
+        count = max(1, min(most, count or threads)) if master.target.device.type == "cpu" else 1
         self.master = master
         self.workers = [Worker(master) for _ in range(count)]
         self._pool = ThreadPoolExecutor(count, "train", lambda: torch.set_num_threads(1)) if count > 1 else None
+        if self._pool is not None:
+            list(self._pool.map(time.sleep, [0.01] * count))  # all threads are there now
+            torch.set_num_threads(threads)  # what the last one set is what threads to come would begin with
         self.follow()
 
     def follow(self) -> None:

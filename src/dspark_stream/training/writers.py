@@ -65,7 +65,9 @@ def choose_writer(name: WriterName, target: str, device: str) -> Literal["engine
     able = target.endswith(".gguf") and device != "cuda"
     installed = importlib.util.find_spec(OPENVINO) is not None
     if name == "openvino" and not (able and installed):
-        why = "it is not installed: pip install openvino-genai" if able else "it needs a .gguf target on the CPU"
+        why = (
+            "it is not installed: pip install dspark-stream[openvino]" if able else "it needs a .gguf target on the CPU"
+        )
         raise ConfigError(f"answers cannot be written by openvino: {why}", param="writer")
     if name == "auto":
         return "openvino" if able and installed else "engine"
