@@ -127,6 +127,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     draft_quant: Annotated[Quant, Setting("quantisation of the drafter's linear layers", "model")] = "none"
     target_quant: Annotated[Quant, Setting("quantisation of the target's linear layers", "model")] = "none"
+    cpu_kernels: Annotated[
+        Literal["auto", "avx512", "avx2", "portable", "off"],
+        Setting("integer kernels for GGUF targets on a CPU: the best that it can run, one by name, or torch", "model"),
+    ] = "auto"
     threads: Annotated[int, Setting("CPU threads of the engine; 0 leaves the choice to torch", "model", 0, 1024)] = 0
     cache_dir: Annotated[
         Path,

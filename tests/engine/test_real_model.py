@@ -11,8 +11,9 @@ from dspark_stream.config import Config
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.build import build_engine
 from dspark_stream.local import LocalEngine
-from dspark_stream.models.cache import Extent, KVStore
+from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import read_config
+from dspark_stream.models.native import NativeTarget
 from dspark_stream.models.target import Rows
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.noise import token_exponentials
@@ -31,9 +32,9 @@ apart, so a reduction in another order can turn round what lies within two such 
 cache row parts texts at margins of many nats."""
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    config = Config(max_num_seqs=8, kv_memory=256 << 20, max_model_len=2048)
+@pytest.fixture(scope="module", params=["auto", "off"], ids=["kernels", "torch"])
+def engine(request):
+    config = Config(max_num_seqs=8, kv_memory=256 << 20, max_model_len=2048, cpu_kernels=request.param)
     built, codec = build_engine(config, SILENT)
     assert codec is not None
     with LocalEngine(built) as local:
@@ -76,7 +77,7 @@ def margin(engine, i, prefix, a, b, temperature):
     target = built._models.target
     prompt = codec.encode_chat([("user", QUESTIONS[i])])
     ids = [*prompt, *prefix]
-    store = KVStore(target.kv_shapes, len(ids), target.dtype, target.device)
+    store = target.make_store(len(ids))
     logits = target.forward([Rows(Extent(0, len(ids)), 0, ids)], store, [len(ids) - 1]).logits[0].double()
     if temperature == 0:
         return abs(float(logits[a] - logits[b]))
@@ -100,7 +101,8 @@ def test_the_same_seed_gives_the_same_text_up_to_measured_ties(engine, temperatu
                 assert gap <= TIE, ties[-1]
     record_property("ties", json.dumps(ties))
     print(f"temperature {temperature}: {len(ties)} of {2 * len(QUESTIONS)} runs part at a near-tie {ties}")
-    assert len(ties) <= len(QUESTIONS)
+    # on our kernels no row knows its neighbours, so there is nothing to part at
+    assert len(ties) <= (0 if isinstance(engine[0]._models.target, NativeTarget) else len(QUESTIONS))
 
 
 def test_the_shipped_drafter_is_believed(engine):

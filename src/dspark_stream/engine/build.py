@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dspark_kernels.cpu import Context, NoCompilerError, best_isa, supported_isas
 from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
 from dspark_stream.drafters import shipped_drafter
@@ -13,11 +14,12 @@ from dspark_stream.engine.profile import curve_key, load_or_measure
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.errors import ConfigError, ModelLoadError
-from dspark_stream.models.cache import GRAIN, ExtentAllocator, KVStore, slots_for_budget
+from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.loading import LoadedTarget, load_target
+from dspark_stream.models.native import NativeTarget, UnsupportedError
 from dspark_stream.models.quant import quantise_linears
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.progress import Progress
@@ -26,6 +28,8 @@ from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import ModelInfo
 
+CPU_THREADS = torch.get_num_threads()
+"""What torch takes for this machine, asked before anybody sets it."""
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 
 
@@ -38,23 +42,32 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         ModelLoadError: target or drafter cannot be used (`DownloadError` for the embedded model).
         ConfigError: limits that do not fit together.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     embedded = config.model == "embedded"
     path = str(ensure_embedded_model(config.cache_dir, progress)) if embedded else config.model
     with progress.stage(f"loading {config.model}"):
-        loaded = load_target(path, dtype=config.dtype, device=config.device)
+        kernels = open_kernels(config, progress)
+        loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels)
     target = loaded.target
     drafter, calibration, drafter_folder = _load_drafter(config, loaded, progress)
     if drafter is None and config.drafter != "none":
         progress.say(f"no drafter is shipped for {loaded.name}: decoding is plain; --drafter names one")
-    for module, quant in ((target.decoder, config.target_quant), (drafter, config.draft_quant)):
-        if module is not None:
-            quantise_linears(module, quant)
-    if can_pack(target.device, target.dtype):
+    native = isinstance(target, NativeTarget)
+    # on the kernels little is left to torch, and two pools on the same cores would wait for each other
+    torch.set_num_threads(1 if native else config.threads or CPU_THREADS)
+    if not native:
+        for module, quant in ((target.decoder, config.target_quant), (drafter, config.draft_quant)):
+            if module is not None:
+                quantise_linears(module, quant)
+    if native or can_pack(target.device, target.dtype):
         target.pack()
         if drafter:
-            drafter.pack()
+            try:
+                drafter.pack()
+            except UnsupportedError as error:
+                raise ModelLoadError(
+                    f"the CPU kernels cannot run this drafter ({error}): --cpu-kernels off runs both models on torch",
+                    param="drafter",
+                ) from error
 
     max_model_len = config.max_model_len or target.max_positions
     if max_model_len > target.max_positions:
@@ -62,7 +75,7 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
             f"max_model_len {max_model_len} is more than the model's {target.max_positions}", param="max_model_len"
         )
     gamma = drafter.gamma if drafter else 0
-    per_token = sum(s.nbytes(target.dtype) for s in [*target.kv_shapes, *(drafter.kv_shapes if drafter else [])])
+    per_token = sum(s.nbytes(target.kv_dtype) for s in [*target.kv_shapes, *(drafter.kv_shapes if drafter else [])])
     affordable = max(GRAIN, config.kv_memory // per_token - gamma - 2 * GRAIN)
     if not config.max_model_len and affordable < max_model_len:
         progress.say(
@@ -72,8 +85,8 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         max_model_len = affordable
     slots = slots_for_budget(config.kv_memory, per_token, max_model_len + gamma + 1)
     allocator = ExtentAllocator(slots)
-    target_kv = KVStore(target.kv_shapes, slots, target.dtype, target.device)
-    drafter_kv = KVStore(drafter.kv_shapes, slots, target.dtype, target.device) if drafter else None
+    target_kv = target.make_store(slots)
+    drafter_kv = drafter.make_store(slots) if drafter else None
     folder = "" if drafter_folder is None else _weights_stamp(drafter_folder)
     curve = load_or_measure(
         target,
@@ -106,7 +119,7 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_token_bytes=codec.max_token_bytes if codec else 1,
-        dtype=str(target.dtype).removeprefix("torch."),
+        dtype=kernels.isa if native and kernels else str(target.dtype).removeprefix("torch."),
         device=str(target.device),
         target_quant=config.target_quant,
         draft_quant=config.draft_quant,
@@ -114,6 +127,26 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
     )
     text = codec.token_bytes if codec else None
     return EngineThread(models, info, allocator, text, prefill_budget_ms=config.prefill_budget_ms), codec
+
+
+def open_kernels(config: Config, progress: Progress) -> Context | None:
+    """The CPU's integer kernels, unless they are not wanted or the models' precision is chosen otherwise."""
+    if (
+        config.cpu_kernels == "off"
+        or config.device == "cuda"
+        or (config.device == "auto" and torch.cuda.is_available())
+    ):
+        return None
+    isa = best_isa() if config.cpu_kernels == "auto" else config.cpu_kernels
+    if isa not in supported_isas():
+        raise ConfigError(f"this CPU cannot run {isa} kernels: {', '.join(supported_isas())}", param="cpu_kernels")
+    try:
+        return Context(config.threads or CPU_THREADS, isa)
+    except NoCompilerError as error:
+        if config.cpu_kernels != "auto":
+            raise ConfigError(str(error), param="cpu_kernels") from error
+        progress.say(f"models run on torch, several times slower than on our CPU kernels: {error}")
+        return None
 
 
 def _load_drafter(

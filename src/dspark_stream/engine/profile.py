@@ -11,10 +11,12 @@ from pathlib import Path
 import msgspec
 import torch
 
+from dspark_kernels.cpu.build import library_path
 from dspark_stream import __version__
 from dspark_stream.engine.stream import Stream
 from dspark_stream.models.cache import Extent, ExtentAllocator, KVStore
 from dspark_stream.models.drafter import Drafter
+from dspark_stream.models.native import NativeTarget
 from dspark_stream.models.target import Target
 from dspark_stream.progress import Progress
 from dspark_stream.spec.accept import accept
@@ -38,6 +40,10 @@ class _Stored(msgspec.Struct):
 
 def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[str], quants: Sequence[str]) -> list[str]:
     """Everything that a curve depends on, in words."""
+    runner = ""
+    if isinstance(target, NativeTarget):
+        context = target.llama.context
+        runner = f"{library_path(context.isa).name} x{context.threads}"
     device = (
         torch.cuda.get_device_name(target.device)
         if target.device.type == "cuda"
@@ -48,6 +54,7 @@ def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[st
         f"torch {torch.__version__}",
         device,
         str(target.dtype),
+        runner,
         f"gamma {drafter.gamma if drafter else 0}",
         *quants,
         *fingerprints,
@@ -133,9 +140,9 @@ class _Bench:
 
     def __enter__(self) -> _Bench:
         for store in (self._target_kv, self._drafter_kv):
-            for tensor in [*store.keys, *store.values] if store else []:
+            if store is not None:
                 for extent in self._extents:
-                    tensor[extent.slot : extent.slot + extent.size] = 0
+                    store.clear(extent)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -86,6 +86,11 @@ class KVStore:
             self.keys.append(_zeros((slots + PAD, shape.heads, shape.key_dim), dtype, device))
             self.values.append(_zeros((slots + PAD, shape.heads, shape.value_dim), dtype, device))
 
+    def clear(self, extent: Extent) -> None:
+        """Zero an extent."""
+        for tensor in (*self.keys, *self.values):
+            tensor[extent.slot : extent.slot + extent.size] = 0
+
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Put rows ``key`` [T, Hk, D] and ``value`` [T, Hk, Dv] at ``slots`` [T]."""
         self.keys[layer].index_copy_(0, slots, key)

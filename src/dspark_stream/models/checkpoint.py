@@ -27,6 +27,7 @@ from dspark_stream.models.drafter import (
     full_attention_shape,
 )
 from dspark_stream.models.heads import HeadType
+from dspark_stream.models.native import NativeDrafter, NativeTarget
 from dspark_stream.models.target import Target
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
@@ -156,7 +157,8 @@ def load_drafter(folder: Path, target: Target) -> Drafter:
     target.set_taps(config.target_layer_ids)
     bias = "confidence_head.proj.bias" in tensors
     config = DrafterConfig(**{**config.__dict__, "confidence_bias": bias})
-    drafter = Drafter(config, target, draft_ids)
+    native = isinstance(target, NativeTarget)
+    drafter = NativeDrafter(config, target, draft_ids) if native else Drafter(config, target, draft_ids)
     expected = drafter.state_dict()
     wrong = [
         f"{name} {tuple(tensors[name].shape)} ≠ {tuple(expected[name].shape)}"

@@ -8,6 +8,7 @@ Symbols: R streams, γ block size, H hidden size, V target vocabulary, Vd draft 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +158,7 @@ class Drafter(nn.Module):
         self._target = (target,)  # a tuple: an alias, not a child module
         self._head: tuple[Any, ...] = ()
         if draft_ids is not None:  # the LM head's rows that count, gathered once; frozen like the rest of it
-            weight = nn.Parameter(target.lm_head.weight.detach()[draft_ids], requires_grad=False)
+            weight = nn.Parameter(target.head_rows(draft_ids), requires_grad=False)
             head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             head.weight = weight
             self._head = (head,)
@@ -193,6 +194,10 @@ class Drafter(nn.Module):
             KVShape(a.k_proj.out_features // a.head_dim, a.head_dim, a.head_dim)
             for a in (self._attention(i) for i in range(len(self.layers)))
         ]
+
+    def make_store(self, slots: int) -> KVStore:
+        """Room for the context keys and values of that many token slots."""
+        return KVStore(self.kv_shapes, slots, self.target.kv_dtype, self.target.device)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [1, T, D] of positions [T], by the library's own rotary embedding of the family."""
@@ -270,6 +275,13 @@ class Drafter(nn.Module):
         if self.draft_ids is None:
             return self.target.logits(hidden)
         return self.target.capped(self._head[0](hidden))
+
+    def walk_greedily(self, hidden: Tensor, anchors: Sequence[int]) -> tuple[Tensor, Tensor | None] | None:
+        """Greedy drafts [R, γ] as target ids and their confidence logits [R, γ] in one go, where a runner can.
+
+        ``hidden`` [R, γ, H] is `draft_hidden`'s. None: the walk goes slot by slot (spec/draft.py).
+        """
+        return None
 
     def pack(self) -> None:
         """Lay the weights out for this machine's matrix units. Inference only, once."""

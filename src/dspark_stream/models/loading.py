@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,15 @@ from typing import Any, Literal
 
 import torch
 
+from dspark_kernels.cpu import Context
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.attention import ATTENTION_NAME
+from dspark_stream.models.gguf import GgufFile
+from dspark_stream.models.native import UnsupportedError, target_from_gguf
 from dspark_stream.models.target import Target
 from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf, codec_from_hub
+
+log = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,8 +69,13 @@ def pick_dtype(dtype: DType, own: torch.dtype | None, device: torch.device) -> t
     return own if own == torch.float32 else fast
 
 
-def load_target(name: str, *, dtype: DType = "auto", device: str = "auto") -> LoadedTarget:
+def load_target(
+    name: str, *, dtype: DType = "auto", device: str = "auto", kernels: Context | None = None
+) -> LoadedTarget:
     """A target by local folder, GGUF file or hub name.
+
+    Args:
+        kernels: the CPU's integer kernels, to run a model that they can run; None for torch alone (training).
 
     Raises:
         ModelLoadError: missing, broken, or of a family that is not known.
@@ -72,7 +83,16 @@ def load_target(name: str, *, dtype: DType = "auto", device: str = "auto") -> Lo
     where = pick_device(device)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" or path.is_file():
-        return _load_gguf(path, dtype, where)
+        if not path.is_file():
+            raise ModelLoadError(f"no GGUF file at {path}", param="model")
+        gguf = GgufFile(path)
+        if kernels is not None and where.type == "cpu" and dtype == "auto":
+            try:
+                target = target_from_gguf(gguf, kernels, _gguf_eos_ids(gguf))
+                return LoadedTarget(target, codec_from_gguf(gguf.fields), path.stem, _fingerprint(path, str(path)))
+            except UnsupportedError as error:
+                log.warning("%s runs on torch, several times slower: the CPU kernels do not know %s", path.name, error)
+        return _load_gguf(gguf, dtype, where)
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelLoadError(f"no model folder or GGUF file at {name}", param="model")
     return _load_transformers(str(path) if path.is_dir() else name, dtype, where)
@@ -109,10 +129,8 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
     return LoadedTarget(target, codec_from_hub(name), path.name if path.is_dir() else name, _fingerprint(path, name))
 
 
-def _load_gguf(path: Path, dtype: DType, device: torch.device) -> LoadedTarget:
-    if not path.is_file():
-        raise ModelLoadError(f"no GGUF file at {path}", param="model")
-    fields = gguf_fields(path)
+def _load_gguf(gguf: GgufFile, dtype: DType, device: torch.device) -> LoadedTarget:
+    path, fields = gguf.path, gguf.fields
     family = fields.get("general.architecture")
     if family not in FAMILIES:
         raise ModelLoadError(f"{path} is a {family}; supported families: {', '.join(FAMILIES)}", param="model")
@@ -130,23 +148,13 @@ def _load_gguf(path: Path, dtype: DType, device: torch.device) -> LoadedTarget:
     except Exception as error:  # as above: any error class, all meaning a file that cannot be used
         raise ModelLoadError(f"{path} does not load: {error}", param="model") from error
     _check_complete(str(path), report)
-    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    target = Target(model.to(device), eos_token_ids=tuple(dict.fromkeys(int(e) for e in ends if e is not None)))
+    target = Target(model.to(device), eos_token_ids=_gguf_eos_ids(gguf))
     return LoadedTarget(target, codec_from_gguf(fields), path.stem, _fingerprint(path, str(path)))
 
 
-def gguf_fields(path: Path) -> dict[str, Any]:
-    """All metadata of a GGUF file.
-
-    Raises:
-        ModelLoadError: not a GGUF file, or cut short.
-    """
-    from gguf import GGUFReader
-
-    try:
-        return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
-    except Exception as error:  # the reader raises whatever numpy and struct raise on a broken file
-        raise ModelLoadError(f"{path} is not a readable GGUF file: {error}", param="model") from error
+def _gguf_eos_ids(gguf: GgufFile) -> tuple[int, ...]:
+    ends = [gguf.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return tuple(dict.fromkeys(int(e) for e in ends if e is not None))
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:

@@ -100,6 +100,20 @@ class Target:
         self._taps.clear()
         return torch.cat(taps, -1) if taps else torch.empty(0, device=self.device)
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of keys and values in a store."""
+        return self.dtype
+
+    def make_store(self, slots: int) -> KVStore:
+        """Room for this target's keys and values of that many token slots."""
+        return KVStore(self.kv_shapes, slots, self.kv_dtype, self.device)
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """The LM head's rows of some tokens, [n, H]."""
+        rows: Tensor = self.lm_head.weight.detach()[ids]
+        return rows
+
     def pack(self) -> None:
         """Lay the weights out for this machine's matrix units. Inference only, once; drafters are built before."""
         pack_linears(self.decoder)

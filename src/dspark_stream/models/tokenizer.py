@@ -203,6 +203,9 @@ def codec_from_gguf(fields: dict[str, Any]) -> TextCodec:
             f"{', '.join(PRE_TOKENIZERS)}",
             param="model",
         )
+    for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
+        if not fields.get(name):
+            raise ModelLoadError(f"this GGUF file has no {name}", param="model")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(m.split(" ", 1)) for m in fields["tokenizer.ggml.merges"]]
     raw = RawTokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))

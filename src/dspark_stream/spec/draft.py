@@ -106,14 +106,18 @@ def walk(
     history: AcceptanceHistory,
 ) -> list[Block]:
     """The sequential head, left to right: hidden [R, γ, H] → one block a stream."""
-    gamma, device = drafter.gamma, hidden.device
+    if all(is_greedy(s) for s in streams):
+        fast = drafter.walk_greedily(hidden, [s.anchor for s in streams])
+        if fast is not None:
+            return _blocks(streams, *fast, calibration, history)
+    device = hidden.device
     base = drafter.base_logits(hidden)  # [R, γ, Vd]
     choose = _Chooser(drafter, streams, device)
     head, confidence_head = drafter.markov_head, drafter.confidence_head
     previous = torch.tensor([s.anchor for s in streams], device=device)
     state = head.initial_state(len(streams)) if head else None
     tokens, logits = [], []
-    for k in range(gamma):
+    for k in range(drafter.gamma):
         e = head.embed(previous) if head else None
         if confidence_head:
             logits.append(confidence_head(hidden[:, k], e))
@@ -124,16 +128,28 @@ def walk(
         index = choose(k, scores)
         previous = drafter.to_target_ids(index)
         tokens.append(previous)
-    token_rows = torch.stack(tokens, 1).tolist()
-    logit_rows = torch.stack(logits, 1).float().tolist() if logits else None
+    blocks = _blocks(streams, torch.stack(tokens, 1), torch.stack(logits, 1) if logits else None, calibration, history)
+    for r, block in enumerate(blocks):
+        choose.fill(r, block)
+    return blocks
+
+
+def _blocks(
+    streams: Sequence[StreamView],
+    tokens: Tensor,
+    logits: Tensor | None,
+    calibration: Calibration,
+    history: AcceptanceHistory,
+) -> list[Block]:
+    """Drafts [R, γ] with the survival that confidence logits [R, γ] promise; the past's where there are none."""
+    token_rows = tokens.tolist()
+    logit_rows = None if logits is None else logits.float().tolist()
     blocks = []
     for r, stream in enumerate(streams):
-        confidence = (
-            calibration.confidence(logit_rows[r], acceptance_of(stream)) if logit_rows else history.confidence()
-        )
-        block = Block(tokens=token_rows[r], confidence=confidence, survival=prefix_survival(confidence))
-        choose.fill(r, block)
-        blocks.append(block)
+        confidence = history.confidence()
+        if logit_rows:
+            confidence = calibration.confidence(logit_rows[r], acceptance_of(stream))
+        blocks.append(Block(tokens=token_rows[r], confidence=confidence, survival=prefix_survival(confidence)))
     return blocks
 
 

@@ -1,0 +1,17 @@
+"""Integer kernels for CPUs: whole Llama-like layers over 4- and 8-bit weights, in C++ built on the machine."""
+
+from dspark_kernels.cpu.build import Isa, NoCompilerError, best_isa, supported_isas
+from dspark_kernels.cpu.library import Context, Head, Llama, PackedMatrix, Pass, Source
+
+__all__ = [
+    "Context",
+    "Head",
+    "Isa",
+    "Llama",
+    "NoCompilerError",
+    "PackedMatrix",
+    "Pass",
+    "Source",
+    "best_isa",
+    "supported_isas",
+]

@@ -1,0 +1,120 @@
+"""Compile the kernels with the system's compiler, once for each instruction set and version of the source.
+
+The libraries go to the user's cache, named by a hash of source and flags, so a changed source is built anew and two
+processes never see half a file; one that is there needs no compiler any more. `python -m dspark_kernels.cpu` builds the
+one for this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+Isa = Literal["avx512", "avx2", "portable"]
+
+SOURCE = Path(__file__).parent / "csrc"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fvisibility=hidden")
+ISA_FLAGS: dict[Isa, tuple[str, ...]] = {
+    "avx512": (
+        *tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd", "vnni")),
+        "-mfma",
+        "-mf16c",
+        "-mbmi2",
+    ),
+    "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
+    "portable": (),
+}
+NEEDS: dict[Isa, frozenset[str]] = {
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni", "f16c"}),
+    "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
+    "portable": frozenset(),
+}
+SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+
+
+class NoCompilerError(Exception):
+    """No library for this machine can be made: no compiler, or it failed. The message says which."""
+
+
+def cpu_flags() -> frozenset[str]:
+    """What the processor says it can do; nothing where that cannot be told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(flags.split())
+
+
+def supported_isas() -> list[Isa]:
+    """What this machine can run, the fastest first."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["portable"]
+    flags = cpu_flags()
+    return [isa for isa, needs in NEEDS.items() if needs <= flags]
+
+
+def best_isa() -> Isa:
+    """The fastest that this machine can run."""
+    return supported_isas()[0]
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command: $CXX, else g++, c++ or clang++; None where there is none."""
+    for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++"):
+        words = shlex.split(name)
+        if words and (found := shutil.which(words[0])):
+            return [found, *words[1:]]
+    return None
+
+
+def library_path(isa: Isa, *, sanitize: bool = False) -> Path:
+    """Where the library for ``isa`` lies once it is built."""
+    digest = hashlib.sha256(repr((_flags(isa, sanitize), platform.machine())).encode())
+    for path in sorted(SOURCE.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return folder() / f"dspark-{isa}-{digest.hexdigest()[:16]}.so"
+
+
+def _flags(isa: Isa, sanitize: bool) -> tuple[str, ...]:
+    return (*FLAGS, *ISA_FLAGS[isa], *(SANITIZERS if sanitize else ()))
+
+
+def build(isa: Isa, *, sanitize: bool = False) -> Path:
+    """The library for ``isa``, built if it is not there yet.
+
+    Raises:
+        NoCompilerError: there is no compiler, or it failed; the message has its words.
+    """
+    library = library_path(isa, sanitize=sanitize)
+    if library.exists():
+        return library
+    found = compiler()
+    if found is None:
+        raise NoCompilerError("no C++ compiler was found: on Debian and Ubuntu, apt-get install g++")
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            part = Path(scratch) / library.name
+            command = [*found, *_flags(isa, sanitize), "-o", str(part), str(SOURCE / "api.cpp")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise NoCompilerError(f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
+            part.replace(library)
+    except OSError as error:
+        raise NoCompilerError(f"{library} cannot be built: {error}") from error
+    return library
+
+
+def folder() -> Path:
+    """Where built libraries lie: ``$XDG_CACHE_HOME/dspark-stream/kernels``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "dspark-stream" / "kernels"

@@ -1,0 +1,359 @@
+// What Python sees: plain C, by ctypes. Handles are made and freed in pairs. Calls return a handle or true; null or
+// false means that memory or threads ran out, and dspark_error has the words. The caller has checked shapes and
+// ranges: pointers are trusted here.
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "llama.h"
+#include "measure.h"
+
+using namespace dspark;
+
+namespace {
+
+thread_local std::string last_error;
+
+template <typename F>
+auto guarded(F f) -> decltype(f()) {
+    try {
+        last_error.clear();
+        return f();
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return {};
+    }
+}
+
+Buffer<float> copy(const float* from, size_t count) {
+    if (!from) return nullptr;
+    auto to = allocate<float>(count);
+    std::memcpy(to.get(), from, count * sizeof(float));
+    return to;
+}
+
+struct Best {  // the largest score a thread has seen for one stream
+    float score;
+    int32_t index;
+};
+
+struct Context {  // a pool, and room for what products need
+    Pool pool;
+    Quantised input;
+    std::vector<Best> best;  // [threads, streams]
+    explicit Context(int threads) : pool(threads) {}
+};
+
+float dot(const float* a, const float* b, int size) {  // size: a multiple of 16
+    Floats sum = Floats::zero();
+    for (int i = 0; i < size; i += LANES) sum = fma(Floats::load(a + i), Floats::load(b + i), sum);
+    return sum_of(sum);
+}
+
+// GGUF's blocks of 32 (format facts: ggml's block_q4_0, block_q4_1, block_q8_0).
+enum Source { F32 = 0, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8 };
+
+uint16_t half_of(float x) {
+    float lanes[LANES] = {x};
+    uint16_t out[LANES];
+    Floats::load(lanes).store_half(out);
+    return out[0];
+}
+float float_of(uint16_t h) {
+    uint16_t lanes[LANES] = {h};
+    float out[LANES];
+    Floats::load_half(lanes).store(out);
+    return out[0];
+}
+
+void pack_group(Matrix& to, int channel, int group, const uint8_t* block, int source) {
+    uint8_t q[GROUP];
+    uint16_t d;
+    std::memcpy(&d, block, 2);
+    if (source == Q8_0) {
+        for (int k = 0; k < GROUP; k++) q[k] = static_cast<uint8_t>(block[2 + k] ^ 0x80);  // signed + 128
+        to.put(channel, group, q, d, half_of(-128.0f * float_of(d)));
+        return;
+    }
+    uint16_t m = half_of(-8.0f * float_of(d));
+    const uint8_t* nibbles = block + 2;
+    if (source == Q4_1) {
+        std::memcpy(&m, block + 2, 2);
+        nibbles = block + 4;
+    }
+    for (int k = 0; k < GROUP / 2; k++) {
+        q[k] = nibbles[k] & 15;
+        q[k + GROUP / 2] = nibbles[k] >> 4;
+    }
+    to.put(channel, group, q, d, m);
+}
+
+// Floats to quants of 4 bits (least and greatest are the ends) or 8 (symmetric).
+void quantise_group(Matrix& to, int channel, int group, const float* x) {
+    uint8_t q[GROUP];
+    const float low = *std::min_element(x, x + GROUP), high = *std::max_element(x, x + GROUP);
+    uint16_t d, m;
+    if (to.bits == 4) {
+        d = half_of((high - low) / 15.0f);
+        m = half_of(low);
+    } else {
+        d = half_of(std::max(-low, high) / 127.0f);
+        m = half_of(-128.0f * float_of(d));
+    }
+    const float scale = float_of(d), least = float_of(m), up = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const float most = to.bits == 4 ? 15.0f : 255.0f;
+    for (int k = 0; k < GROUP; k++)
+        q[k] = static_cast<uint8_t>(std::min(most, std::max(0.0f, std::nearbyint((x[k] - least) * up))));
+    to.put(channel, group, q, d, m);
+}
+
+}  // namespace
+
+extern "C" {
+#pragma GCC visibility push(default)
+
+const char* dspark_isa() { return ISA; }
+const char* dspark_error() { return last_error.c_str(); }
+
+Context* dspark_context(int threads) {
+    return guarded([&] { return new Context(threads); });
+}
+void dspark_free_context(Context* context) { delete context; }
+
+// --- matrices ---
+
+Matrix* dspark_matrix(int outputs, int inputs, int bits) {
+    return guarded([&] { return new Matrix(outputs, inputs, bits); });
+}
+void dspark_free_matrix(Matrix* m) { delete m; }
+int64_t dspark_matrix_bytes(const Matrix* m) { return static_cast<int64_t>(m->bytes()); }
+
+// Channels first…first+count-1 of the matrix from rows of `source` (rows[i]: which row; null: i), in order.
+bool dspark_pack(Context* context, Matrix* to, int first, int count, const int32_t* rows, const void* source, int type) {
+    return guarded([&] {
+        const int groups = to->groups();
+        const size_t block = type == F32 ? GROUP * sizeof(float) : type == Q8_0 ? 34 : type == Q4_1 ? 20 : 18;
+        context->pool.run([&](int thread) {
+            // whole tiles of the matrix to a thread: channels of one tile share bytes
+            const int begin = first / LANES, end = (first + count + LANES - 1) / LANES;
+            int from, until;
+            share(end - begin, 1, thread, context->pool.size(), &from, &until);
+            const int low = std::max(first, (begin + from) * LANES), high = std::min(first + count, (begin + until) * LANES);
+            for (int channel = low; channel < high; channel++) {
+                const size_t row = rows ? rows[channel - first] : channel - first;
+                const uint8_t* at = static_cast<const uint8_t*>(source) + row * groups * block;
+                for (int g = 0; g < groups; g++, at += block) {
+                    if (type == F32)
+                        quantise_group(*to, channel, g, reinterpret_cast<const float*>(at));
+                    else
+                        pack_group(*to, channel, g, at, type);
+                }
+            }
+        });
+        return true;
+    });
+}
+
+// Channels of one matrix as the channels of another of the same width: no rounding.
+void dspark_take(const Matrix* from, const int32_t* rows, int count, Matrix* to) {
+    for (int i = 0; i < count; i++) {
+        const int lane = rows[i] % LANES;
+        for (int g = 0; g < from->groups(); g++) {
+            const uint8_t* at = from->tile(rows[i] / LANES) + from->group_bytes() * g;
+            const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + from->group_bytes() - 4 * LANES);
+            uint8_t q[GROUP];
+            for (int k = 0; k < GROUP; k++)
+                q[k] = from->bits == 8 ? at[k / 4 * 64 + lane * 4 + k % 4]
+                                       : at[k / 8 * 64 + lane * 4 + k % 4] >> (k % 8 / 4 * 4) & 15;
+            to->put(i, g, q, scales[lane], scales[LANES + lane]);
+        }
+    }
+}
+
+// Rows as floats [count, inputs]: an embedding.
+void dspark_rows(const Matrix* m, const int32_t* rows, int count, float* out) {
+    for (int i = 0; i < count; i++) m->row(rows[i], out + static_cast<size_t>(i) * m->inputs);
+}
+
+// out [rows, stride] = x [rows, inputs] · Wᵀ; stride ≥ outputs.
+bool dspark_product(Context* context, const Matrix* w, const float* x, int rows, float* out, int stride) {
+    return guarded([&] {
+        context->input.reserve(rows, w->inputs);
+        context->pool.run([&](int thread) {
+            int first, last;
+            share(rows, 1, thread, context->pool.size(), &first, &last);
+            for (int r = first; r < last; r++) context->input.put_row(r, x + static_cast<size_t>(r) * w->inputs);
+            context->pool.barrier();
+            share(w->tiles(), 1, thread, context->pool.size(), &first, &last);
+            for (int t = first; t < last; t++) {
+                const int lanes = std::min(LANES, w->outputs - t * LANES);
+                product(*w, t, context->input, rows, [&](int r, Floats v) {
+                    float* at = out + static_cast<size_t>(r) * stride + t * LANES;
+                    if (lanes == LANES) {
+                        v.store(at);
+                    } else {
+                        alignas(64) float some[LANES];
+                        v.store(some);
+                        std::memcpy(at, some, lanes * sizeof(float));
+                    }
+                });
+            }
+        });
+        return true;
+    });
+}
+
+// --- models ---
+
+Llama* dspark_llama(int hidden, int heads, int kv_heads, int head_size, int inner, int positions, float eps,
+                    const float* final_norm, const float* cosine, const float* sine) {
+    return guarded([&] {
+        auto model = std::make_unique<Llama>();
+        model->shape = {hidden, heads, kv_heads, head_size, inner, positions, eps};
+        model->final_norm = copy(final_norm, hidden);
+        model->cosine = copy(cosine, static_cast<size_t>(positions) * head_size / 2);
+        model->sine = copy(sine, static_cast<size_t>(positions) * head_size / 2);
+        return model.release();
+    });
+}
+void dspark_free_llama(Llama* model) { delete model; }
+
+// The matrices become the model's: their handles are not to be used or freed any more.
+bool dspark_add_layer(Llama* model, Matrix* qkv, Matrix* o, Matrix* gate, Matrix* up, Matrix* down,
+                      const float* input_norm, const float* post_norm, const float* q_norm, const float* k_norm) {
+    return guarded([&] {
+        const Shape& s = model->shape;
+        Layer layer;
+        Matrix* const parts[] = {qkv, o, gate, up, down};
+        Matrix* const places[] = {&layer.qkv, &layer.o, &layer.gate, &layer.up, &layer.down};
+        for (int i = 0; i < 5; i++) {
+            *places[i] = std::move(*parts[i]);
+            delete parts[i];
+        }
+        layer.input_norm = copy(input_norm, s.hidden);
+        layer.post_norm = copy(post_norm, s.hidden);
+        layer.q_norm = copy(q_norm, s.head_size);
+        layer.k_norm = copy(k_norm, s.head_size);
+        model->layers.push_back(std::move(layer));
+        return true;
+    });
+}
+
+// x [rows, hidden] through all layers, then the final norm, both in place; see Llama::run.
+bool dspark_forward(Context* context, Llama* model, int rows, float* x, const int32_t* position, const int32_t* slot,
+                    const int32_t* first_slot, const int32_t* visible, uint16_t* keys, uint16_t* values, int64_t slots,
+                    const int32_t* tap_layers, int taps, float* tap_out) {
+    return guarded([&] {
+        const Pass pass{rows, position, slot, first_slot, visible};
+        model->run(context->pool, pass, Store{keys, values, slots}, x, tap_layers, taps, tap_out);
+        const Shape& s = model->shape;
+        for (int r = 0; r < rows; r++) {
+            float* at = x + static_cast<size_t>(r) * s.hidden;
+            rms_norm(at, model->final_norm.get(), s.hidden, s.eps, at);
+        }
+        return true;
+    });
+}
+
+// A drafter's context: taps [rows, fc.inputs] → fc → norm → keys and values of every layer.
+bool dspark_append_context(Context* context, Llama* model, const Matrix* fc, const float* norm, int rows,
+                           const float* taps, float* features, const int32_t* position, const int32_t* slot,
+                           uint16_t* keys, uint16_t* values, int64_t slots) {
+    return guarded([&] {
+        const Shape& s = model->shape;
+        if (!dspark_product(context, fc, taps, rows, features, s.hidden)) return false;
+        for (int r = 0; r < rows; r++) {
+            float* at = features + static_cast<size_t>(r) * s.hidden;
+            rms_norm(at, norm, s.hidden, s.eps, at);
+        }
+        const Pass pass{rows, position, slot, nullptr, nullptr};
+        model->write_context(context->pool, pass, Store{keys, values, slots}, features);
+        return true;
+    });
+}
+
+// The sequential head, greedily, for R streams at once: token k of stream r is the argmax of base [R, γ, Vd] plus
+// W2·W1[token k-1]; its confidence logit is w·[h; W1[token k-1]] + b. Without a head (w2 null) there is no bias, without
+// confidence (confidence null) no logit. Tokens and anchors are target ids; draft_ids (null: all) are ascending.
+bool dspark_walk(Context* context, const Matrix* w2, const uint16_t* w1, int rank, const float* base, int vocabulary,
+                 const float* hidden, int hidden_size, const float* confidence, float confidence_bias, int with_markov,
+                 const int32_t* draft_ids, int streams, int gamma, const int32_t* anchors, int32_t* tokens,
+                 float* logits) {
+    return guarded([&] {
+        const int threads = context->pool.size(), tiles = (vocabulary + LANES - 1) / LANES;
+        if (w2) context->input.reserve(streams, rank);
+        context->best.resize(static_cast<size_t>(threads) * streams);
+        context->pool.run([&](int thread) {
+            alignas(64) float e[4096];
+            int first_row, last_row, first, last;
+            share(streams, 1, thread, threads, &first_row, &last_row);
+            share(tiles, 1, thread, threads, &first, &last);
+            Best* const best = context->best.data() + static_cast<size_t>(thread) * streams;
+            for (int k = 0; k < gamma; k++) {
+                for (int r = first_row; r < last_row; r++) {
+                    const int64_t previous = k ? tokens[r * gamma + k - 1] : anchors[r];
+                    const float* h = hidden + static_cast<size_t>(r * gamma + k) * hidden_size;
+                    if (w1)
+                        for (int i = 0; i < rank; i += LANES) Floats::load_half(w1 + previous * rank + i).store(e + i);
+                    if (w2) context->input.put_row(r, e);
+                    if (confidence) {
+                        float logit = confidence_bias + dot(h, confidence, hidden_size);
+                        if (with_markov) logit += dot(e, confidence + hidden_size, rank);
+                        logits[r * gamma + k] = logit;
+                    }
+                }
+                if (w2) context->pool.barrier();
+                for (int r = 0; r < streams; r++) best[r] = {-INFINITY, first * LANES};
+                for (int from = 0; from < streams; from += ROWS) {
+                    const int some = std::min(ROWS, streams - from);
+                    alignas(64) float top[ROWS][LANES];
+                    int32_t where[ROWS][LANES];
+                    for (int r = 0; r < some; r++)
+                        for (int i = 0; i < LANES; i++) top[r][i] = -INFINITY, where[r][i] = first * LANES;
+                    for (int t = first; t < last; t++) {
+                        Floats bias[ROWS];
+                        for (int r = 0; r < some; r++) bias[r] = Floats::zero();
+                        if (w2) tile_rows<8>(*w2, t, context->input, from, some, bias);
+                        const int lanes = std::min(LANES, vocabulary - t * LANES);
+                        for (int r = 0; r < some; r++) {
+                            alignas(64) float score[LANES] = {}, extra[LANES];
+                            const float* at = base + (static_cast<size_t>(from + r) * gamma + k) * vocabulary + t * LANES;
+                            std::memcpy(score, at, sizeof(float) * lanes);
+                            (Floats::load(score) + bias[r]).keep(lanes, -INFINITY).store(extra);
+                            for (int i = 0; i < LANES; i++) {
+                                where[r][i] = extra[i] > top[r][i] ? t * LANES + i : where[r][i];
+                                top[r][i] = extra[i] > top[r][i] ? extra[i] : top[r][i];
+                            }
+                        }
+                    }
+                    for (int r = 0; r < some; r++)
+                        for (int i = 0; i < LANES; i++)
+                            if (top[r][i] > best[from + r].score ||
+                                (top[r][i] == best[from + r].score && where[r][i] < best[from + r].index))
+                                best[from + r] = {top[r][i], where[r][i]};
+                }
+                context->pool.barrier();
+                for (int r = first_row; r < last_row; r++) {  // whoever drafts on for a stream says what it has come to
+                    Best most = context->best[r];
+                    for (int other = 1; other < threads; other++) {
+                        const Best theirs = context->best[static_cast<size_t>(other) * streams + r];
+                        if (theirs.score > most.score) most = theirs;
+                    }
+                    tokens[r * gamma + k] = draft_ids ? draft_ids[most.index] : most.index;
+                }
+                context->pool.barrier();
+            }
+        });
+        return true;
+    });
+}
+
+// --- what the machine can do ---
+
+double dspark_read_rate(Context* context, const float* data, int64_t count) {
+    return read_rate(context->pool, data, static_cast<size_t>(count));
+}
+double dspark_multiply_rate(Context* context, int rounds) { return multiply_rate<4>(context->pool, rounds); }
+
+#pragma GCC visibility pop
+}  // extern "C"

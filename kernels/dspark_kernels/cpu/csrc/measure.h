@@ -1,0 +1,57 @@
+// What the machine can do at most, by the same threads and instructions as the kernels: what benches compare with.
+#pragma once
+
+#include <chrono>
+
+#include "matrix.h"
+#include "pool.h"
+
+namespace dspark {
+
+inline double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Bytes a second of reading `data` front to back, every thread its share.
+inline double read_rate(Pool& pool, const float* data, size_t count) {
+    std::vector<float> sums(static_cast<size_t>(pool.size()) * LANES);
+    const double begun = seconds();
+    pool.run([&](int thread) {
+        const size_t step = 8 * LANES, blocks = count / step;
+        const size_t first = blocks * thread / pool.size(), last = blocks * (thread + 1) / pool.size();
+        Floats sum[8];
+        for (auto& s : sum) s = Floats::zero();
+        for (size_t b = first; b < last; b++)
+            for (int i = 0; i < 8; i++) sum[i] = sum[i] + Floats::load(data + b * step + i * LANES);
+        for (int i = 1; i < 8; i++) sum[0] = sum[0] + sum[i];
+        sums[static_cast<size_t>(thread) * LANES] = sum_of(sum[0]);
+    });
+    volatile float kept = sums[0];
+    (void)kept;
+    return static_cast<double>(count) * sizeof(float) / (seconds() - begun);
+}
+
+// Multiply-adds a second of the integer dot product with everything in registers.
+template <int BITS>
+inline double multiply_rate(Pool& pool, int rounds) {
+    std::vector<float> sums(static_cast<size_t>(pool.size()) * LANES);
+    alignas(64) uint8_t weights[64];
+    for (int i = 0; i < 64; i++) weights[i] = static_cast<uint8_t>(i % 16);
+    const double begun = seconds();
+    pool.run([&](int thread) {
+        const Bytes w = Bytes::load(weights);
+        const int8_t x[4] = {1, -2, 3, static_cast<int8_t>(thread)};
+        Ints sum[12];
+        for (auto& s : sum) s = no_ints();
+        for (int r = 0; r < rounds; r++)
+            for (int i = 0; i < 12; i++) sum[i] = dot4<BITS>(sum[i], w, x);
+        Floats total = Floats::zero();
+        for (int i = 0; i < 12; i++) total = total + Floats::from(sum[i]);
+        sums[static_cast<size_t>(thread) * LANES] = sum_of(total);
+    });
+    volatile float kept = sums[0];
+    (void)kept;
+    return 12.0 * 64.0 * rounds * pool.size() / (seconds() - begun);
+}
+
+}  // namespace dspark

@@ -1,0 +1,122 @@
+// A few threads that work on one thing together. They spin while a pass is under way, because its parts are shorter
+// than a wake-up, and sleep between passes, so that an idle service costs nothing.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace dspark {
+
+inline void pause_briefly() {
+#if defined(__x86_64__) || defined(__i386__)
+    _mm_pause();
+#endif
+}
+
+class Pool {
+   public:
+    explicit Pool(int threads) : count_(threads < 1 ? 1 : threads) {
+        try {
+            for (int i = 1; i < count_; i++) workers_.emplace_back([this, i] { work(i); });
+        } catch (...) {  // no more threads to be had: those that are there must not outlive us
+            close();
+            throw;
+        }
+    }
+    ~Pool() { close(); }
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int size() const { return count_; }
+
+    // job(thread) on every thread, this one included; returns when all are done.
+    void run(const std::function<void(int)>& job) {
+        if (count_ == 1) return job(0);
+        job_ = &job;
+        left_.store(count_ - 1, std::memory_order_relaxed);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            epoch_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
+        job(0);
+        wait([this] { return left_.load(std::memory_order_acquire) == 0; });
+    }
+
+    // Inside a job: nobody goes on before all have come here.
+    void barrier() {
+        if (count_ == 1) return;
+        const uint32_t round = round_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count_)) {
+            arrived_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+        } else {
+            wait([this, round] { return round_.load(std::memory_order_acquire) != round; });
+        }
+    }
+
+   private:
+    static constexpr int SPINS = 2000;  // some 50 µs; then whoever else wants the core has it between two looks
+
+    template <typename Ready>
+    static void wait(Ready ready) {
+        for (int i = 0; !ready(); i++) {
+            if (i < SPINS)
+                pause_briefly();
+            else
+                std::this_thread::yield();
+        }
+    }
+
+    void close() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            closing_ = true;
+            epoch_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    void work(int index) {
+        uint32_t seen = 0;
+        while (true) {
+            for (int i = 0; i < SPINS && epoch_.load(std::memory_order_acquire) == seen; i++) pause_briefly();
+            if (epoch_.load(std::memory_order_acquire) == seen) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
+            }
+            seen = epoch_.load(std::memory_order_acquire);
+            if (closing_) return;
+            (*job_)(index);
+            left_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    const int count_;
+    std::vector<std::thread> workers_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    const std::function<void(int)>* job_ = nullptr;
+    std::atomic<uint32_t> epoch_{0}, round_{0}, arrived_{0};
+    std::atomic<int> left_{0};
+    bool closing_ = false;
+};
+
+// Tiles first…last-1 of `tiles` that are a thread's own, in multiples of `grain`.
+inline void share(int tiles, int grain, int thread, int threads, int* first, int* last) {
+    const int units = (tiles + grain - 1) / grain;
+    *first = units * thread / threads * grain;
+    *last = units * (thread + 1) / threads * grain;
+    if (*last > tiles) *last = tiles;
+}
+
+}  // namespace dspark

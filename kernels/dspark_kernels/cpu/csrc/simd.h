@@ -1,0 +1,341 @@
+// Sixteen lanes of float or int32 and what the kernels do with them, for three instruction sets. Which one is
+// compiled is decided by the compiler's flags; which library is loaded is decided at run time (build.py).
+//
+// Every path adds in the same order for every batch, so a row's result never depends on its neighbours. Paths differ
+// from each other in the last bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define DSPARK_AVX512 1
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define DSPARK_AVX2 1
+#include <immintrin.h>
+#endif
+
+namespace dspark {
+
+constexpr int LANES = 16;
+constexpr int GROUP = 32;  // weights that share a scale, and activations that do
+
+#if defined(DSPARK_AVX512)
+
+constexpr const char* ISA = "avx512-vnni";
+
+struct Ints {
+    __m512i v;
+};
+
+struct Floats {
+    __m512 v;
+
+    static Floats zero() { return {_mm512_setzero_ps()}; }
+    static Floats all(float x) { return {_mm512_set1_ps(x)}; }
+    static Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Floats load_half(const uint16_t* p) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
+    static Floats from(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    void store_half(uint16_t* p) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    // lanes from `count` on become `other`
+    Floats keep(int count, float other) const {
+        if (count >= LANES) return *this;
+        const __mmask16 kept = static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1u);
+        return {_mm512_mask_mov_ps(_mm512_set1_ps(other), kept, v)};
+    }
+};
+
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+inline Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Floats power_of_two(Floats n) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), n.v)}; }
+inline void store_bytes(Floats a, int8_t* p) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+// 64 unsigned weight bytes: lane n holds 4 consecutive inputs of output channel n.
+struct Bytes {
+    __m512i v;
+    static Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+    Bytes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
+    Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
+};
+
+inline Ints no_ints() { return {_mm512_setzero_si512()}; }
+// sum + Σ_j weight[lane][j]·x[j]; x: 4 signed bytes
+template <int BITS>
+inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
+}
+
+#elif defined(DSPARK_AVX2)
+
+constexpr const char* ISA = "avx2";
+
+struct Ints {
+    __m256i lo, hi;
+};
+
+struct Floats {
+    __m256 lo, hi;
+
+    static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+    static Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static Floats load_half(const uint16_t* p) {
+        const __m128i* q = reinterpret_cast<const __m128i*>(p);
+        return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+    }
+    static Floats from(Ints x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
+    void store(float* p) const {
+        _mm256_storeu_ps(p, lo);
+        _mm256_storeu_ps(p + 8, hi);
+    }
+    void store_half(uint16_t* p) const {
+        __m128i* q = reinterpret_cast<__m128i*>(p);
+        _mm_storeu_si128(q, _mm256_cvtps_ph(lo, _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128(q + 1, _mm256_cvtps_ph(hi, _MM_FROUND_TO_NEAREST_INT));
+    }
+    Floats keep(int count, float other) const {
+        if (count >= LANES) return *this;
+        alignas(32) float x[LANES];
+        store(x);
+        for (int i = count < 0 ? 0 : count; i < LANES; i++) x[i] = other;
+        return load(x);
+    }
+};
+
+inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline Floats abs(Floats a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+inline Floats round(Floats a) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.lo, mode), _mm256_round_ps(a.hi, mode)};
+}
+inline Floats power_of_two(Floats n) {
+    const __m256i bias = _mm256_set1_epi32(127);
+    const __m256i lo = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.lo), bias), 23);
+    const __m256i hi = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.hi), bias), 23);
+    return {_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)};
+}
+inline void store_bytes(Floats a, int8_t* p) {
+    alignas(32) int32_t x[LANES];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(x), _mm256_cvtps_epi32(a.lo));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(x + 8), _mm256_cvtps_epi32(a.hi));
+    for (int i = 0; i < LANES; i++) p[i] = static_cast<int8_t>(x[i]);
+}
+
+struct Bytes {
+    __m256i lo, hi;
+    static Bytes load(const uint8_t* p) {
+        const __m256i* q = reinterpret_cast<const __m256i*>(p);
+        return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+    }
+    Bytes low() const {
+        const __m256i m = _mm256_set1_epi8(15);
+        return {_mm256_and_si256(lo, m), _mm256_and_si256(hi, m)};
+    }
+    Bytes high() const {
+        const __m256i m = _mm256_set1_epi8(15);
+        return {_mm256_and_si256(_mm256_srli_epi16(lo, 4), m), _mm256_and_si256(_mm256_srli_epi16(hi, 4), m)};
+    }
+};
+
+inline Ints no_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+
+template <int BITS>
+inline __m256i dot4_half(__m256i sum, __m256i w, __m256i x) {
+    if constexpr (BITS == 4) {  // 15·127·2 fits 16 bits
+        const __m256i pairs = _mm256_maddubs_epi16(w, x);
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    } else {  // 255·127·2 does not: even and odd bytes go by themselves
+        const __m256i even_w = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd_w = _mm256_srli_epi16(w, 8);
+        const __m256i even_x = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd_x = _mm256_srai_epi16(x, 8);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even_w, even_x));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(odd_w, odd_x));
+    }
+}
+template <int BITS>
+inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    const __m256i all = _mm256_set1_epi32(four);
+    return {dot4_half<BITS>(sum.lo, w.lo, all), dot4_half<BITS>(sum.hi, w.hi, all)};
+}
+
+#else
+
+constexpr const char* ISA = "portable";
+
+inline float half_to_float(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
+    uint32_t bits;
+    if (exponent == 31) {
+        bits = sign | 0x7f800000u | (mantissa << 13);
+    } else if (exponent != 0) {
+        bits = sign | ((exponent + 112u) << 23) | (mantissa << 13);
+    } else {  // zero and subnormals: mantissa · 2^-24, exact
+        const float x = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+        std::memcpy(&bits, &x, 4);
+        bits |= sign;
+    }
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+inline uint16_t float_to_half(float x) {  // to nearest, ties to even, as the hardware does
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+    if (rest < 0x38800000u) {  // subnormal: a multiple of 2^-24
+        float magnitude;
+        std::memcpy(&magnitude, &rest, 4);
+        return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(magnitude * 16777216.0f)));
+    }
+    const uint32_t odd = (rest >> 13) & 1u;
+    return static_cast<uint16_t>(sign | ((rest + 0xfffu + odd - 0x38000000u) >> 13));
+}
+
+struct Ints {
+    int32_t v[LANES];
+};
+
+struct Floats {
+    float v[LANES];
+
+    template <typename F>
+    static Floats make(F f) {
+        Floats out;
+        for (int i = 0; i < LANES; i++) out.v[i] = f(i);
+        return out;
+    }
+    static Floats zero() { return all(0.0f); }
+    static Floats all(float x) {
+        return make([=](int) { return x; });
+    }
+    static Floats load(const float* p) {
+        return make([=](int i) { return p[i]; });
+    }
+    static Floats load_half(const uint16_t* p) {
+        return make([=](int i) { return half_to_float(p[i]); });
+    }
+    static Floats from(Ints x) {
+        return make([&](int i) { return static_cast<float>(x.v[i]); });
+    }
+    void store(float* p) const {
+        for (int i = 0; i < LANES; i++) p[i] = v[i];
+    }
+    void store_half(uint16_t* p) const {
+        for (int i = 0; i < LANES; i++) p[i] = float_to_half(v[i]);
+    }
+    Floats keep(int count, float other) const {
+        return make([&](int i) { return i < count ? v[i] : other; });
+    }
+};
+
+#define DSPARK_EACH(expression) Floats::make([&](int i) { return (expression); })
+inline Floats operator+(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] + b.v[i]); }
+inline Floats operator-(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] - b.v[i]); }
+inline Floats operator*(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] * b.v[i]); }
+inline Floats operator/(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] / b.v[i]); }
+inline Floats fma(const Floats& a, const Floats& b, const Floats& c) { return DSPARK_EACH(a.v[i] * b.v[i] + c.v[i]); }
+inline Floats max(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline Floats min(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline Floats abs(const Floats& a) { return DSPARK_EACH(std::fabs(a.v[i])); }
+inline Floats round(const Floats& a) { return DSPARK_EACH(std::nearbyint(a.v[i])); }
+inline Floats power_of_two(const Floats& n) { return DSPARK_EACH(std::ldexp(1.0f, static_cast<int>(n.v[i]))); }
+#undef DSPARK_EACH
+inline void store_bytes(const Floats& a, int8_t* p) {
+    for (int i = 0; i < LANES; i++) p[i] = static_cast<int8_t>(std::nearbyint(a.v[i]));
+}
+
+struct Bytes {
+    uint8_t v[64];
+    static Bytes load(const uint8_t* p) {
+        Bytes out;
+        std::memcpy(out.v, p, 64);
+        return out;
+    }
+    Bytes low() const {
+        Bytes out;
+        for (int i = 0; i < 64; i++) out.v[i] = v[i] & 15;
+        return out;
+    }
+    Bytes high() const {
+        Bytes out;
+        for (int i = 0; i < 64; i++) out.v[i] = v[i] >> 4;
+        return out;
+    }
+};
+
+inline Ints no_ints() { return {}; }
+template <int BITS>
+inline Ints dot4(Ints sum, const Bytes& w, const int8_t* x) {
+    for (int lane = 0; lane < LANES; lane++)
+        for (int j = 0; j < 4; j++) sum.v[lane] += static_cast<int32_t>(w.v[4 * lane + j]) * x[j];
+    return sum;
+}
+
+#endif
+
+// Lanes folded in halves: the same order on every path.
+inline float sum_of(Floats a) {
+    alignas(64) float x[LANES];
+    a.store(x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+}
+inline float max_of(Floats a) {
+    alignas(64) float x[LANES];
+    a.store(x);
+    float best = x[0];
+    for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+// e^x to about 2 units in the last place: 2^n·e^r, r in ±ln2/2 by a polynomial of degree 6. Below -87 it stays at e^-87.
+inline Floats exp(Floats x) {
+    const Floats low = Floats::all(-87.0f);
+    const Floats clamped = max(min(x, Floats::all(88.0f)), low);
+    const Floats n = round(clamped * Floats::all(1.44269504f));
+    Floats r = fma(n, Floats::all(-0.693359375f), clamped);
+    r = fma(n, Floats::all(2.12194440e-4f), r);
+    Floats p = Floats::all(1.9875691500e-4f);
+    p = fma(p, r, Floats::all(1.3981999507e-3f));
+    p = fma(p, r, Floats::all(8.3334519073e-3f));
+    p = fma(p, r, Floats::all(4.1665795894e-2f));
+    p = fma(p, r, Floats::all(1.6666665459e-1f));
+    p = fma(p, r, Floats::all(5.0000001201e-1f));
+    p = fma(p, r * r, r + Floats::all(1.0f));
+    return p * power_of_two(n);
+}
+
+}  // namespace dspark

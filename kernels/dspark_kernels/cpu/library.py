@@ -1,0 +1,458 @@
+"""The C++ kernels as Python objects. What they compute is said in `reference.py`; shapes are checked here.
+
+Arrays are numpy, C-contiguous. Symbols: T rows of all streams, H hidden size, D head size, Hq and Hk query and key
+heads, N token slots.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from enum import IntEnum
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_kernels.cpu.build import Isa, NoCompilerError, build
+
+Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
+Ints = npt.NDArray[np.int32]
+
+GROUP = 32
+"""Weights that share a scale; inputs of every matrix are a multiple of it."""
+LANES = 16
+"""Token slots of a key tile."""
+LARGEST_RANK = 4096
+"""Of a sequential head."""
+
+
+class Source(IntEnum):
+    """What matrices can be made from, by their number in GGUF files."""
+
+    F32 = 0
+    Q4_0 = 2
+    Q4_1 = 3
+    Q8_0 = 8
+
+    @property
+    def bits(self) -> int | None:
+        """Of its quants; None: as one likes."""
+        return {Source.F32: None, Source.Q4_0: 4, Source.Q4_1: 4, Source.Q8_0: 8}[self]
+
+    def nbytes(self, weights: int) -> int:
+        """Bytes of that many weights."""
+        return {Source.F32: 128, Source.Q4_0: 18, Source.Q4_1: 20, Source.Q8_0: 34}[self] * weights // GROUP
+
+
+@cache
+def load(isa: Isa, sanitize: bool = False) -> Any:
+    """The library, with its functions' types.
+
+    Raises:
+        NoCompilerError: it cannot be built here.
+    """
+    path = build(isa, sanitize=sanitize)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoCompilerError(f"{path} cannot be loaded: {error}; remove it to have it built anew") from error
+    pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    done = ctypes.c_bool
+    two, three = [integer] * 2, [pointer] * 3
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "isa": (ctypes.c_char_p, []),
+        "error": (ctypes.c_char_p, []),
+        "context": (pointer, [integer]),
+        "free_context": (None, [pointer]),
+        "matrix": (pointer, [integer] * 3),
+        "free_matrix": (None, [pointer]),
+        "matrix_bytes": (long, [pointer]),
+        "pack": (done, [pointer, pointer, integer, integer, pointer, pointer, integer]),
+        "take": (None, [pointer, pointer, integer, pointer]),
+        "rows": (None, [pointer, pointer, integer, pointer]),
+        "product": (done, [pointer, pointer, pointer, integer, pointer, integer]),
+        "llama": (pointer, [*[integer] * 6, real, *[pointer] * 3]),
+        "free_llama": (None, [pointer]),
+        "add_layer": (done, [pointer] * 10),
+        "forward": (done, [pointer, pointer, integer, *[pointer] * 7, long, pointer, integer, pointer]),
+        "walk": (
+            done,
+            [*three, integer, pointer, integer, pointer, integer, pointer, real, integer, pointer, *two, *three],
+        ),
+        "append_context": (done, [*[pointer] * 4, integer, *[pointer] * 6, long]),
+    }
+    signatures |= {
+        "read_rate": (ctypes.c_double, [pointer, pointer, long]),
+        "multiply_rate": (ctypes.c_double, [pointer, integer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, f"dspark_{name}")
+        function.restype, function.argtypes = result, arguments
+        setattr(library, name, function)
+    return library
+
+
+def _at(array: npt.NDArray[Any] | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def _ints(values: Sequence[int] | Ints) -> Ints:
+    return np.ascontiguousarray(values, dtype=np.int32)
+
+
+def _must(holds: object, what: str) -> None:
+    """Pointers follow: what is not as it must be has to stop here."""
+    if not holds:
+        raise ValueError(what)
+
+
+def _done(context: Context, ok: bool) -> None:
+    """What a call that can run out of memory says."""
+    if not ok:
+        raise MemoryError(context.library.error().decode())
+
+
+def _room(out: npt.NDArray[Any] | None, rows: int, width: int) -> Floats:
+    """``out[:rows]`` as it must be to be written to, or a new array."""
+    if out is None:
+        return np.empty((rows, width), dtype=np.float32)
+    _must(
+        out.dtype == np.float32 and out.ndim == 2 and len(out) >= rows and out.shape[1] == width
+        and out.flags.c_contiguous,
+        f"no room for {rows} x {width} floats",
+    )  # fmt: skip
+    return out[:rows]
+
+
+def _floats(array: npt.NDArray[Any], *shape: int) -> Floats:
+    out = np.ascontiguousarray(array, dtype=np.float32)
+    if shape and out.shape != shape:
+        raise ValueError(f"shape {out.shape}, expected {shape}")
+    return out
+
+
+def _free_with(owner: Any, free: Any, handle: int) -> Any:
+    """Free a handle when its owner goes; not at the interpreter's end, when some thread may still be using it."""
+    finalizer = weakref.finalize(owner, free, handle)
+    finalizer.atexit = False
+    return finalizer
+
+
+class Context:
+    """Threads, and the library that they run. Calls on one context must not overlap."""
+
+    def __init__(self, threads: int, isa: Isa, *, sanitize: bool = False) -> None:
+        self.library = load(isa, sanitize)
+        self.isa, self.threads = isa, threads
+        self.handle = self.library.context(threads)
+        if not self.handle:
+            raise MemoryError(self.library.error().decode())
+        _free_with(self, self.library.free_context, self.handle)
+
+    def read_rate(self, megabytes: int = 256, repeats: int = 5) -> float:
+        """Bytes a second that these threads read from memory, the best of some passes over so many MiB."""
+        data = np.ones(megabytes << 18, dtype=np.float32)
+        return float(max(self.library.read_rate(self.handle, _at(data), data.size) for _ in range(repeats)))
+
+    def multiply_rate(self, repeats: int = 5) -> float:
+        """Integer multiply-adds a second of these threads with everything in registers, the best of some runs."""
+        return float(max(self.library.multiply_rate(self.handle, 1_000_000) for _ in range(repeats)))
+
+
+class PackedMatrix:
+    """Weights [outputs, inputs] of 4 or 8 bits in the kernels' own order.
+
+    Raises:
+        ValueError: inputs that are no multiple of 32.
+    """
+
+    def __init__(self, context: Context, outputs: int, inputs: int, bits: int) -> None:
+        if inputs % GROUP or min(outputs, inputs) < 1 or bits not in (4, 8):
+            raise ValueError(f"a packed matrix of {outputs} x {inputs} with {bits} bits: inputs must divide by {GROUP}")
+        self.context, self.outputs, self.inputs, self.bits = context, outputs, inputs, bits
+        self.handle = context.library.matrix(outputs, inputs, bits)
+        if not self.handle:
+            raise MemoryError(context.library.error().decode())
+        self._free = _free_with(self, context.library.free_matrix, self.handle)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return int(self.context.library.matrix_bytes(self.handle))
+
+    def pack(self, first: int, count: int, data: npt.NDArray[Any], source: Source, rows: Ints | None = None) -> None:
+        """Set channels ``first`` … ``first + count - 1`` from rows of ``data``: ``rows[i]``, or i in order.
+
+        Raises:
+            ValueError: data too short for the rows, quants of other bits, channels that the matrix does not have.
+        """
+        if source.bits not in (None, self.bits) or not 0 <= first <= first + count <= self.outputs:
+            raise ValueError(f"{source.name} rows for channels {first} … {first + count - 1} do not fit this matrix")
+        data = np.ascontiguousarray(data)
+        needed = (count if rows is None else int(rows.max(initial=-1)) + 1) * source.nbytes(self.inputs)
+        if data.nbytes < needed or (rows is not None and (len(rows) != count or int(rows.min(initial=0)) < 0)):
+            raise ValueError(f"{data.nbytes} bytes of {source.name} for {count} rows that need {needed}")
+        order = None if rows is None else _ints(rows)
+        library, handle = self.context.library, self.context.handle
+        _done(self.context, library.pack(handle, self.handle, first, count, _at(order), _at(data), int(source)))
+
+    def take(self, rows: Sequence[int] | Ints) -> PackedMatrix:
+        """Some of its channels as a matrix of their own."""
+        chosen = self._checked(rows)
+        out = PackedMatrix(self.context, len(chosen), self.inputs, self.bits)
+        self.context.library.take(self.handle, _at(chosen), len(chosen), out.handle)
+        return out
+
+    def rows(self, rows: Sequence[int] | Ints, out: Floats | None = None) -> Floats:
+        """Channels in full precision [n, inputs]: an embedding."""
+        chosen = self._checked(rows)
+        out = _room(out, len(chosen), self.inputs)
+        self.context.library.rows(self.handle, _at(chosen), len(chosen), _at(out))
+        return out
+
+    def _checked(self, rows: Sequence[int] | Ints) -> Ints:
+        chosen = _ints(rows)
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.outputs:
+            raise ValueError(f"channels outside 0 … {self.outputs - 1}")
+        return chosen
+
+    def product(self, x: npt.NDArray[Any], out: Floats | None = None) -> Floats:
+        """x [M, inputs] · Wᵀ → [M, outputs], x rounded to 8 bits in groups of 32."""
+        x = _floats(x, len(x), self.inputs)
+        out = _room(out, len(x), self.outputs)
+        if len(x):
+            product, handle = self.context.library.product, self.context.handle
+            _done(self.context, product(handle, self.handle, _at(x), len(x), _at(out), self.outputs))
+        return out
+
+    def give(self) -> int:
+        """The handle, for a model to own."""
+        self._free.detach()
+        return int(self.handle)
+
+
+class Head(NamedTuple):
+    """A drafter's sequential and confidence head: rank r, draft vocabulary Vd."""
+
+    w1: Halves | None  # [V, r]; None without a sequential head
+    w2: PackedMatrix | None  # [Vd, r], 8 bits
+    confidence: Floats | None  # [H] or [H + r]
+    confidence_bias: float
+    draft_ids: Ints | None  # [Vd], ascending; None: all of the target's
+
+    def walk(self, context: Context, base: Floats, hidden: Floats, anchors: Ints) -> tuple[Ints, Floats]:
+        """Greedy drafts [R, γ] and their confidence logits [R, γ] (0 without a confidence head).
+
+        Args:
+            base: logits before any bias [R, γ, Vd].
+            hidden: [R, γ, H].
+            anchors: [R].
+        """
+        streams, gamma, vocabulary = base.shape
+        rank = 0 if self.w1 is None else self.w1.shape[1]
+        size = hidden.shape[2]
+        vocabularies = {vocabulary} | ({len(self.draft_ids)} if self.draft_ids is not None else set())
+        if self.w1 is not None and len(anchors):
+            _must(0 <= int(anchors.min()) <= int(anchors.max()) < len(self.w1), "anchors outside the vocabulary")
+        _must(hidden.shape == (streams, gamma, size) and anchors.shape == (streams,), "hidden states of other streams")
+        _must(base.dtype == hidden.dtype == np.float32 and anchors.dtype == np.int32, "types")
+        _must(all(a.flags.c_contiguous for a in (base, hidden, anchors)), "arrays that are not contiguous")
+        _must(size % LANES == 0 and rank % GROUP == 0 and rank <= LARGEST_RANK, f"sizes {size} and {rank}")
+        _must(len(vocabularies) == 1, f"draft vocabularies of {vocabularies}")
+        if self.w2 is not None:
+            _must((self.w2.outputs, self.w2.inputs, self.w2.bits) == (vocabulary, rank, 8), "W2 of another size")
+        with_markov = self.confidence is not None and len(self.confidence) > size
+        if self.confidence is not None:
+            _must(len(self.confidence) == size + rank * with_markov, "confidence weights of another size")
+        tokens = np.empty((streams, gamma), dtype=np.int32)
+        logits = np.zeros((streams, gamma), dtype=np.float32)
+        done = context.library.walk(
+            context.handle,
+            None if self.w2 is None else self.w2.handle,
+            _at(self.w1),
+            rank,
+            _at(base),
+            vocabulary,
+            _at(hidden),
+            size,
+            _at(self.confidence),
+            self.confidence_bias,
+            with_markov,
+            _at(self.draft_ids),
+            streams,
+            gamma,
+            _at(anchors),
+            _at(tokens),
+            _at(logits),
+        )
+        _done(context, done)
+        return tokens, logits
+
+
+class LayerWeights(NamedTuple):
+    """One layer's."""
+
+    qkv: PackedMatrix  # [(Hq + 2·Hk)·D, H]
+    o: PackedMatrix  # [H, Hq·D]
+    gate: PackedMatrix  # [inner, H]
+    up: PackedMatrix  # [inner, H]
+    down: PackedMatrix  # [H, inner]
+    input_norm: npt.NDArray[Any]  # [H]
+    post_norm: npt.NDArray[Any]  # [H]
+    q_norm: npt.NDArray[Any] | None = None  # [D]
+    k_norm: npt.NDArray[Any] | None = None  # [D]
+
+
+class Pass(NamedTuple):
+    """Where T rows stand. Row r sees ``visible[r]`` slots from ``first_slot[r]`` (a multiple of 16) on."""
+
+    position: Ints
+    slot: Ints
+    first_slot: Ints
+    visible: Ints
+
+
+class Store(NamedTuple):
+    """Keys [L, N/16, Hk, D, 16] and values [L, N, Hk, D] of all token slots."""
+
+    keys: Halves
+    values: Halves
+
+    @staticmethod
+    def zeros(layers: int, slots: int, kv_heads: int, head_size: int) -> Store:
+        """Room for ``slots`` (rounded up to whole tiles); costs no memory until it is written."""
+        tiles = -(-slots // LANES)
+        return Store(
+            np.zeros((layers, tiles, kv_heads, head_size, LANES), dtype=np.float16),
+            np.zeros((layers, tiles * LANES, kv_heads, head_size), dtype=np.float16),
+        )
+
+    def clear(self, slot: int, size: int) -> None:
+        """Zero whole tiles from ``slot`` on."""
+        self.keys[:, slot // LANES : -(-(slot + size) // LANES)] = 0
+        self.values[:, slot : slot + size] = 0
+
+
+class Llama:
+    """Decoder layers and final norm.
+
+    Args:
+        cosine: rotary table [positions, D/2]; ``sine`` likewise.
+
+    Raises:
+        ValueError: sizes that the kernels cannot do (they work in groups of 32 and lanes of 16), or weights that do
+            not fit them.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        heads: int,
+        kv_heads: int,
+        eps: float,
+        final_norm: npt.NDArray[Any],
+        cosine: npt.NDArray[Any],
+        sine: npt.NDArray[Any],
+        layers: Sequence[LayerWeights],
+    ) -> None:
+        first = layers[0]
+        self.context, self.hidden, self.num_layers = context, first.qkv.inputs, len(layers)
+        self.heads, self.kv_heads, self.head_size = heads, kv_heads, first.qkv.outputs // (heads + 2 * kv_heads)
+        self.inner, self.positions = first.gate.outputs, len(cosine)
+        d, h = self.head_size, self.hidden
+        if d % 32 or d > 256 or h % GROUP or h > 16384 or self.inner % GROUP or heads % kv_heads:
+            raise ValueError(f"heads of {d}, hidden size {h}, inner size {self.inner} are not for these kernels")
+        final, cosine, sine = _floats(final_norm, h), _floats(cosine), _floats(sine)
+        if cosine.shape != sine.shape or cosine.shape[1:] != (d // 2,):
+            raise ValueError(f"rotary tables of {cosine.shape} and {sine.shape} for heads of {d}")
+        library = context.library
+        self.handle = library.llama(
+            h, heads, kv_heads, d, self.inner, self.positions, eps, _at(final), _at(cosine), _at(sine)
+        )
+        if not self.handle:
+            raise MemoryError(library.error().decode())
+        _free_with(self, library.free_llama, self.handle)
+        for layer in layers:
+            self._add(layer)
+
+    def _add(self, layer: LayerWeights) -> None:
+        h, q = self.hidden, self.heads * self.head_size
+        shapes = {
+            "qkv": (q + 2 * self.kv_heads * self.head_size, h),
+            "o": (h, q),
+            "gate": (self.inner, h),
+            "up": (self.inner, h),
+            "down": (h, self.inner),
+        }
+        for name, shape in shapes.items():
+            matrix: PackedMatrix = getattr(layer, name)
+            if (matrix.outputs, matrix.inputs) != shape:
+                raise ValueError(f"{name} is {matrix.outputs} x {matrix.inputs}, expected {shape[0]} x {shape[1]}")
+        norms: list[Floats | None] = [_floats(layer.input_norm, h), _floats(layer.post_norm, h)]
+        norms += [None if n is None else _floats(n, self.head_size) for n in (layer.q_norm, layer.k_norm)]
+        matrices = [getattr(layer, name).give() for name in shapes]
+        _done(self.context, self.context.library.add_layer(self.handle, *matrices, *map(_at, norms)))
+
+    def forward(self, x: Floats, where: Pass, store: Store, tap_layers: Ints, taps: Floats) -> None:
+        """x [T, H] becomes the final hidden states, in place; taps [T, taps·H] those of ``tap_layers``, ascending."""
+        self._check(x, where, store)
+        _must(taps.shape == (len(x), len(tap_layers) * self.hidden) and tap_layers.dtype == np.int32, "taps")
+        _must(taps.dtype == np.float32 and taps.flags.c_contiguous, "taps of another type")
+        done = self.context.library.forward(
+            self.context.handle,
+            self.handle,
+            len(x),
+            _at(x),
+            *map(_at, where),
+            _at(store.keys),
+            _at(store.values),
+            store.values.shape[1],
+            _at(tap_layers),
+            len(tap_layers),
+            _at(taps),
+        )
+        _done(self.context, done)
+
+    def append_context(
+        self, fc: PackedMatrix, norm: Floats, taps: Floats, position: Ints, slot: Ints, store: Store
+    ) -> None:
+        """Keys and values of context features, every layer, at ``slot`` [T], from taps [T, fc.inputs]."""
+        features = np.empty((len(taps), self.hidden), dtype=np.float32)
+        taps = _floats(taps, len(taps), fc.inputs)
+        self._check(features, Pass(position, slot, slot * 0, slot * 0 + 1), store)
+        _must(norm.dtype == np.float32 and norm.shape == (self.hidden,), "norm")
+        done = self.context.library.append_context(
+            self.context.handle,
+            self.handle,
+            fc.handle,
+            _at(norm),
+            len(taps),
+            _at(taps),
+            _at(features),
+            _at(position),
+            _at(slot),
+            _at(store.keys),
+            _at(store.values),
+            store.values.shape[1],
+        )
+        _done(self.context, done)
+
+    def _check(self, x: Floats, where: Pass, store: Store) -> None:
+        slots = store.values.shape[1]
+        _must(x.dtype == np.float32 and x.shape[1:] == (self.hidden,) and x.flags.c_contiguous, "rows")
+        for name, array in where._asdict().items():
+            _must(array.dtype == np.int32 and array.shape == (len(x),) and array.flags.c_contiguous, name)
+        _must(store.values.shape == (self.num_layers, slots, self.kv_heads, self.head_size), "a store of another model")
+        _must(store.keys.shape == (self.num_layers, slots // LANES, self.kv_heads, self.head_size, LANES), "keys")
+        if not len(x):
+            return
+        for name, array, limit in (("positions", where.position, self.positions), ("slots", where.slot, slots)):
+            _must(0 <= int(array.min()) <= int(array.max()) < limit, f"{name} outside 0 … {limit - 1}")
+        _must(int(where.visible.min()) >= 1 and int(where.first_slot.min()) >= 0, "rows that see nothing")
+        _must(int((where.first_slot + where.visible).max()) <= slots, f"rows that see past slot {slots - 1}")
+        _must(not int((where.first_slot % LANES).max()), f"a stream that begins within a tile of {LANES}")

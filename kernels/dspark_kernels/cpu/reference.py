@@ -1,0 +1,132 @@
+"""What the CPU kernels compute, in plain torch: the contract that every instruction set's path is tested against.
+
+Weights are taken dequantised (`PackedMatrix.rows` gives them back exactly); activations are rounded here as there, so
+results agree but for the order of additions. Symbols as in `library.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """x [..., K] in signed bytes with a scale for each group of 32, as floats again."""
+    groups = x.unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale > 0, (groups / scale).round() * scale, 0.0).flatten(-2)
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, K] · w [N, K]ᵀ."""
+    return round_activations(x) @ w.T
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight ⊙ x / rms(x)."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+class LayerReference(NamedTuple):
+    """One layer's weights, dequantised."""
+
+    qkv: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+class LlamaReference:
+    """One stream's layers; its keys and values are kept as lists of rows, in half precision.
+
+    ``cosine`` and ``sine``: [positions, D/2].
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerReference],
+        final_norm: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        *,
+        heads: int,
+        kv_heads: int,
+        eps: float,
+    ) -> None:
+        self.layers, self.final_norm, self.cosine, self.sine = layers, final_norm, cosine, sine
+        self.heads, self.kv_heads, self.eps = heads, kv_heads, eps
+        self.size = 2 * cosine.shape[1]
+        self.keys: list[dict[int, Tensor]] = [{} for _ in layers]
+        self.values: list[dict[int, Tensor]] = [{} for _ in layers]
+
+    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [T, heads, D] by rotary positions [T]."""
+        cos, sin = self.cosine[positions].unsqueeze(1), self.sine[positions].unsqueeze(1)
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    def _project(self, i: int, x: Tensor, positions: Tensor) -> Tensor:
+        """Queries [T, Hq, D]; keys and values of normed x [T, H] are kept at their positions."""
+        layer = self.layers[i]
+        q, k, v = product(x, layer.qkv).split([n * self.size for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
+        q, k, v = (t.unflatten(-1, (-1, self.size)) for t in (q, k, v))
+        q = q if layer.q_norm is None else rms_norm(q, layer.q_norm, self.eps)
+        k = k if layer.k_norm is None else rms_norm(k, layer.k_norm, self.eps)
+        k = self._turn(k, positions)
+        for row, p in enumerate(positions.tolist()):
+            self.keys[i][p], self.values[i][p] = k[row].half().float(), v[row].half().float()
+        return self._turn(q, positions)
+
+    def append_context(self, features: Tensor, positions: Tensor) -> None:
+        """Keys and values of normed context features [T, H]."""
+        for i in range(len(self.layers)):
+            self._project(i, features, positions)
+
+    def forward(self, x: Tensor, positions: Tensor, visible: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Final hidden [T, H] of x [T, H], and every layer's output. Row t sees positions 0 … visible[t] - 1."""
+        outputs: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            q = self._project(i, rms_norm(x, layer.input_norm, self.eps), positions)
+            rows = [self._attend(i, q[t], int(n)) for t, n in enumerate(visible)]
+            x = x + product(torch.stack(rows), layer.o)
+            normed = rms_norm(x, layer.post_norm, self.eps)
+            inner = torch.nn.functional.silu(product(normed, layer.gate)) * product(normed, layer.up)
+            x = x + product(inner, layer.down)
+            outputs.append(x)
+        return rms_norm(x, self.final_norm, self.eps), outputs
+
+    def _attend(self, i: int, q: Tensor, visible: int) -> Tensor:
+        """One row's heads [Hq, D] over what it sees → [Hq·D]."""
+        keys = torch.stack([self.keys[i][p] for p in range(visible)], 1)  # [Hk, n, D]
+        values = torch.stack([self.values[i][p] for p in range(visible)], 1)
+        group = q.unflatten(0, (self.kv_heads, -1))  # [Hk, G, D]
+        p = torch.softmax(group @ keys.transpose(1, 2) / self.size**0.5, -1)
+        return (p @ values).flatten()
+
+
+def walk(
+    base: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    draft_ids: Tensor | None,
+    anchors: Tensor,
+) -> Tensor:
+    """Greedy drafts [R, γ], target ids, of base logits [R, γ, Vd] under bias w2 [Vd, r] · w1 [V, r]."""
+    previous, tokens = anchors.long(), []
+    for k in range(base.shape[1]):
+        scores = base[:, k]
+        if w1 is not None and w2 is not None:
+            scores = scores + product(w1[previous], w2)
+        index = scores.argmax(-1)
+        previous = index if draft_ids is None else draft_ids[index]
+        tokens.append(previous)
+    return torch.stack(tokens, 1)

@@ -1,0 +1,428 @@
+"""Targets and drafters on the integer kernels (kernels/dspark_kernels/cpu): Llama-like models on a CPU.
+
+A target is packed straight from its GGUF blocks; a full-precision copy never exists. Greedy text is the same, token
+for token, alone and in company, plain and speculated: a row's result does not depend on the other rows of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Source
+from dspark_kernels.cpu.library import GROUP, LANES, LARGEST_RANK, LayerWeights, Store
+from dspark_stream.errors import ModelLoadError
+from dspark_stream.models.cache import Extent, KVShape, KVStore
+from dspark_stream.models.drafter import Drafter, DrafterConfig
+from dspark_stream.models.gguf import GgufFile
+from dspark_stream.models.target import Rows, Target, TargetOutput
+
+PAST_THE_END = 64
+"""Positions past the longest text for which rotary tables are made: a block is drafted whole, wherever it begins."""
+DRAFT_BITS = 8
+"""Of a drafter's weights: its matrices are small, and what 4 bits lose in acceptance is more than they save."""
+
+
+class UnsupportedError(Exception):
+    """A model that these kernels cannot run; torch can. The message says why."""
+
+
+class NativeStore(KVStore):
+    """Half-precision keys and values in the kernels' layout."""
+
+    def __init__(self, shapes: Sequence[KVShape], slots: int) -> None:
+        self.arrays = Store.zeros(len(shapes), slots, shapes[0].heads, shapes[0].key_dim)
+
+    def clear(self, extent: Extent) -> None:
+        """See `KVStore.clear`."""
+        self.arrays.clear(extent.slot, extent.size)
+
+
+class _Rooms:
+    """Arrays that are used again by every pass: fresh memory costs more than what is written to it."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, npt.NDArray[np.float32]] = {}
+
+    def get(self, name: str, rows: int, width: int) -> npt.NDArray[np.float32]:
+        array = self._arrays.get(name)
+        if array is None or len(array) < rows or array.shape[1] != width:
+            array = self._arrays[name] = np.empty((max(rows, 16), width), dtype=np.float32)
+        return array[:rows]
+
+
+class NativeTarget(Target):
+    """A Llama-like target. Logits and taps are float32 and valid until the next pass.
+
+    Args:
+        llama: its layers.
+        embedding: [V, H].
+        lm_head: [V, H]; the embedding where they are tied.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        embedding: PackedMatrix,
+        lm_head: PackedMatrix,
+        *,
+        family: str,
+        max_positions: int,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self.llama, self.embedding, self.head = llama, embedding, lm_head
+        self.config = SimpleNamespace(model_type=family)
+        self.eos_token_ids = eos_token_ids
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.vocab_size, self.hidden_size, self.num_layers = embedding.outputs, llama.hidden, llama.num_layers
+        self.max_positions, self.softcap = max_positions, None
+        self.tap_layers: tuple[int, ...] = ()
+        self.kv_shapes = [KVShape(llama.kv_heads, llama.head_size, llama.head_size)] * llama.num_layers
+        self._rooms = _Rooms()
+
+    def set_taps(self, tap_layers: tuple[int, ...]) -> None:
+        """See `Target.set_taps`."""
+        for layer in tap_layers:
+            if not -1 <= layer < self.num_layers - 1:
+                raise ModelLoadError(
+                    f"target_layer_ids names layer {layer}; this target allows -1 … {self.num_layers - 2}",
+                    param="target_layer_ids",
+                )
+        self.tap_layers = tap_layers
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """See `Target.kv_dtype`."""
+        return torch.float16
+
+    def make_store(self, slots: int) -> KVStore:
+        """See `Target.make_store`."""
+        return NativeStore(self.kv_shapes, slots)
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """See `Target.head_rows`."""
+        return torch.from_numpy(self.head.rows(ids.cpu().numpy().astype(np.int32)))
+
+    def pack(self) -> None:
+        """Nothing is left to do."""
+
+    def embed(self, ids: Sequence[int], name: str = "x") -> npt.NDArray[np.float32]:
+        """Embeddings of tokens [T, H], in a room of that name."""
+        return self.embedding.rows(ids, self._rooms.get(name, len(ids), self.hidden_size))
+
+    def forward(self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None) -> TargetOutput:
+        """See `Target.forward`."""
+        assert isinstance(store, NativeStore)
+        ids = [token for rows in batch for token in rows.token_ids]
+        x = self.embed(ids)
+        own = np.array([layer for layer in self.tap_layers if layer >= 0], dtype=np.int32)
+        taps = self._rooms.get("taps", len(ids), len(own) * self.hidden_size)
+        embedded = None if len(own) == len(self.tap_layers) else x.copy()
+        self.llama.forward(x, _causal(batch), store.arrays, own, taps)
+        if embedded is not None:  # tapped as well, as layer -1
+            layers = iter(np.split(taps, max(1, len(own)), axis=1))
+            taps = np.concatenate([embedded if layer < 0 else next(layers) for layer in self.tap_layers], axis=1)
+        wanted = x if logit_rows is None else x[logit_rows]
+        logits = self.head.product(wanted, self._rooms.get("logits", len(wanted), self.vocab_size))
+        return TargetOutput(torch.from_numpy(logits), torch.from_numpy(taps))
+
+
+def _causal(batch: Sequence[Rows]) -> Pass:
+    counts = [len(rows.token_ids) for rows in batch]
+    start = np.repeat(np.array([rows.start for rows in batch], dtype=np.int32), counts)
+    first_slot = np.repeat(np.array([rows.extent.slot for rows in batch], dtype=np.int32), counts)
+    inside = np.concatenate([np.arange(n, dtype=np.int32) for n in counts]) if counts else start
+    position = start + inside
+    return Pass(position, first_slot + position, first_slot, position + 1)
+
+
+class _PackedLinear(torch.nn.Module):
+    """A product with a packed matrix, for torch's side of a drafter."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).numpy()
+        return torch.from_numpy(self.matrix.product(flat)).view(*x.shape[:-1], -1)
+
+
+class _HalfEmbedding(torch.nn.Module):
+    """Rows of a half-precision table, in full precision."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids].float()
+
+
+class NativeDrafter(Drafter):
+    """A drafter whose backbone, context and LM head run on the kernels; its heads are small and stay with torch."""
+
+    def __init__(self, config: DrafterConfig, target: Target, draft_ids: Tensor | None = None) -> None:
+        assert isinstance(target, NativeTarget)
+        super().__init__(config, target, draft_ids)
+        self._native: tuple[Llama, PackedMatrix, PackedMatrix] | None = None
+        self._walk: Head | None = None
+        self._shapes = super().kv_shapes
+        self._hidden_norm = np.empty(0, dtype=np.float32)
+        self._rooms = _Rooms()
+
+    @property
+    def kv_shapes(self) -> list[KVShape]:
+        """See `Drafter.kv_shapes`."""
+        return self._shapes
+
+    def make_store(self, slots: int) -> KVStore:
+        """See `Drafter.make_store`."""
+        return NativeStore(self.kv_shapes, slots)
+
+    def pack(self) -> None:
+        """Quantise the backbone and let go of its full precision.
+
+        Raises:
+            UnsupportedError: sizes that the kernels cannot do.
+        """
+        target = self.target
+        assert isinstance(target, NativeTarget)
+        context, backbone = target.llama.context, self.config.backbone
+        positions = torch.arange(target.llama.positions)
+        cos, sin = self.rope(positions)
+        half = cos.shape[-1] // 2
+        try:
+            llama = Llama(
+                context,
+                heads=backbone.num_attention_heads,
+                kv_heads=backbone.num_key_value_heads,
+                eps=backbone.rms_norm_eps,
+                final_norm=_array(self.norm.weight),
+                cosine=cos[0, :, :half].numpy(),
+                sine=sin[0, :, :half].numpy(),
+                layers=[self._layer(context, layer) for layer in self.layers],
+            )
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from error
+        head = target.head if self.draft_ids is None else target.head.take(self.draft_ids.numpy().astype(np.int32))
+        self._native = (llama, _pack(context, [self.fc.weight]), head)
+        self._walk = self._pack_heads(context)
+        self._hidden_norm = _array(self.hidden_norm.weight)
+        self.layers, self.fc, self._head = torch.nn.ModuleList(), torch.nn.Identity(), ()  # type: ignore[assignment]
+
+    def _pack_heads(self, context: Context) -> Head | None:
+        """The greedy walk in one call, for the heads that it knows; of the others only W2 is packed."""
+        markov, confidence = self.markov_head, self.confidence_head
+        rank = self.config.markov_rank
+        if rank % GROUP or rank > LARGEST_RANK or (confidence is not None and self.target.hidden_size % LANES):
+            return None
+        w1 = w2 = None
+        if markov is not None:
+            w2 = _pack(context, [markov.markov_w2.weight])
+            w1 = markov.markov_w1.weight.detach().half()
+            markov.markov_w1, markov.markov_w2 = _HalfEmbedding(w1), _PackedLinear(w2)  # type: ignore[assignment]
+        if self.config.markov_head_type != "vanilla":
+            return None
+        ids = self.draft_ids
+        return Head(
+            None if w1 is None else w1.numpy(),
+            w2,
+            None if confidence is None else np.ascontiguousarray(_array(confidence.proj.weight)[0]),
+            0.0 if confidence is None or confidence.proj.bias is None else float(confidence.proj.bias),
+            None if ids is None else ids.numpy().astype(np.int32),
+        )
+
+    def walk_greedily(self, hidden: Tensor, anchors: Sequence[int]) -> tuple[Tensor, Tensor | None] | None:
+        """See `Drafter.walk_greedily`."""
+        if self._walk is None:
+            return None
+        assert self._native is not None
+        base = self.base_logits(hidden).numpy()
+        context = self._native[0].context
+        tokens, logits = self._walk.walk(context, base, hidden.numpy(), np.array(anchors, dtype=np.int32))
+        return torch.from_numpy(tokens), None if self.confidence_head is None else torch.from_numpy(logits)
+
+    def _layer(self, context: Context, layer: Any) -> LayerWeights:
+        a, mlp = layer.self_attn, layer.mlp
+        if any(isinstance(m, torch.nn.Linear) and m.bias is not None for m in layer.modules()):
+            raise UnsupportedError("its layers have biases")
+        if self.config.backbone.hidden_act != "silu":
+            raise UnsupportedError(f"its activation is {self.config.backbone.hidden_act}")
+        return LayerWeights(
+            qkv=_pack(context, [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]),
+            o=_pack(context, [a.o_proj.weight]),
+            gate=_pack(context, [mlp.gate_proj.weight]),
+            up=_pack(context, [mlp.up_proj.weight]),
+            down=_pack(context, [mlp.down_proj.weight]),
+            input_norm=_array(layer.input_layernorm.weight),
+            post_norm=_array(layer.post_attention_layernorm.weight),
+            q_norm=_array(a.q_norm.weight) if hasattr(a, "q_norm") else None,
+            k_norm=_array(a.k_norm.weight) if hasattr(a, "k_norm") else None,
+        )
+
+    def append_context(self, taps: Tensor, positions: list[int], slots: list[int], store: KVStore) -> None:
+        """See `Drafter.append_context`."""
+        assert isinstance(store, NativeStore)
+        assert self._native is not None
+        llama, fc, _ = self._native
+        where = np.array(positions, dtype=np.int32), np.array(slots, dtype=np.int32)
+        llama.append_context(fc, self._hidden_norm, taps.numpy(), *where, store.arrays)
+
+    def draft_hidden(self, anchors: list[tuple[Extent, int, int]], store: KVStore) -> Tensor:
+        """See `Drafter.draft_hidden`."""
+        assert isinstance(store, NativeStore)
+        assert self._native is not None
+        assert isinstance(self.target, NativeTarget)
+        gamma, masks = self.gamma, [self.config.mask_token_id] * (self.gamma - 1)
+        x = self.target.embed([token for _, _, anchor in anchors for token in (anchor, *masks)], "block")
+        start = np.repeat(np.array([p for _, p, _ in anchors], dtype=np.int32), gamma)
+        first_slot = np.repeat(np.array([extent.slot for extent, _, _ in anchors], dtype=np.int32), gamma)
+        position = start + np.tile(np.arange(gamma, dtype=np.int32), len(anchors))
+        where = Pass(position, first_slot + position, first_slot, start + gamma)
+        nothing = np.empty(0, dtype=np.int32)
+        self._native[0].forward(x, where, store.arrays, nothing, self._rooms.get("taps", len(x), 0))
+        return torch.from_numpy(x).view(len(anchors), gamma, -1)
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """See `Drafter.base_logits`."""
+        assert self._native is not None
+        head = self._native[2]
+        flat = hidden.reshape(-1, hidden.shape[-1]).numpy()
+        out = head.product(flat, self._rooms.get("logits", len(flat), head.outputs))
+        return torch.from_numpy(out).view(*hidden.shape[:-1], -1)
+
+
+def _array(tensor: Any) -> npt.NDArray[np.float32]:
+    out: npt.NDArray[np.float32] = tensor.detach().float().numpy()
+    return out
+
+
+def _pack(context: Context, weights: Sequence[Any], bits: int = DRAFT_BITS) -> PackedMatrix:
+    """Rows of several weights [n, inputs], one after the other."""
+    arrays = [_array(w) for w in weights]
+    out = PackedMatrix(context, sum(map(len, arrays)), arrays[0].shape[1], bits)
+    first = 0
+    for array in arrays:
+        out.pack(first, len(array), array, Source.F32)
+        first += len(array)
+    return out
+
+
+# --- loading -------------------------------------------------------------------------------------------------
+
+
+def target_from_gguf(gguf: GgufFile, context: Context, eos_token_ids: tuple[int, ...]) -> NativeTarget:
+    """Pack a GGUF file's blocks.
+
+    Raises:
+        UnsupportedError: an architecture, a tensor type or a size that the kernels cannot do.
+        ModelLoadError: a tensor missing or of the wrong shape.
+    """
+    family = gguf.fields.get("general.architecture")
+    if family not in ("llama", "qwen3"):
+        raise UnsupportedError(f"architecture {family}")
+    if "rope_freqs.weight" in gguf.tensors or gguf.fields.get(f"{family}.rope.scaling.type", "none") != "none":
+        raise UnsupportedError("scaled rotary positions")
+
+    def number(name: str, default: Any = None) -> Any:
+        value = gguf.fields.get(f"{family}.{name}", default)
+        if value is None:
+            raise ModelLoadError(f"{gguf.path}: no {family}.{name}", param="model")
+        return value
+
+    biased = [name for name in gguf.tensors if name.endswith(".bias")]
+    if biased:
+        raise UnsupportedError(f"{biased[0]}")
+    hidden, heads = int(number("embedding_length")), int(number("attention.head_count"))
+    kv_heads, inner = int(number("attention.head_count_kv", heads)), int(number("feed_forward_length"))
+    head_size = int(number("attention.key_length", hidden // max(1, heads)))
+    positions, layers = int(number("context_length")), int(number("block_count"))
+    if min(hidden, heads, kv_heads, inner, head_size, positions, layers) < 1:
+        raise ModelLoadError(f"{gguf.path}: a size below 1 in its metadata", param="model")
+    if int(number("rope.dimension_count", head_size)) != head_size:
+        raise UnsupportedError("rotary positions of a part of each head")
+    vocab = len(gguf.fields.get("tokenizer.ggml.tokens", ())) or gguf.tensor("token_embd.weight").shape[0]
+    turned = family == "llama"  # its query and key rows are stored with the two halves of a head interleaved
+
+    def matrix(parts: Sequence[tuple[str, int, int]], inputs: int) -> PackedMatrix:
+        """Tensors one below the other; (name, rows, heads to be put in order or 0)."""
+        kinds = [gguf.tensor(name).type for name, _, _ in parts]
+        for (name, rows, _), kind in zip(parts, kinds, strict=True):
+            if gguf.tensor(name).shape != (rows, inputs):
+                raise ModelLoadError(
+                    f"{gguf.path}: {name} is {gguf.tensor(name).shape}, expected {(rows, inputs)}", param="model"
+                )
+            if kind not in set(Source):
+                raise UnsupportedError(f"{name} has GGUF type {kind}")
+        bits = {Source(kind).bits or 8 for kind in kinds}
+        if len(bits) > 1:
+            raise UnsupportedError(f"{parts[0][0]} and its neighbours have different precisions")
+        out = PackedMatrix(context, sum(rows for _, rows, _ in parts), inputs, bits.pop())
+        first = 0
+        for (name, rows, turned_heads), kind in zip(parts, kinds, strict=True):
+            order = _halves(turned_heads, rows // turned_heads) if turned_heads else None
+            out.pack(first, rows, gguf.bytes_of(name), Source(kind), order)
+            first += rows
+        return out
+
+    def layer(i: int) -> LayerWeights:
+        name = f"blk.{i}."
+        q, kv = heads * head_size, kv_heads * head_size
+        normed = name + "attn_q_norm.weight" in gguf.tensors
+        return LayerWeights(
+            qkv=matrix(
+                [
+                    (name + "attn_q.weight", q, heads if turned else 0),
+                    (name + "attn_k.weight", kv, kv_heads if turned else 0),
+                    (name + "attn_v.weight", kv, 0),
+                ],
+                hidden,
+            ),
+            o=matrix([(name + "attn_output.weight", hidden, 0)], q),
+            gate=matrix([(name + "ffn_gate.weight", inner, 0)], hidden),
+            up=matrix([(name + "ffn_up.weight", inner, 0)], hidden),
+            down=matrix([(name + "ffn_down.weight", hidden, 0)], inner),
+            input_norm=gguf.floats(name + "attn_norm.weight"),
+            post_norm=gguf.floats(name + "ffn_norm.weight"),
+            q_norm=gguf.floats(name + "attn_q_norm.weight") if normed else None,
+            k_norm=gguf.floats(name + "attn_k_norm.weight") if normed else None,
+        )
+
+    try:
+        cosine, sine = rotary_tables(positions + PAST_THE_END, head_size, float(number("rope.freq_base", 10000.0)))
+        llama = Llama(
+            context,
+            heads=heads,
+            kv_heads=kv_heads,
+            eps=float(number("attention.layer_norm_rms_epsilon")),
+            final_norm=gguf.floats("output_norm.weight"),
+            cosine=cosine,
+            sine=sine,
+            layers=[layer(i) for i in range(layers)],
+        )
+        embedding = matrix([("token_embd.weight", vocab, 0)], hidden)
+        tied = "output.weight" not in gguf.tensors
+        head = embedding if tied else matrix([("output.weight", vocab, 0)], hidden)
+    except ValueError as error:  # what the kernels say of sizes and shapes
+        raise UnsupportedError(str(error)) from error
+    return NativeTarget(llama, embedding, head, family=family, max_positions=positions, eos_token_ids=eos_token_ids)
+
+
+def _halves(heads: int, size: int) -> npt.NDArray[np.int32]:
+    """Which stored row each row is: of each head, all first elements of the pairs and then all second ones."""
+    order = np.arange(heads * size, dtype=np.int32).reshape(heads, size // 2, 2)
+    return np.ascontiguousarray(order.transpose(0, 2, 1).reshape(-1))
+
+
+def rotary_tables(positions: int, head_size: int, base: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """cos and sin [positions, D/2] of unscaled rotary positions."""
+    frequencies = 1.0 / base ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    angles = np.arange(positions, dtype=np.float64)[:, None] * frequencies[None, :]
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

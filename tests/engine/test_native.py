@@ -1,0 +1,200 @@
+"""Targets and drafters on the CPU's integer kernels: the same model as torch runs, and the same text in any company."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from dspark_kernels.cpu import Context, best_isa
+from dspark_kernels.cpu import build as building
+from dspark_stream.config import Config
+from dspark_stream.engine.build import build_engine
+from dspark_stream.errors import ConfigError, ModelLoadError
+from dspark_stream.evaluate import read_prompts
+from dspark_stream.local import LocalEngine
+from dspark_stream.models.cache import Extent
+from dspark_stream.models.checkpoint import load_drafter, save_drafter
+from dspark_stream.models.loading import load_target
+from dspark_stream.models.native import NativeDrafter, NativeTarget
+from dspark_stream.models.target import Rows
+from dspark_stream.progress import SILENT
+from dspark_stream.spec.schedule import parse_schedule
+from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
+from shared_data import shared
+from tiny import tiny_drafter
+
+pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
+
+VOCAB, HIDDEN, HEADS, KV_HEADS, INNER, LAYERS = 64, 128, 4, 2, 160, 3
+KIND = gguf.GGMLQuantizationType
+
+
+def write_model(path, kind=KIND.Q4_1, *, tied=False, change=lambda name, data: data, arch="llama"):
+    """A tiny Llama in GGUF, its query and key rows in the order in which such files have them."""
+    rng = np.random.default_rng(3)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(512)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["t", "1", "t1", *(f"x{i}" for i in range(VOCAB - 3))])
+    writer.add_token_merges(["t 1"])
+    writer.add_eos_token_id(1)
+
+    def add(name, *shape, matrix=True):
+        scale = 2.5 * shape[-1] ** -0.5
+        data = change(name, (rng.standard_normal(shape) * scale if matrix else np.ones(shape)).astype(np.float32))
+        if matrix:
+            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, data)
+
+    add("token_embd.weight", VOCAB, HIDDEN)
+    if not tied:
+        add("output.weight", VOCAB, HIDDEN)
+    add("output_norm.weight", HIDDEN, matrix=False)
+    kv = HIDDEN // HEADS * KV_HEADS
+    for i in range(LAYERS):
+        for name, shape in {"attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN),
+                            "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
+                            "ffn_down": (HIDDEN, INNER)}.items():  # fmt: skip
+            add(f"blk.{i}.{name}.weight", *shape)
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{i}.{name}.weight", HIDDEN, matrix=False)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def context():
+    return Context(2, best_isa())
+
+
+def logits_and_taps(target, ids):
+    target.set_taps((0, 1))
+    out = target.forward([Rows(Extent(0, 64), 0, ids)], target.make_store(64))
+    return out.logits.clone(), out.taps.clone()
+
+
+@pytest.mark.parametrize("kind", [KIND.Q4_0, KIND.Q4_1, KIND.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("tied", [True, False])
+def test_it_is_the_model_that_torch_loads(tmp_path, context, kind, tied):
+    path = write_model(tmp_path / "model.gguf", kind, tied=tied)
+    native = load_target(str(path), kernels=context)
+    assert isinstance(native.target, NativeTarget)
+    plain = load_target(str(path), dtype="float32", device="cpu")
+    assert native.target.eos_token_ids == plain.target.eos_token_ids == (1,)
+    assert (native.name, native.fingerprint) == (plain.name, plain.fingerprint)
+    ids = [int(i) for i in np.random.default_rng(1).integers(0, VOCAB, 40)]
+    (own, own_taps), (want, want_taps) = logits_and_taps(native.target, ids), logits_and_taps(plain.target, ids)
+    assert torch.nn.functional.cosine_similarity(own, want).mean() > 0.99
+    assert torch.nn.functional.cosine_similarity(own_taps, want_taps).mean() > 0.99
+    some = torch.tensor([3, 5])
+    assert torch.allclose(native.target.head_rows(some), plain.target.head_rows(some), atol=1e-2)
+
+
+def test_a_drafter_drafts_the_same(tmp_path, context):
+    path = write_model(tmp_path / "model.gguf", KIND.Q8_0)
+    plain = load_target(str(path), dtype="float32", device="cpu").target
+    native = load_target(str(path), kernels=context).target
+    save_drafter(tiny_drafter(plain, draft_vocab=40), tmp_path / "drafter", torch.float32)
+    ids = [int(i) for i in np.random.default_rng(2).integers(0, VOCAB, 21)]
+    hidden, walked = [], []
+    for target in (plain, native):
+        drafter = load_drafter(tmp_path / "drafter", target)
+        assert isinstance(drafter, NativeDrafter) == (target is native)
+        if target is native:
+            drafter.pack()
+        store, kv = target.make_store(64), drafter.make_store(64)
+        taps = target.forward([Rows(Extent(16, 48), 0, ids)], store).taps.clone()
+        drafter.append_context(taps[:20], list(range(20)), list(range(16, 36)), kv)
+        hidden.append(drafter.draft_hidden([(Extent(16, 48), 20, ids[20])], kv).clone())
+        walked.append(drafter.base_logits(hidden[-1]).clone())
+    assert torch.nn.functional.cosine_similarity(hidden[0], hidden[1], dim=-1).min() > 0.99
+    assert torch.nn.functional.cosine_similarity(walked[0], walked[1], dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize("way", ["truncated", "missing tensor", "wrong shape"])
+def test_a_broken_file_is_said(tmp_path, context, way):
+    path = tmp_path / "model.gguf"
+    if way == "wrong shape":
+        write_model(path, change=lambda name, data: data[:-1] if name == "blk.1.ffn_up.weight" else data)
+    else:
+        write_model(path)
+    if way == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    if way == "missing tensor":
+        path.write_bytes(path.read_bytes().replace(b"blk.2.ffn_down.weight", b"blk.2.ffn_dawn.weight"))
+    with pytest.raises(ModelLoadError, match=r"model\.gguf"):
+        load_target(str(path), kernels=context)
+
+
+def test_what_the_kernels_do_not_know_runs_on_torch(tmp_path, context, caplog):
+    path = write_model(tmp_path / "model.gguf", KIND.Q5_0)
+    loaded = load_target(str(path), kernels=context)
+    assert not isinstance(loaded.target, NativeTarget)
+    assert "runs on torch" in caplog.text
+    assert "type 6" in caplog.text
+
+
+def test_kernels_that_the_machine_cannot_run_are_refused(monkeypatch):
+    monkeypatch.setattr("dspark_stream.engine.build.supported_isas", lambda: ["portable"])
+    with pytest.raises(ConfigError, match="avx512"):
+        build_engine(Config(cpu_kernels="avx512"), SILENT)
+
+
+# --- the shipped model ---------------------------------------------------------------------------------------
+
+
+def run(local, prompts, mode, streams, tokens):
+    requests = [
+        GenerationRequest(
+            request_id=str(i),
+            prompt_ids=ids,
+            sampling=SamplingParams(max_tokens=tokens, temperature=0.0),
+            mode=mode,
+        )
+        for i, ids in enumerate(prompts)
+    ]
+    texts = [[] for _ in prompts]
+    for event, _ in local.run(requests, streams):
+        if isinstance(event, TokensEvent):
+            texts[int(event.request_id)] += event.token_ids
+        else:
+            assert isinstance(event, FinishedEvent)
+            assert event.reason in ("stop", "length")
+    return texts
+
+
+@pytest.mark.timeout(900)
+def test_greedy_text_is_the_same_alone_in_company_plain_and_speculated():
+    """Token for token, on every evaluation prompt: no row knows which others are in its batch."""
+    engine, codec = build_engine(Config(max_num_seqs=16, kv_memory=256 << 20, max_model_len=1024), SILENT)
+    assert isinstance(engine._models.target, NativeTarget)
+    prompts = [
+        tuple(codec.encode_chat([(m.role, m.content) for m in p.messages]))
+        for path in sorted(shared("data/eval").glob("*.jsonl"))
+        for p in read_prompts(path)
+    ]
+    prompts = [p for p in prompts if len(p) < 900]
+    with LocalEngine(engine) as local:
+        alone = run(local, prompts, "plain", 1, 24)
+        assert run(local, prompts, "plain", 16, 24) == alone
+        assert run(local, prompts, "dspark", 16, 24) == alone
+        assert run(local, prompts[::4], "dspark", 1, 24) == alone[::4]
+        engine._models.schedule = parse_schedule("fixed:7")
+        assert run(local, prompts[1::4], "dspark", 3, 24) == alone[1::4]
+    assert len(prompts) > 150

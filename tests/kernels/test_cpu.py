@@ -1,0 +1,374 @@
+"""The CPU's integer kernels against their plain-torch contract, on every instruction set that this machine has.
+
+`DSPARK_CPU_SANITIZE=1` runs the same tests on a build with address and undefined-behaviour sanitizers; the last test
+does that in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Source, supported_isas
+from dspark_kernels.cpu import build as building
+from dspark_kernels.cpu.library import LayerWeights, Store
+from dspark_kernels.cpu.reference import LayerReference, LlamaReference, product, rms_norm, walk
+
+SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"
+needs_compiler = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
+pytestmark = needs_compiler
+
+KINDS = {Source.Q4_0: gguf.GGMLQuantizationType.Q4_0, Source.Q4_1: gguf.GGMLQuantizationType.Q4_1,
+         Source.Q8_0: gguf.GGMLQuantizationType.Q8_0}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=supported_isas())
+def context(request):
+    return Context(2, request.param, sanitize=SANITIZE)
+
+
+def random(*shape, seed=0, scale=1.0):
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+
+
+def packed(context, weights, bits=8):
+    out = PackedMatrix(context, *weights.shape, bits)
+    out.pack(0, len(weights), weights, Source.F32)
+    return out
+
+
+def dequantised(matrix):
+    return torch.from_numpy(matrix.rows(range(matrix.outputs)))
+
+
+# --- matrices ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(16, 32), (1, 64), (40, 96), (33, 160)])
+def test_blocks_are_unpacked_as_the_formats_library_does(context, kind, shape):
+    blocks = gguf.quants.quantize(random(*shape), KINDS[kind])
+    matrix = PackedMatrix(context, *shape, kind.bits)
+    matrix.pack(0, shape[0], blocks, kind)
+    want = gguf.quants.dequantize(blocks, KINDS[kind])
+    np.testing.assert_allclose(matrix.rows(range(shape[0])), want, rtol=2e-6, atol=2e-6)
+    assert matrix.nbytes >= blocks.nbytes
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.52 / 15), (8, 0.52 / 127)])
+def test_floats_are_rounded_to_the_nearest_quant(context, bits, most):
+    weights = random(20, 64)
+    groups = weights.reshape(20, 2, 32)
+    width = np.ptp(groups, -1) if bits == 4 else np.abs(groups).max(-1)
+    error = np.abs(packed(context, weights, bits).rows(range(20)) - weights).reshape(20, 2, 32).max(-1)
+    assert (error <= most * width + 2e-3).all()
+
+
+@pytest.mark.parametrize("weights", [np.zeros((3, 32)), np.full((3, 32), 5.0), np.full((3, 32), -1e-9)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_flat_groups_survive(context, bits, weights):
+    np.testing.assert_allclose(packed(context, weights.astype(np.float32), bits).rows([0, 2]), weights[:2], rtol=4e-3,
+                               atol=1e-7)  # fmt: skip
+
+
+def test_rows_can_be_put_in_another_order_and_one_below_the_other(context):
+    weights = random(12, 32)
+    blocks = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
+    whole = PackedMatrix(context, 12, 32, 8)
+    whole.pack(0, 12, blocks, Source.Q8_0)
+    parts = PackedMatrix(context, 20, 32, 8)
+    order = np.array([5, 0, 11, 3, 2, 1, 4, 6, 7, 8], dtype=np.int32)
+    parts.pack(0, 10, blocks, Source.Q8_0, order)
+    parts.pack(10, 10, blocks, Source.Q8_0)
+    rows = whole.rows(range(12))
+    np.testing.assert_array_equal(parts.rows(range(20)), np.concatenate((rows[order], rows[:10])))
+    np.testing.assert_array_equal(whole.take([7, 7, 0]).rows(range(3)), rows[[7, 7, 0]])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (7, 64), (50, 160), (130, 576)])
+def test_products(context, bits, outputs, inputs):
+    matrix = packed(context, random(outputs, inputs), bits)
+    x = random(40, inputs, seed=1)
+    want = product(torch.from_numpy(x), dequantised(matrix)).numpy()
+    alone = [matrix.product(x[i : i + 1])[0] for i in range(18)]
+    for rows in (*range(1, 18), 32, 40):
+        out = np.full((rows, outputs), np.nan, dtype=np.float32)
+        matrix.product(x[:rows], out)
+        np.testing.assert_allclose(out, want[:rows], rtol=1e-4, atol=2e-5 * inputs)
+        for i in range(min(rows, 18)):  # to the bit: who else is in the batch makes no difference
+            assert (out[i] == alone[i]).all()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-3, 1e4, 1e30])
+def test_extreme_activations(context, scale):
+    matrix = packed(context, random(32, 64))
+    x = random(3, 64, seed=2)
+    x[0], x[1, :32] = 0.0, 0.0
+    x[2, 5] = 1000.0
+    x = (x * np.float32(scale)).astype(np.float32)
+    want = product(torch.from_numpy(x).double(), dequantised(matrix).double()).numpy()
+    np.testing.assert_allclose(matrix.product(x), want, rtol=1e-3, atol=1e-4 * scale * 1000 + 1e-28)
+
+
+def test_all_quants_at_their_ends(context):
+    """The largest products of both signs: nothing may saturate on the way."""
+    blocks = np.zeros((16, 34), dtype=np.uint8)
+    blocks[:, :2] = np.frombuffer(np.float16(1.0).tobytes(), dtype=np.uint8)
+    blocks[:8, 2:], blocks[8:, 2:] = 127, 128  # 128 is -128
+    matrix = PackedMatrix(context, 16, 32, 8)
+    matrix.pack(0, 16, blocks, Source.Q8_0)
+    x = np.full((2, 32), 127.0, dtype=np.float32)
+    x[1] = -127.0
+    want = np.array([[127.0] * 8 + [-128.0] * 8]) * 127 * 32
+    np.testing.assert_allclose(matrix.product(x), np.concatenate((want, -want)), rtol=1e-6)
+
+
+def test_not_a_number_stays_in_its_row(context):
+    matrix = packed(context, random(16, 64))
+    x = random(3, 64)
+    x[1, 3] = np.nan
+    alone = matrix.product(x[[0, 2]])
+    assert (matrix.product(x)[[0, 2]] == alone).all()
+
+
+def test_sizes_that_do_not_fit_are_refused(context):
+    with pytest.raises(ValueError, match="divide by 32"):
+        PackedMatrix(context, 4, 33, 8)
+    matrix = PackedMatrix(context, 4, 32, 8)
+    with pytest.raises(ValueError, match="Q4_1"):
+        matrix.pack(0, 4, np.zeros((4, 20), dtype=np.uint8), Source.Q4_1)
+    with pytest.raises(ValueError, match="need 136"):
+        matrix.pack(0, 4, np.zeros(135, dtype=np.uint8), Source.Q8_0)
+    with pytest.raises(ValueError, match="channels"):
+        matrix.pack(1, 4, np.zeros((4, 34), dtype=np.uint8), Source.Q8_0)
+    with pytest.raises(ValueError, match="outside"):
+        matrix.rows([4])
+    with pytest.raises(ValueError, match="shape"):
+        matrix.product(np.zeros((2, 64), dtype=np.float32))
+
+
+# --- layers --------------------------------------------------------------------------------------------------
+
+
+def tables(positions, size):
+    angles = np.arange(positions)[:, None] / 1000.0 ** (np.arange(size // 2) / (size // 2))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def models(context, *, heads, kv_heads, size, hidden, inner, layers, norms, seed=0):
+    """The same random model on the kernels and in plain torch."""
+    numbers = iter(range(seed * 1000, seed * 1000 + 999))
+
+    def matrix(outputs, inputs, bits):
+        return packed(context, random(outputs, inputs, seed=next(numbers), scale=inputs**-0.5), bits)
+
+    def norm(width):
+        return 1 + random(width, seed=next(numbers), scale=0.1)
+
+    native, plain = [], []
+    for i in range(layers):
+        bits = 4 if i % 2 else 8
+        width = heads * size
+        parts = [matrix(width + 2 * kv_heads * size, hidden, bits), matrix(hidden, width, bits),
+                 matrix(inner, hidden, bits), matrix(inner, hidden, bits), matrix(hidden, inner, bits)]  # fmt: skip
+        scales = [norm(hidden), norm(hidden), *([norm(size), norm(size)] if norms else [])]
+        plain.append(LayerReference(*map(dequantised, parts), *map(torch.from_numpy, scales)))
+        native.append(LayerWeights(*parts, *scales))
+    final, (cosine, sine) = norm(hidden), tables(128, size)
+    llama = Llama(context, heads=heads, kv_heads=kv_heads, eps=1e-5, final_norm=final, cosine=cosine, sine=sine,
+                  layers=native)  # fmt: skip
+
+    def reference():
+        return LlamaReference(plain, *map(torch.from_numpy, (final, cosine, sine)), heads=heads, kv_heads=kv_heads,
+                              eps=1e-5)  # fmt: skip
+
+    return llama, reference
+
+
+SHAPES = {
+    "one key head": {"heads": 3, "kv_heads": 1, "size": 32, "hidden": 96, "inner": 160, "layers": 2, "norms": False},
+    "SmolLM2": {"heads": 9, "kv_heads": 3, "size": 64, "hidden": 576, "inner": 192, "layers": 1, "norms": False},
+    "all heads": {"heads": 2, "kv_heads": 2, "size": 32, "hidden": 64, "inner": 96, "layers": 3, "norms": False},
+    "Qwen3": {"heads": 10, "kv_heads": 2, "size": 128, "hidden": 64, "inner": 64, "layers": 1, "norms": True},
+}
+
+
+def forward(llama, x, start, slot, store, taps=(), visible=None):
+    """One stream's rows at positions from ``start`` on."""
+    position = np.arange(start, start + len(x), dtype=np.int32)
+    first = np.full(len(x), slot, dtype=np.int32)
+    seen = position + 1 if visible is None else np.full(len(x), visible, dtype=np.int32)
+    out, kept = x.copy(), np.full((len(x), len(taps) * x.shape[1]), np.nan, dtype=np.float32)
+    llama.forward(out, Pass(position, first + position, first, seen), store, np.array(taps, dtype=np.int32), kept)
+    return out, kept
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_layers_are_the_references(context, shape):
+    llama, reference = models(context, **shape)
+    hidden = shape["hidden"]
+    store = Store.zeros(shape["layers"], 256, shape["kv_heads"], shape["size"])
+    plain = reference()
+    taps = list(range(shape["layers"] - 1))
+    for start, count in ((0, 19), (19, 1), (20, 5), (25, 17)):
+        x = random(count, hidden, seed=start)
+        out, kept = forward(llama, x, start, 32, store, taps)
+        positions = torch.arange(start, start + count)
+        want, outputs = plain.forward(torch.from_numpy(x), positions, positions + 1)
+        # An activation that rounds to the other side of a tie moves what comes after it by a hundredth; where none
+        # does the two agree to the last bits, which after one layer most rows do.
+        error = np.abs(out - want.numpy())
+        assert error.mean() < 1e-2
+        assert error.max() < 0.2
+        if start == 0:
+            first = np.abs(kept[:, :hidden] - outputs[0].numpy()) if taps else error
+            assert np.median(first) < 1e-5
+        for at, layer in enumerate(taps):
+            part = kept[:, at * hidden : (at + 1) * hidden]
+            assert np.abs(part - outputs[layer].numpy()).mean() < 1e-2
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_row_does_not_know_its_neighbours(context, shape):
+    """To the bit: one by one, in chunks, and with strangers in the batch."""
+    llama, _ = models(context, **shape)
+    rows = random(40, shape["hidden"], seed=7)
+    strangers = random(11, shape["hidden"], seed=8)
+    new_store = lambda: Store.zeros(shape["layers"], 256, shape["kv_heads"], shape["size"])  # noqa: E731
+    whole, _ = forward(llama, rows, 0, 16, new_store())
+    for sizes in ([1] * 40, [3, 17, 20], [16, 16, 8]):
+        store, at = new_store(), 0
+        for size in sizes:
+            out, _ = forward(llama, rows[at : at + size], at, 16, store)
+            assert (out == whole[at : at + size]).all()
+            at += size
+    store = new_store()
+    forward(llama, rows[:30], 0, 16, store)
+    x = np.concatenate((strangers, rows[30:], strangers[:3]))
+    position = np.concatenate((np.arange(11), np.arange(30, 40), np.arange(11, 14))).astype(np.int32)
+    first = np.array([96] * 11 + [16] * 10 + [96] * 3, dtype=np.int32)
+    llama.forward(x, Pass(position, first + position, first, position + 1), store, np.empty(0, np.int32),
+                  np.empty((24, 0), np.float32))  # fmt: skip
+    assert (x[11:21] == whole[30:]).all()
+
+
+def test_a_block_sees_its_context_and_all_of_itself(context):
+    """What a drafter does: context keys and values from features, then rows without a mask among them."""
+    shape = SHAPES["SmolLM2"]
+    llama, reference = models(context, **shape)
+    hidden = shape["hidden"]
+    fc, norm = packed(context, random(hidden, 2 * hidden, seed=3, scale=0.03)), 1 + random(hidden, seed=4, scale=0.1)
+    store, plain = Store.zeros(1, 128, 3, 64), reference()
+    features = random(21, 2 * hidden, seed=5)
+    for start, stop in ((0, 16), (16, 21)):
+        position = np.arange(start, stop, dtype=np.int32)
+        llama.append_context(fc, norm, features[start:stop], position, position + 48, store)
+        normed = rms_norm(
+            product(torch.from_numpy(features[start:stop]), dequantised(fc)), torch.from_numpy(norm), 1e-5
+        )
+        plain.append_context(normed, torch.arange(start, stop))
+    block = random(7, hidden, seed=6)
+    out, _ = forward(llama, block, 21, 48, store, visible=28)
+    want, _ = plain.forward(torch.from_numpy(block), torch.arange(21, 28), torch.full((7,), 28))
+    assert np.abs(out - want.numpy()).mean() < 5e-3
+    # what lies past the block is never looked at, whatever it holds
+    store.keys[:, 5:], store.values[:, 76:] = np.nan, np.nan
+    poisoned = store.keys.copy()
+    poisoned[:, (48 + 28) // 16, :, :, (48 + 28) % 16 :] = np.nan
+    again, _ = forward(llama, block, 21, 48, Store(poisoned, store.values), visible=28)
+    assert (again == out).all()
+
+
+# --- the sequential head -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [1, 2, 5, 17, 40])
+@pytest.mark.parametrize("reduced", [True, False], ids=["draft vocabulary", "all"])
+def test_the_walk(context, streams, reduced):
+    gamma, vocabulary, target_vocabulary, rank, hidden = 5, 83, 83 if not reduced else 200, 32, 48
+    ids = np.sort(np.random.default_rng(1).permutation(target_vocabulary)[:vocabulary]).astype(np.int32)
+    w1 = random(target_vocabulary, rank, seed=2).astype(np.float16)
+    w2 = packed(context, random(vocabulary, rank, seed=3))
+    confidence = random(hidden + rank, seed=4)
+    base, h = random(streams, gamma, vocabulary, seed=5), random(streams, gamma, hidden, seed=6)
+    anchors = np.random.default_rng(7).integers(0, target_vocabulary, streams).astype(np.int32)
+    head = Head(w1, w2, confidence, 0.25, ids if reduced else None)
+    tokens, logits = head.walk(context, base, h, anchors)
+    draft_ids = torch.from_numpy(ids).long() if reduced else None
+    table = torch.from_numpy(w1).float()
+    want = walk(torch.from_numpy(base), table, dequantised(w2), draft_ids, torch.from_numpy(anchors))
+    np.testing.assert_array_equal(tokens, want)
+    previous = torch.cat((torch.from_numpy(anchors).long().unsqueeze(1), want[:, :-1]), 1)
+    e = torch.cat((torch.from_numpy(h), table[previous]), -1)
+    np.testing.assert_allclose(logits, e @ torch.from_numpy(confidence) + 0.25, rtol=1e-4, atol=1e-4)
+
+
+def test_the_walk_without_heads_is_an_argmax_and_ties_go_to_the_first(context):
+    base = np.zeros((3, 4, 70), dtype=np.float32)
+    base[1, 2, 50] = base[1, 2, 60] = 1.0
+    base[2, 3] = -np.inf
+    base[2, 3, 69] = -1e30
+    head = Head(None, None, None, 0.0, None)
+    tokens, logits = head.walk(context, base, np.zeros((3, 4, 16), dtype=np.float32), np.zeros(3, dtype=np.int32))
+    assert tokens.tolist() == [[0, 0, 0, 0], [0, 0, 50, 0], [0, 0, 0, 69]]
+    assert not logits.any()
+
+
+# --- builds --------------------------------------------------------------------------------------------------
+
+
+def test_one_thread_and_many_agree_to_the_bit(context):
+    weights, x = random(100, 96), random(9, 96, seed=1)
+    results = []
+    for threads in (1, 2, 5):
+        own = Context(threads, context.isa, sanitize=SANITIZE)
+        results.append(packed(own, weights, 4).product(x))
+    assert all((r == results[0]).all() for r in results)
+
+
+def test_without_a_compiler_it_is_said_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(building, "compiler", lambda: None)
+    with pytest.raises(building.NoCompilerError, match=r"apt-get install g\+\+"):
+        building.build("portable")
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(building, "compiler", lambda: ["/bin/false"])
+    with pytest.raises(building.NoCompilerError, match=r"/bin/false .* failed"):
+        building.build("portable")
+    assert not list((tmp_path / "dspark-stream" / "kernels").iterdir())
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(SANITIZE, reason="this is what it runs")
+def test_the_sanitizers_find_nothing():
+    """The same tests on an instrumented build, in a process that has its runtime loaded before anything else."""
+    found = building.compiler()
+    runtimes = [
+        subprocess.run([*found, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(os.path.isabs(r) for r in runtimes):
+        pytest.skip("the compiler has no sanitizer runtime")
+    environment = os.environ | {
+        "DSPARK_CPU_SANITIZE": "1",
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, and many
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
