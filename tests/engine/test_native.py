@@ -34,6 +34,7 @@ KIND = gguf.GGMLQuantizationType
 def write_model(path, kind=KIND.Q4_1, *, tied=False, change=lambda name, data: data, arch="llama"):
     """A tiny Llama in GGUF, its query and key rows in the order in which such files have them."""
     rng = np.random.default_rng(3)
+    size = 128 if arch == "qwen3" else HIDDEN // HEADS  # the library knows no other for Qwen3
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
@@ -43,7 +44,9 @@ def write_model(path, kind=KIND.Q4_1, *, tied=False, change=lambda name, data: d
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -63,14 +66,16 @@ def write_model(path, kind=KIND.Q4_1, *, tied=False, change=lambda name, data: d
     if not tied:
         add("output.weight", VOCAB, HIDDEN)
     add("output_norm.weight", HIDDEN, matrix=False)
-    kv = HIDDEN // HEADS * KV_HEADS
+    queries, kv = size * HEADS, size * KV_HEADS
     for i in range(LAYERS):
-        for name, shape in {"attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN),
-                            "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
+        for name, shape in {"attn_q": (queries, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN),
+                            "attn_output": (HIDDEN, queries), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
                             "ffn_down": (HIDDEN, INNER)}.items():  # fmt: skip
             add(f"blk.{i}.{name}.weight", *shape)
         for name in ("attn_norm", "ffn_norm"):
             add(f"blk.{i}.{name}.weight", HIDDEN, matrix=False)
+        for name in ("attn_q_norm", "attn_k_norm") if arch == "qwen3" else ():
+            add(f"blk.{i}.{name}.weight", size, matrix=False)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -90,9 +95,9 @@ def logits_and_taps(target, ids):
 
 
 @pytest.mark.parametrize("kind", [KIND.Q4_0, KIND.Q4_1, KIND.Q8_0], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("tied", [True, False])
-def test_it_is_the_model_that_torch_loads(tmp_path, context, kind, tied):
-    path = write_model(tmp_path / "model.gguf", kind, tied=tied)
+@pytest.mark.parametrize(("arch", "tied"), [("llama", True), ("llama", False), ("qwen3", False)])
+def test_it_is_the_model_that_torch_loads(tmp_path, context, kind, arch, tied):
+    path = write_model(tmp_path / "model.gguf", kind, tied=tied, arch=arch)
     native = load_target(str(path), kernels=context)
     assert isinstance(native.target, NativeTarget)
     plain = load_target(str(path), dtype="float32", device="cpu")

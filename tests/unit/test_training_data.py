@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+from collections import Counter
 
 import pytest
 
@@ -135,7 +136,7 @@ def test_mask_token_is_one_that_no_text_contains():
     ("values", "param"),
     [
         ({"follow_ups": 1.5}, "follow_ups"),
-        ({"own_prompts": 0}, "own_prompts"),
+        ({"own_prompts": -1}, "own_prompts"),
         ({"steps": None}, "minutes"),
         ({"minutes": 0.0}, "minutes"),
         ({"minutes": float("nan")}, "minutes"),
@@ -228,6 +229,12 @@ def test_half_is_greedy_and_repeats_are_not(tmp_path):
     assert [q.temperature for q in asked[:10]].count(0.0) == 5
     assert {q.temperature for q in asked[10:]} == {1.0}
     assert [q.messages for q in asked[10:20]] == [q.messages for q in asked[:10]]
+
+
+def test_files_and_prompts_of_its_own_can_be_asked_together(tmp_path):
+    run_plan = texts_plan(prompts=(prompt_file(tmp_path, 5),), own_prompts=10, turns=1)
+    answers = read_answers(write_texts(run_plan, tmp_path / "run", StubWriter()), 1000)
+    assert Counter(a.domain for a in answers) == {"math": 5, OWN_DOMAIN: 8}
 
 
 @pytest.mark.parametrize("files", [True, False], ids=["from files", "by itself"])

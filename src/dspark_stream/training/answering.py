@@ -25,7 +25,7 @@ from dspark_stream.evaluate import read_prompts
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.progress import Progress
 from dspark_stream.training.answers import Answer, answer_line
-from dspark_stream.training.plan import TrainPlan
+from dspark_stream.training.plan import OWN_PROMPTS, TrainPlan
 from dspark_stream.training.writers import Ask, Writer
 
 Turns = tuple[tuple[str, str], ...]
@@ -147,12 +147,13 @@ class Scribe:
     # --- prompts ---------------------------------------------------------------------------------------------
 
     def _prompts(self) -> list[tuple[str, Turns]]:
-        """(domain, turns) of every prompt: of the files, or the target's own."""
-        if self.plan.prompts:
-            return read_files(self.plan.prompts)
-        wanted = [()] * self.plan.own_prompts
-        texts = self._user_turns(wanted, "prompts", "prompts that the target writes")
-        return [(OWN_DOMAIN, (("user", text),)) for text in texts.values()]
+        """(domain, turns) of every prompt: of the files, and the target's own."""
+        prompts = read_files(self.plan.prompts)
+        wanted = self.plan.own_prompts or (0 if prompts else OWN_PROMPTS)
+        if wanted:
+            texts = self._user_turns([()] * wanted, "prompts", "prompts that the target writes")
+            prompts += [(OWN_DOMAIN, (("user", text),)) for text in texts.values()]
+        return prompts
 
     def _user_turns(self, histories: Sequence[Turns], name: str, label: str) -> dict[int, str]:
         """A user's next turn for each history, by its number; left out where what came is no use as a turn."""

@@ -46,7 +46,7 @@ DATA: list[Option] = [
         "JSONL files of prompts (messages); the target answers them (default: it writes prompts, too)",
         {"nargs": "+", "metavar": "FILE"},
     ),
-    ("own_prompts", "without --prompts: user turns that the target is let write", {"type": int}),
+    ("own_prompts", "user turns that the target is let write (default: 2000 without --prompts)", {"type": int}),
     ("turns", "most turns of a conversation; later ones are written by the target", {"type": int}),
     ("follow_ups", "share of conversations that go on after their first answer", {"type": float, "metavar": "SHARE"}),
     ("answers", "JSONL file of answers that the target wrote before, instead of --prompts", {"metavar": "FILE"}),

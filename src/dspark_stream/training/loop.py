@@ -260,7 +260,7 @@ def make_optimizers(drafter: Drafter, config: LoopConfig) -> list[torch.optim.Op
     """Muon for the matrices between hidden states, AdamW for the rest (norms, the heads' tables), at one rate.
 
     Muon's update is scaled to have the size that AdamW's would have (``match_rms_adamw``). For the same tokens it
-    trains further than AdamW alone, which is what counts where tokens are dear; see docs/drafter.md for by how much.
+    trains further than AdamW alone, which is what counts where time is dear (docs/decisions/008).
     """
     named = [(n, p) for n, p in drafter.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if p.ndim == 2 and n.startswith(("layers.", "fc."))] if config.muon else []

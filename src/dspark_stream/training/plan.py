@@ -15,6 +15,7 @@ from dspark_stream.errors import ConfigError
 HeadChoice = Literal["markov", "gated", "rnn", "none"]
 HEADS: tuple[HeadChoice, ...] = ("markov", "gated", "rnn", "none")
 FILE = "train.json"
+OWN_PROMPTS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class TrainPlan:
     limit: int | None = None
     held_out: int = 48
     # texts
-    own_prompts: int = 2000
+    own_prompts: int = 0
+    """0: `OWN_PROMPTS` where no prompt files are given, else none."""
     turns: int = 3
     follow_ups: float = 0.2
     answer_tokens: int = 256
@@ -63,7 +65,7 @@ class TrainPlan:
             ("rank", 1, 4096),
             ("batch", 1, 4096),
             ("anchors", 1, 4096),
-            ("own_prompts", 1, 2**24),
+            ("own_prompts", 0, 2**24),
             ("turns", 1, 64),
             ("answer_tokens", 2, 2**20),
             ("streams", 1, 4096),
