@@ -158,6 +158,24 @@ def _add_decoding(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's own stop tokens")
 
 
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add what is run and how it is told: the same flags for ``eval`` and ``calibrate``."""
+    parser.add_argument(
+        "--prompts", nargs="+", type=Path, required=True, metavar="FILE", help="prompt files (JSON lines)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=lambda text: None if text == "all" else _number(int, 1, 1 << 31)(text),
+        default=None,
+        metavar="N",
+        help="take the first N prompts of each file (default: all)",
+    )
+    parser.add_argument(
+        "--streams", type=_number(int, 1, 4096), default=8, metavar="N", help="prompts at once (default: 8)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
 # --- serve -------------------------------------------------------------------------------------------------
 
 _SERVE_EPILOG = """\
@@ -274,19 +292,7 @@ def _add_eval(into: _Subparsers) -> None:
     parser = _add_command(
         into, "eval", commands.evaluate, "measure accepted length and speed on prompt files", _EVAL_EPILOG
     )
-    parser.add_argument(
-        "--prompts", nargs="+", type=Path, required=True, metavar="FILE", help="prompt files (JSON lines)"
-    )
-    parser.add_argument(
-        "--limit",
-        type=lambda text: None if text == "all" else _number(int, 1, 1 << 31)(text),
-        default=None,
-        metavar="N",
-        help="take the first N prompts of each file (default: all)",
-    )
-    parser.add_argument(
-        "--streams", type=_number(int, 1, 4096), default=8, metavar="N", help="prompts at once (default: 8)"
-    )
+    _add_prompts(parser)
     parser.add_argument(
         "--turns",
         type=_number(int, 1, 64),
@@ -294,7 +300,6 @@ def _add_eval(into: _Subparsers) -> None:
         metavar="N",
         help='go on with the prompts\' "follow_ups" for up to N turns (default: 1)',
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
         "--no-quant-cost", action="store_true", help="leave out the unquantised run beside a quantised one"
     )
@@ -319,19 +324,7 @@ def _add_calibrate(into: _Subparsers) -> None:
     parser = _add_command(
         into, "calibrate", commands.calibrate, "fit a drafter's confidence to what is accepted", _CALIBRATE_EPILOG
     )
-    parser.add_argument(
-        "--prompts", nargs="+", type=Path, required=True, metavar="FILE", help="prompt files (JSON lines), as for eval"
-    )
-    parser.add_argument(
-        "--limit",
-        type=_number(int, 1, 1 << 31),
-        default=None,
-        metavar="N",
-        help="take the first N prompts of each file (default: all)",
-    )
-    parser.add_argument(
-        "--streams", type=_number(int, 1, 4096), default=8, metavar="N", help="prompts at once (default: 8)"
-    )
+    _add_prompts(parser)
     parser.add_argument(
         "--max-tokens",
         type=_number(int, 2, 1 << 24),
@@ -343,7 +336,6 @@ def _add_calibrate(into: _Subparsers) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where calibration.json is written (default: the drafter's folder)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     settings.add_arguments(parser, ("model", "engine"))
 
 
