@@ -20,8 +20,7 @@ from dspark_kernels.cpu.library import LayerWeights, Store
 from dspark_kernels.cpu.reference import LayerReference, LlamaReference, product, rms_norm, walk
 
 SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"
-needs_compiler = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
-pytestmark = needs_compiler
+pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
 
 KINDS = {Source.Q4_0: gguf.GGMLQuantizationType.Q4_0, Source.Q4_1: gguf.GGMLQuantizationType.Q4_1,
          Source.Q8_0: gguf.GGMLQuantizationType.Q8_0}  # fmt: skip
