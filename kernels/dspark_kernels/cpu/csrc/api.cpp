@@ -3,6 +3,7 @@
 // ranges: pointers are trusted here.
 #include <cstdio>
 #include <exception>
+#include <stdexcept>
 #include <string>
 
 #include "llama.h"
@@ -116,7 +117,10 @@ const char* dspark_isa() { return ISA; }
 const char* dspark_error() { return last_error.c_str(); }
 
 Context* dspark_context(int threads) {
-    return guarded([&] { return new Context(threads); });
+    return guarded([&] {
+        if (!allow_matrix_unit()) throw std::runtime_error("the system does not allow the use of AMX");
+        return new Context(threads);
+    });
 }
 void dspark_free_context(Context* context) { delete context; }
 
