@@ -27,7 +27,7 @@
 namespace dspark {
 
 constexpr int ROWS = 16;          // activations that one reading of the weights serves
-constexpr size_t PREFETCH = 2048;  // bytes ahead: the processor's own prefetching stops at every page
+constexpr size_t PREFETCH = 4096;  // bytes ahead: the processor's own prefetching stops at every page
 
 #if defined(__GNUC__)
 #define DSPARK_APART __attribute__((noinline))
@@ -312,5 +312,26 @@ inline void product(const Matrix& w, int t, const Quantised& x, int rows, Use us
         for (int r = 0; r < some; r++) use(first + r, out[r]);
     }
 }
+
+// The largest score of a row and where it stands, tile after tile: of equal ones the first. Indices are exact as floats
+// up to 2^24.
+struct Best {
+    Floats score = Floats::all(-INFINITY), tile = Floats::zero();
+
+    void see(Floats scores, int t) {
+        tile = pick(scores, score, Floats::all(static_cast<float>(t)), tile);
+        score = max(scores, score);
+    }
+    // The best of all lanes, as a channel, unless `index` with `most` is better.
+    void onto(float& most, int32_t& index) const {
+        alignas(64) float scores[LANES], tiles[LANES];
+        score.store(scores);
+        tile.store(tiles);
+        for (int lane = 0; lane < LANES; lane++) {
+            const int32_t channel = static_cast<int32_t>(tiles[lane]) * LANES + lane;
+            if (scores[lane] > most || (scores[lane] == most && channel < index)) most = scores[lane], index = channel;
+        }
+    }
+};
 
 }  // namespace dspark

@@ -62,6 +62,10 @@ struct Floats {
     }
 };
 
+// lanes of x where a > b, else of y
+inline Floats pick(Floats a, Floats b, Floats x, Floats y) {
+    return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), x.v)};
+}
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -182,6 +186,10 @@ struct Floats {
     }
 };
 
+inline Floats pick(Floats a, Floats b, Floats x, Floats y) {
+    return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ)),
+            _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ))};
+}
 inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -323,6 +331,9 @@ struct Floats {
 };
 
 #define DSPARK_EACH(expression) Floats::make([&](int i) { return (expression); })
+inline Floats pick(const Floats& a, const Floats& b, const Floats& x, const Floats& y) {
+    return DSPARK_EACH(a.v[i] > b.v[i] ? x.v[i] : y.v[i]);
+}
 inline Floats operator+(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] + b.v[i]); }
 inline Floats operator-(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] - b.v[i]); }
 inline Floats operator*(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] * b.v[i]); }
