@@ -6,7 +6,10 @@ heads, N token slots.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
+import mmap
 import weakref
 from collections.abc import Sequence
 from enum import IntEnum
@@ -336,14 +339,26 @@ class Store(NamedTuple):
         """Room for ``slots`` (rounded up to whole tiles); costs no memory until it is written."""
         tiles = -(-slots // LANES)
         return Store(
-            np.zeros((layers, tiles, kv_heads, head_size, LANES), dtype=np.float16),
-            np.zeros((layers, tiles * LANES, kv_heads, head_size), dtype=np.float16),
+            _untouched(layers, tiles, kv_heads, head_size, LANES),
+            _untouched(layers, tiles * LANES, kv_heads, head_size),
         )
 
     def clear(self, slot: int, size: int) -> None:
         """Zero whole tiles from ``slot`` on."""
         self.keys[:, slot // LANES : -(-(slot + size) // LANES)] = 0
         self.values[:, slot : slot + size] = 0
+
+
+def _untouched(*shape: int) -> Halves:
+    """Zeros that take memory page by page as they are written.
+
+    Small pages: every layer has a part of its own, and large ones would round each up by megabytes.
+    """
+    memory = mmap.mmap(-1, max(1, 2 * math.prod(shape)))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.float16, count=math.prod(shape)).reshape(shape)
 
 
 class Llama:

@@ -15,7 +15,6 @@ import torch
 
 from dspark_kernels.cpu import Context
 from dspark_stream.errors import ModelLoadError
-from dspark_stream.models.attention import ATTENTION_NAME
 from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.native import UnsupportedError, target_from_gguf
 from dspark_stream.models.target import Target
@@ -101,6 +100,8 @@ def load_target(
 def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedTarget:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from dspark_stream.models.families import ATTENTION_NAME
+
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # missing, unreachable, not JSON, or refused by the library's validation of its fields
@@ -135,6 +136,8 @@ def _load_gguf(gguf: GgufFile, dtype: DType, device: torch.device) -> LoadedTarg
     if family not in FAMILIES:
         raise ModelLoadError(f"{path} is a {family}; supported families: {', '.join(FAMILIES)}", param="model")
     from transformers import AutoModelForCausalLM
+
+    from dspark_stream.models.families import ATTENTION_NAME
 
     try:
         with quiet():

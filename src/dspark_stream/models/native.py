@@ -170,6 +170,48 @@ class _HalfEmbedding(torch.nn.Module):
         return self.weight[ids].float()
 
 
+class _Weight(torch.nn.Module):
+    """A norm's weight, to be loaded and packed."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(size))
+
+
+class _Attention(torch.nn.Module):
+    """A layer's attention weights under their names in a checkpoint."""
+
+    def __init__(self, backbone: Any, head_size: int) -> None:
+        super().__init__()
+        h, bias = backbone.hidden_size, bool(getattr(backbone, "attention_bias", False))
+        queries, keys = backbone.num_attention_heads * head_size, backbone.num_key_value_heads * head_size
+        self.q_proj = torch.nn.Linear(h, queries, bias=bias)
+        self.k_proj, self.v_proj = (torch.nn.Linear(h, keys, bias=bias) for _ in range(2))
+        self.o_proj = torch.nn.Linear(queries, h, bias=bias)
+        if backbone.model_type == "qwen3":
+            self.q_norm, self.k_norm = _Weight(head_size), _Weight(head_size)
+
+
+class _Mlp(torch.nn.Module):
+    """A layer's MLP weights, likewise."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        h, inner, bias = backbone.hidden_size, backbone.intermediate_size, bool(getattr(backbone, "mlp_bias", False))
+        self.gate_proj, self.up_proj = (torch.nn.Linear(h, inner, bias=bias) for _ in range(2))
+        self.down_proj = torch.nn.Linear(inner, h, bias=bias)
+
+
+class _Layer(torch.nn.Module):
+    """A layer's weights, likewise."""
+
+    def __init__(self, backbone: Any, head_size: int) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = _Attention(backbone, head_size), _Mlp(backbone)
+        self.input_layernorm = _Weight(backbone.hidden_size)
+        self.post_attention_layernorm = _Weight(backbone.hidden_size)
+
+
 class NativeDrafter(Drafter):
     """A drafter whose backbone, context and LM head run on the kernels; its heads are small and stay with torch."""
 
@@ -178,9 +220,15 @@ class NativeDrafter(Drafter):
         super().__init__(config, target, draft_ids)
         self._native: tuple[Llama, PackedMatrix, PackedMatrix] | None = None
         self._walk: Head | None = None
-        self._shapes = super().kv_shapes
         self._hidden_norm = np.empty(0, dtype=np.float32)
         self._rooms = _Rooms()
+
+    def _make_backbone(self, hidden_size: int) -> None:
+        backbone = self.config.backbone
+        size = getattr(backbone, "head_dim", None) or hidden_size // backbone.num_attention_heads
+        self.hidden_norm, self.norm = _Weight(hidden_size), _Weight(hidden_size)
+        self.layers = torch.nn.ModuleList(_Layer(backbone, size) for _ in range(self.config.num_layers))
+        self._shapes = [KVShape(backbone.num_key_value_heads, size, size)] * self.config.num_layers
 
     @property
     def kv_shapes(self) -> list[KVShape]:
@@ -200,9 +248,10 @@ class NativeDrafter(Drafter):
         target = self.target
         assert isinstance(target, NativeTarget)
         context, backbone = target.llama.context, self.config.backbone
-        positions = torch.arange(target.llama.positions)
-        cos, sin = self.rope(positions)
-        half = cos.shape[-1] // 2
+        rope = backbone.rope_parameters or {}
+        if rope.get("rope_type", "default") != "default":
+            raise UnsupportedError(f"its rotary positions are scaled ({rope['rope_type']})")
+        cosine, sine = rotary_tables(target.llama.positions, self._shapes[0].key_dim, rope.get("rope_theta", 10000.0))
         try:
             llama = Llama(
                 context,
@@ -210,8 +259,8 @@ class NativeDrafter(Drafter):
                 kv_heads=backbone.num_key_value_heads,
                 eps=backbone.rms_norm_eps,
                 final_norm=_array(self.norm.weight),
-                cosine=cos[0, :, :half].numpy(),
-                sine=sin[0, :, :half].numpy(),
+                cosine=cosine,
+                sine=sine,
                 layers=[self._layer(context, layer) for layer in self.layers],
             )
         except ValueError as error:
