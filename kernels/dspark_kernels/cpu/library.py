@@ -39,16 +39,30 @@ class Source(IntEnum):
     F32 = 0
     Q4_0 = 2
     Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
     Q8_0 = 8
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
 
     @property
-    def bits(self) -> int | None:
-        """Of its quants; None: as one likes."""
-        return {Source.F32: None, Source.Q4_0: 4, Source.Q4_1: 4, Source.Q8_0: 8}[self]
+    def bits(self) -> int:
+        """That a matrix needs to hold its quants as they are (Q6_K, two scales to a group: rounded to 8)."""
+        return 4 if self in (Source.F32, Source.Q4_0, Source.Q4_1, Source.Q4_K) else 8
+
+    @property
+    def block(self) -> int:
+        """Weights of a block; rows are whole blocks."""
+        return 256 if self >= Source.Q4_K else GROUP
 
     def nbytes(self, weights: int) -> int:
         """Bytes of that many weights."""
-        return {Source.F32: 128, Source.Q4_0: 18, Source.Q4_1: 20, Source.Q8_0: 34}[self] * weights // GROUP
+        return _BLOCK_BYTES[self] * weights // self.block
+
+
+_BLOCK_BYTES = {Source.F32: 128, Source.Q4_0: 18, Source.Q4_1: 20, Source.Q5_0: 22, Source.Q5_1: 24, Source.Q8_0: 34,
+                Source.Q4_K: 144, Source.Q5_K: 176, Source.Q6_K: 210}  # fmt: skip
 
 
 @cache
@@ -193,7 +207,7 @@ class PackedMatrix:
         Raises:
             ValueError: data too short for the rows, quants of other bits, channels that the matrix does not have.
         """
-        if source.bits not in (None, self.bits) or not 0 <= first <= first + count <= self.outputs:
+        if source.bits > self.bits or self.inputs % source.block or not 0 <= first <= first + count <= self.outputs:
             raise ValueError(f"{source.name} rows for channels {first} … {first + count - 1} do not fit this matrix")
         data = np.ascontiguousarray(data)
         needed = (count if rows is None else int(rows.max(initial=-1)) + 1) * source.nbytes(self.inputs)

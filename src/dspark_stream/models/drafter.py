@@ -264,7 +264,7 @@ class Drafter(nn.Module):
         """
         return None
 
-    def pack(self) -> None:
+    def pack(self, bits: int | None = None) -> None:
         """Lay the weights out for this machine's matrix units. Inference only, once."""
         pack_linears(self)
         self._head = tuple(PackedLinear(h) for h in self._head)
