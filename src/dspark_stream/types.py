@@ -58,7 +58,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Position of the anchor token."""
     anchor: int
     draft_tokens: list[int]
-    """All γ proposed tokens; empty where the stream did not draft."""
+    """Proposed tokens, at most γ; empty where the stream did not draft."""
     scheduled: int
     """Verification length ℓ."""
     accepted: int
@@ -66,9 +66,9 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     bonus: int
     """The target's own token that ends the round."""
     confidence: list[float]
-    """c_1 … c_γ, calibrated."""
+    """c_1, c_2, …, calibrated; one for each of ``draft_tokens``."""
     survival: list[float]
-    """a_1 … a_γ = running products of ``confidence``."""
+    """a_1, a_2, … = running products of ``confidence``."""
     t_draft_ms: float
     t_verify_ms: float
     batch_tokens: int

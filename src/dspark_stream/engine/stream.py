@@ -6,10 +6,13 @@ import hashlib
 import time
 from enum import Enum
 
+from dspark_stream.engine.backlog import Backlog
 from dspark_stream.engine.text import TextStream
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.tokenizer import TokenBytes
+from dspark_stream.spec.draft import acceptance_of
 from dspark_stream.spec.noise import NoiseCache
+from dspark_stream.spec.skipping import DraftPast
 from dspark_stream.types import (
     ErrorInfo,
     FinishedEvent,
@@ -58,6 +61,9 @@ class Stream:
         """Draft tokens a round; 0 in plain mode."""
         self.round_key = round_key(request)
         self.noise = NoiseCache(request.sampling.seed, vocab)
+        self.past = DraftPast(self.gamma, acceptance_of(self)) if self.gamma else None
+        """What its drafts have been like; None in plain mode."""
+        self.backlog = Backlog()
         self.phase = Phase.WAITING
         self.held = False
         self.extent = Extent(0, 0)
