@@ -15,15 +15,15 @@ from torch import Tensor
 from dspark_stream.models.cache import Extent, KVStore
 from dspark_stream.models.drafter import Drafter
 
-ROOM = 32
-"""Positions kept of a stream: 0.4 MB of SmolLM2-135M's taps."""
+ROOM = 64
+"""Positions kept of a stream: 0.7 MB of SmolLM2-135M's taps."""
 
 
 class Backlog:
     """Where the taps of one stream's last positions are: rows of its last rounds' taps, n ≤ `ROOM` of them."""
 
     def __init__(self) -> None:
-        self._parts: list[Tensor] = []
+        self._parts: list[tuple[Tensor, int, int]] = []
         self.first = 0
         """Position of the first row."""
         self.count = 0
@@ -39,13 +39,13 @@ class Backlog:
         """
         if not self.count:
             self.first = position
-        self._parts.append(taps[row : row + count])
+        self._parts.append((taps, row, count))
         self.count += count
 
     def take(self) -> list[Tensor]:
         """Everything that is here, in order; nothing is left."""
         parts, self._parts, self.count = self._parts, [], 0
-        return parts
+        return [taps[row : row + count] for taps, row, count in parts]
 
 
 def hand_over(owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: KVStore) -> None:

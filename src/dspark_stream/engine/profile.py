@@ -24,9 +24,9 @@ from dspark_stream.models.target import Target
 from dspark_stream.progress import Progress
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.capacity import CapacityCurve, ladder, monotone
-from dspark_stream.spec.draft import Block, draft
-from dspark_stream.spec.schedule import Fixed
+from dspark_stream.spec.capacity import CapacityCurve, RoundCost, ladder, monotone
+from dspark_stream.spec.draft import Block
+from dspark_stream.spec.schedule import Candidate
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import GenerationRequest, SamplingParams
@@ -43,7 +43,7 @@ WARM_ROWS = 16
 """Passes up to so many rows are timed right after another one."""
 SLOW_MS = 80.0
 """Points that take this long are measured twice only: what is left of the noise is small beside them."""
-FORMAT = "curve 2"
+FORMAT = "curve 3"
 
 
 class _Stored(msgspec.Struct):
@@ -171,11 +171,17 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int) -> Capacit
     verify_ms = monotone([rows[n] for n in tokens])
     at = dict(zip(tokens, verify_ms, strict=True))
     more = monotone([max(0.0, plain[r] - at[r]) for r in streams])
-    rest_ms = monotone([max(0.0, times["round"][r] - plain[r]) for r in streams])
+    rest = times["rest"]
     curve = CapacityCurve(
-        tokens=tokens, verify_ms=verify_ms, streams=streams, stream_ms=more, draft_ms=[], rest_ms=rest_ms, gamma=gamma,
+        tokens=tokens,
+        verify_ms=verify_ms,
+        streams=streams,
+        stream_ms=more,
+        draft_ms=[],
+        rest_ms=monotone([rest[r] for r in streams]),
+        gamma=gamma,
         context=context,
-    )  # fmt: skip
+    )
     spread = max(1, long_context - context)
     if "long" in times:  # one row, and a block of them: what a position costs once, and for every row
         slopes = {n: 1e3 * (ms - rows[n]) / spread for n, ms in times["long"].items()}
@@ -185,7 +191,7 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int) -> Capacit
     if "draft" not in times:
         return msgspec.structs.replace(curve, draft_ms=[0.0] * len(streams))
     whole, first = times["draft"], times["slot"]
-    draft_ms = monotone([whole[r] for r in streams])
+    draft_ms = monotone([max(0.0, whole[r] - rest[r]) for r in streams])
     slot_ms = [max(0.0, whole[r] - first[r]) / max(1, gamma - 1) for r in streams]
     curve = msgspec.structs.replace(curve, draft_ms=draft_ms, slot_ms=monotone(slot_ms))
     if "long draft" in times:
@@ -241,7 +247,7 @@ class _Bench:
         points = [Point("rows", n, self.rows_ms) for n in rows]
         streams = [n for n in streams if n in rows]
         points += [Point("streams", n, self.streams_ms) for n in streams]
-        points += [Point("round", n, self.round_ms) for n in streams]
+        points += [Point("rest", n, self.rest_ms) for n in streams]
         block = min(1 + self.gamma, self.max_tokens)
         far = self.long_context >= 2 * self.context
         if far:
@@ -273,8 +279,10 @@ class _Bench:
         return (time.perf_counter() - begun) * 1e3
 
     def rows_ms(self, tokens: int) -> float:
-        """One stream with that many rows, after a pass of the same kind where that is cheap, as rounds come."""
-        if tokens <= WARM_ROWS:
+        """One stream with that many rows, after what comes before such a pass in a round, where that is cheap."""
+        if 1 < tokens <= WARM_ROWS and self._drafter:
+            self._round(1, self.gamma)
+        elif tokens <= WARM_ROWS:
             self._verify_ms(self._streams(1), tokens - 1)
         return self._verify_ms(self._streams(1), tokens - 1)
 
@@ -288,8 +296,24 @@ class _Bench:
             self._verify_ms(self._streams(count), 0)
         return self._verify_ms(self._streams(count), 0)
 
-    def round_ms(self, count: int) -> float:
-        """A whole plain round of that many streams, after a pass of the same kind."""
+    def rest_ms(self, count: int) -> float:
+        """A plain round of that many streams, without its pass."""
+        return self._round(count, 0)
+
+    def draft_ms(self, count: int) -> float:
+        """A round that drafts whole blocks for that many streams and verifies nothing, without its pass."""
+        return self._round(count, self.gamma)
+
+    def slot_ms(self, count: int) -> float:
+        """The same with the first token of each block only."""
+        return self._round(count, 1)
+
+    def long_draft_ms(self, count: int) -> float:
+        """As `draft_ms`, deep in a long context."""
+        return self._round(count, self.gamma, self.long_context)
+
+    def _round(self, count: int, slots: int, context: int = 0) -> float:
+        """A real round after a pass, which leaves in the processor's caches what it leaves."""
         models = Models(
             target=self._target,
             target_kv=self._target_kv,
@@ -297,38 +321,31 @@ class _Bench:
             drafter_kv=self._drafter_kv,
             calibration=Calibration(),
             history=AcceptanceHistory(self.gamma),
-            schedule=Fixed(0),
+            schedule=_DraftOnly(slots),
             capacity=CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0]),
         )
-        self._verify_ms(self._streams(count), 0)
-        streams = self._streams(count)
-        begun = time.perf_counter()
-        decode_round(models, streams)
-        return (time.perf_counter() - begun) * 1e3
-
-    def draft_ms(self, count: int, slots: int | None = None, context: int = 0) -> float:
-        """Drafting whole blocks for that many streams, after handing the drafter two positions of each.
-
-        A pass comes before it, as in rounds: it leaves little of the drafter in the processor's caches.
-        """
-        assert self._drafter is not None
-        assert self._drafter_kv is not None
         streams = self._streams(count, context)
-        taps = torch.zeros(2 * count, len(self._target.tap_layers) * self._target.hidden_size, dtype=self._target.dtype)
-        positions = [p for s in streams for p in (s.position - 1, s.position)]
-        slots_of = [s.extent.slot + p for s in streams for p in (s.position - 1, s.position)]
-        taps = taps.to(self._target.device)
-        history = AcceptanceHistory(self.gamma)
-        self._verify_ms(self._streams(1), 0)
+        if slots:  # what the drafter is handed in a round
+            width = len(self._target.tap_layers) * self._target.hidden_size
+            taps = torch.zeros(count, width, dtype=self._target.dtype, device=self._target.device)
+            for i, stream in enumerate(streams):
+                stream.backlog.add(taps, i, 1, stream.position - 1)
+        self._verify_ms(self._streams(min(count, WARM_ROWS)), 0)
         begun = time.perf_counter()
-        self._drafter.append_context(taps, positions, slots_of, self._drafter_kv)
-        draft(self._drafter, self._drafter_kv, streams, Calibration(), history, slots)
-        return (time.perf_counter() - begun) * 1e3
+        committed = decode_round(models, streams)
+        took_ms = (time.perf_counter() - begun) * 1e3
+        assert committed[0].round is not None
+        return took_ms - committed[0].round.t_verify_ms
 
-    def slot_ms(self, count: int) -> float:
-        """Drafting the first token of each block only."""
-        return self.draft_ms(count, 1)
 
-    def long_draft_ms(self, count: int) -> float:
-        """Drafting, deep in a long context."""
-        return self.draft_ms(count, None, self.long_context)
+class _DraftOnly:
+    """Drafts so many tokens for everybody and verifies none."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+
+    def slots(self, gamma: int) -> int | None:
+        return self._slots
+
+    def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
+        return [0] * len(candidates)

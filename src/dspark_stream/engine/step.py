@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -90,7 +89,7 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
 
 def _position(streams: Sequence[Stream]) -> float:
     """p̄: passes and drafts cost more the more context they read."""
-    return fmean(s.position for s in streams)
+    return sum([s.position for s in streams]) / len(streams)
 
 
 def _plan(models: Models, streams: Sequence[Stream], slowest_ms: float) -> Plan:
@@ -146,7 +145,8 @@ def _learn(
     _, planned, drafted, scheduled, verified = clock
     draft_ms, verify_ms = (drafted - planned) * 1e3, (verified - scheduled) * 1e3
     survivals, accepted = [b.survival for b in blocks], [o.accepted for o in outcomes]
-    models.skipping.learn([s.past for s in streams], survivals, lengths, accepted, draft_ms + verify_ms)
+    if models.schedule.slots(models.gamma) is None:
+        models.skipping.learn([s.past for s in streams], survivals, lengths, accepted, draft_ms + verify_ms)
     for block, length, outcome in zip(blocks, lengths, outcomes, strict=True):
         if block.tokens:
             models.history.record(length, outcome.accepted)
@@ -225,7 +225,8 @@ def _append_prompt(models: Models, taps: torch.Tensor, chunks: Iterable[tuple[St
             positions += range(start, start + count)
             slots += range(stream.extent.slot + start, stream.extent.slot + start + count)
     if rows:
-        models.drafter.append_context(taps[rows], positions, slots, models.drafter_kv)
+        taps = taps if len(rows) == len(taps) else taps[rows]
+        models.drafter.append_context(taps, positions, slots, models.drafter_kv)
 
 
 def prefill(models: Models, streams: Sequence[Stream], budget: int) -> list[Committed]:

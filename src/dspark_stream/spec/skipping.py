@@ -25,22 +25,26 @@ THRESHOLDS: Array = np.array([0.0, 0.03, 0.07, 0.12, 0.18, 0.25, 0.33, 0.42, 0.5
 """Survivals from which on verification could pay; what a round's schedule will do is foreseen by the best of them."""
 STREAM_MEMORY, POOL_MEMORY = 32, 512
 """Drafted rounds after which what was seen counts half as much (e-fold): of one stream, and of all together."""
-POOL_COUNTS_AS = 6.0
+POOL_COUNTS_AS = 12.0
 """Drafted rounds of its own from which on a stream is judged more by itself than by all streams together."""
 STALE_AFTER = 64
 """Rounds without drafts in which a stream's own past fades by the factor e."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
-WORTHWHILE = 1.01
-"""Drafting must promise so many times the throughput of plain decoding: less is within the error of the curve."""
+WORTHWHILE = 1.04
+"""Drafting must promise so many times the throughput of plain decoding: less is within the curve's error, and passes
+that follow drafting find less of their weights in the processor's caches."""
 PLAN_HOLDS, REST_HOLDS = 8, 32
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
 WHOLE_EVERY = 12
 """Of so many decisions for shorter blocks one drafts whole blocks, so that later slots stay known."""
 PROBE_SHARE = 0.005
 """Of all decoding time, what probing may lose."""
-PROBE_CREDIT_ROUNDS = 1.0
-"""Rounds whose time unspent budget adds up to at most."""
+PROBE_MOST = 0.25
+"""Of a round's time, what one probe of several streams may lose; one stream alone is probed whatever it takes."""
+FORESIGHT_KEEPS, FORESIGHT_PRIOR = 0.998, 30.0
+"""What is foreseen is held against what is then accepted, over some 500 rounds: of many estimates the best are taken,
+and those are likely to be too good."""
 FIRST_WAIT, LONGEST_WAIT = 4, 512
 """Rounds until a stream that is not drafted for is due for a probe; doubled by every probe that changes nothing."""
 
@@ -141,11 +145,12 @@ class Skipping:
             a: _optimistic(gamma) for a in ("greedy", "rejection", "coupled")
         }  # acceptance differs by how it is verified
         self._credit_ms = 0.0
-        self._round_ms = 0.0
         self._for: tuple[DraftPast | None, ...] = ()
         self._age = self._holds = 0
         self._plan = Plan((), 0, 0.0)
         self._decisions = 0
+        self._gain = 0.0  # accepted tokens that the plan foresees for each stream that drafts
+        self._foreseen = self._brought = FORESIGHT_PRIOR
         self.probes = 0
         """Rounds that drafted for a stream only to look."""
 
@@ -184,8 +189,15 @@ class Skipping:
         ms: float,
     ) -> None:
         """What a round showed: promises of those that drafted (else empty), verified and accepted tokens, its time."""
-        self._round_ms = ms
-        self._credit_ms = min(self._credit_ms + PROBE_SHARE * ms, PROBE_CREDIT_ROUNDS * ms)
+        if any(past is not None for past in pasts):
+            self._credit_ms = min(self._credit_ms + PROBE_SHARE * ms, PROBE_MOST * ms)
+        planned = [
+            took for took, survival, drafts in zip(accepted, survivals, self._plan.drafting, strict=True)
+            if drafts and survival
+        ]  # fmt: skip
+        if planned:
+            self._foreseen = FORESIGHT_KEEPS * self._foreseen + len(planned) * self._gain
+            self._brought = FORESIGHT_KEEPS * self._brought + sum(planned)
         for past, survival, length, took in zip(pasts, survivals, lengths, accepted, strict=True):
             if past is None:
                 continue
@@ -212,10 +224,14 @@ class Skipping:
         if not may:
             return nobody
         outlook = self._outlook([past for past in pasts if past is not None], streams, position, costs)
-        rate = outlook.tokens / outlook.ms
+        foresight = self._brought / self._foreseen
+        rate = (streams + foresight * (outlook.tokens - streams)) / outlook.ms
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
         if rate[n, t, g] <= WORTHWHILE * plain:
+            self._foreseen += 0.01 * (FORESIGHT_PRIOR - self._foreseen)
+            self._brought += 0.01 * (FORESIGHT_PRIOR - self._brought)
             return nobody
+        self._gain = float(outlook.tokens[n, t, g] - streams) / (int(n) + 1)
         drafting = [False] * streams
         for i in outlook.order[: n + 1, t, g]:
             drafting[may[i]] = True
@@ -262,15 +278,13 @@ class Skipping:
     def _with_probes(
         self, due: Sequence[int], pasts: Sequence[DraftPast | None], position: float, costs: Costs
     ) -> Plan:
-        """The plan, and with it as many of the ``due`` streams as the budget affords; the longest waiting first."""
+        """The plan with the ``due`` streams, or with the one that waited longest; the budget may go below zero."""
         plan = self._plan
-        waiting = sorted(due, key=lambda r: -_of(pasts, r).waited)
-        for chosen in (waiting, waiting[:1]):
+        chosen = sorted(due, key=lambda r: -_of(pasts, r).waited)
+        loss_ms = self._loss_ms(plan, chosen, pasts, position, costs)
+        if loss_ms > PROBE_MOST * len(pasts) / plan.price:
+            chosen = chosen[:1]
             loss_ms = self._loss_ms(plan, chosen, pasts, position, costs)
-            if loss_ms <= self._credit_ms:
-                break
-        else:
-            return plan
         self._credit_ms -= max(loss_ms, 0.0)
         self.probes += 1
         for r in chosen:
