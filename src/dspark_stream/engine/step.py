@@ -145,7 +145,7 @@ def _learn(
     _, planned, drafted, scheduled, verified = clock
     draft_ms, verify_ms = (drafted - planned) * 1e3, (verified - scheduled) * 1e3
     survivals, accepted = [b.survival for b in blocks], [o.accepted for o in outcomes]
-    if models.schedule.slots(models.gamma) is None:
+    if models.drafter is not None and models.schedule.slots(models.gamma) is None:
         models.skipping.learn([s.past for s in streams], survivals, lengths, accepted, draft_ms + verify_ms)
     for block, length, outcome in zip(blocks, lengths, outcomes, strict=True):
         if block.tokens:

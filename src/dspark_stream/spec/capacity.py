@@ -6,7 +6,7 @@ disk. Symbols: R streams, B target tokens of a round, p̄ the streams' mean posi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -78,11 +78,6 @@ class RoundCost:
         self.draft_ms, self.rest_ms = draft_ms, rest_ms
         """Of all of these, what is drafting and what is neither drafting nor the pass."""
         self._hull: RoundCost | None = None
-
-    @classmethod
-    def of(cls, sps: Callable[[int], float], first: int, last: int) -> RoundCost:
-        """From rounds a second, for B = first … last."""
-        return cls(first, [1000.0 / sps(b) for b in range(first, last + 1)])
 
     def __call__(self, batch_tokens: int) -> float:
         """Milliseconds at B."""

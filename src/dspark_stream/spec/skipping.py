@@ -25,10 +25,13 @@ THRESHOLDS: Array = np.array([0.0, 0.03, 0.07, 0.12, 0.18, 0.25, 0.33, 0.42, 0.5
 """Survivals from which on verification could pay; what a round's schedule will do is foreseen by the best of them."""
 STREAM_MEMORY, POOL_MEMORY = 32, 512
 """Drafted rounds after which what was seen counts half as much (e-fold): of one stream, and of all together."""
-POOL_COUNTS_AS = 12.0
+POOL_COUNTS_AS = 8.0
 """Drafted rounds of its own from which on a stream is judged more by itself than by all streams together."""
-STALE_AFTER = 64
+STALE_AFTER = 512
 """Rounds without drafts in which a stream's own past fades by the factor e."""
+POOL_TAKES = 16
+"""A stream's first drafts that all streams' past takes in, of later ones one in eight: those that are drafted for most
+are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
 WORTHWHILE = 1.04
@@ -42,9 +45,11 @@ PROBE_SHARE = 0.005
 """Of all decoding time, what probing may lose."""
 PROBE_MOST = 0.25
 """Of a round's time, what one probe of several streams may lose; one stream alone is probed whatever it takes."""
-FORESIGHT_KEEPS, FORESIGHT_PRIOR = 0.998, 30.0
-"""What is foreseen is held against what is then accepted, over some 500 rounds: of many estimates the best are taken,
-and those are likely to be too good."""
+FORESIGHT_KEEPS, FORESIGHT_PRIOR, LEAST_FORESIGHT = 0.995, 30.0, 0.8
+"""What is foreseen is held against what is then accepted, over some 200 rounds: of many estimates the best are taken,
+and those are likely to be too good. But they are not worthless, and without drafts nothing new would be learnt."""
+FIRST_GUESSES = 64
+"""Drafts of which nothing was foreseen but what `OPTIMISM` says."""
 FIRST_WAIT, LONGEST_WAIT = 4, 512
 """Rounds until a stream that is not drafted for is due for a probe; doubled by every probe that changes nothing."""
 
@@ -55,6 +60,8 @@ class Tally:
     def __init__(self, gamma: int, memory: int) -> None:
         self._keep = 1.0 - 1.0 / memory
         self._new: list[Sequence[float]] = []
+        self.rounds = 0
+        """Drafted rounds that ever went in."""
         self.seen: Array = np.zeros(gamma)
         """Rounds in which each slot was drafted."""
         self.sums: Array = np.zeros((2, len(THRESHOLDS), gamma))
@@ -68,6 +75,7 @@ class Tally:
     def add(self, survival: Sequence[float], verified: int, accepted: int) -> None:
         """One drafted round: promised survival of its slots, of which so many were verified and accepted."""
         self._new.append(survival)
+        self.rounds += 1
         if verified:
             self.promised = self._keep * self.promised + sum(survival[:verified])
             self.accepted = self._keep * self.accepted + accepted
@@ -106,8 +114,8 @@ class DraftPast:
         self.wait = 1
         """Rounds until the next probe is due, from the last draft on."""
         self.waited = 0
-        self.skipped = 0
-        """Rounds of its life in which it was not drafted for."""
+        self.drafted = 0
+        """Rounds in which it was drafted for."""
 
 
 class Plan(NamedTuple):
@@ -192,9 +200,10 @@ class Skipping:
         if any(past is not None for past in pasts):
             self._credit_ms = min(self._credit_ms + PROBE_SHARE * ms, PROBE_MOST * ms)
         planned = [
-            took for took, survival, drafts in zip(accepted, survivals, self._plan.drafting, strict=True)
-            if drafts and survival
-        ]  # fmt: skip
+            took
+            for past, took, survival, drafts in zip(pasts, accepted, survivals, self._plan.drafting, strict=True)
+            if past is not None and drafts and survival and self._pools[past.acceptance].rounds > FIRST_GUESSES
+        ]
         if planned:
             self._foreseen = FORESIGHT_KEEPS * self._foreseen + len(planned) * self._gain
             self._brought = FORESIGHT_KEEPS * self._brought + sum(planned)
@@ -204,14 +213,15 @@ class Skipping:
             past.survivals.append(survival)
             if not survival:
                 past.waited += 1
-                past.skipped += 1
                 continue
             if past.waited:
                 past.tally.settle()
                 past.tally.fade(exp(-past.waited / STALE_AFTER))
                 past.waited = 0
             past.tally.add(survival, length, took)
-            self._pools[past.acceptance].add(survival, length, took)
+            past.drafted += 1
+            if past.drafted <= POOL_TAKES or past.drafted % 8 == 0:
+                self._pools[past.acceptance].add(survival, length, took)
 
     # --- deciding ----------------------------------------------------------------------------------------
 
@@ -224,7 +234,7 @@ class Skipping:
         if not may:
             return nobody
         outlook = self._outlook([past for past in pasts if past is not None], streams, position, costs)
-        foresight = self._brought / self._foreseen
+        foresight = min(1.0, max(LEAST_FORESIGHT, self._brought / self._foreseen))
         rate = (streams + foresight * (outlook.tokens - streams)) / outlook.ms
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
         if rate[n, t, g] <= WORTHWHILE * plain:
