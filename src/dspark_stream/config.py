@@ -184,6 +184,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Setting("longest that new prompts may delay running streams, each round", "engine", 1, 60_000),
     ] = 60.0
 
+    max_chunk_gap_ms: Annotated[
+        float,
+        Setting(
+            "longest between two chunks of a stream, kept when possible; 0: no bound. Requests may ask for their own",
+            "engine",
+            0,
+            600_000,
+        ),
+    ] = 0.0
+
     host: Annotated[
         str,
         Setting(

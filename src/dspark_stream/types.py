@@ -47,6 +47,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     mode: Mode = "dspark"
     verification: Verification = "rejection"
+    max_chunk_gap_ms: float = 0.0
+    """Bound on the time between two of its chunks, kept when possible; 0: the engine's own."""
     record_rounds: bool = False
     """Ask for a `RoundRecord` with every `TokensEvent`."""
 
@@ -181,6 +183,14 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted_tokens_per_pos: list[int]
     prompt_tokens_total: int
     generation_tokens_total: int
+    num_skipped_drafts_total: int = 0
+    """Rounds of streams that may be drafted for and were not."""
+    num_probes_total: int = 0
+    """Rounds that drafted for a stream only to see whether it pays by now."""
+    late_chunks_total: int = 0
+    """Chunks that came later than the bound on their stream's gaps."""
+    capacity_drift: float = 1.0
+    """How many times as long passes take as when the capacity curve was measured."""
     last_step_age_s: float
     """Seconds since the engine thread last came round its loop; grows only when it is stuck or dead."""
     alive: bool

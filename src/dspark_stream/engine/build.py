@@ -126,7 +126,14 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         schedule=config.schedule,
     )
     text = codec.token_bytes if codec else None
-    return EngineThread(models, info, allocator, text, prefill_budget_ms=config.prefill_budget_ms), codec
+    return EngineThread(
+        models,
+        info,
+        allocator,
+        text,
+        prefill_budget_ms=config.prefill_budget_ms,
+        max_chunk_gap_ms=config.max_chunk_gap_ms,
+    ), codec
 
 
 def open_kernels(config: Config, progress: Progress) -> Context | None:
