@@ -47,8 +47,8 @@ def test_streams_without_a_bound_take_turns_and_none_starves():
         together, _ = pace(streams, lambda n: 10.0 * n, now_s)
         assert together[0] is streams[0]
         assert 10.0 * len(together) <= 40.0
-        for one in together:
-            one.last_chunk_s = now_s
+        for k, one in enumerate(together):
+            one.last_chunk_s = now_s + 1e-5 * k  # committed one after the other
             turns[next(r for r, s in enumerate(streams) if s is one)] += 1
     assert turns[0] == 100
     assert max(turns[r] for r in range(1, 6)) - min(turns[r] for r in range(1, 6)) <= 1

@@ -126,14 +126,15 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         schedule=config.schedule,
     )
     text = codec.token_bytes if codec else None
-    return EngineThread(
+    engine = EngineThread(
         models,
         info,
         allocator,
         text,
         prefill_budget_ms=config.prefill_budget_ms,
         max_chunk_gap_ms=config.max_chunk_gap_ms,
-    ), codec
+    )
+    return engine, codec
 
 
 def open_kernels(config: Config, progress: Progress) -> Context | None:
