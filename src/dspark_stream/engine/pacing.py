@@ -45,5 +45,4 @@ def pace(streams: Sequence[Stream], round_ms: Callable[[int], float], now_s: flo
     room = 1
     while room < len(free) and round_ms(len(bounded) + room + 1) <= tightest_ms:
         room += 1
-    chosen = {id(s) for s in (*bounded, *free[:room])}
-    return Pace([s for s in streams if id(s) in chosen], slack_ms)
+    return Pace([*bounded, *free[:room]], slack_ms)  # in the order of the queue, which the next turns go by
