@@ -43,7 +43,7 @@ def engine(request):
 
 
 def run(engine, mode, verification, temperature, streams, schedule="fixed:7"):
-    """Ids and usage of every question, ``streams`` at once; fixed, since adaptive may find that drafting does not pay."""
+    """Ids and usage of every question, ``streams`` at once; adaptive may find that drafting does not pay."""
     built, codec, local = engine
     built._models.schedule = parse_schedule(schedule)
     requests = [
