@@ -23,6 +23,8 @@ from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, InternalError, InvalidRequestError
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
+from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.types import (
     MAX_SEED,
     EngineEvent,
@@ -129,6 +131,16 @@ class EngineThread:
             self._known.add(request.request_id)
             # under the lock: after `close` nothing may enter, or it would wait for a thread that has gone
             self._inbox.put(lambda: self._streams.__setitem__(request.request_id, stream))
+
+    @property
+    def capacity(self) -> CapacityCurve:
+        """The capacity curve as it was measured."""
+        return self._models.capacity
+
+    def use_schedule(self, name: str) -> None:
+        """Go by another schedule from the next round on (for measurements; any thread)."""
+        schedule = parse_schedule(name)
+        self._inbox.put(lambda: setattr(self._models, "schedule", schedule))
 
     def cancel(self, request_id: str) -> None:
         """See `boundary.Engine`."""
