@@ -349,7 +349,7 @@ def calibrate(args: argparse.Namespace) -> int:
 
 def profile(args: argparse.Namespace) -> int:
     """Print the capacity curve, measured now or before, and draw it."""
-    from dspark_stream.profile import plot, table
+    from dspark_stream.report.profile import plot, table
 
     engine, _ = _load(settings.resolve(vars(args)).config, quiet=_quiet(args), measure_again=args.again)
     curve = engine.capacity
@@ -374,8 +374,8 @@ def reproduce(args: argparse.Namespace) -> int:
     """Measure loads and schedules against each other, and write a report with a verdict."""
     from dspark_stream.local import LocalEngine
     from dspark_stream.progress import Progress
-    from dspark_stream.reproduce import FULL, QUICK, report, run, verdict
-    from dspark_stream.sweep import shipped_prompts
+    from dspark_stream.report.reproduce import FULL, QUICK, report, run, verdict
+    from dspark_stream.report.sweep import shipped_prompts
 
     config = settings.resolve(vars(args)).config
     plan = QUICK if args.quick else FULL

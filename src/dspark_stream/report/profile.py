@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspark_stream.plot import Series, line_chart
+from dspark_stream.report.plot import Series, line_chart
 from dspark_stream.spec.capacity import CapacityCurve
 
 

@@ -17,7 +17,7 @@ from dspark_stream.engine.boundary import Tokenizer
 from dspark_stream.evaluate import Message, Plan, Prompt, Tally, run_prompts
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import SILENT
-from dspark_stream.prompts import PROMPTS
+from dspark_stream.report.prompts import PROMPTS
 from dspark_stream.types import SamplingParams, Verification
 
 PLAIN = "plain"

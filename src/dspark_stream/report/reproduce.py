@@ -16,11 +16,10 @@ from dspark_stream.engine.boundary import Tokenizer
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.evaluate import Prompt
 from dspark_stream.local import LocalEngine
-from dspark_stream.plot import Series, line_chart
-from dspark_stream.profile import plot as capacity_plot
 from dspark_stream.progress import Progress
-from dspark_stream.spec.capacity import CapacityCurve
-from dspark_stream.sweep import (
+from dspark_stream.report.plot import Series, line_chart
+from dspark_stream.report.profile import plot as capacity_plot
+from dspark_stream.report.sweep import (
     PLAIN,
     Point,
     curve,
@@ -29,6 +28,7 @@ from dspark_stream.sweep import (
     measure,
     medians,
 )
+from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams, TokensEvent
 
 ADAPTIVE, ONE = "adaptive", "fixed:1"
