@@ -104,6 +104,17 @@ def test_products(context, bits, outputs, inputs):
             assert (out[i] == alone[i]).all()
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(7, 64), (50, 160), (1300, 32)])
+def test_the_largest_product_of_each_row(context, outputs, inputs):
+    matrix = packed(context, np.concatenate([random(outputs - 1, inputs), random(1, inputs, seed=3)]))
+    for rows in (1, 3, 17, 40):
+        x = random(rows, inputs, seed=rows)
+        assert (matrix.argmax(x) == matrix.product(x).argmax(-1)).all()
+    same = packed(context, np.repeat(random(1, inputs), outputs, 0))
+    assert (same.argmax(random(5, inputs)) == 0).all()  # of equal ones the first
+    assert (same.argmax(np.full((2, inputs), np.nan, np.float32)) == 0).all()
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-3, 1e4, 1e30])
 def test_extreme_activations(context, scale):
     matrix = packed(context, random(32, 64))

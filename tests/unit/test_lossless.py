@@ -19,6 +19,7 @@ import dspark_stream.spec.accept as accept_module
 import dspark_stream.spec.draft as draft_module
 from dspark_stream.engine.stream import round_key
 from dspark_stream.models.cache import Extent
+from dspark_stream.models.target import TargetOutput
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import RoundCost
@@ -113,7 +114,7 @@ def run_round(drafter, p_t, streams, script, choose, *, monkeypatch):
         for r, (block, length) in enumerate(zip(blocks, lengths, strict=True))
         for j in range(length + 1)
     ]
-    outcomes = accept(torch.stack(rows), streams, blocks, lengths, drafter.draft_ids)
+    outcomes = accept(TargetOutput(torch.stack(rows), torch.empty(0)), streams, blocks, lengths, drafter.draft_ids)
     return blocks, lengths, outcomes
 
 
@@ -308,7 +309,7 @@ def test_two_streams_with_one_seed_do_not_decide_for_each_other():
         shared += blocks[0].tokens == blocks[1].tokens
         lengths = searched(sps)(streams, [b.survival for b in blocks])
         rows = p.log().expand(sum(lengths) + 2, 2)
-        accepted, bonus = accept(rows, streams, blocks, lengths, None)[0]
+        accepted, bonus = accept(TargetOutput(rows, torch.empty(0)), streams, blocks, lengths, None)[0]
         first_is_a += (blocks[0].tokens[0] if accepted else bonus) == 0
     assert shared / trials == pytest.approx(0.25, abs=0.04)
     assert first_is_a / trials == pytest.approx(0.70, abs=0.03)

@@ -74,7 +74,7 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "pack": (done, [pointer, pointer, integer, integer, pointer, pointer, integer]),
         "take": (None, [pointer, pointer, integer, pointer]),
         "rows": (None, [pointer, pointer, integer, pointer]),
-        "product": (done, [pointer, pointer, pointer, integer, pointer, integer]),
+        "product": (done, [*three, integer, pointer, integer, pointer]),
         "llama": (pointer, [*[integer] * 6, real, *[pointer] * 3]),
         "free_llama": (None, [pointer]),
         "add_layer": (done, [pointer] * 10),
@@ -226,8 +226,17 @@ class PackedMatrix:
         out = _room(out, len(x), self.outputs)
         if len(x):
             product, handle = self.context.library.product, self.context.handle
-            _done(self.context, product(handle, self.handle, _at(x), len(x), _at(out), self.outputs))
+            _done(self.context, product(handle, self.handle, _at(x), len(x), _at(out), self.outputs, None))
         return out
+
+    def argmax(self, x: npt.NDArray[Any]) -> Ints:
+        """Of each row of `product(x)`, which is never written: the greedy tokens [M]; the first of equal ones."""
+        x = _floats(x, len(x), self.inputs)
+        best = np.empty(len(x), dtype=np.int32)
+        if len(x):
+            product, handle = self.context.library.product, self.context.handle
+            _done(self.context, product(handle, self.handle, _at(x), len(x), None, 0, _at(best)))
+        return best
 
     def give(self) -> int:
         """The handle, for a model to own."""

@@ -274,8 +274,8 @@ class _Bench:
         blocks = [Block(tokens=[0] * length) for _ in streams]
         lengths = [length] * len(streams)
         begun = time.perf_counter()
-        logits, _ = verify(self._target, self._target_kv, streams, blocks, lengths)
-        accept(logits, streams, blocks, lengths, None)
+        output = verify(self._target, self._target_kv, streams, blocks, lengths)
+        accept(output, streams, blocks, lengths, None)
         return (time.perf_counter() - begun) * 1e3
 
     def rows_ms(self, tokens: int) -> float:

@@ -80,11 +80,11 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     clock.append(time.perf_counter())
     lengths = _schedule(models, streams, plan, blocks, cost.within(slowest_ms))
     clock.append(time.perf_counter())
-    logits, taps = verify(models.target, models.target_kv, streams, blocks, lengths)
-    outcomes = accept(logits, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
+    output = verify(models.target, models.target_kv, streams, blocks, lengths)
+    outcomes = accept(output, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
     clock.append(time.perf_counter())
     _learn(models, streams, cost, blocks, lengths, outcomes, clock)
-    return _commit(models, streams, blocks, lengths, outcomes, taps, clock)
+    return _commit(models, streams, blocks, lengths, outcomes, output.taps, clock)
 
 
 def _position(streams: Sequence[Stream]) -> float:
@@ -247,14 +247,14 @@ def prefill(models: Models, streams: Sequence[Stream], budget: int) -> list[Comm
         row += len(ids)
         if stream.prefilled + len(ids) == len(stream.request.prompt_ids):
             completed.append((stream, row - 1))
-    logits, taps = models.target.forward(batch, models.target_kv, [last for _, last in completed])
-    _append_prompt(models, taps, chunks)
+    output = models.target.forward(batch, models.target_kv, [last for _, last in completed])
+    _append_prompt(models, output.taps, chunks)
     for stream, _, _, count in chunks:
         stream.prefilled += count
     if not completed:
         return []
     started = [stream for stream, _ in completed]
-    outcomes = accept(logits, started, [Block()] * len(started), [0] * len(started), None)
+    outcomes = accept(output, started, [Block()] * len(started), [0] * len(started), None)
     committed = []
     for stream, outcome in zip(started, outcomes, strict=True):
         stream.started()

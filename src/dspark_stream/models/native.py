@@ -116,7 +116,9 @@ class NativeTarget(Target):
         """Embeddings of tokens [T, H], in a room of that name."""
         return self.embedding.rows(ids, self._rooms.get(name, len(ids), self.hidden_size))
 
-    def forward(self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None) -> TargetOutput:
+    def forward(
+        self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None, *, greedy: bool = False
+    ) -> TargetOutput:
         """See `Target.forward`."""
         assert isinstance(store, NativeStore)
         ids = [token for rows in batch for token in rows.token_ids]
@@ -129,6 +131,9 @@ class NativeTarget(Target):
             layers = iter(np.split(taps, max(1, len(own)), axis=1))
             taps = np.concatenate([embedded if layer < 0 else next(layers) for layer in self.tap_layers], axis=1)
         wanted = x if logit_rows is None else x[logit_rows]
+        if greedy:
+            best = torch.from_numpy(self.head.argmax(wanted)).long()
+            return TargetOutput(torch.empty(0, self.vocab_size), torch.from_numpy(taps), best)
         logits = self.head.product(wanted, self._rooms.get("logits", len(wanted), self.vocab_size))
         return TargetOutput(torch.from_numpy(logits), torch.from_numpy(taps))
 
