@@ -13,7 +13,7 @@ from dspark_stream.errors import InvalidRequestError
 from dspark_stream.local import LocalEngine
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.schedule import Adaptive
-from dspark_stream.types import TokensEvent
+from dspark_stream.types import SamplingParams, TokensEvent
 from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 
 CURVE = CapacityCurve(
@@ -97,8 +97,9 @@ def test_the_services_bound_is_everybodys_and_a_bad_one_is_refused():
 
 def test_prompt_chunks_shrink_for_a_bound():
     _, engine = run([ask("a")])
-    free = [SimpleNamespace(max_chunk_gap_ms=inf, position=10)] * 2
-    bound = [SimpleNamespace(max_chunk_gap_ms=300.0, position=10), free[0]]
+    greedy = SamplingParams(max_tokens=1, temperature=0.0)
+    free = [SimpleNamespace(max_chunk_gap_ms=inf, position=10, sampling=greedy)] * 2
+    bound = [SimpleNamespace(max_chunk_gap_ms=300.0, position=10, sampling=greedy), free[0]]
     assert engine._chunk(free) == 16  # of what was measured, nothing but one token is within 60 ms
     engine._prefill_budget_ms = 1e4
     assert engine._chunk(free) == 64

@@ -229,6 +229,7 @@ def test_fit_separates_what_was_measured_together():
         "slot": {1: 1.3, 2: 1.9, 4: 2.65},
         "long": {1: 10.0 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
         "long draft": {1: 2.5 + 0.25},
+        "sampled": {4: 20.0},
     }
     curve = fit(times, gamma=4, context=100, long_context=600)
     assert curve.tokens == [1, 2, 4, 8]
@@ -240,3 +241,7 @@ def test_fit_separates_what_was_measured_together():
     assert curve.attend_us == pytest.approx(1.0)
     assert curve.read_us == pytest.approx(2.0)
     assert curve.draft_read_us == pytest.approx(0.5)
+    assert curve.sample_us == pytest.approx(500.0)
+    costs = Costs(curve)
+    assert costs.sampling(0.1) is costs
+    assert costs.sampling(0.5).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)

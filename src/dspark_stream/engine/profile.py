@@ -43,7 +43,7 @@ WARM_ROWS = 16
 """Passes up to so many rows are timed right after another one."""
 SLOW_MS = 80.0
 """Points that take this long are measured twice only: what is left of the noise is small beside them."""
-FORMAT = "curve 3"
+FORMAT = "curve 4"
 
 
 class _Stored(msgspec.Struct):
@@ -181,6 +181,7 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int) -> Capacit
         rest_ms=monotone([rest[r] for r in streams]),
         gamma=gamma,
         context=context,
+        sample_us=max([0.0, *(1e3 * (ms - plain[n]) / n for n, ms in times.get("sampled", {}).items())]),
     )
     spread = max(1, long_context - context)
     if "long" in times:  # one row, and a block of them: what a position costs once, and for every row
@@ -247,6 +248,8 @@ class _Bench:
         points = [Point("rows", n, self.rows_ms) for n in rows]
         streams = [n for n in streams if n in rows]
         points += [Point("streams", n, self.streams_ms) for n in streams]
+        some = max(n for n in streams if n <= WARM_ROWS)
+        points.append(Point("sampled", some, self.sampled_ms))
         points += [Point("rest", n, self.rest_ms) for n in streams]
         block = min(1 + self.gamma, self.max_tokens)
         far = self.long_context >= 2 * self.context
@@ -259,11 +262,11 @@ class _Bench:
                 points.append(Point("long draft", 1, self.long_draft_ms))
         return points
 
-    def _streams(self, count: int, context: int = 0) -> list[Stream]:
+    def _streams(self, count: int, context: int = 0, temperature: float = 0.0) -> list[Stream]:
         request = GenerationRequest(
             request_id="profile",
             prompt_ids=(0,) * ((context or self.context) + 1),
-            sampling=SamplingParams(max_tokens=1 << 20, temperature=0.0),
+            sampling=SamplingParams(max_tokens=1 << 20, temperature=temperature),
         )
         streams = [Stream(request, self._target.vocab_size, self.gamma, frozenset(), None) for _ in range(count)]
         for i, stream in enumerate(streams):
@@ -295,6 +298,11 @@ class _Bench:
         if count <= WARM_ROWS:
             self._verify_ms(self._streams(count), 0)
         return self._verify_ms(self._streams(count), 0)
+
+    def sampled_ms(self, count: int) -> float:
+        """As `streams_ms`, with a temperature."""
+        self._verify_ms(self._streams(count, temperature=1.0), 0)
+        return self._verify_ms(self._streams(count, temperature=1.0), 0)
 
     def rest_ms(self, count: int) -> float:
         """A plain round of that many streams, without its pass."""

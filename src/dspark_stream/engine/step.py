@@ -23,7 +23,7 @@ from dspark_stream.models.target import Rows, Target
 from dspark_stream.spec.accept import Outcome, accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
-from dspark_stream.spec.draft import Block, acceptance_of, draft
+from dspark_stream.spec.draft import Block, acceptance_of, draft, is_greedy
 from dspark_stream.spec.schedule import Candidate, Schedule
 from dspark_stream.spec.skipping import Plan, Skipping
 from dspark_stream.spec.survival import AcceptanceHistory
@@ -50,6 +50,10 @@ class Models:
         self.skipping = Skipping(self.gamma)
         self.drift = Drift(self.capacity)
 
+    def costs_of(self, streams: Sequence[Stream]) -> Costs:
+        """What rounds of these streams cost: those with a temperature take longer to accept."""
+        return self.costs.sampling(sum(not is_greedy(s) for s in streams) / len(streams))
+
     @property
     def gamma(self) -> int:
         """Draft block size; 0 without a drafter."""
@@ -74,7 +78,8 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     """
     clock = [time.perf_counter()]
     plan = _plan(models, streams, slowest_ms)
-    cost = models.costs.round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
+    costs = models.costs_of(streams)
+    cost = costs.round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
     clock.append(time.perf_counter())
     blocks = _draft(models, streams, plan)
     clock.append(time.perf_counter())
@@ -96,11 +101,11 @@ def _plan(models: Models, streams: Sequence[Stream], slowest_ms: float) -> Plan:
     """Who is drafted for, from the past alone: everybody under a static schedule, else whoever it pays for."""
     slots = models.schedule.slots(models.gamma) if models.drafter else 0
     if slots is None:
-        plan = models.skipping.plan([s.past for s in streams], _position(streams), models.costs)
+        plan = models.skipping.plan([s.past for s in streams], _position(streams), models.costs_of(streams))
     else:
         plan = Plan([s.drafts and slots > 0 for s in streams], slots, 0.0)
     if any(plan.drafting) and slowest_ms < inf:
-        cost = models.costs.round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
+        cost = models.costs_of(streams).round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
         if cost.ms[0] > slowest_ms:  # drafting alone would take too long, with nothing verified
             return Plan([False] * len(streams), 0, plan.price)
     return plan

@@ -283,7 +283,8 @@ class EngineThread:
     def _plain_round_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
         """What a round of so many of these takes, with nothing drafted."""
         position = sum([s.position for s in streams]) / len(streams)
-        return lambda count: self._models.costs.round_cost(count, position, 0, 0).ms[0]
+        costs = self._models.costs_of(streams)
+        return lambda count: costs.round_cost(count, position, 0, 0).ms[0]
 
     def _chunk(self, decoding: Sequence[Stream]) -> int:
         """Prompt tokens beside a round of ``decoding``: the largest measured pass that holds up nobody for too long."""

@@ -23,7 +23,8 @@ def table(curve: CapacityCurve) -> str:
     lines += [f"  {name:<9}" + "".join(f"{ms:>8.2f}" for ms in row) for name, row in rounds.items()]
     lines.append(
         f"a position of context costs a pass {curve.read_us:.2f} µs for each stream and {curve.attend_us:.2f} µs for "
-        f"each row, drafting {curve.draft_read_us:.2f} µs for each stream"
+        f"each row, drafting {curve.draft_read_us:.2f} µs for each stream; sampling costs "
+        f"{curve.sample_us:.0f} µs a row"
     )
     return "\n".join(lines)
 

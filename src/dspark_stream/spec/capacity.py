@@ -44,6 +44,8 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     """Microseconds that it costs for every row."""
     draft_read_us: float = 0.0
     """Microseconds that it costs in drafting a block."""
+    sample_us: float = 0.0
+    """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one."""
 
     def round_ms(
         self, batch_tokens: int, streams: int, drafting: int, *, slots: int | None = None, position: float | None = None
@@ -107,6 +109,20 @@ class Costs:
     def __init__(self, curve: CapacityCurve) -> None:
         self.curve = curve
         self.table = lru_cache(maxsize=256)(self._table)
+        self._sampling: dict[int, Costs] = {}
+
+    def sampling(self, share: float) -> Costs:
+        """The same where that share of the rows is sampled; to a quarter."""
+        quarters = round(4 * share)
+        if not quarters or not self.curve.sample_us:
+            return self
+        if quarters not in self._sampling:
+            c = self.curve
+            verify_ms = [
+                ms + 1e-3 * c.sample_us * n * quarters / 4 for n, ms in zip(c.tokens, c.verify_ms, strict=True)
+            ]
+            self._sampling[quarters] = Costs(msgspec.structs.replace(c, verify_ms=verify_ms))
+        return self._sampling[quarters]
 
     def verify_ms(self, batch_tokens: Any, streams: int, position: float) -> Any:
         """A target pass over B tokens of R streams at mean position p̄; B may be an array."""
