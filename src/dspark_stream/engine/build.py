@@ -33,8 +33,12 @@ CPU_THREADS = torch.get_num_threads()
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 
 
-def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, TextCodec | None]:
+def build_engine(
+    config: Config, progress: Progress, *, measure_again: bool = False
+) -> tuple[EngineThread, TextCodec | None]:
     """Load everything that ``config`` names; the engine still has to be started.
+
+    ``measure_again``: measure the capacity curve whether or not it is known.
 
     Returns the engine and the tokenizer, None for a model folder without one.
 
@@ -100,6 +104,7 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         key=curve_key(target, drafter, [loaded.fingerprint, folder], [config.target_quant, config.draft_quant]),
         folder=config.cache_dir / "capacity",
         progress=progress,
+        again=measure_again,
     )
     models = Models(
         target=target,
@@ -127,7 +132,15 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         schedule=config.schedule,
     )
     text = codec.token_bytes if codec else None
-    return EngineThread(models, info, allocator, text, prefill_budget_ms=config.prefill_budget_ms), codec
+    engine = EngineThread(
+        models,
+        info,
+        allocator,
+        text,
+        prefill_budget_ms=config.prefill_budget_ms,
+        max_chunk_gap_ms=config.max_chunk_gap_ms,
+    )
+    return engine, codec
 
 
 def open_kernels(config: Config, progress: Progress) -> Context | None:
