@@ -16,9 +16,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import get_args
 
 from dspark_stream.calibrate import errors
-from dspark_stream.config import MAX_FIXED, Config
+from dspark_stream.config import MAX_FIXED, Config, Quant
 from dspark_stream.engine.build import build_engine, drafter_folder
 from dspark_stream.evaluate import Plan, Prompt, Tally, acceptance_by_position, read_prompts, run_prompts
 from dspark_stream.local import LocalEngine
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="prompts of each file")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--drafter", action="append", metavar="[NAME=]FOLDER", help="default: auto")
-    parser.add_argument("--quant", nargs="+", default=["none"], choices=["none", "int8", "nf4"])
+    parser.add_argument("--quant", nargs="+", default=["none"], choices=get_args(Quant))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--streams", type=int, default=16)
