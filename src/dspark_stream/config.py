@@ -24,7 +24,7 @@ from dspark_stream.errors import ConfigError
 
 PREFIX = "DSPARK_"
 Group = Literal["model", "engine", "service"]
-Quant = Literal["none", "int8", "nf4"]
+Quant = Literal["none", "int8", "nf4", "w8a8", "w4a8"]
 
 
 # --- text to value -----------------------------------------------------------------------------------------
@@ -134,10 +134,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "none"],
         Setting("auto: the calibration of confidences beside the drafter's weights, where there is one", "model"),
     ] = "auto"
-    draft_quant: Annotated[Quant, Setting("quantisation of the drafter's linear layers", "model")] = "none"
-    target_quant: Annotated[Quant, Setting("quantisation of the target's linear layers", "model")] = "none"
+    draft_quant: Annotated[
+        Quant,
+        Setting(
+            "quantisation of the drafter's linear layers: int8 and nf4 by bitsandbytes, w8a8 and w4a8 on the CPU's "
+            "integer kernels (none is w8a8 there)",
+            "model",
+        ),
+    ] = "none"
+    target_quant: Annotated[
+        Quant,
+        Setting("quantisation of the target's linear layers; a GGUF file has its own", "model"),
+    ] = "none"
     cpu_kernels: Annotated[
-        Literal["auto", "avx512", "avx2", "portable", "off"],
+        Literal["auto", "amx", "avx512", "avx2", "portable", "off"],
         Setting("integer kernels for GGUF targets on a CPU: the best that it can run, one by name, or torch", "model"),
     ] = "auto"
     threads: Annotated[int, Setting("CPU threads of the engine; 0 leaves the choice to torch", "model", 0, 1024)] = 0

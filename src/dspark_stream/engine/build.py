@@ -20,7 +20,7 @@ from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.models.native import NativeTarget, UnsupportedError
-from dspark_stream.models.quant import quantise_linears
+from dspark_stream.models.quant import KERNEL_BITS, quantise_linears
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import Calibration, load_calibration
@@ -50,7 +50,8 @@ def build_engine(
     path = str(ensure_embedded_model(config.cache_dir, progress)) if embedded else config.model
     with progress.stage(f"loading {config.model}"):
         kernels = open_kernels(config, progress)
-        loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels)
+        bits = KERNEL_BITS.get(config.target_quant)
+        loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels, bits=bits)
     target = loaded.target
     drafter, calibration, drafter_folder = _load_drafter(config, loaded, progress)
     if drafter is None and config.drafter != "none":
@@ -66,7 +67,7 @@ def build_engine(
         target.pack()
         if drafter:
             try:
-                drafter.pack()
+                drafter.pack(KERNEL_BITS.get(config.draft_quant))
             except UnsupportedError as error:
                 raise ModelLoadError(
                     f"the CPU kernels cannot run this drafter ({error}): --cpu-kernels off runs both models on torch",
@@ -148,6 +149,7 @@ def open_kernels(config: Config, progress: Progress) -> Context | None:
         config.cpu_kernels == "off"
         or config.device == "cuda"
         or (config.device == "auto" and torch.cuda.is_available())
+        or {config.target_quant, config.draft_quant} - {"none", *KERNEL_BITS}  # bitsandbytes' are torch's
     ):
         return None
     isa = best_isa() if config.cpu_kernels == "auto" else config.cpu_kernels

@@ -14,7 +14,10 @@ from torch import nn
 
 from dspark_stream.errors import ModelLoadError
 
-Quant = Literal["none", "int8", "nf4"]
+Quant = Literal["none", "int8", "nf4", "w8a8", "w4a8"]
+
+KERNEL_BITS: dict[str, int] = {"w8a8": 8, "w4a8": 4}
+"""Of weights on the CPU's integer kernels, with activations of 8 bits; both with a scale for each group of 32."""
 
 NF4_BLOCK, NF4_ROWS = 64, 32
 """bitsandbytes packs nf4 in blocks of 64 inputs and multiplies 32 outputs at a time; other shapes stay as they are."""
@@ -30,6 +33,8 @@ def quantise_linears(module: nn.Module, quant: Quant) -> int:
     """
     if quant == "none":
         return 0
+    if quant in KERNEL_BITS:
+        raise ModelLoadError(f"{quant} needs the CPU's integer kernels, and this model does not run on them here")
     # it tells of optional kernels when imported, and of its fp16 cast at every single product
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -119,7 +119,7 @@ class Target:
         rows: Tensor = self.lm_head.weight.detach()[ids]
         return rows
 
-    def pack(self) -> None:
+    def pack(self, bits: int | None = None) -> None:
         """Lay the weights out for this machine's matrix units. Inference only, once; drafters are built before."""
         pack_linears(self.decoder)
         if type(self.lm_head) is nn.Linear:  # a copy where it is tied: the embedding stays as it is

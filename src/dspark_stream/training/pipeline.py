@@ -164,7 +164,7 @@ def fitting(answers: list[Answer], plan: TrainPlan, loaded: LoadedTarget, progre
 
 
 def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) -> Drafter:
-    """A drafter that starts from the target, or from another drafter; float32, on its device. Sets the target's taps."""
+    """A drafter that starts from the target, or another drafter; float32, on its device. Sets the target's taps."""
     target = loaded.target
     if plan.init is not None:
         return load_drafter(Path(plan.init), target).to(torch.float32).train().requires_grad_(True)

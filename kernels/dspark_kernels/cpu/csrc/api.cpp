@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "blocks.h"
 #include "llama.h"
 #include "measure.h"
 
@@ -69,9 +70,6 @@ float dot(const float* a, const float* b, int size) {  // size: a multiple of 16
     return sum_of(sum);
 }
 
-// GGUF's blocks of 32 (format facts: ggml's block_q4_0, block_q4_1, block_q8_0).
-enum Source { F32 = 0, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8 };
-
 uint16_t half_of(float x) {
     float lanes[LANES] = {x};
     uint16_t out[LANES];
@@ -83,28 +81,6 @@ float float_of(uint16_t h) {
     float out[LANES];
     Floats::load_half(lanes).store(out);
     return out[0];
-}
-
-void pack_group(Matrix& to, int channel, int group, const uint8_t* block, int source) {
-    uint8_t q[GROUP];
-    uint16_t d;
-    std::memcpy(&d, block, 2);
-    if (source == Q8_0) {
-        for (int k = 0; k < GROUP; k++) q[k] = static_cast<uint8_t>(block[2 + k] ^ 0x80);  // signed + 128
-        to.put(channel, group, q, d, half_of(-128.0f * float_of(d)));
-        return;
-    }
-    uint16_t m = half_of(-8.0f * float_of(d));
-    const uint8_t* nibbles = block + 2;
-    if (source == Q4_1) {
-        std::memcpy(&m, block + 2, 2);
-        nibbles = block + 4;
-    }
-    for (int k = 0; k < GROUP / 2; k++) {
-        q[k] = nibbles[k] & 15;
-        q[k + GROUP / 2] = nibbles[k] >> 4;
-    }
-    to.put(channel, group, q, d, m);
 }
 
 // Floats to quants of 4 bits (least and greatest are the ends) or 8 (symmetric).
@@ -154,7 +130,7 @@ int64_t dspark_matrix_bytes(const Matrix* m) { return static_cast<int64_t>(m->by
 bool dspark_pack(Context* context, Matrix* to, int first, int count, const int32_t* rows, const void* source, int type) {
     return guarded([&] {
         const int groups = to->groups();
-        const size_t block = type == F32 ? GROUP * sizeof(float) : type == Q8_0 ? 34 : type == Q4_1 ? 20 : 18;
+        const Layout layout = layout_of(type);
         context->pool.run([&](int thread) {
             // whole tiles of the matrix to a thread: channels of one tile share bytes
             const int begin = first / LANES, end = (first + count + LANES - 1) / LANES;
@@ -163,13 +139,14 @@ bool dspark_pack(Context* context, Matrix* to, int first, int count, const int32
             const int low = std::max(first, (begin + from) * LANES), high = std::min(first + count, (begin + until) * LANES);
             for (int channel = low; channel < high; channel++) {
                 const size_t row = rows ? rows[channel - first] : channel - first;
-                const uint8_t* at = static_cast<const uint8_t*>(source) + row * groups * block;
-                for (int g = 0; g < groups; g++, at += block) {
-                    if (type == F32)
-                        quantise_group(*to, channel, g, reinterpret_cast<const float*>(at));
-                    else
-                        pack_group(*to, channel, g, at, type);
-                }
+                const uint8_t* at = static_cast<const uint8_t*>(source) + row * (groups / layout.groups) * layout.bytes;
+                for (int g = 0; g < groups; g += layout.groups, at += layout.bytes)
+                    read_block(at, type, [&](int i, const Group& group) {
+                        if (group.exact)
+                            to->put(channel, g + i, group.q, half_of(group.d), half_of(group.m));
+                        else
+                            quantise_group(*to, channel, g + i, group.x);
+                    });
             }
         });
         return true;

@@ -229,15 +229,15 @@ class Llama {
         const size_t step = static_cast<size_t>(shape.kv_heads) * size * LANES;
         const uint16_t* k = keys + p / LANES * step;
         Floats score[T][G];
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
         for (int t = 0; t < T; t++)
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
             for (int g = 0; g < G; g++) score[t][g] = Floats::zero();
         for (int d = 0; d < size; d++) {
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
             for (int t = 0; t < T; t++) {
                 const Floats key = Floats::load_half(k + t * step + d * LANES);
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
                 for (int g = 0; g < G; g++) score[t][g] = fma(key, Floats::all(q[g * size + d]), score[t][g]);
             }
         }
@@ -256,18 +256,18 @@ class Llama {
                       float* out) const {
         const size_t step = static_cast<size_t>(shape.kv_heads) * shape.head_size;
         Floats sums[G][C];
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
         for (int g = 0; g < G; g++)
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
             for (int c = 0; c < C; c++) sums[g][c] = Floats::zero();
         for (int p = 0; p < seen; p++, v += step) {
             Floats value[C];
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
             for (int c = 0; c < C; c++) value[c] = Floats::load_half(v + c * LANES);
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
             for (int g = 0; g < G; g++) {
                 const Floats weight = Floats::all(weights[g * stride + p]);
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
                 for (int c = 0; c < C; c++) sums[g][c] = fma(value[c], weight, sums[g][c]);
             }
         }

@@ -38,7 +38,7 @@ constexpr size_t PREFETCH = 4096;  // bytes ahead: the processor's own prefetchi
 template <size_t BYTES>
 inline void prefetch(const uint8_t* at) {
 #if defined(__GNUC__)
-#pragma GCC unroll 20
+DSPARK_UNROLL(20)
     for (size_t i = 0; i < BYTES; i += 64) __builtin_prefetch(at + i);
 #endif
 }
@@ -195,10 +195,10 @@ struct Quantised {
 template <int BITS>
 inline void unpack(const uint8_t* at, Bytes* chunk) {
     if constexpr (BITS == 8) {
-#pragma GCC unroll 8
+DSPARK_UNROLL(8)
         for (int c = 0; c < 8; c++) chunk[c] = Bytes::load(at + 64 * c);
     } else {
-#pragma GCC unroll 4
+DSPARK_UNROLL(4)
         for (int c = 0; c < 4; c++) {
             const Bytes both = Bytes::load(at + 64 * c);
             chunk[2 * c] = both.low();
@@ -211,7 +211,7 @@ inline void unpack(const uint8_t* at, Bytes* chunk) {
 template <int M, typename Dot>
 inline void add_group(const uint16_t* scales, const Quantised::Group& x, Dot dot, Floats* total) {
     const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
-#pragma GCC unroll 16
+DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) {
         total[r] = fma(Floats::from(dot(r)), d * Floats::all(x.scale[r]), total[r]);
         total[r] = fma(m, Floats::all(x.sum[r]), total[r]);
@@ -223,7 +223,7 @@ template <int BITS, int M>
 DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::Group* x, Floats* out) {
     constexpr size_t step = BITS * LANES * GROUP / 8 + 4 * LANES;
     Floats total[M];
-#pragma GCC unroll 16
+DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) total[r] = Floats::zero();
     for (int g = 0; g < groups; g++, at += step, x++) {
         prefetch<step>(at + PREFETCH);
@@ -231,13 +231,13 @@ DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::G
         unpack<BITS>(at, chunk);
         const auto dot = [&](int r) {
             Ints sum = no_ints();
-#pragma GCC unroll 8
+DSPARK_UNROLL(8)
             for (int c = 0; c < 8; c++) sum = dot4<BITS>(sum, chunk[c], x->q[r] + 4 * c);
             return sum;
         };
         add_group<M>(reinterpret_cast<const uint16_t*>(at + step - 4 * LANES), *x, dot, total);
     }
-#pragma GCC unroll 16
+DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) out[r] = total[r];
 }
 
@@ -251,14 +251,14 @@ DSPARK_APART void tile_product_amx(const uint8_t* at, int groups, const Quantise
     alignas(64) int32_t dots[RING][M][LANES];
     use_matrix_unit(M);
     Floats total[M];
-#pragma GCC unroll 16
+DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) total[r] = Floats::zero();
     for (int i = 0; i < groups + ADDED; i++) {
         if (i < groups) {
             prefetch<step>(at + PREFETCH);
             Bytes chunk[8];
             unpack<BITS>(at, chunk);
-#pragma GCC unroll 8
+DSPARK_UNROLL(8)
             for (int c = 0; c < 8; c++) chunk[c].store(weights[i % RING] + 64 * c);
         }
         const int j = i - LOADED;
@@ -273,7 +273,7 @@ DSPARK_APART void tile_product_amx(const uint8_t* at, int groups, const Quantise
         }
         at += step;
     }
-#pragma GCC unroll 16
+DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) out[r] = total[r];
 }
 #endif

@@ -23,6 +23,15 @@
 #include <immintrin.h>
 #endif
 
+// Loops over lanes' worth of registers: the compiler leaves them in memory unless told. Without registers for 16 lanes
+// there is nothing to gain, and compiling would take minutes.
+#define DSPARK_PRAGMA(text) _Pragma(#text)
+#if defined(DSPARK_AVX512) || defined(DSPARK_AVX2)
+#define DSPARK_UNROLL(times) DSPARK_PRAGMA(GCC unroll times)
+#else
+#define DSPARK_UNROLL(times)
+#endif
+
 namespace dspark {
 
 constexpr int LANES = 16;
