@@ -157,7 +157,9 @@ def _learn(
             models.history.record(length, outcome.accepted)
     tokens = len(streams) + sum(lengths)
     expected_ms = cost(tokens) - cost.draft_ms - cost.rest_ms
-    if models.drift.see(tokens, verify_ms / expected_ms, draft_ms / cost.draft_ms if cost.draft_ms else None):
+    if expected_ms > 0 and models.drift.see(
+        tokens, verify_ms / expected_ms, draft_ms / cost.draft_ms if cost.draft_ms else None
+    ):
         models.costs = Costs(models.drift.curve)
 
 
