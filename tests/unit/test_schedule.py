@@ -210,6 +210,14 @@ def test_curve_knows_context_slots_and_the_rest():
     assert (cost.first, cost.draft_ms, cost.rest_ms) == (2, pytest.approx(draft - 12 * 2 * 5e-3), 2.0)
 
 
+def test_a_slope_that_was_measured_wrong_makes_nothing_free():
+    """Guards against rounds that take no time at all before the position at which the curve was measured."""
+    curve = msgspec.structs.replace(CURVE, context=256, read_us=200.0, draft_read_us=200.0, gamma=4, slot_ms=[9.0, 9.0])
+    costs = Costs(curve)
+    assert costs.verify_ms(1, 1, 0.0) == pytest.approx(2.5)
+    assert costs.draft_ms(1, 1, 0.0) == pytest.approx(0.5)
+
+
 def test_points_are_swept_and_the_first_run_does_not_count():
     times = {n: iter([99.0, 5.0, 9.0 + n, 7.0] + [6.0] * 20) for n in (1, 2)}
     points = [Point("rows", n, lambda n: next(times[n])) for n in (1, 2)]

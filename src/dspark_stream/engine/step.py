@@ -157,7 +157,9 @@ def _learn(
             models.history.record(length, outcome.accepted)
     tokens = len(streams) + sum(lengths)
     expected_ms = cost(tokens) - cost.draft_ms - cost.rest_ms
-    if models.drift.see(tokens, verify_ms / expected_ms, draft_ms / cost.draft_ms if cost.draft_ms else None):
+    if expected_ms > 0 and models.drift.see(
+        tokens, verify_ms / expected_ms, draft_ms / cost.draft_ms if cost.draft_ms else None
+    ):
         models.costs = Costs(models.drift.curve)
 
 
@@ -172,7 +174,7 @@ def _commit(
 ) -> list[Committed]:
     """Accepted tokens and the bonus token leave for the client; context features of what stands are kept."""
     *first_rows, batch_tokens = [0, *accumulate(1 + length for length in lengths)]
-    _keep_context(models, streams, first_rows, outcomes, taps)
+    _keep_context(models, streams, first_rows, blocks, outcomes, taps)
     committed = []
     for stream, block, length, (accepted, bonus) in zip(streams, blocks, lengths, outcomes, strict=True):
         record = RoundRecord(
@@ -199,6 +201,7 @@ def _keep_context(
     models: Models,
     streams: Sequence[Stream],
     first_rows: Sequence[int],
+    blocks: Sequence[Block],
     outcomes: Sequence[Outcome],
     taps: torch.Tensor,
 ) -> None:
@@ -209,12 +212,24 @@ def _keep_context(
     """
     if models.drafter is None or models.drafter_kv is None:
         return
-    kept = [(s, row, 1 + o.accepted) for s, row, o in zip(streams, first_rows, outcomes, strict=True) if s.drafts]
-    full = [(s.extent, s.backlog) for s, _, count in kept if not s.backlog.fits(count)]
+    kept = [
+        (s, row, 1 + o.accepted, bool(b.tokens))
+        for s, row, o, b in zip(streams, first_rows, outcomes, blocks, strict=True)
+        if s.drafts
+    ]
+    full = [(s.extent, s.backlog) for s, _, count, _ in kept if not s.backlog.fits(count)]
     hand_over(full, models.drafter, models.drafter_kv)
-    taps = taps.clone() if kept else taps  # a runner may write its next pass's over them
-    for stream, row, count in kept:
-        stream.backlog.add(taps, row, count, stream.position)
+    # two copies, since a runner may write its next pass's taps over these: what is soon handed over, and what waits
+    for soon in (True, False):
+        mine = [(s, row, count) for s, row, count, drafted in kept if drafted is soon]
+        if not mine:
+            continue
+        rows = [r for _, row, count in mine for r in range(row, row + count)]
+        copy = taps.clone() if len(rows) == len(taps) else taps[rows]
+        at = 0
+        for stream, _, count in mine:
+            stream.backlog.add(copy, at, count, stream.position)
+            at += count
 
 
 def _append_prompt(models: Models, taps: torch.Tensor, chunks: Iterable[tuple[Stream, int, int, int]]) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+LEAST_OF_BASE = 0.25
+"""What a shorter context, or fewer slots, can leave of a measured time: slopes are measured too, and may be off."""
 
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,7 +131,7 @@ class Costs:
         c = self.curve
         context_ms = 1e-3 * (position - c.context) * (c.read_us * streams + c.attend_us * np.asarray(batch_tokens))
         base = interpolated(c.tokens, c.verify_ms, batch_tokens) + interpolated(c.streams, c.stream_ms, streams)
-        return np.maximum(base + context_ms, 0.0)
+        return np.maximum(base + context_ms, LEAST_OF_BASE * base)
 
     def draft_ms(self, drafting: Any, slots: Any, position: float) -> Any:
         """Drafting ``slots`` tokens for so many streams, at least one; both may be arrays."""
@@ -137,7 +139,7 @@ class Costs:
         whole = interpolated(c.streams, c.draft_ms, drafting)
         spared = interpolated(c.streams, c.slot_ms, drafting) * (c.gamma - np.asarray(slots))
         context_ms = 1e-3 * (position - c.context) * c.draft_read_us * np.asarray(drafting)
-        return np.maximum(whole - spared + context_ms, 0.0)
+        return np.maximum(whole - spared + context_ms, LEAST_OF_BASE * whole)
 
     def rest_ms(self, streams: int) -> float:
         """The rest of a round of R streams."""
