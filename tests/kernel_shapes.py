@@ -14,6 +14,8 @@ from dspark_kernels.ragged_attention.reference import Segment, table_of
 from dspark_kernels.sequential_head import triton as sequential_head
 from dspark_kernels.sequential_head.reference import HeadWeights, Prepared
 from dspark_kernels.streams import Drafts, Sampling
+from dspark_kernels.weight_only import triton as weight_only
+from dspark_kernels.weight_only.reference import GROUP, Quantised
 
 
 class Shape(NamedTuple):
@@ -81,6 +83,15 @@ def round_parts(shape: Shape, streams: int, device: torch.device, dtype: torch.d
     admission.pack(Admitted(i32, i32, real), drafts.tokens, i32, i64, i64, rows)
 
 
+def quantised(bits: int, outputs: int, inputs: int, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+    groups = inputs // GROUP
+    scale = torch.empty(outputs, groups, dtype=torch.float16, device=device)
+    kind, width = (torch.int8, inputs) if bits == 8 else (torch.uint8, inputs // 2)
+    packed = torch.empty(outputs, width, dtype=kind, device=device)
+    x = torch.empty(rows, inputs, dtype=dtype, device=device)
+    weight_only.linear(x, Quantised(packed, scale, None if bits == 8 else scale, bits))
+
+
 def launch_everything(device: torch.device) -> None:
     """Every kernel, each kind of head, one stream and several, bfloat16 and float32."""
     for shape, dtype in ((SMOLLM2_135M, torch.bfloat16), (QWEN3_8B, torch.bfloat16), (SMOLLM2_135M, torch.float32)):
@@ -91,3 +102,6 @@ def launch_everything(device: torch.device) -> None:
         for kind in ("none", "vanilla", "gated", "rnn"):
             heads(shape, kind, 1, device, dtype)
     round_parts(QWEN3_8B, 64, device, torch.bfloat16)
+    for bits in (8, 4):
+        quantised(bits, 4096, 12288, 7, device, torch.bfloat16)
+        quantised(bits, 576, 1536, 1, device, torch.bfloat16)

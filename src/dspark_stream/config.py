@@ -24,7 +24,7 @@ from dspark_stream.errors import ConfigError
 
 PREFIX = "DSPARK_"
 Group = Literal["model", "engine", "service"]
-Quant = Literal["none", "int8", "nf4"]
+Quant = Literal["none", "int8", "nf4", "w8a16", "w4a16"]
 
 
 # --- text to value -----------------------------------------------------------------------------------------
@@ -125,11 +125,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "none"],
         Setting("auto: the calibration of confidences beside the drafter's weights, where there is one", "model"),
     ] = "auto"
-    draft_quant: Annotated[Quant, Setting("quantisation of the drafter's linear layers", "model")] = "none"
+    draft_quant: Annotated[
+        Quant,
+        Setting(
+            "quantisation of the drafter's linear layers: int8 and nf4 by bitsandbytes, w8a16 and w4a16 by our own "
+            "kernels (for GPUs)",
+            "model",
+        ),
+    ] = "none"
     target_quant: Annotated[Quant, Setting("quantisation of the target's linear layers", "model")] = "none"
     cpu_kernels: Annotated[
         Literal["auto", "avx512", "avx2", "portable", "off"],
         Setting("integer kernels for GGUF targets on a CPU: the best that it can run, one by name, or torch", "model"),
+    ] = "auto"
+    cuda_graphs: Annotated[
+        Literal["auto", "off"],
+        Setting(
+            "auto: on a GPU every decoding round is one captured graph; off: rounds run operation by operation", "model"
+        ),
     ] = "auto"
     threads: Annotated[int, Setting("CPU threads of the engine; 0 leaves the choice to torch", "model", 0, 1024)] = 0
     cache_dir: Annotated[

@@ -10,6 +10,7 @@ from dspark_kernels.cpu import Context, NoCompilerError, best_isa, supported_isa
 from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
 from dspark_stream.drafters import shipped_drafter
+from dspark_stream.engine.gpu.runner import GraphRounds
 from dspark_stream.engine.profile import curve_key, load_or_measure
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
@@ -110,6 +111,11 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         schedule=parse_schedule(config.schedule),
         capacity=curve,
     )
+    if target.device.type == "cuda" and config.cuda_graphs == "auto":
+        rounds = GraphRounds(models, seats=config.max_num_seqs, longest=max_model_len + gamma + 1)
+        with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
+            rounds.ladder.warm(bar.advance)
+        models.rounds = rounds
     codec = loaded.codec
     info = ModelInfo(
         model=EMBEDDED_NAME if embedded else loaded.name,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -26,6 +26,9 @@ from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 
+if TYPE_CHECKING:
+    from dspark_stream.engine.gpu.runner import GraphRounds
+
 
 @dataclass
 class Models:
@@ -39,6 +42,8 @@ class Models:
     history: AcceptanceHistory
     schedule: Schedule
     capacity: CapacityCurve
+    rounds: GraphRounds | None = None
+    """Captured rounds, on a GPU; they take the place of `decode_round`'s own steps."""
 
     @property
     def gamma(self) -> int:
@@ -59,6 +64,8 @@ class Committed(NamedTuple):
 
 def decode_round(models: Models, streams: Sequence[Stream]) -> list[Committed]:
     """One verification round for R streams; streams in plain mode take part with ℓ = 0."""
+    if models.rounds is not None:
+        return models.rounds.decode_round(streams)
     clock = [time.perf_counter()]
     blocks = _draft(models, streams)
     clock.append(time.perf_counter())

@@ -1,4 +1,4 @@
-"""int8 and nf4 weights through bitsandbytes, on CPU and GPU.
+"""int8 and nf4 weights through bitsandbytes, on CPU and GPU; 8- and 4-bit weights on kernels of our own, for GPUs.
 
 Only the decoder layers' matrices (and the drafter's `fc`) are quantised. Embedding, LM head, norms and the small heads
 stay as they are: the LM head is shared between target and drafter, and a packed one cannot be shared.
@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dspark_kernels.weight_only import GROUP, WeightOnlyLinear
 from dspark_stream.errors import ModelLoadError
 
-Quant = Literal["none", "int8", "nf4"]
+Quant = Literal["none", "int8", "nf4", "w8a16", "w4a16"]
 
 NF4_BLOCK, NF4_ROWS = 64, 32
 """bitsandbytes packs nf4 in blocks of 64 inputs and multiplies 32 outputs at a time; other shapes stay as they are."""
@@ -30,6 +31,8 @@ def quantise_linears(module: nn.Module, quant: Quant) -> int:
     """
     if quant == "none":
         return 0
+    if quant in ("w8a16", "w4a16"):
+        return _weight_only(module, 8 if quant == "w8a16" else 4)
     # it tells of optional kernels when imported, and of its fp16 cast at every single product
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -71,4 +74,18 @@ def quantise_linears(module: nn.Module, quant: Quant) -> int:
                 like = child.bias if child.bias is not None else None
                 dtype = like.dtype if like is not None else getattr(child, "compute_dtype", None) or torch.float32
                 child(torch.zeros(1, child.in_features, dtype=dtype, device=child.weight.device))
+    return count
+
+
+def _weight_only(module: nn.Module, bits: int) -> int:
+    """Every linear layer whose inputs fill whole groups, on our own kernel; returns how many."""
+    count = 0
+    for parent_name, parent in list(module.named_modules()):
+        for name, child in list(parent.named_children()):
+            path = f"{parent_name}.{name}"
+            if type(child) is not nn.Linear or any(part in KEEP for part in path.split(".")):
+                continue
+            if child.in_features % GROUP == 0:
+                setattr(parent, name, WeightOnlyLinear(child, bits))
+                count += 1
     return count

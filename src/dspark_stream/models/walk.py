@@ -16,7 +16,7 @@ def head_weights(drafter: Drafter) -> HeadWeights:
     Where parts of one matrix have to be contiguous they are copied: make it once, after everything is loaded.
     """
     head, confidence = drafter.markov_head, drafter.confidence_head
-    device = drafter.fc.weight.device
+    device = drafter.target.device
     kind: HeadKind = "none" if head is None else "vanilla"
     w1 = w2 = inner = inner_hidden = inner_bias = None
     longest = torch.zeros((), device=device)

@@ -7,8 +7,20 @@ import torch
 
 from dspark_kernels.admission.reference import BUDGET, EARLY_STOP, FIXED, Admitted, pack
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.schedule import admit as algorithm_1
 from dspark_stream.spec.survival import prefix_survival
+
+
+def algorithm_1(survival: list[list[float]], sps) -> list[int]:
+    """The paper's Algorithm 1 in its own words, on the host."""
+    order = sorted((-a, j, r) for r, row in enumerate(survival) for j, a in enumerate(row, 1))
+    lengths = [0] * len(survival)
+    batch_tokens, expected = len(survival), float(len(survival))
+    for negative, j, r in order:
+        gained = expected - negative
+        if gained * sps(batch_tokens + 1) <= expected * sps(batch_tokens):
+            break
+        batch_tokens, expected, lengths[r] = batch_tokens + 1, gained, j
+    return lengths
 
 
 def curve(kind: str, most: int) -> torch.Tensor:
