@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUND, TOKEN = 0, 1
-"""What a draw is for: uniforms of a rejection round, exponentials of an output position (`spec.noise.Purpose`)."""
+ROUND, TOKEN, DRAFT = 0, 1, 2
+"""What a draw is for: uniforms of a rejection round, exponentials of an output position (`spec.noise.Purpose`), and the
+races that draw x_1 … x_γ over the whole vocabulary under rejection, keyed like the uniforms by an anchor position."""
 
 MULTIPLIER = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
@@ -63,10 +64,10 @@ def exponentials(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
     return -torch.log1p(-uniforms(seed, position, TOKEN, token))
 
 
-def race_noise(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
+def race_noise(seed: Tensor, position: Tensor, token: Tensor, purpose: int = TOKEN) -> Tensor:
     """-log E, float32: what is added to a token's logit for the race (argmax of the sums is a draw from softmax).
 
     Single precision suffices: a 53-bit uniform keeps its relative precision however small it is, and only small E win.
     """
-    u = uniforms(seed, position, TOKEN, token).float().clamp_min(SMALLEST)
+    u = uniforms(seed, position, purpose, token).float().clamp_min(SMALLEST)
     return -torch.log(-torch.log1p(-u))

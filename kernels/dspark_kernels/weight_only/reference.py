@@ -44,12 +44,13 @@ def quantise(weight: Tensor, bits: int) -> Quantised:
 def dequantise(weight: Quantised) -> Tensor:
     """The matrix that `linear` multiplies by, [N, K] float32."""
     if weight.bits == 8:
-        q = weight.packed.unflatten(1, (-1, GROUP)).float()
-        return (q * weight.scale.float().unsqueeze(-1)).flatten(1)
+        signed: Tensor = weight.packed.unflatten(1, (-1, GROUP)).float() * weight.scale.float().unsqueeze(-1)
+        return signed.flatten(1)
     assert weight.offset is not None
     halves = weight.packed.unflatten(1, (-1, GROUP // 2))
     q = torch.cat((halves & 15, halves >> 4), -1).float()
-    return (q * weight.scale.float().unsqueeze(-1) + weight.offset.float().unsqueeze(-1)).flatten(1)
+    dense: Tensor = q * weight.scale.float().unsqueeze(-1) + weight.offset.float().unsqueeze(-1)
+    return dense.flatten(1)
 
 
 def linear(x: Tensor, weight: Quantised) -> Tensor:
