@@ -32,10 +32,10 @@ PAIRS = ["qwen3-vanilla", "qwen3-gated", "gemma4-vanilla"]
 
 
 def models_of(head: str = "vanilla", schedule=None, draft_vocab: int | None = None, drafter: bool = True) -> Models:
-    target = tiny_target()
-    return tiny_models(
-        target, tiny_drafter(target, head=head, draft_vocab=draft_vocab) if drafter else None, schedule=schedule
-    )
+    with torch.device(DEVICE):
+        target = tiny_target()
+        drafts = tiny_drafter(target, head=head, draft_vocab=draft_vocab) if drafter else None
+    return tiny_models(target, drafts, schedule=schedule)
 
 
 def with_rounds(models: Models, seats: int = 8, **options) -> Models:

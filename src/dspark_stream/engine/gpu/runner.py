@@ -8,7 +8,7 @@ block past its last token, so that it harmed nobody (`Stream.slots_needed`).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from dspark_kernels.admission import BUDGET, EARLY_STOP, FIXED
 from dspark_kernels.sequential_head import HeadWeights
 from dspark_stream.engine.gpu.graphs import RoundLadder, Size, row_ladder
-from dspark_stream.engine.gpu.round import RoundModels
+from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.models.walk import head_weights
@@ -51,6 +51,8 @@ class GraphRounds:
         models: the engine's; their target must be a library model (not the CPU kernels).
         seats: most streams that decode at once.
         longest: most positions that a stream can hold, a block beyond its end included.
+        candidates: tokens a slot that the sequential head scores.
+        replace: another round in place of `run_round`, see `RoundLadder`.
         early_stop: Algorithm 1 by the table of round times, instead of a budget chosen two rounds before.
     """
 
@@ -62,6 +64,7 @@ class GraphRounds:
         longest: int,
         early_stop: bool = False,
         candidates: int = CANDIDATES,
+        replace: Callable[[RoundModels, RoundState, int, int, bool], None] = run_round,
     ) -> None:
         self._models = models
         gamma = models.gamma
@@ -72,7 +75,7 @@ class GraphRounds:
         )
         self.state = RoundState(seats, gamma, seats * (gamma + 1), device)
         fixed = models.schedule.length if isinstance(models.schedule, Fixed) else None
-        self.ladder = RoundLadder(parts, self.state, fixed=fixed)
+        self.ladder = RoundLadder(parts, self.state, fixed=fixed, replace=replace)
         self._early_stop = early_stop and isinstance(models.schedule, Adaptive)
         rule = [FIXED, fixed] if fixed is not None else [EARLY_STOP if self._early_stop else BUDGET, ALL_THAT_FITS]
         self.state.rule.copy_(torch.tensor(rule, dtype=torch.int32))
@@ -109,11 +112,12 @@ class GraphRounds:
     def _seat(self, streams: list[Stream]) -> None:
         self._seated = streams
         self._survival = {s: a for s, a in self._survival.items() if s in streams}
-        self.state.bind([self._seat_of(s) for s in streams])
+        self.state.bind([self.seat_of(s) for s in streams])
         if self._early_stop and self.ladder.round_ms:
             self.state.sps.copy_(self._sps(len(streams)))
 
-    def _seat_of(self, stream: Stream) -> Seat:
+    def seat_of(self, stream: Stream) -> Seat:
+        """What a stream brings to its seat."""
         acceptance = acceptance_of(stream)
         return Seat(
             anchor=stream.anchor,
