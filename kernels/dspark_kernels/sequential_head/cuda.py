@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,14 +113,23 @@ def fits(base: Tensor, weights: HeadWeights) -> bool:
     )
 
 
-def full_walk(base: Tensor, hidden: Tensor, anchor: Tensor, weights: HeadWeights, sampling: Sampling) -> Walk:
-    """See `reference.full_walk`.
+class Arguments(NamedTuple):
+    """The tensors of one launch, kept alive until it is done, and its sizes."""
 
-    Raises:
-        RuntimeError: CUDA refused the launch; the message has its words.
-    """
-    library = _library()
-    assert library is not None
+    tensors: dict[str, Tensor | None]
+    streams: int
+    gamma: int
+    vocab: int
+    rank: int
+
+    def structure(self) -> _Walk:
+        """As walk.cu takes them."""
+        pointers = {name: None if t is None else t.data_ptr() for name, t in self.tensors.items()}
+        return _Walk(**pointers, streams=self.streams, gamma=self.gamma, vocab=self.vocab, rank=self.rank)
+
+
+def arguments(base: Tensor, hidden: Tensor, anchor: Tensor, weights: HeadWeights, sampling: Sampling) -> Arguments:
+    """What one launch reads and writes; the arguments are `reference.full_walk`'s."""
     assert weights.w1 is not None
     streams, gamma, vocab = base.shape
     device = base.device
@@ -128,9 +138,6 @@ def full_walk(base: Tensor, hidden: Tensor, anchor: Tensor, weights: HeadWeights
         confidence_hidden = (hidden @ weights.confidence_hidden).float()
         if weights.confidence_bias is not None:
             confidence_hidden = confidence_hidden + weights.confidence_bias.float()
-    confidence = torch.empty(streams, gamma, device=device)
-    scores = torch.empty(streams, gamma, vocab, device=device)
-    tokens = torch.empty(streams, gamma, dtype=torch.int32, device=device)
     tensors: dict[str, Tensor | None] = {
         "base": base.float().contiguous(),
         "w1": weights.w1,
@@ -144,15 +151,33 @@ def full_walk(base: Tensor, hidden: Tensor, anchor: Tensor, weights: HeadWeights
         "seed": sampling.seed,
         "round_key": sampling.round_key,
         "position": sampling.position,
-        "scores": scores,
-        "tokens": tokens,
-        "confidence": confidence,
+        "scores": torch.empty(streams, gamma, vocab, device=device),
+        "tokens": torch.empty(streams, gamma, dtype=torch.int32, device=device),
+        "confidence": torch.empty(streams, gamma, device=device),
         "best": torch.empty(gamma * streams, dtype=torch.long, device=device),
         "arrived": torch.empty(1, dtype=torch.int32, device=device),
     }
-    pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
-    walk = _Walk(**pointers, streams=streams, gamma=gamma, vocab=vocab, rank=weights.w1.shape[1])
-    code = library.dspark_walk(ctypes.byref(walk), torch.cuda.current_stream(device).cuda_stream)
+    return Arguments(tensors, streams, gamma, vocab, weights.w1.shape[1])
+
+
+def result(call: Arguments, weights: HeadWeights) -> Walk:
+    """What a launch has left in its tensors."""
+    tokens, scores, confidence = (call.tensors[name] for name in ("tokens", "scores", "confidence"))
+    assert tokens is not None
+    assert scores is not None
+    return walked_whole(tokens, scores, None if call.tensors["confidence_hidden"] is None else confidence, weights)
+
+
+def full_walk(base: Tensor, hidden: Tensor, anchor: Tensor, weights: HeadWeights, sampling: Sampling) -> Walk:
+    """See `reference.full_walk`.
+
+    Raises:
+        RuntimeError: CUDA refused the launch; the message has its words.
+    """
+    library = _library()
+    assert library is not None
+    call = arguments(base, hidden, anchor, weights, sampling)
+    code = library.dspark_walk(ctypes.byref(call.structure()), torch.cuda.current_stream(base.device).cuda_stream)
     if code:
         raise RuntimeError(f"the walk's launch failed: {library.dspark_error(code).decode()}")
-    return walked_whole(tokens, scores, None if confidence_hidden is None else confidence, weights)
+    return result(call, weights)

@@ -70,6 +70,71 @@ def test_the_persistent_kernel(device, rank, streams, vocab):
     torch.testing.assert_close(got.confidence.cpu(), expected.confidence, atol=2e-2, rtol=2e-2)
 
 
+CUDA_ALIASING = ("-fno-strict-aliasing",)  # nvcc lets 16 bytes be read as what they hold
+
+EMULATED = """
+#define DSPARK_EMULATED
+#include "walk.cu"
+extern "C" int emulated(const DsparkWalk* w, int blocks, int slice, int kept) {
+    const DsparkWalk copy = *w;
+    return run_grid(blocks, THREADS, [=] {
+        switch (copy.rank) {
+            case 32: return walk<4>(copy, slice, kept);
+            case 64: return walk<8>(copy, slice, kept);
+            case 128: return walk<16>(copy, slice, kept);
+            default: return walk<32>(copy, slice, kept);
+        }
+    });
+}
+"""
+
+
+def compiled(folder: Path, name: str, text: str, *flags: str) -> ctypes.CDLL:
+    """C++ for this machine, with the kernels' sources in reach."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    source.write_text(text)
+    include = [f"-I{cuda.SOURCE}", f"-I{Path(__file__).parents[2]}"]
+    flags = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", *flags)
+    subprocess.run([compiler, *flags, *include, "-o", library, source], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> ctypes.CDLL:
+    """walk.cu on threads of this CPU (tests/cuda_on_threads.h): everything but its copies to shared memory."""
+    return compiled(tmp_path_factory.mktemp("walk"), "walk", EMULATED, "-Wno-unknown-pragmas", *CUDA_ALIASING)
+
+
+@pytest.mark.parametrize(
+    ("rank", "streams", "vocab", "blocks", "kept", "reduced"),
+    [(32, 3, 299, 3, 128, False), (64, 2, 130, 2, 32, True), (256, 1, 70, 2, 0, False), (128, 1, 33, 1, 5, False)],
+)
+def test_the_persistent_kernel_on_threads(emulated, rank, streams, vocab, blocks, kept, reduced):
+    """The CUDA source itself without a GPU: slices, shuffles, races, the grid's barrier, rows kept and rows read again.
+
+    Guards against indices that are wrong for some rank, a last slice that is short, a stream that takes another's.
+    """
+    sampling = sampling_of([GREEDY, REJECTION, COUPLED][-streams:])
+    weights, base, hidden, anchor = full_case(streams, vocab, rank, torch.bfloat16, gamma=3)
+    if reduced:  # the target has twice the vocabulary of the drafts
+        ids = torch.arange(vocab) * 2 + 1
+        weights = weights._replace(draft_ids=ids, w1=torch.cat((weights.w1, weights.w1 * 0.5)))
+    expected = reference.full_walk(base, hidden, anchor, weights, sampling)
+    call = cuda.arguments(base, hidden, anchor, weights, sampling)
+    for name in ("scores", "tokens", "confidence", "best", "arrived"):
+        call.tensors[name].zero_().share_memory_()
+    walk = call.structure()
+    slice_rows = (-(-vocab // blocks) + 31) // 32 * 32
+    assert emulated.emulated(ctypes.byref(walk), blocks, slice_rows, kept) == 0
+    got = cuda.result(call, weights)
+    assert torch.equal(got.drafts.tokens, expected.drafts.tokens)
+    torch.testing.assert_close(got.drafts.q, expected.drafts.q, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(got.confidence, expected.confidence, atol=2e-2, rtol=2e-2)
+
+
 HOST = """
 #include "noise.h"
 extern "C" double host_uniform(uint64_t k, uint64_t p, int w, uint64_t i) {
@@ -86,18 +151,7 @@ extern "C" uint32_t host_token(uint64_t b) { return dspark::packed_token(b); }
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> ctypes.CDLL:
     """The kernel's header, built for this machine."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("noise")
-    source, library = folder / "host.cpp", folder / "host.so"
-    source.write_text(HOST)
-    include = Path(cuda.SOURCE)
-    subprocess.run(
-        [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", f"-I{include}", "-o", library, source],
-        check=True,
-    )
-    loaded = ctypes.CDLL(str(library))
+    loaded = compiled(tmp_path_factory.mktemp("noise"), "noise", HOST, "-Wall", "-Werror")
     u64, u32 = ctypes.c_uint64, ctypes.c_uint32
     loaded.host_uniform.argtypes, loaded.host_uniform.restype = [u64, u64, ctypes.c_int, u64], ctypes.c_double
     loaded.host_noise.argtypes, loaded.host_noise.restype = [u64, u64, ctypes.c_int, u64], ctypes.c_float

@@ -8,9 +8,13 @@
 //
 // The contract is reference.full_walk. Markov heads of type "vanilla", ranks of 32, 64, 128 or 256, bfloat16 weights.
 
-#include <cooperative_groups.h>
+#ifdef DSPARK_EMULATED  // the tests run this file on threads of a CPU: tests/cuda_on_threads.h
+#include "cuda_on_threads.h"
+#else
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#define DSPARK_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
 
 #include "noise.h"
 
@@ -47,22 +51,34 @@ struct DsparkWalk {
 
 namespace {
 
+__device__ __forceinline__ unsigned int load_acquire(const unsigned int* from) {
+#ifdef DSPARK_EMULATED
+    return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+#else
+    unsigned int value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
+#endif
+}
+
 __device__ __forceinline__ void arrive_and_wait(unsigned int* arrived, unsigned int goal) {
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
         atomicAdd(arrived, 1u);
-        unsigned int seen;
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
-        } while (seen < goal);
+        while (load_acquire(arrived) < goal) {
+        }
     }
     __syncthreads();
 }
 
 // The first `rows` rows of the slice, into shared memory.
 __device__ __forceinline__ void keep_slice(const __nv_bfloat16* from, __nv_bfloat16* to, int bytes) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(DSPARK_EMULATED)
+    for (int at = threadIdx.x * 16; at < bytes; at += THREADS * 16)
+        std::memcpy(reinterpret_cast<char*>(to) + at, reinterpret_cast<const char*>(from) + at, 16);
+    __syncthreads();
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     __shared__ alignas(8) uint64_t landed;
     const unsigned int barrier = static_cast<unsigned int>(__cvta_generic_to_shared(&landed));
     const unsigned int target = static_cast<unsigned int>(__cvta_generic_to_shared(to));
@@ -97,7 +113,7 @@ __device__ __forceinline__ void keep_slice(const __nv_bfloat16* from, __nv_bfloa
 // LANES threads share a row of W2, eight inputs each: r = 8 * LANES.
 template <int LANES>
 __global__ void __launch_bounds__(THREADS, 1) walk(DsparkWalk w, int slice, int kept) {
-    extern __shared__ __align__(128) unsigned char memory[];
+    DSPARK_DYNAMIC_SHARED(memory);
     __nv_bfloat16* const rows = reinterpret_cast<__nv_bfloat16*>(memory);
     __shared__ float e[MOST_STREAMS][8 * LANES];
     __shared__ int64_t previous[MOST_STREAMS];
@@ -105,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, 1) walk(DsparkWalk w, int slice, int 
 
     constexpr int RANK = 8 * LANES, GROUPS = 32 / LANES;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first = min(blockIdx.x * slice, w.vocab), last = min(first + slice, w.vocab);
+    const int first = min(static_cast<int>(blockIdx.x) * slice, w.vocab), last = min(first + slice, w.vocab);
     kept = min(kept, last - first);
     keep_slice(w.w2 + static_cast<int64_t>(first) * RANK, rows, kept * RANK * 2);
     if (threadIdx.x < w.streams) previous[threadIdx.x] = w.anchor[threadIdx.x];
@@ -190,6 +206,7 @@ __global__ void __launch_bounds__(THREADS, 1) walk(DsparkWalk w, int slice, int 
     }
 }
 
+#ifndef DSPARK_EMULATED
 template <int LANES>
 cudaError_t launch(const DsparkWalk& w, cudaStream_t stream) {
     int device = 0, multiprocessors = 0, shared = 0, own = 0;
@@ -219,8 +236,11 @@ cudaError_t launch(const DsparkWalk& w, cudaStream_t stream) {
                                        bytes, stream);
 }
 
+#endif
+
 }  // namespace
 
+#ifndef DSPARK_EMULATED
 // 0, or the CUDA error; cudaErrorInvalidValue for sizes that it does not know. Safe to capture.
 extern "C" int dspark_walk(const DsparkWalk* w, void* stream) {
     if (w->streams < 1 || w->streams > MOST_STREAMS || w->gamma < 1 || w->vocab < 1) return cudaErrorInvalidValue;
@@ -235,3 +255,4 @@ extern "C" int dspark_walk(const DsparkWalk* w, void* stream) {
 }
 
 extern "C" const char* dspark_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+#endif
