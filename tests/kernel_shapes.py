@@ -101,7 +101,7 @@ def launch_everything(device: torch.device) -> None:
             round_parts(shape, streams, device, dtype)
         for kind in ("none", "vanilla", "gated", "rnn"):
             heads(shape, kind, 1, device, dtype)
-    round_parts(QWEN3_8B, 64, device, torch.bfloat16)
+    round_parts(QWEN3_8B, 128, device, torch.bfloat16)
     for bits in (8, 4):
         quantised(bits, 4096, 12288, 7, device, torch.bfloat16)
         quantised(bits, 576, 1536, 1, device, torch.bfloat16)

@@ -15,11 +15,13 @@ from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.gpu.graphs import RoundLadder, Size, row_ladder, seat_ladder
 from dspark_stream.engine.gpu.round import RoundModels, run_round
-from dspark_stream.engine.gpu.runner import GraphRounds
+from dspark_stream.engine.gpu.runner import MOST_SEATS, GraphRounds
 from dspark_stream.engine.gpu.state import RoundState, Seat
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.stream import Stream
+from dspark_stream.errors import ConfigError
 from dspark_stream.local import LocalEngine
+from dspark_stream.models.target import Target
 from dspark_stream.models.walk import head_weights
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.schedule import Adaptive, Fixed
@@ -107,10 +109,10 @@ def test_text_does_not_depend_on_the_schedule(early_stop):
     """Greedy and coupled text is the target's own, whatever budgets are chosen; with measured sizes, too."""
     requests = [r for r in mixed_requests(12) if r.sampling.temperature == 0.0 or r.verification == "coupled"]
     expected = run(models_of(schedule=Fixed(0)), requests)
-    models = with_rounds(models_of(schedule=Adaptive()), early_stop=early_stop)
+    models = with_rounds(models_of(schedule=Adaptive()), seats=3, early_stop=early_stop)
     models.rounds.ladder.warm()
     assert set(models.rounds.ladder.round_ms) == set(models.rounds.ladder.sizes())
-    assert run(models, requests) == expected
+    assert run(models, requests, streams=3) == expected
 
 
 def test_the_budget_follows_the_past():
@@ -296,6 +298,26 @@ def test_nothing_in_a_round_reads_a_value_on_the_host(head):
             run_round(parts, state, *size)
     with pytest.raises(AssertionError, match="inside a round"), NoHostReads():
         _ = state.position[0].item()
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
+def test_every_tensor_of_a_round_is_on_the_models_device(head):
+    """Guards against tensors made on the CPU inside a round: torch's device without memory refuses to mix them in."""
+    nowhere = torch.device("meta")
+    target = Target(tiny_target().model.to(nowhere))
+    drafter = tiny_drafter(target, head=head).to(nowhere)
+    models = tiny_models(target, drafter)
+    parts = RoundModels(target, models.target_kv, drafter, models.drafter_kv, head_weights(drafter), 16, 300)
+    state = RoundState(4, 4, 20, nowhere)
+    for size in ((4, 20, True), (4, 4, False)):
+        run_round(parts, state, *size)
+    with pytest.raises(RuntimeError, match="device"):
+        _ = state.position + torch.arange(4)
+
+
+def test_more_streams_than_a_captured_round_takes():
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        GraphRounds(models_of(), seats=MOST_SEATS + 1, longest=300)
 
 
 def test_ladders():

@@ -19,6 +19,7 @@ from dspark_stream.engine.gpu.graphs import RoundLadder, Size, row_ladder
 from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
 from dspark_stream.engine.stream import Phase, Stream
+from dspark_stream.errors import ConfigError
 from dspark_stream.models.walk import head_weights
 from dspark_stream.spec.calibration import logit
 from dspark_stream.spec.draft import acceptance_of
@@ -29,6 +30,8 @@ from dspark_stream.types import RoundRecord
 if TYPE_CHECKING:
     from dspark_stream.engine.step import Committed, Models
 
+MOST_SEATS = 128
+"""Streams of one captured round: admission ranks all their drafts in one program."""
 CANDIDATES = 128
 """Tokens a slot that the sequential head scores."""
 
@@ -54,6 +57,9 @@ class GraphRounds:
         candidates: tokens a slot that the sequential head scores.
         replace: another round in place of `run_round`, see `RoundLadder`.
         early_stop: Algorithm 1 by the table of round times, instead of a budget chosen two rounds before.
+
+    Raises:
+        ConfigError: more seats than a captured round takes.
     """
 
     def __init__(
@@ -66,6 +72,12 @@ class GraphRounds:
         candidates: int = CANDIDATES,
         replace: Callable[[RoundModels, RoundState, int, int, bool], None] = run_round,
     ) -> None:
+        if seats > MOST_SEATS:
+            raise ConfigError(
+                f"max_num_seqs {seats}: a captured round takes at most {MOST_SEATS} streams; give fewer, or "
+                "--cuda-graphs off",
+                param="max_num_seqs",
+            )
         self._models = models
         gamma = models.gamma
         device = models.target.device
