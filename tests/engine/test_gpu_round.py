@@ -154,6 +154,12 @@ def test_cancelled_and_held_streams_lose_nothing():
     assert got["c1"] == expected["c1"][: len(got["c1"])]
 
 
+def watched_round(*args) -> None:
+    """A round that fails where it reads a value on the host."""
+    with NoHostReads():
+        run_round(*args)
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_recorded_round(pair, tmp_path):
     """The reference implementation's recordings: anchors, all drafts, accepted counts and bonus tokens."""
@@ -169,7 +175,7 @@ def test_every_recorded_round(pair, tmp_path):
     )
     engine, _ = build_engine(config, SILENT)
     models = engine._models
-    models.rounds = GraphRounds(models, seats=4, longest=256, candidates=320)
+    models.rounds = GraphRounds(models, seats=4, longest=256, candidates=320, replace=watched_round)
     requests = [
         GenerationRequest(
             request_id=str(i),

@@ -11,8 +11,17 @@ import triton.language as tl
 
 from dspark_kernels.ragged_attention.reference import SegmentTable
 
-MOST_SPLITS = 64
-LEAST_SPLIT = 256
+MOST_SPLITS, LEAST_SPLIT = 32, 256
+"""Splits of a stream's past at most, and positions of one at least; beyond their product a split is doubled."""
+
+
+@triton.jit
+def _split_size(start, MOST_ROWS: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr):
+    """Positions of one split, by where the stream stands and nothing else: short contexts have short splits."""
+    size = start * 0 + LEAST
+    for _ in tl.static_range(16):
+        size = tl.where(size.to(tl.int64) * SPLITS < start + MOST_ROWS, size * 2, size)
+    return size
 
 
 @triton.jit
@@ -24,7 +33,8 @@ def _attend(
     HEADS_Q: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    MOST_ROWS: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
@@ -45,8 +55,11 @@ def _attend(
         end = start + tl.minimum(rows, (tile + 1) * ROWS)
     else:
         end = start + rows
-    begin = split * SPLIT
-    end = tl.minimum(end, begin + SPLIT)
+    begin = 0
+    if SPLITS > 1:
+        size = _split_size(start, MOST_ROWS, LEAST, SPLITS)
+        begin = split * size
+        end = tl.minimum(end, begin + size)
     if WINDOWED:
         begin = tl.maximum(begin, (start + tile * ROWS - window + 1) // BLOCK_N * BLOCK_N)
     if SPLITS > 1 and begin >= end:
@@ -105,7 +118,7 @@ def _attend(
 def _merge(
     out_ptr, acc_ptr, max_ptr, sum_ptr, rows_ptr, row_ptr, start_ptr, window, stride_ot, stride_oh,
     HEADS_Q: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    MOST_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
+    MOST_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0) // MOST_ROWS
@@ -122,15 +135,16 @@ def _merge(
         end = start + tl.minimum(rows, (tile + 1) * ROWS)
     else:
         end = start + rows
+    size = _split_size(start, MOST_ROWS, LEAST, SPLITS)
     low = 0
     if WINDOWED:
-        low = tl.maximum((start + tile * ROWS - window + 1) // BLOCK_N * BLOCK_N, 0) // SPLIT
+        low = tl.maximum((start + tile * ROWS - window + 1) // BLOCK_N * BLOCK_N, 0) // size
     dv = tl.arange(0, BLOCK_DV)
     base = (token * HEADS_Q + head) * SPLITS
     top = tl.full([], -float("inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([BLOCK_DV], tl.float32)
-    for split in range(low, (end + SPLIT - 1) // SPLIT):
+    for split in range(low, (end + size - 1) // size):
         part_top = tl.load(max_ptr + base + split)
         new_top = tl.maximum(top, part_top)
         level = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -167,8 +181,7 @@ def attend_table(
     block_m = max(16, triton.next_power_of_2(rows * group))
     block_d, block_dv = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     block_n = 64 if max(block_d, block_dv) <= 128 and not wide else 32
-    split = max(LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(table.longest, MOST_SPLITS)))
-    splits = triton.cdiv(table.longest, split)
+    splits = min(MOST_SPLITS, triton.cdiv(table.longest, LEAST_SPLIT))
     segments = len(table.rows)
     out = query.new_zeros(rows_all, heads_q, dv)  # rows of nobody stay finite
     parts = rows_all * heads_q * splits if splits > 1 else 0
@@ -176,7 +189,8 @@ def attend_table(
     top, total = query.new_empty(parts, dtype=torch.float32), query.new_empty(parts, dtype=torch.float32)
     shared = {
         "HEADS_Q": heads_q, "DV": dv, "BLOCK_DV": block_dv, "TILES": tiles, "ROWS": rows, "BLOCK_N": block_n,
-        "SPLIT": split, "SPLITS": splits, "CAUSAL": causal, "WINDOWED": window is not None,
+        "MOST_ROWS": table.most_rows, "LEAST": LEAST_SPLIT, "SPLITS": splits, "CAUSAL": causal,
+        "WINDOWED": window is not None,
     }  # fmt: skip
     _attend[(segments * tiles, heads_k, splits)](
         query, keys, values, out, acc, top, total, table.row, table.rows, table.slot, table.start, scale, window or 0,
@@ -187,6 +201,6 @@ def attend_table(
     if splits > 1:
         _merge[(segments * table.most_rows, heads_q)](
             out, acc, top, total, table.rows, table.row, table.start, window or 0, out.stride(0), out.stride(1),
-            MOST_ROWS=table.most_rows, num_warps=1, **shared,
+            num_warps=1, **shared,
         )  # fmt: skip
     return out

@@ -49,6 +49,20 @@ def test_against_the_list_of_segments(load, device, dtypes, segments, heads, d, 
         torch.testing.assert_close(got.cpu().float(), expected, atol=limit, rtol=limit)
 
 
+def test_splits_grow_with_the_context(load, device, implementation, monkeypatch):
+    """Guards against a past that has more keys than splits of the least size hold."""
+    module = load("ragged_attention")
+    if implementation == "triton":
+        monkeypatch.setattr(module, "MOST_SPLITS", 2)
+        monkeypatch.setattr(module, "LEAST_SPLIT", 64)
+    torch.manual_seed(0)
+    (q, k, v), (fk, fv) = case(LONG, (4, 2), 16, 16, torch.float32, device)
+    for window in (None, 300):
+        got = module.attend_table(q, k, v, table_of(LONG, device), scale=0.3, causal=True, window=window)
+        expected = ragged_attention(q.cpu(), fk, fv, LONG, scale=0.3, causal=True, window=window)
+        torch.testing.assert_close(got.cpu(), expected, atol=2e-5, rtol=2e-5)
+
+
 def test_rows_of_nobody_are_zero_and_empty_segments_do_nothing(load, device):
     """Guards against padding rows that keep what was in memory: NaN would spread through a captured round."""
     torch.manual_seed(0)
