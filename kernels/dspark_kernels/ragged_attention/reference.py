@@ -47,10 +47,16 @@ class SegmentTable(NamedTuple):
 
 
 def table_of(segments: list[Segment], device: torch.device) -> SegmentTable:
-    """The table of segments that the host knows."""
+    """The table of segments that the host knows; bounds are powers of two, so that kernels are compiled for few."""
     columns = torch.tensor(segments, dtype=torch.int32).T.contiguous().to(device)
     row, rows, slot, start = columns.unbind(0)
-    return SegmentTable(row, rows, slot, start, max(s.rows for s in segments), max(s.start + s.rows for s in segments))
+    most_rows, longest = max(s.rows for s in segments), max(s.start + s.rows for s in segments)
+    return SegmentTable(row, rows, slot, start, _power_of_two(most_rows), _power_of_two(longest))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def attend_table(

@@ -2,127 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 
 from dspark_kernels.acceptance import reference
-from dspark_kernels.noise.reference import signed
-from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Drafts, Sampling
+from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Drafts
 from dspark_stream.spec.accept import accept as engine_accept
 from dspark_stream.spec.draft import Block
-from dspark_stream.spec.noise import NoiseCache, RoundUniforms
-from dspark_stream.types import SamplingParams, Verification
-
-GAMMA = 4
-MODES = {GREEDY: "rejection", REJECTION: "rejection", COUPLED: "coupled"}
-
-
-@dataclass
-class View:
-    """A stream as spec/ reads it."""
-
-    sampling: SamplingParams
-    verification: Verification
-    position: int
-    round_key: int
-    vocab: int
-    extent: None = None
-    anchor: int = 0
-    noise: NoiseCache = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.noise = NoiseCache(self.sampling.seed, self.vocab)
-
-
-@dataclass
-class Case:
-    logits: torch.Tensor
-    first: torch.Tensor
-    length: torch.Tensor
-    drafts: Drafts
-    sampling: Sampling
-
-    def to(self, device: torch.device) -> Case:
-        return Case(
-            self.logits.to(device),
-            self.first.to(device),
-            self.length.to(device),
-            Drafts(*(x.to(device) for x in self.drafts)),
-            Sampling(*(x.to(device) for x in self.sampling)),
-        )
-
-    def views(self) -> list[View]:
-        s = self.sampling
-        return [
-            View(
-                SamplingParams(
-                    max_tokens=1,
-                    temperature=0.0 if mode == GREEDY else s.temperature[r].item(),
-                    top_k=int(s.top_k[r]),
-                    top_p=s.top_p[r].item(),
-                    min_p=s.min_p[r].item(),
-                    seed=int(s.seed[r]),
-                ),
-                MODES[mode],
-                int(s.position[r]),
-                int(s.round_key[r]) % 2**64,
-                self.logits.shape[1],
-            )
-            for r, mode in enumerate(s.mode.tolist())
-        ]
-
-
-def sampling_of(modes: list[int], **columns) -> Sampling:
-    n = len(modes)
-    fill = {
-        "temperature": [0.7 + 0.1 * r for r in range(n)],
-        "top_k": [0] * n,
-        "top_p": [1.0] * n,
-        "min_p": [0.0] * n,
-        "seed": [11 + r for r in range(n)],
-        "round_key": [signed((0x9E3779B97F4A7C15 * (r + 1)) % 2**64) for r in range(n)],
-        "position": [3 + 7 * r for r in range(n)],
-    } | columns
-    kinds = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
-    return Sampling(
-        torch.tensor(modes, dtype=torch.int32),
-        *(torch.tensor(fill[f], dtype=kinds.get(f, torch.int64)) for f in Sampling._fields[1:]),
-    )
-
-
-def make(lengths: list[int], sampling: Sampling, vocab: int, candidates: int, seed: int = 0, near: float = 1.0) -> Case:
-    """Random logits and drafts; ``near`` 1 draws q from the target's own logits, so that most drafts stand."""
-    torch.manual_seed(seed)
-    streams = len(lengths)
-    first, rows = [], 0
-    for length in lengths:
-        first.append(rows)
-        rows += length + 1
-    logits = torch.randn(rows + 3, vocab) * 2.5  # padding rows behind
-    c = torch.stack([torch.randperm(vocab)[:candidates].sort().values for _ in range(streams * GAMMA)]).view(
-        streams, GAMMA, candidates
-    )
-    base = torch.randn(streams, GAMMA, vocab) * 2.5
-    for r, length in enumerate(lengths):
-        for k in range(max(0, length)):
-            base[r, k] += near * (logits[first[r] + k] - base[r, k])
-    best = base.argmax(-1, keepdim=True)
-    c[..., :1] = torch.where((c == best).any(-1, keepdim=True), c[..., :1], best)
-    c = c.sort(-1).values
-    q = (base.gather(2, c) / sampling.temperature[:, None, None]).softmax(-1)
-    at = torch.multinomial(q.flatten(0, 1), 1).view(streams, GAMMA, 1)
-    greedy = (sampling.mode == GREEDY)[:, None, None]
-    at = torch.where(greedy, q.argmax(-1, keepdim=True), at)
-    tokens, q_x = c.gather(2, at).squeeze(2).int(), q.gather(2, at).squeeze(2)
-    return Case(
-        logits,
-        torch.tensor(first, dtype=torch.int32),
-        torch.tensor(lengths, dtype=torch.int32),
-        Drafts(tokens, c.int(), q, q_x),
-        sampling,
-    )
+from dspark_stream.spec.noise import RoundUniforms
+from kernel_cases import GAMMA, Case, make, sampling_of
 
 
 def by_the_engine(case: Case) -> list[tuple[int, int]]:
@@ -151,8 +39,9 @@ ALL = [GREEDY, REJECTION, COUPLED] * 3
 LENGTHS = [0, 0, 0, 4, 4, 4, 2, 3, 1]
 
 
-@pytest.mark.parametrize("vocab", [7, 1003, 4097, 9000])
-@pytest.mark.parametrize("near", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize(
+    ("vocab", "near"), [(7, 0.0), (7, 0.9), (1003, 0.0), (1003, 0.9), (1003, 1.0), (4097, 0.9), (9000, 0.9)]
+)
 def test_all_three_ways_together(load, device, vocab, near):
     """Guards against a stream judged by another's rows, keys or temperature; odd vocabularies and several chunks."""
     case = make(LENGTHS, sampling_of(ALL), vocab, min(vocab, 33), near=near)

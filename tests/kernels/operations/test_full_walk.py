@@ -15,8 +15,7 @@ from dspark_kernels.noise import DRAFT, race_noise, uniforms
 from dspark_kernels.noise.reference import signed
 from dspark_kernels.sequential_head import cuda, reference
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION
-from kernels.operations.test_acceptance import sampling_of
-from kernels.operations.test_sequential_head import random_case, sampling_on, weights_on
+from kernel_cases import random_case, sampling_of, sampling_on, weights_on
 
 
 def full_case(streams: int, vocab: int, rank: int, dtype: torch.dtype, gamma: int = 5):

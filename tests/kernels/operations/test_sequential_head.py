@@ -6,29 +6,16 @@ import pytest
 import torch
 
 from dspark_kernels.sequential_head import reference
-from dspark_kernels.sequential_head.reference import HeadWeights, Prepared, prepare
+from dspark_kernels.sequential_head.reference import prepare
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Sampling
 from dspark_stream.models.walk import head_weights
 from dspark_stream.spec.calibration import Calibration, logit
 from dspark_stream.spec.draft import walk as engine_walk
 from dspark_stream.spec.survival import AcceptanceHistory
-from kernels.operations.test_acceptance import Case, sampling_of
+from kernel_cases import HEADS, Case, prepared_on, random_case, sampling_of, sampling_on, weights_on
 from tiny import tiny_drafter, tiny_target
 
-HEADS = ["none", "vanilla", "gated", "rnn"]
 ALL = [GREEDY, REJECTION, COUPLED] * 2
-
-
-def weights_on(weights: HeadWeights, device: torch.device) -> HeadWeights:
-    return HeadWeights(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in weights))
-
-
-def prepared_on(prepared: Prepared, device: torch.device) -> Prepared:
-    return Prepared(*(None if x is None else x.to(device) for x in prepared))
-
-
-def sampling_on(sampling: Sampling, device: torch.device) -> Sampling:
-    return Sampling(*(x.to(device) for x in sampling))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -64,32 +51,6 @@ def test_with_every_token_a_candidate_it_is_the_engines_walk(load, device, head,
             torch.testing.assert_close(got.drafts.q[r].cpu(), block.q, atol=1e-6, rtol=1e-4)
             q_x = block.q.gather(1, block.indices.unsqueeze(1)).squeeze(1)
             torch.testing.assert_close(got.drafts.q_x[r].cpu(), q_x, atol=1e-6, rtol=1e-4)
-
-
-def random_case(kind: str, streams: int, gamma: int, vocab: int, rank: int, candidates: int, dtype: torch.dtype):
-    """Weights, prepared slots and anchors as a drafter would have them."""
-    torch.manual_seed(HEADS.index(kind) + 10 * streams + vocab)
-    h = 24
-    inner = {"gated": (rank, rank), "rnn": (3 * rank, 2 * rank)}.get(kind)
-    none = kind == "none"
-    weights = HeadWeights(
-        kind,
-        None if none else (torch.randn(vocab, rank) * 0.5).to(dtype),
-        None if none else (torch.randn(vocab, rank) * 0.5).to(dtype),
-        None if inner is None else (torch.randn(*inner) * 0.2).to(dtype),
-        None if inner is None else (torch.randn(inner[0], h) * 0.2).to(dtype),
-        None if inner is None else (torch.randn(inner[0]) * 0.2).to(dtype),
-        torch.randn(h).to(dtype),
-        None if none else torch.randn(rank).to(dtype),
-        torch.randn(1).to(dtype),
-        torch.zeros(()),
-        None,
-    )
-    if not none:
-        weights = weights._replace(longest_row=weights.w2.float().norm(dim=1).max())
-    base, hidden = (torch.randn(streams, gamma, vocab) * 3).to(dtype), torch.randn(streams, gamma, h).to(dtype)
-    anchor = torch.randint(vocab, (streams,), dtype=torch.int32)
-    return weights, base, prepare(base, hidden, weights, candidates), anchor
 
 
 @pytest.mark.parametrize("kind", HEADS)

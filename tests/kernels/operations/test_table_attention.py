@@ -85,7 +85,7 @@ def test_a_row_does_not_know_its_company(load, device):
     torch.manual_seed(0)
     q, k = torch.randn(8, 6, 32, device=device), torch.randn(1000, 2, 32, device=device)
     attend = load("ragged_attention").attend_table
-    for start in (0, 60, 250, 511, 800):
+    for start in (60, 250, 511):
         whole = attend(q, k, k, _bounded([Segment(0, 8, 16, start)], device), scale=0.2, causal=True)
         for j in (0, 3, 7):
             one = _bounded([Segment(0, 1, 16, start + j)], device)
