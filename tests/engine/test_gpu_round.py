@@ -25,7 +25,7 @@ from dspark_stream.models.target import Target
 from dspark_stream.models.walk import head_weights
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.schedule import Adaptive, Fixed
-from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
+from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from shared_data import shared
 from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 
@@ -154,6 +154,24 @@ def test_cancelled_and_held_streams_lose_nothing():
     assert got["c1"] == expected["c1"][: len(got["c1"])]
 
 
+def test_nothing_follows_a_streams_end():
+    """Guards against the round in flight when a stream stops at a stop token: its results belong to nobody."""
+    requests = [
+        request(f"s{i}", prompt=(3 + i, 9, 4), max_tokens=60, stop_token_ids=tuple(range(0, 48, 3))) for i in range(5)
+    ]
+    engine = tiny_engine(with_rounds(models_of(schedule=Fixed(4))))
+    events: list[EngineEvent] = []
+    engine.start(events.extend)
+    for r in requests:
+        engine.submit(r)
+    engine.close(60.0)
+    for r in requests:
+        mine = [e for e in events if e.request_id == r.request_id]
+        assert [isinstance(e, FinishedEvent) for e in mine] == [False] * (len(mine) - 1) + [True]
+        assert mine[-1].reason == "stop"
+        assert mine[-1].usage.output_tokens == sum(len(e.token_ids) for e in mine[:-1])
+
+
 def watched_round(*args) -> None:
     """A round that fails where it reads a value on the host."""
     with NoHostReads():
@@ -262,6 +280,18 @@ def test_a_round_writes_to_its_own_streams_rows_alone():
         assert not (changed & ~allowed).any()
     assert state.outcome[:4, 0].tolist()[1] == -1
     assert state.position[1] == 40
+
+
+def test_warming_touches_no_cache():
+    """Guards against captures and timings that run on whoever sits there."""
+    parts, state, models = ready()
+    state.bind([seat(0), seat(64)])
+    before = contents(models)
+    ladder = RoundLadder(parts, state)
+    ladder.warm()
+    for old, new in zip(before, contents(models), strict=True):
+        assert torch.equal(old[:-1], new[:-1])
+    assert min(ladder.round_ms.values()) > 0
 
 
 def test_two_replays_draw_different_noise():
