@@ -356,6 +356,12 @@ def test_more_streams_than_a_captured_round_takes():
         GraphRounds(models_of(), seats=MOST_SEATS + 1, longest=300)
 
 
+def test_a_schedule_that_is_not_known():
+    """Guards against a schedule that is asked for and silently replaced by another."""
+    with pytest.raises(ConfigError, match="schedule"):
+        GraphRounds(models_of(schedule=object()), seats=2, longest=300)
+
+
 def test_ladders():
     assert seat_ladder(1) == [1]
     assert seat_ladder(24) == [1, 2, 4, 8, 16, 24]

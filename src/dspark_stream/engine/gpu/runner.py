@@ -59,7 +59,7 @@ class GraphRounds:
         early_stop: Algorithm 1 by the table of round times, instead of a budget chosen two rounds before.
 
     Raises:
-        ConfigError: more seats than a captured round takes.
+        ConfigError: more seats than a captured round takes, or a schedule that it does not know.
     """
 
     def __init__(
@@ -77,6 +77,12 @@ class GraphRounds:
                 f"max_num_seqs {seats}: a captured round takes at most {MOST_SEATS} streams; give fewer, or "
                 "--cuda-graphs off",
                 param="max_num_seqs",
+            )
+        if not isinstance(models.schedule, Fixed | Adaptive):
+            raise ConfigError(
+                f"captured rounds do not know the schedule {type(models.schedule).__name__}: choose adaptive or "
+                "fixed:N, or --cuda-graphs off",
+                param="schedule",
             )
         self._models = models
         gamma = models.gamma
