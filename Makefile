@@ -136,7 +136,7 @@ style: $(DEV_STAMP) ## Check the style
 types: $(DEV_STAMP) ## Check the types
 	@$(PY) -m mypy
 
-BENCHES := linear loop_lag speculation edge
+BENCHES := linear loop_lag edge scheduling pareto regret sockets
 
 .PHONY: bench
 bench: $(DEV_STAMP) model ## Run the benches; their tables and CSV files go to runs/

@@ -38,10 +38,10 @@ from dspark_stream.engine.gpu.runner import GraphRounds
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.stream import Stream
 from dspark_stream.local import LocalEngine
-from dspark_stream.models.attention import ATTENTION_NAME
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
 from dspark_stream.models.embedded import ensure_embedded_model
+from dspark_stream.models.families import ATTENTION_NAME
 from dspark_stream.models.quant import quantise_linears
 from dspark_stream.models.target import Target
 from dspark_stream.progress import SILENT, Progress

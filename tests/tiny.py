@@ -7,9 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
-from dspark_stream.models.attention import ATTENTION_NAME
 from dspark_stream.models.cache import ExtentAllocator, KVStore
 from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
+from dspark_stream.models.families import ATTENTION_NAME
 from dspark_stream.models.target import Target
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import CapacityCurve
@@ -74,7 +74,7 @@ def tiny_models(
     capacity: CapacityCurve = FLAT,
 ) -> Models:
     target = target or tiny_target()
-    return Models(
+    models = Models(
         target=target,
         target_kv=KVStore(target.kv_shapes, slots, target.dtype, target.device),
         drafter=drafter,
@@ -84,9 +84,13 @@ def tiny_models(
         schedule=schedule or Adaptive(),
         capacity=capacity,
     )
+    models.drift.see = lambda *_: False  # the machine of an invented curve does not change
+    return models
 
 
-def tiny_engine(models: Models | None = None, *, slots: int = 2048, max_num_seqs: int = 8, text=None) -> EngineThread:
+def tiny_engine(
+    models: Models | None = None, *, slots: int = 2048, max_num_seqs: int = 8, text=None, **options
+) -> EngineThread:
     if models is None:
         target = tiny_target()
         models = tiny_models(target, tiny_drafter(target), slots=slots)
@@ -104,11 +108,11 @@ def tiny_engine(models: Models | None = None, *, slots: int = 2048, max_num_seqs
         draft_quant="none",
         schedule="adaptive",
     )
-    return EngineThread(models, info, ExtentAllocator(slots), text)
+    return EngineThread(models, info, ExtentAllocator(slots), text, **options)
 
 
 def request(name: str = "r", prompt: tuple[int, ...] = (5, 6, 7, 8), **options) -> GenerationRequest:
-    outer = {k: options.pop(k) for k in ("mode", "verification", "record_rounds") if k in options}
+    outer = {k: options.pop(k) for k in ("mode", "verification", "record_rounds", "max_chunk_gap_ms") if k in options}
     options.setdefault("max_tokens", 24)
     options.setdefault("temperature", 0.0)
     return GenerationRequest(request_id=name, prompt_ids=prompt, sampling=SamplingParams(**options), **outer)

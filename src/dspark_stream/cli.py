@@ -66,7 +66,7 @@ def _build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     into = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_chat, _add_generate, _add_eval, _add_calibrate):
+    for add in (_add_serve, _add_chat, _add_generate, _add_eval, _add_calibrate, _add_profile, _add_reproduce):
         add(into)
     # Training brings its own flags; other commands need not wait for its imports.
     _add_train(into, fill="train" in argv[:1])
@@ -335,6 +335,59 @@ def _add_calibrate(into: _Subparsers) -> None:
     parser.add_argument("--seed", type=_number(int, 0, MAX_SEED), default=0, metavar="S", help="(default: 0)")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where calibration.json is written (default: the drafter's folder)"
+    )
+    settings.add_arguments(parser, ("model", "engine"))
+
+
+# --- profile -----------------------------------------------------------------------------------------------
+
+_PROFILE_EPILOG = """\
+The capacity curve says what a round takes as a function of target tokens, streams and context. It is measured once for
+each machine, model, precision and version, at the first start; scheduling goes by it.
+
+examples:
+  dspark-stream profile
+  dspark-stream profile --again --plot capacity.svg
+"""
+
+
+def _add_profile(into: _Subparsers) -> None:
+    parser = _add_command(into, "profile", commands.profile, "show what rounds cost on this machine", _PROFILE_EPILOG)
+    parser.add_argument("--again", action="store_true", help="measure anew, whether or not the curve is known")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the curve as well")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    settings.add_arguments(parser, ("model", "engine"))
+
+
+# --- reproduce ---------------------------------------------------------------------------------------------
+
+_REPRODUCE_EPILOG = """\
+Runs plain decoding, one-token drafts, whole blocks and the adaptive schedule at rising loads, at temperatures 0 and 1,
+on real prompts, in turns on the same engine, and compares what each user gets at the same total throughput. Takes about
+ten minutes on two cores, and leaves a page that can be shared.
+
+examples:
+  dspark-stream reproduce
+  dspark-stream reproduce --minutes 30 --out report.html --drafter ./my-drafter
+"""
+
+
+def _add_reproduce(into: _Subparsers) -> None:
+    parser = _add_command(
+        into,
+        "reproduce",
+        commands.reproduce,
+        "check on this machine what speculation brings, with a report",
+        _REPRODUCE_EPILOG,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("reproduce.html"), metavar="FILE", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--minutes", type=_number(float, 0.1, 1440), metavar="N", help="repeat for so long (default: 9)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="seconds on few loads: shows that it works, proves nothing"
     )
     settings.add_arguments(parser, ("model", "engine"))
 

@@ -29,7 +29,8 @@ from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
 
 if TYPE_CHECKING:
     from dspark_stream.config import Config
-    from dspark_stream.engine.boundary import Engine, Tokenizer
+    from dspark_stream.engine.boundary import Tokenizer
+    from dspark_stream.engine.worker import EngineThread
     from dspark_stream.evaluate import Figures, Plan, Prompt
     from dspark_stream.server.app import Server
     from dspark_stream.server.settings import ServerConfig
@@ -53,7 +54,7 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _load(config: Config, *, quiet: bool = False) -> tuple[Engine, Tokenizer | None]:
+def _load(config: Config, *, quiet: bool = False, measure_again: bool = False) -> tuple[EngineThread, Tokenizer | None]:
     """Load the models and measure the machine, showing how it goes."""
     from dspark_stream.progress import Progress
 
@@ -63,7 +64,7 @@ def _load(config: Config, *, quiet: bool = False) -> tuple[Engine, Tokenizer | N
         progress.say(f"{PROGRAM} {__version__}: getting ready")
         from dspark_stream.engine.build import build_engine
 
-        return build_engine(config, progress)
+        return build_engine(config, progress, measure_again=measure_again)
 
 
 def _quiet(args: argparse.Namespace) -> bool:
@@ -340,6 +341,58 @@ def calibrate(args: argparse.Namespace) -> int:
     else:
         print(table(calibration, fits))
         print(f"written to {path}")
+    return 0
+
+
+# --- profile -----------------------------------------------------------------------------------------------
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Print the capacity curve, measured now or before, and draw it."""
+    from dspark_stream.report.profile import plot, table
+
+    engine, _ = _load(settings.resolve(vars(args)).config, quiet=_quiet(args), measure_again=args.again)
+    curve = engine.capacity
+    if args.plot is not None:
+        _write(args.plot, plot(curve))
+    print(json.dumps(msgspec.to_builtins(curve)) if args.json else table(curve))
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+# --- reproduce ---------------------------------------------------------------------------------------------
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """Measure loads and schedules against each other, and write a report with a verdict."""
+    from dspark_stream.local import LocalEngine
+    from dspark_stream.progress import Progress
+    from dspark_stream.report.reproduce import FULL, QUICK, report, run, verdict
+    from dspark_stream.report.sweep import shipped_prompts
+
+    config = settings.resolve(vars(args)).config
+    plan = QUICK if args.quick else FULL
+    if args.minutes is not None:
+        plan = plan._replace(minutes=args.minutes)
+    config = msgspec.structs.replace(config, max_num_seqs=max(config.max_num_seqs, *plan.streams))
+    progress = Progress()
+    engine, tokenizer = _load(config)
+    if not engine.info.gamma:
+        raise ConfigError("there is no drafter, so there is nothing to compare: name one with --drafter")
+    if tokenizer is None:
+        raise ConfigError("this model has no tokenizer, so prompts cannot be read")
+    with LocalEngine(engine) as local:
+        findings = run(engine, local, tokenizer, shipped_prompts(), plan, progress)
+    _write(args.out, report(findings))
+    print("\n".join(verdict(findings)))
+    print(f"report: {args.out}")
     return 0
 
 

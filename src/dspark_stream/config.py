@@ -24,7 +24,7 @@ from dspark_stream.errors import ConfigError
 
 PREFIX = "DSPARK_"
 Group = Literal["model", "engine", "service"]
-Quant = Literal["none", "int8", "nf4", "w8a16", "w4a16"]
+Quant = Literal["none", "int8", "nf4", "w8a8", "w4a8", "w8a16", "w4a16"]
 
 
 # --- text to value -----------------------------------------------------------------------------------------
@@ -41,11 +41,18 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_schedule(text: str) -> str:
-    """Check a schedule: ``adaptive``, or ``fixed:N`` with N draft tokens verified in every round."""
-    found = re.fullmatch(r"fixed:(\d{1,3})", text)
-    if text == "adaptive" or (found is not None and int(found[1]) <= MAX_FIXED):
+    """Check a schedule's name: one of `SCHEDULES`, ``threshold:A`` or ``fixed:N``."""
+    kind, colon, number = text.partition(":")
+    if text in SCHEDULES:
         return text
-    raise ValueError(f"{text!r} is not a schedule; write adaptive or fixed:N with N from 0 to {MAX_FIXED}")
+    if kind == "fixed" and re.fullmatch(r"\d{1,3}", number) and int(number) <= MAX_FIXED:
+        return text
+    if kind == "threshold" and colon and re.fullmatch(r"0?\.\d+|[01](\.0*)?", number):
+        return text
+    raise ValueError(
+        f"{text!r} is not a schedule; write {', '.join(SCHEDULES)}, threshold:A with A from 0 to 1, "
+        f"or fixed:N with N from 0 to {MAX_FIXED}"
+    )
 
 
 def _parse_int(text: str) -> int:
@@ -67,6 +74,8 @@ def _parse_path(text: str) -> Path:
 
 
 MAX_FIXED = 64
+SCHEDULES = ("adaptive", "early-stop", "lagged", "none")
+"""Schedules without a number."""
 
 
 def default_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -128,14 +137,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     draft_quant: Annotated[
         Quant,
         Setting(
-            "quantisation of the drafter's linear layers: int8 and nf4 by bitsandbytes, w8a16 and w4a16 by our own "
-            "kernels (for GPUs)",
+            "quantisation of the drafter's linear layers: int8 and nf4 by bitsandbytes, w8a8 and w4a8 on the CPU's "
+            "integer kernels (none is w8a8 there), w8a16 and w4a16 on our kernel for GPUs",
             "model",
         ),
     ] = "none"
-    target_quant: Annotated[Quant, Setting("quantisation of the target's linear layers", "model")] = "none"
+    target_quant: Annotated[
+        Quant,
+        Setting("quantisation of the target's linear layers; a GGUF file has its own", "model"),
+    ] = "none"
     cpu_kernels: Annotated[
-        Literal["auto", "avx512", "avx2", "portable", "off"],
+        Literal["auto", "amx", "avx512", "avx2", "portable", "off"],
         Setting("integer kernels for GGUF targets on a CPU: the best that it can run, one by name, or torch", "model"),
     ] = "auto"
     cuda_graphs: Annotated[
@@ -159,9 +171,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     schedule: Annotated[
         str,
         Setting(
-            "verification lengths: adaptive (chosen each round from confidence and load) or fixed:N",
+            "what is drafted and verified: adaptive (chosen each round from confidence and load), early-stop (the "
+            "paper's Algorithm 1), lagged (its production variant, a budget from confidences two rounds old), "
+            "threshold:A (prefix survival of at least A), fixed:N, or none",
             "engine",
-            metavar="adaptive|fixed:N",
+            metavar="adaptive|early-stop|lagged|threshold:A|fixed:N|none",
             parse=parse_schedule,
         ),
     ] = "adaptive"
@@ -185,6 +199,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Setting("longest that new prompts may delay running streams, each round", "engine", 1, 60_000),
     ] = 60.0
+
+    max_chunk_gap_ms: Annotated[
+        float,
+        Setting(
+            "longest between two chunks of a stream, kept when possible; 0: no bound. Requests may ask for their own",
+            "engine",
+            0,
+            600_000,
+        ),
+    ] = 0.0
 
     host: Annotated[
         str,

@@ -47,6 +47,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     mode: Mode = "dspark"
     verification: Verification = "rejection"
+    max_chunk_gap_ms: float = 0.0
+    """Bound on the time between two of its chunks, kept when possible; 0: the engine's own."""
     record_rounds: bool = False
     """Ask for a `RoundRecord` with every `TokensEvent`."""
 
@@ -58,7 +60,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Position of the anchor token."""
     anchor: int
     draft_tokens: list[int]
-    """All γ proposed tokens; empty where the stream did not draft."""
+    """Proposed tokens, at most γ; empty where the stream did not draft."""
     scheduled: int
     """Verification length ℓ."""
     accepted: int
@@ -66,9 +68,9 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     bonus: int
     """The target's own token that ends the round."""
     confidence: list[float]
-    """c_1 … c_γ, calibrated."""
+    """c_1, c_2, …, calibrated; one for each of ``draft_tokens``."""
     survival: list[float]
-    """a_1 … a_γ = running products of ``confidence``."""
+    """a_1, a_2, … = running products of ``confidence``."""
     t_draft_ms: float
     t_verify_ms: float
     batch_tokens: int
@@ -181,6 +183,14 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted_tokens_per_pos: list[int]
     prompt_tokens_total: int
     generation_tokens_total: int
+    num_skipped_drafts_total: int = 0
+    """Rounds of streams that may be drafted for and were not."""
+    num_probes_total: int = 0
+    """Rounds that drafted for a stream only to see whether it pays by now."""
+    late_chunks_total: int = 0
+    """Chunks that came later than the bound on their stream's gaps."""
+    capacity_drift: float = 1.0
+    """How many times as long passes take as when the capacity curve was measured."""
     last_step_age_s: float
     """Seconds since the engine thread last came round its loop; grows only when it is stuck or dead."""
     alive: bool

@@ -24,7 +24,7 @@ from dspark_stream.local import LocalEngine
 from dspark_stream.models.target import Target
 from dspark_stream.models.walk import head_weights
 from dspark_stream.progress import SILENT
-from dspark_stream.spec.schedule import Adaptive, Fixed
+from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged
 from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from shared_data import shared
 from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
@@ -104,12 +104,12 @@ def test_without_a_drafter():
     assert run(with_rounds(models_of(drafter=False)), requests) == run(models_of(drafter=False), requests)
 
 
-@pytest.mark.parametrize("early_stop", [False, True])
-def test_text_does_not_depend_on_the_schedule(early_stop):
+@pytest.mark.parametrize("schedule", [Adaptive(), EarlyStop(), Lagged()])
+def test_text_does_not_depend_on_the_schedule(schedule):
     """Greedy and coupled text is the target's own, whatever budgets are chosen; with measured sizes, too."""
     requests = [r for r in mixed_requests(12) if r.sampling.temperature == 0.0 or r.verification == "coupled"]
     expected = run(models_of(schedule=Fixed(0)), requests)
-    models = with_rounds(models_of(schedule=Adaptive()), seats=3, early_stop=early_stop)
+    models = with_rounds(models_of(schedule=schedule), seats=3)
     models.rounds.ladder.warm()
     assert set(models.rounds.ladder.round_ms) == set(models.rounds.ladder.sizes())
     assert run(models, requests, streams=3) == expected

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dspark_kernels.cpu import Context, best_isa
 from dspark_kernels.cpu import build as building
 from dspark_stream.config import Config
-from dspark_stream.engine.build import build_engine
+from dspark_stream.engine.build import build_engine, open_kernels
 from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.evaluate import read_prompts
 from dspark_stream.local import LocalEngine
@@ -109,6 +112,67 @@ def test_it_is_the_model_that_torch_loads(tmp_path, context, kind, arch, tied):
     assert torch.nn.functional.cosine_similarity(own_taps, want_taps).mean() > 0.99
     some = torch.tensor([3, 5])
     assert torch.allclose(native.target.head_rows(some), plain.target.head_rows(some), atol=1e-2)
+
+
+@pytest.mark.parametrize(("bits", "least"), [(8, 0.999), (4, 0.97)])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_checkpoint_folder_is_quantised_on_load(tmp_path, context, bits, least, family):
+    save_tiny(tmp_path, family)
+    native = load_target(str(tmp_path), kernels=context, bits=bits).target
+    plain = load_target(str(tmp_path), dtype="float32", device="cpu").target
+    assert native.eos_token_ids == plain.eos_token_ids
+    ids = [int(i) for i in np.random.default_rng(1).integers(0, VOCAB, 40)]
+    (own, own_taps), (want, want_taps) = logits_and_taps(native, ids), logits_and_taps(plain, ids)
+    assert torch.nn.functional.cosine_similarity(own, want).mean() > least
+    assert torch.nn.functional.cosine_similarity(own_taps, want_taps).mean() > least
+
+
+def save_tiny(folder, family):
+    options = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "intermediate_size": INNER,
+               "num_key_value_heads": KV_HEADS, "num_hidden_layers": LAYERS, "head_dim": 32, "eos_token_id": [1, 2],
+               "max_position_embeddings": 256, "tie_word_embeddings": family == "llama"}  # fmt: skip
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(**options)) if family == "llama" else Qwen3ForCausalLM(Qwen3Config(**options))
+    for parameter in model.parameters():
+        parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.09)
+    model.save_pretrained(folder)
+
+
+def test_quantised_weights_are_for_folders_that_the_kernels_can_run(tmp_path, context):
+    with pytest.raises(ModelLoadError, match="quantised already"):
+        load_target(str(write_model(tmp_path / "model.gguf")), kernels=context, bits=8)
+    save_tiny(tmp_path / "model", "llama")
+    with pytest.raises(ModelLoadError, match="not in use"):
+        build_engine(
+            Config(model=str(tmp_path / "model"), target_quant="w8a8", cpu_kernels="off", drafter="none"), SILENT
+        )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "gemma4_text"}))
+    with pytest.raises(ModelLoadError, match="gemma4_text"):
+        load_target(str(tmp_path / "model"), kernels=context, bits=8)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": INNER + 32}))
+    with pytest.raises(ModelLoadError, match=r"gate_proj.*expected"):
+        load_target(str(tmp_path / "model"), kernels=context, bits=8)
+
+
+@pytest.mark.parametrize("quant", ["int8", "nf4"])
+def test_bitsandbytes_drafts_run_on_torch(quant):
+    """The kernels would not have heeded the setting."""
+    assert open_kernels(Config(draft_quant=quant), SILENT) is None
+
+
+def test_a_draft_of_fewer_bits(tmp_path, context):
+    target = load_target(str(write_model(tmp_path / "model.gguf")), kernels=context).target
+    save_drafter(tiny_drafter(load_target(str(tmp_path / "model.gguf"), dtype="float32").target), tmp_path / "drafter")
+    taps, hidden = torch.randn(9, 2 * HIDDEN, generator=torch.Generator().manual_seed(1)), []
+    for bits in (8, 4):
+        drafter = load_drafter(tmp_path / "drafter", target)
+        drafter.pack(bits)
+        kv = drafter.make_store(64)
+        drafter.append_context(taps, list(range(9)), list(range(9)), kv)
+        hidden.append(drafter.draft_hidden([(Extent(0, 48), 9, 3)], kv).clone())
+    similar = torch.nn.functional.cosine_similarity(*hidden, dim=-1)
+    assert 0.9 < similar.min() < 0.9999
 
 
 def test_a_drafter_drafts_the_same(tmp_path, context):

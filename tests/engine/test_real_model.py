@@ -17,6 +17,7 @@ from dspark_stream.models.native import NativeTarget
 from dspark_stream.models.target import Rows
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.noise import token_exponentials
+from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 
 QUESTIONS = (
@@ -41,9 +42,10 @@ def engine(request):
         yield built, codec, local
 
 
-def run(engine, mode, verification, temperature, streams):
-    """Ids and usage of every question, ``streams`` at once."""
-    _, codec, local = engine
+def run(engine, mode, verification, temperature, streams, schedule="fixed:7"):
+    """Ids and usage of every question, ``streams`` at once; adaptive may find that drafting does not pay."""
+    built, codec, local = engine
+    built._models.schedule = parse_schedule(schedule)
     requests = [
         GenerationRequest(
             request_id=f"{i}",
@@ -90,9 +92,10 @@ def test_the_same_seed_gives_the_same_text_up_to_measured_ties(engine, temperatu
     """Plain, with speculation alone, and in company: the same ids, or parted at a tie, which is measured and named."""
     plain, _ = run(engine, "plain", "coupled", temperature, streams=1)
     ties = []
-    for how, streams in (("alone", 1), ("in company", 4)):
-        ids, usage = run(engine, "dspark", "coupled", temperature, streams)
-        assert sum(u.accepted for u in usage) > 0
+    ways = (("alone", 1, "fixed:7"), ("in company", 4, "fixed:7"), ("in company, adaptive", 4, "adaptive"))
+    for how, streams, schedule in ways:
+        ids, usage = run(engine, "dspark", "coupled", temperature, streams, schedule)
+        assert sum(u.accepted for u in usage) > 0 or schedule == "adaptive"
         for i, (a, b) in enumerate(zip(plain, ids, strict=True)):
             at = next((t for t in range(TOKENS) if a[t] != b[t]), None)
             if at is not None:
@@ -100,9 +103,9 @@ def test_the_same_seed_gives_the_same_text_up_to_measured_ties(engine, temperatu
                 ties.append(f"question {i} {how}: token {at} of {TOKENS}, {gap:.3f} nats")
                 assert gap <= TIE, ties[-1]
     record_property("ties", json.dumps(ties))
-    print(f"temperature {temperature}: {len(ties)} of {2 * len(QUESTIONS)} runs part at a near-tie {ties}")
+    print(f"temperature {temperature}: {len(ties)} of {3 * len(QUESTIONS)} runs part at a near-tie {ties}")
     # on our kernels no row knows its neighbours, so there is nothing to part at
-    assert len(ties) <= (0 if isinstance(engine[0]._models.target, NativeTarget) else len(QUESTIONS))
+    assert len(ties) <= (0 if isinstance(engine[0]._models.target, NativeTarget) else 3 * len(QUESTIONS) // 2)
 
 
 def test_the_shipped_drafter_is_believed(engine):

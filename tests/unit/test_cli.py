@@ -15,6 +15,7 @@ from dspark_stream import cli, commands
 from dspark_stream.config import Config
 from dspark_stream.errors import InternalError, ModelLoadError
 from dspark_stream.spec.calibration import Calibration, load_calibration
+from dspark_stream.spec.capacity import CapacityCurve
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 
 SEVEN_WORDS = Script(tokens=tuple(f"w{i} " for i in range(7)), rounds=(3, 1))
@@ -108,7 +109,7 @@ def test_whose_fault_it_is_shows_in_the_code(error, code, loaded, monkeypatch, c
     assert capsys.readouterr().err == f"dspark-stream: error: {error}\n"
 
 
-@pytest.mark.parametrize("command", ["", "serve", "chat", "generate", "eval", "train"])
+@pytest.mark.parametrize("command", ["", "serve", "chat", "generate", "eval", "profile", "reproduce", "train"])
 def test_help_is_there_and_instant(command):
     script = (
         "import sys\nfrom dspark_stream.cli import main\n"
@@ -180,6 +181,39 @@ def test_a_stream_that_fails_is_our_fault(loaded, monkeypatch, capsys):
     monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, FakeTokenizer()))
     assert cli.main(["generate", "--prompt", "hello"]) == 1
     assert "failed on purpose" in capsys.readouterr().err
+
+
+# --- profile and reproduce -----------------------------------------------------------------------------------
+
+
+def test_profile_prints_what_rounds_cost_and_draws_it(loaded, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def load(config, *, quiet=False, measure_again=False):
+        asked.append(measure_again)
+        engine = FakeEngine()
+        engine.capacity = CapacityCurve(
+            tokens=[1, 4], verify_ms=[5.0, 8.0], streams=[1], stream_ms=[0.0], draft_ms=[1.0], rest_ms=[0.25]
+        )
+        return engine, FakeTokenizer()
+
+    monkeypatch.setattr(commands, "_load", load)
+    picture = tmp_path / "new" / "curve.svg"
+    assert cli.main(["profile", "--again", "--plot", str(picture)]) == 0
+    assert "5.25" in capsys.readouterr().out  # a plain round
+    assert picture.read_text().startswith("<svg")
+    assert cli.main(["profile", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verify_ms"] == [5.0, 8.0]
+    assert asked == [True, False]
+    assert cli.main(["profile", "--plot", str(tmp_path)]) == 2  # a folder
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_reproduce_without_a_drafter_says_so(loaded, monkeypatch, capsys):
+    engine = FakeEngine(info=model_info(gamma=0, drafter=None))
+    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, FakeTokenizer()))
+    assert cli.main(["reproduce", "--quick"]) == 2
+    assert "no drafter" in capsys.readouterr().err
 
 
 # --- eval ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "dspark_kernels"
 
 LEAVES = {"config", "errors", "types", "progress", "console"}
 ENGINE_AND_BELOW = {"engine", "spec", "models", "kernels", *LEAVES}
-TOOLS = {"local", "generate", "evaluate", "calibrate"}  # the engine used in this process
+TOOLS = {"local", "generate", "evaluate", "calibrate", "report"}  # the engine used in this process
 MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": {"commands", "training", "evaluate", *LEAVES},
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "evaluate": {"local", *ENGINE_AND_BELOW},
     "calibrate": {"local", *ENGINE_AND_BELOW},
     "generate": {"local", *ENGINE_AND_BELOW},
+    "report": {"evaluate", "local", *ENGINE_AND_BELOW},
     "local": ENGINE_AND_BELOW,
     "training": {"calibrate", "evaluate", "local", *ENGINE_AND_BELOW},
     "engine": {"drafters", *ENGINE_AND_BELOW},

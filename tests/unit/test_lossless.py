@@ -19,12 +19,14 @@ import dspark_stream.spec.accept as accept_module
 import dspark_stream.spec.draft as draft_module
 from dspark_stream.engine.stream import round_key
 from dspark_stream.models.cache import Extent
+from dspark_stream.models.target import TargetOutput
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
+from dspark_stream.spec.capacity import RoundCost
 from dspark_stream.spec.draft import walk
 from dspark_stream.spec.noise import NoiseCache
 from dspark_stream.spec.sampling import race
-from dspark_stream.spec.schedule import admit
+from dspark_stream.spec.schedule import Adaptive, Candidate, EarlyStop, Fixed, Lagged, Threshold, admit
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, SamplingParams
 
@@ -78,7 +80,27 @@ class ScriptedUniforms:
     bonus: float
 
 
-def run_round(drafter, p_t, streams, script, sps, *, early_stop, monkeypatch):
+def searched(sps, *, early_stop: bool = True):
+    """Lengths by Algorithm 1 over rounds a second as a function of B."""
+    return lambda streams, survivals: admit(survivals, lambda b: 1.0 / sps(b), early_stop=early_stop)
+
+
+def scheduled(schedule, sps, earlier=()):
+    """Lengths by a schedule; ``earlier``: survivals that every stream had two rounds ago."""
+
+    def choose(streams, survivals):
+        first = len(streams)
+        cost = RoundCost(first, [1.0 / sps(b) for b in range(first, first + sum(map(len, survivals)) + 1)])
+        these = [
+            Candidate(row, draft_module.acceptance_of(stream) != "rejection", earlier)
+            for stream, row in zip(streams, survivals, strict=True)
+        ]
+        return schedule.lengths(these, cost, PRICE)
+
+    return choose
+
+
+def run_round(drafter, p_t, streams, script, choose, *, monkeypatch):
     """One real round; ``p_t(stream, prefix)`` is the target's table. Returns blocks, lengths and outcomes."""
     made = iter(script)
     for module in (draft_module, accept_module):
@@ -86,13 +108,13 @@ def run_round(drafter, p_t, streams, script, sps, *, early_stop, monkeypatch):
     gamma = drafter.gamma
     hidden = torch.arange(gamma).view(1, gamma, 1).expand(len(streams), gamma, 1).float()
     blocks = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(gamma))
-    lengths = admit([b.survival for b in blocks], sps, early_stop=early_stop)
+    lengths = choose(streams, [b.survival for b in blocks])
     rows = [
         p_t(r, tuple(block.tokens[:j])).log()
         for r, (block, length) in enumerate(zip(blocks, lengths, strict=True))
         for j in range(length + 1)
     ]
-    outcomes = accept(torch.stack(rows), streams, blocks, lengths, drafter.draft_ids)
+    outcomes = accept(TargetOutput(torch.stack(rows), torch.empty(0)), streams, blocks, lengths, drafter.draft_ids)
     return blocks, lengths, outcomes
 
 
@@ -114,12 +136,17 @@ def joint(p_t, tokens: tuple[int, ...]) -> float:
     return math.prod(float(p_t(0, tokens[:i])[t]) for i, t in enumerate(tokens))
 
 
-def law_of_round(drafter, p_t, sps, *, early_stop, monkeypatch, company=0):
+def law_of_round(drafter, p_t, choose, *, monkeypatch, company=()):
     """Exact law of the first γ+1 tokens: the round's commits, continued by the target where they are shorter."""
     gamma, vocab = drafter.gamma, p_t(0, ()).shape[0]
     ids = list(range(vocab)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
     sampling = SamplingParams(max_tokens=9, temperature=1.0)
     law: dict[tuple[int, ...], float] = {}
+    drawn = sum(verification == "rejection" for verification in company)
+
+    def others():
+        """The streams beside the first; what they draw is always the same, and their confidences follow from it."""
+        return [FakeStream(sampling, verification, noise=NoiseCache(3, vocab)) for verification in company]
 
     def visit(k: int, previous: int, tokens: list[int], us: list[tuple[float, float]], weight: float) -> None:
         if k < gamma:
@@ -128,14 +155,12 @@ def law_of_round(drafter, p_t, sps, *, early_stop, monkeypatch, company=0):
                 visit(k + 1, ids[i], [*tokens, ids[i]], [*us, (lo, hi)], weight * (hi - lo))
             return
         # which ℓ the schedule picks depends on the drafts alone, so ask it once with any acceptance
-        streams = [FakeStream(sampling, "rejection") for _ in range(1 + company)]
+        streams = [FakeStream(sampling, "rejection"), *others()]
         mid = [(lo + hi) / 2 for lo, hi in us]
         other = ScriptedUniforms([0.35] * gamma, [0.6] * gamma, 0.4)
         first = ScriptedUniforms(mid, [0.5] * gamma, 0.5)
-        scripts = [first, *[other] * company]
-        blocks, lengths, _ = run_round(
-            drafter, p_t, streams, scripts, sps, early_stop=early_stop, monkeypatch=monkeypatch
-        )
+        scripts = [first, *[other] * drawn]
+        blocks, lengths, _ = run_round(drafter, p_t, streams, scripts, choose, monkeypatch=monkeypatch)
         assert blocks[0].tokens == tokens
         judge(0, lengths[0], tokens, us, [], weight)
 
@@ -166,14 +191,13 @@ def law_of_round(drafter, p_t, sps, *, early_stop, monkeypatch, company=0):
                 at = [ends(*i)[corner] for i in intervals]
                 mine = ScriptedUniforms(at[:gamma], [*at[gamma:-1], *[0.5] * (gamma - len(accepts))], at[-1])
                 other = ScriptedUniforms([0.35] * gamma, [0.6] * gamma, 0.4)
-                streams = [FakeStream(sampling, "rejection") for _ in range(1 + company)]
+                streams = [FakeStream(sampling, "rejection"), *others()]
                 blocks, lengths, outcomes = run_round(
                     drafter,
                     p_t,
                     streams,
-                    [mine, *[other] * company],
-                    sps,
-                    early_stop=early_stop,
+                    [mine, *[other] * drawn],
+                    choose,
                     monkeypatch=monkeypatch,
                 )
                 assert blocks[0].tokens == tokens
@@ -211,15 +235,55 @@ def random_tables(seed: int, vocab: int = 3, gamma: int = 2, draft_vocab: int | 
 STAIRCASE = {1: 1.0, 2: 0.80, 3: 0.78, 4: 0.55, 5: 0.52, 6: 0.50}
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("company", [0, 1])
-def test_rejection_with_the_scheduler_on_has_the_targets_law(seed, company, monkeypatch):
-    """Guards against bias in draw, schedule, acceptance or residual: the joint law of γ+1 tokens is the target's."""
+PRICE = 0.9
+SCHEDULES = {
+    "adaptive": Adaptive(),
+    "early-stop": EarlyStop(),
+    "lagged": Lagged(),
+    "threshold": Threshold(0.3),
+    "fixed": Fixed(1),
+    "none": Fixed(0),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("company", [(), ("rejection",), ("coupled",)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name, monkeypatch):
+    """Guards against bias in draw, schedule, acceptance or residual: the joint law of γ+1 tokens is the target's.
+
+    In mixed company the coupled stream's lengths may depend on all that is drafted, and its own drafts move the cost
+    of the others'; the first stream's law must not notice.
+    """
     drafter, p_t = random_tables(seed)
-    law = law_of_round(drafter, p_t, STAIRCASE.__getitem__, early_stop=True, monkeypatch=monkeypatch, company=company)
+    drafter.c = torch.tensor([[0.8, 0.8, 0.8], [0.95, 0.1, 0.5]])  # x_1 decides what a second token promises
+    cost = {1: 1.0, 2: 1.2, 3: 1.5, 4: 1.8, 5: 2.1, 6: 2.5}
+    schedule, chosen = scheduled(SCHEDULES[name], lambda b: 1.0 / cost[b], earlier=(0.7, 0.4)), set()
+
+    def choose(streams, survivals):
+        lengths = schedule(streams, survivals)
+        chosen.add(lengths[0])
+        return lengths
+
+    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, company=company)
+    assert company or len(chosen) > (name in ("adaptive", "early-stop", "threshold"))
     assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
     for tokens, probability in law.items():
         assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
+
+
+def test_the_global_search_is_refused_to_rejection_streams_for_a_reason(monkeypatch):
+    """The counterexample in numbers of ours: were a rejection stream taken for an exact one, its text were biased."""
+
+    def as_if_exact(streams, survivals):
+        cost = RoundCost(1, [1.0, 1.0 / 0.5, 1.0 / 0.45])
+        return Adaptive().lengths([Candidate(row, True) for row in survivals], cost, 1.0)
+
+    p = torch.tensor([0.7, 0.3])
+    drafter = TableDrafter(torch.full((2, 2, 2), 0.5), torch.tensor([[0.8, 0.8], [0.9, 1e-9]]))
+    law = law_of_round(drafter, lambda r, prefix: p, as_if_exact, monkeypatch=monkeypatch)
+    first_is_a = sum(probability for tokens, probability in law.items() if tokens[0] == 0)
+    assert first_is_a == pytest.approx(0.85, abs=1e-6)
 
 
 def test_two_streams_with_one_seed_do_not_decide_for_each_other():
@@ -243,9 +307,9 @@ def test_two_streams_with_one_seed_do_not_decide_for_each_other():
         streams = [FakeStream(sampling, "rejection", anchor=r, round_key=key(2 * i + r)) for r in range(2)]
         blocks = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(2))
         shared += blocks[0].tokens == blocks[1].tokens
-        lengths = admit([b.survival for b in blocks], sps)
+        lengths = searched(sps)(streams, [b.survival for b in blocks])
         rows = p.log().expand(sum(lengths) + 2, 2)
-        accepted, bonus = accept(rows, streams, blocks, lengths, None)[0]
+        accepted, bonus = accept(TargetOutput(rows, torch.empty(0)), streams, blocks, lengths, None)[0]
         first_is_a += (blocks[0].tokens[0] if accepted else bonus) == 0
     assert shared / trials == pytest.approx(0.25, abs=0.04)
     assert first_is_a / trials == pytest.approx(0.70, abs=0.03)
@@ -255,7 +319,7 @@ def test_two_streams_with_one_seed_do_not_decide_for_each_other():
 def test_a_reduced_draft_vocabulary_is_lossless(seed, monkeypatch):
     """Guards against a p_d that is not widened with zeros: tokens outside the draft vocabulary keep their mass."""
     drafter, p_t = random_tables(seed, vocab=4, draft_vocab=2)
-    law = law_of_round(drafter, p_t, STAIRCASE.__getitem__, early_stop=True, monkeypatch=monkeypatch)
+    law = law_of_round(drafter, p_t, searched(STAIRCASE.__getitem__), monkeypatch=monkeypatch)
     for tokens, probability in law.items():
         assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
 
@@ -266,7 +330,8 @@ def test_the_papers_counterexample(early_stop, expected, monkeypatch):
     p = torch.tensor([0.7, 0.3])
     drafter = TableDrafter(torch.full((2, 2, 2), 0.5), torch.tensor([[0.8, 0.8], [0.9, 1e-9]]))
     sps = {1: 1.0, 2: 0.5, 3: 0.45}.__getitem__
-    law = law_of_round(drafter, lambda r, prefix: p, sps, early_stop=early_stop, monkeypatch=monkeypatch)
+    choose = searched(sps, early_stop=early_stop)
+    law = law_of_round(drafter, lambda r, prefix: p, choose, monkeypatch=monkeypatch)
     first_is_a = sum(probability for tokens, probability in law.items() if tokens[0] == 0)
     assert first_is_a == pytest.approx(expected, abs=1e-6)
 
@@ -288,7 +353,12 @@ def test_coupled_verification_commits_what_plain_decoding_would(early_stop, monk
         )
         stream = FakeStream(SamplingParams(max_tokens=9, temperature=1.0), "coupled", noise=noise)
         blocks, _, [(accepted, bonus)] = run_round(
-            drafter, p_t, [stream], [], STAIRCASE.__getitem__, early_stop=early_stop, monkeypatch=monkeypatch
+            drafter,
+            p_t,
+            [stream],
+            [],
+            searched(STAIRCASE.__getitem__, early_stop=early_stop),
+            monkeypatch=monkeypatch,
         )
         committed = [*blocks[0].tokens[:accepted], bonus]
         plain: list[int] = []

@@ -205,7 +205,7 @@ def test_families_build_a_drafter_from_a_targets_config(softcap):
 def family_target(config):
     from transformers import AutoModelForCausalLM
 
-    from dspark_stream.models.attention import ATTENTION_NAME
+    from dspark_stream.models.families import ATTENTION_NAME
     from dspark_stream.models.target import Target
 
     torch.manual_seed(0)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_stream.spec.capacity import CapacityCurve, ladder, measure, monotone
-from dspark_stream.spec.schedule import Adaptive, Fixed, admit, parse_schedule
+from dspark_stream.engine.profile import SWEEPS, Point, fit, sweep
+from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost, convex, ladder, monotone
+from dspark_stream.spec.schedule import (
+    Adaptive,
+    Candidate,
+    EarlyStop,
+    Fixed,
+    Lagged,
+    Threshold,
+    admit,
+    parse_schedule,
+)
 
 rows = st.lists(
     st.lists(st.floats(0.01, 1.0), max_size=4).map(lambda c: [*itertools.accumulate(c, lambda a, b: a * b)]),
@@ -25,18 +36,18 @@ def theta(survival, lengths, sps):
 def test_flat_curve_admits_everything_and_steep_curve_nothing():
     survival = [[0.9, 0.5], [0.3]]
     assert admit(survival, lambda b: 1.0) == [2, 1]
-    assert admit(survival, lambda b: 1.0 / b) == [0, 0]
+    assert admit(survival, lambda b: b) == [0, 0]
 
 
 def test_admission_is_by_survival_over_all_streams():
     """τ: 2 → 2.9 → 3.7 → 4.0; SPS(B) 1/(B+6): Θ .25 → .322 → .37 → .3636, so the fifth token stays out."""
-    assert admit([[0.9, 0.3], [0.8]], lambda b: 1.0 / (b + 6)) == [1, 1]
+    assert admit([[0.9, 0.3], [0.8]], lambda b: b + 6) == [1, 1]
 
 
 def test_ties_never_break_a_prefix():
     """Guards against a_2 = a_1 (c_2 = 1) being admitted as (r, 2) without (r, 1)."""
-    curve = {2: 1.0, 3: 1.0, 4: 0.2}.get
-    assert admit([[0.5, 0.5], [0.5, 0.5]], lambda b: curve(b, 0.01)) == [1, 0]
+    cost = {2: 1.0, 3: 1.0, 4: 5.0}.get
+    assert admit([[0.5, 0.5], [0.5, 0.5]], lambda b: cost(b, 100.0)) == [1, 0]
 
 
 @given(rows)
@@ -46,48 +57,191 @@ def test_without_early_stop_the_maximum_is_found(survival):
     best = max(
         theta(survival, lengths, sps) for lengths in itertools.product(*(range(len(row) + 1) for row in survival))
     )
-    assert theta(survival, admit(survival, sps, early_stop=False), sps) == pytest.approx(best)
+    assert theta(survival, admit(survival, lambda b: 1.0 / sps(b), early_stop=False), sps) == pytest.approx(best)
 
 
 @given(rows, st.integers(0, 5))
 def test_later_confidences_do_not_move_earlier_admissions(survival, cut):
     """What losslessness rests on: whether (r, j) is admitted depends on survivals ≥ a_{r,j} alone."""
-    sps = lambda b: 1.0 / (3 + b)  # noqa: E731
-    lengths = admit(survival, sps)
+    cost = lambda b: 3 + b  # noqa: E731
+    lengths = admit(survival, cost)
     for r, row in enumerate(survival):
         for j in range(len(row)):
             changed = [list(x) for x in survival]
             changed[r] = row[:j] + [a * 0.1 for a in row[j:]]
-            assert (admit(changed, sps)[r] >= j) == (lengths[r] >= j)
+            assert (admit(changed, cost)[r] >= j) == (lengths[r] >= j)
 
 
-def test_fixed_and_its_names():
-    assert Fixed(3).lengths([[0.5] * 7, [], [0.1] * 2], lambda b: 1.0) == [3, 0, 2]
-    assert parse_schedule("fixed:0") == Fixed(0)
+def candidates(survival, exact=False, earlier=None):
+    earlier = earlier or [()] * len(survival)
+    return [Candidate(row, exact, old) for row, old in zip(survival, earlier, strict=True)]
+
+
+def flat(first=1, last=40):
+    return RoundCost(first, [1.0] * (last - first + 1))
+
+
+def test_static_schedules_and_their_names():
+    rows = candidates([[0.9, 0.5, 0.4, 0.1], [], [0.3, 0.2]])
+    assert Fixed(3).lengths(rows, flat(3), 0.0) == [3, 0, 2]
+    assert Threshold(0.4).lengths(rows, flat(3), 0.0) == [3, 0, 0]
+    assert parse_schedule("fixed:0") == parse_schedule("none") == Fixed(0)
+    assert parse_schedule("threshold:0.5") == Threshold(0.5)
     assert parse_schedule("adaptive") == Adaptive()
+    assert parse_schedule("early-stop") == EarlyStop()
+    assert parse_schedule("lagged") == Lagged()
+    assert [s.slots(7) for s in (Fixed(3), Fixed(9), Threshold(0.1), Adaptive(), EarlyStop(), Lagged())] == [
+        3, 7, 7, None, None, None,
+    ]  # fmt: skip
+
+
+def test_lagged_takes_its_budget_from_the_past_and_its_tokens_from_the_present():
+    """The survivals of two rounds ago pay for three tokens (Θ .333, .475, .6, .625, then .538 with the fourth)."""
+    cost = RoundCost(2, [6.0, 6.0, 6.0, 6.4, 8.0, 9.0, 10.0])
+    old = [[0.9, 0.3], [0.8, 0.4]]
+    live = [[0.2, 0.1], [0.7, 0.6, 0.5]]
+    budget = sum(admit(old, cost, early_stop=False))
+    assert budget == 3
+    assert Lagged().lengths(candidates(live, earlier=old), cost, 0.0) == [0, 3]
+    assert Lagged().lengths(candidates(live), cost, 0.0) == [0, 0]  # no past, no budget
+
+
+@given(rows, st.floats(0.01, 2.0), st.lists(st.floats(0.0, 3.0), min_size=16, max_size=16))
+def test_adaptive_finds_the_best_round_for_exact_streams(survival, price, steps):
+    """No other choice of lengths is worth more at this price, whatever staircase the cost is."""
+    cost = RoundCost(len(survival), [*itertools.accumulate([5.0, *steps])])
+
+    def worth(lengths):
+        tokens = sum(1 + sum(row[:n]) for row, n in zip(survival, lengths, strict=True))
+        return tokens - price * cost(sum(1 + n for n in lengths))
+
+    best = max(worth(lengths) for lengths in itertools.product(*(range(len(row) + 1) for row in survival)))
+    assert worth(Adaptive().lengths(candidates(survival, exact=True), cost, price)) == pytest.approx(best)
+
+
+@given(rows, st.lists(st.booleans(), min_size=4, max_size=4), st.floats(0.01, 2.0), st.data())
+def test_no_rejection_stream_decides_about_its_own_drafts(survival, exact, price, data):
+    """What losslessness rests on, in mixed company too: ℓ_r ≥ j does not depend on a_{r,j+1}, a_{r,j+2}, …
+
+    Nor on whether those were drafted at all. Exact streams may change; the rejection stream may not.
+    """
+    steps = data.draw(st.lists(st.floats(0.0, 3.0), min_size=16, max_size=16))
+    cost = RoundCost(len(survival), [*itertools.accumulate([5.0, *steps])])
+
+    def ask(schedule, rows):
+        these = [Candidate(row, e, old) for row, e, old in zip(rows, exact, survival, strict=False)]
+        return schedule.lengths(these, cost, price)
+
+    for schedule in (Adaptive(), EarlyStop(), Lagged(), Threshold(0.3), Fixed(2)):
+        lengths = ask(schedule, survival)
+        for r, row in enumerate(survival):
+            for j in range(1, len(row)):
+                if exact[r] and isinstance(schedule, Adaptive):
+                    continue
+                changed = [list(x) for x in survival]
+                changed[r] = row[:j] + [a * 0.1 for a in row[j:]]
+                assert (ask(schedule, changed)[r] >= j) == (lengths[r] >= j)
+
+
+def test_a_search_past_a_drop_does_decide_about_its_own_drafts():
+    """The counterexample to the test above: a staircase that only a_2 makes worth climbing."""
+    cost = RoundCost(1, [1.0, 2.0, 2.0])
+    assert admit([[0.8, 0.72]], cost, early_stop=False) == [2]
+    assert admit([[0.8, 0.0]], cost, early_stop=False) == [0]
+    assert admit([[0.8, 0.72]], cost) == admit([[0.8, 0.0]], cost) == [0]
+
+
+def test_the_hull_takes_early_stop_over_a_staircase():
+    """Guards against sticking on a step: 16 rows at a time cost the same, the first of them pays for all."""
+    stairs = RoundCost(1, [10.0, 14.0, 14.0, 14.0, 14.0])
+    survival = [[0.9, 0.8, 0.7, 0.6]]
+    assert admit(survival, stairs, worth=lambda tokens, ms: tokens - 0.25 * ms) == [0]
+    assert Adaptive().lengths(candidates(survival), stairs, 0.25) == [4]
+
+
+@given(st.lists(st.floats(0.0, 100.0), min_size=1, max_size=20))
+def test_the_hull_is_convex_below_and_touches(values):
+    hull = convex(values)
+    assert all(h <= v + 1e-9 for h, v in zip(hull, values, strict=True))
+    assert (hull[0], hull[-1]) == (values[0], values[-1])
+    steps = [b - a for a, b in itertools.pairwise(hull)]
+    assert all(a <= b + 1e-6 for a, b in itertools.pairwise(steps))
+
+
+def test_a_round_may_be_bounded():
+    """Guards against a chunk gap that is asked for and not kept: nothing past the bound is admitted."""
+    cost = RoundCost(2, [5.0, 6.0, 7.0, 8.0])
+    rows = [[0.9, 0.9], [0.9]]
+    for exact in (True, False):
+        assert sum(Adaptive().lengths(candidates(rows, exact), cost.within(7.0), 0.01)) == 2
+        assert sum(Adaptive().lengths(candidates(rows, exact), cost.within(1.0), 0.01)) == 0
 
 
 def test_ladder_and_monotone():
     assert ladder(1) == [1]
     assert ladder(7) == [1, 2, 3, 4, 6, 7]
     assert ladder(32) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert ladder(600) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 600]
     assert monotone([1.0, 3.0, 2.0, 4.0]) == [1.0, 2.5, 2.5, 4.0]
     assert monotone([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]
 
 
+CURVE = CapacityCurve(
+    tokens=[1, 4, 8], verify_ms=[10.0, 10.0, 18.0], streams=[1, 3], stream_ms=[0.0, 5.0], draft_ms=[2.0, 4.0]
+)
+
+
 def test_curve_between_and_beyond_its_points():
-    curve = CapacityCurve(
-        tokens=[1, 4, 8], verify_ms=[10.0, 10.0, 18.0], streams=[1, 3], stream_ms=[0.0, 5.0], draft_ms=[2.0, 4.0]
-    )
-    assert curve.round_ms(2, 1, 0) == 10.0
-    assert curve.round_ms(6, 1, 1) == pytest.approx(16.0)
-    assert curve.round_ms(10, 3, 2) == pytest.approx(22.0 + 5.0 + 3.0)
-    assert curve.sps(4, 1, 0) == pytest.approx(100.0)
+    assert CURVE.round_ms(2, 1, 0) == 10.0
+    assert CURVE.round_ms(6, 1, 1) == pytest.approx(16.0)
+    assert CURVE.round_ms(10, 3, 2) == pytest.approx(22.0 + 5.0 + 3.0)
+    assert CURVE.sps(4, 1, 0) == pytest.approx(100.0)
 
 
-def test_measure_takes_medians_after_a_first_pass_that_does_not_count():
-    times = {n: iter([99.0, 5.0, n * 1.0, 7.0 + n]) for n in (1, 2, 3, 4)}
-    curve = measure(lambda n: next(times[n]), lambda n: 4.0 + n, None, max_tokens=4, max_streams=3, repeats=3)
-    assert curve.verify_ms == [5.0, 5.0, 5.0, 5.0]
-    assert (curve.streams, curve.stream_ms) == ([1, 2, 3], [0.0, 1.0, 2.0])
-    assert curve.draft_ms == [0.0, 0.0, 0.0]
+def test_curve_knows_context_slots_and_the_rest():
+    """Two streams at position 300, measured at 100: 200 positions read once each and once for each of 5 rows."""
+    more = {"context": 100, "read_us": 10.0, "attend_us": 2.0, "draft_read_us": 5.0}
+    curve = msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], rest_ms=[1.0, 3.0], **more)
+    verify = 12.0 + 2.5 + (2 * 200 * 10.0 + 5 * 200 * 2.0) / 1e3
+    draft = 3.0 - 3 * 0.5 + 2 * 200 * 5.0 / 1e3
+    assert curve.round_ms(5, 2, 2, slots=1, position=300) == pytest.approx(verify + draft + 2.0)
+    cost = Costs(curve).round_cost(2, 288.0, 2, 1)
+    assert cost.ms == pytest.approx([curve.round_ms(b, 2, 2, slots=1, position=288) for b in (2, 3, 4)])
+    assert (cost.first, cost.draft_ms, cost.rest_ms) == (2, pytest.approx(draft - 12 * 2 * 5e-3), 2.0)
+
+
+def test_points_are_swept_and_the_first_run_does_not_count():
+    times = {n: iter([99.0, 5.0, 9.0 + n, 7.0] + [6.0] * 20) for n in (1, 2)}
+    points = [Point("rows", n, lambda n: next(times[n])) for n in (1, 2)]
+    runs = []
+    assert sweep(points, lambda: runs.append(1)) == {"rows": {1: 6.0, 2: 6.0}}
+    assert len(runs) == 2 * SWEEPS
+    slow = iter([500.0, 300.0, 1.0])
+    assert sweep([Point("rows", 1, lambda n: next(slow))]) == {"rows": {1: 300.0}}  # twice, no more
+
+
+def test_fit_separates_what_was_measured_together():
+    times = {
+        "rows": {1: 10.0, 2: 9.0, 4: 14.0, 8: 20.0},
+        "streams": {1: 9.5, 2: 12.5, 4: 18.0},
+        "rest": {1: 0.5, 2: 0.7, 4: 0.6},
+        "draft": {1: 2.5, 2: 3.7, 4: 5.65},
+        "slot": {1: 1.3, 2: 1.9, 4: 2.65},
+        "long": {1: 10.0 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
+        "long draft": {1: 2.5 + 0.25},
+        "sampled": {4: 20.0},
+    }
+    curve = fit(times, gamma=4, context=100, long_context=600)
+    assert curve.tokens == [1, 2, 4, 8]
+    assert curve.verify_ms == [9.5, 9.5, 14.0, 20.0]
+    assert curve.stream_ms == pytest.approx([0.0, 3.0, 4.0])
+    assert curve.rest_ms == pytest.approx([0.5, 0.65, 0.65])
+    assert curve.draft_ms == pytest.approx([2.0, 3.0, 5.05])
+    assert curve.slot_ms == pytest.approx([0.4, 0.6, 1.0])
+    assert curve.attend_us == pytest.approx(1.0)
+    assert curve.read_us == pytest.approx(2.0)
+    assert curve.draft_read_us == pytest.approx(0.5)
+    assert curve.sample_us == pytest.approx(500.0)
+    costs = Costs(curve)
+    assert costs.sampling(0.1) is costs
+    assert costs.sampling(0.5).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)

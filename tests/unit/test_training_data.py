@@ -92,6 +92,14 @@ def test_a_prompt_is_never_on_both_sides():
     assert split != split_answers(answers, 4, seed=1)
 
 
+def test_a_file_can_say_what_is_held_out(tmp_path):
+    answers = [Answer((p,), (1, 2), temperature=t, held_out=p == 7 and t == 0) for p in range(40) for t in (0.0, 1.0)]
+    path = answers_file(tmp_path, "".join(answer_line(a) for a in answers))
+    split = split_answers(read_answers(path, VOCAB), 4, seed=0)
+    assert [(a.prompt_ids, a.temperature) for a in split.held_out] == [((7,), 0.0)]
+    assert len(split.train) == 78
+
+
 # --- choices made from the data --------------------------------------------------------------------------------
 
 

@@ -254,6 +254,20 @@ def test_the_same_command_again_has_nothing_left_to_do(run_folder, target_folder
     assert "going on from step 80" in capsys.readouterr().err
 
 
+def test_going_on_from_a_drafter_begins_where_it_ended(target_folder, run_folder, tmp_path, capsys):
+    answers = ["--answers", str(run_folder / "answers.jsonl")]
+    argv = ["--target", str(target_folder), *answers, *TRAINING, "--steps", "1", "--run-dir", str(tmp_path / "on")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+        assert command.main([*argv, "--init", str(run_folder / "drafter")]) == 0
+    before, after = held_out_lengths(run_folder)[-1], held_out_lengths(tmp_path / "on")[-1]
+    assert after == pytest.approx(before, abs=0.25)
+    plan = json.loads((tmp_path / "on" / "drafter" / "train.json").read_text())
+    assert [plan[name] for name in ("layers", "block_size", "rank", "draft_vocab", "head")] == [1, 4, 8, 40, "markov"]
+    assert command.main([*argv, "--init", str(tmp_path / "nobody")]) == 2
+    assert "no drafter to start from" in capsys.readouterr().err
+
+
 def test_a_signal_stops_after_the_step_with_its_state_saved(target_folder, run_folder, tmp_path, monkeypatch):
     real = pipeline.Trainer.train_step
 

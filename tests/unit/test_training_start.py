@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
-from dspark_stream.models.attention import ATTENTION_NAME
 from dspark_stream.models.cache import Extent, KVStore
+from dspark_stream.models.families import ATTENTION_NAME
 from dspark_stream.models.loading import LoadedTarget
 from dspark_stream.models.target import Target
 from dspark_stream.progress import SILENT

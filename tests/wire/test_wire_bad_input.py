@@ -72,6 +72,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"dspark": {"top_k": -1}}, "dspark.top_k", "1000"),
     ({"dspark": {"top_k": 1001}}, "dspark.top_k", "1000"),
     ({"dspark": {"min_p": 1.5}}, "dspark.min_p", "from 0 to 1"),
+    ({"dspark": {"max_chunk_gap_ms": -1}}, "dspark.max_chunk_gap_ms", "from 0 to 600000"),
     ({"dspark": {"stop": ["a", "b", "c", "d", "e"]}}, "dspark.stop", "at most 4"),
     ({"dspark": {"stop": ["a", ""]}}, "dspark.stop[1]", "1 to 256"),
     ({"dspark": {"stop": "s" * 257}}, "dspark.stop", "1 to 256"),

@@ -147,11 +147,13 @@ async def test_sampling_reaches_the_engine(running: Running) -> None:
                 "min_p": 0.1,
                 "stop": ["END", "\n\n"],
                 "ignore_eos": True,
+                "max_chunk_gap_ms": 80,
             },
         )
         await socket.response()
     request = running.engine.submitted[0]
     assert (request.mode, request.verification, request.record_rounds) == ("plain", "coupled", False)
+    assert request.max_chunk_gap_ms == 80
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 40, 0.1)
     assert (sampling.seed, sampling.max_tokens) == (2**63 - 1, 5)

@@ -17,22 +17,22 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-Isa = Literal["avx512", "avx2", "portable"]
+Isa = Literal["amx", "avx512", "avx2", "portable"]
 
 SOURCE = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fvisibility=hidden")
+AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd", "vnni"))
+COMMON = ("-mfma", "-mf16c", "-mbmi2")
 ISA_FLAGS: dict[Isa, tuple[str, ...]] = {
-    "avx512": (
-        *tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd", "vnni")),
-        "-mfma",
-        "-mf16c",
-        "-mbmi2",
-    ),
-    "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
+    "amx": (*AVX512, "-mamx-tile", "-mamx-int8", *COMMON),
+    "avx512": (*AVX512, *COMMON),
+    "avx2": ("-mavx2", *COMMON),
     "portable": (),
 }
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni", "f16c"})
 NEEDS: dict[Isa, frozenset[str]] = {
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni", "f16c"}),
+    "amx": _AVX512 | {"amx_tile", "amx_int8"},
+    "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
     "portable": frozenset(),
 }

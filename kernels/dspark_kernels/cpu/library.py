@@ -6,7 +6,10 @@ heads, N token slots.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
+import mmap
 import weakref
 from collections.abc import Sequence
 from enum import IntEnum
@@ -36,16 +39,30 @@ class Source(IntEnum):
     F32 = 0
     Q4_0 = 2
     Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
     Q8_0 = 8
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
 
     @property
-    def bits(self) -> int | None:
-        """Of its quants; None: as one likes."""
-        return {Source.F32: None, Source.Q4_0: 4, Source.Q4_1: 4, Source.Q8_0: 8}[self]
+    def bits(self) -> int:
+        """That a matrix needs to hold its quants as they are (Q6_K, two scales to a group: rounded to 8)."""
+        return 4 if self in (Source.F32, Source.Q4_0, Source.Q4_1, Source.Q4_K) else 8
+
+    @property
+    def block(self) -> int:
+        """Weights of a block; rows are whole blocks."""
+        return 256 if self >= Source.Q4_K else GROUP
 
     def nbytes(self, weights: int) -> int:
         """Bytes of that many weights."""
-        return {Source.F32: 128, Source.Q4_0: 18, Source.Q4_1: 20, Source.Q8_0: 34}[self] * weights // GROUP
+        return _BLOCK_BYTES[self] * weights // self.block
+
+
+_BLOCK_BYTES = {Source.F32: 128, Source.Q4_0: 18, Source.Q4_1: 20, Source.Q5_0: 22, Source.Q5_1: 24, Source.Q8_0: 34,
+                Source.Q4_K: 144, Source.Q5_K: 176, Source.Q6_K: 210}  # fmt: skip
 
 
 @cache
@@ -74,7 +91,7 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "pack": (done, [pointer, pointer, integer, integer, pointer, pointer, integer]),
         "take": (None, [pointer, pointer, integer, pointer]),
         "rows": (None, [pointer, pointer, integer, pointer]),
-        "product": (done, [pointer, pointer, pointer, integer, pointer, integer]),
+        "product": (done, [*three, integer, pointer, integer, pointer]),
         "llama": (pointer, [*[integer] * 6, real, *[pointer] * 3]),
         "free_llama": (None, [pointer]),
         "add_layer": (done, [pointer] * 10),
@@ -190,7 +207,7 @@ class PackedMatrix:
         Raises:
             ValueError: data too short for the rows, quants of other bits, channels that the matrix does not have.
         """
-        if source.bits not in (None, self.bits) or not 0 <= first <= first + count <= self.outputs:
+        if source.bits > self.bits or self.inputs % source.block or not 0 <= first <= first + count <= self.outputs:
             raise ValueError(f"{source.name} rows for channels {first} … {first + count - 1} do not fit this matrix")
         data = np.ascontiguousarray(data)
         needed = (count if rows is None else int(rows.max(initial=-1)) + 1) * source.nbytes(self.inputs)
@@ -226,8 +243,17 @@ class PackedMatrix:
         out = _room(out, len(x), self.outputs)
         if len(x):
             product, handle = self.context.library.product, self.context.handle
-            _done(self.context, product(handle, self.handle, _at(x), len(x), _at(out), self.outputs))
+            _done(self.context, product(handle, self.handle, _at(x), len(x), _at(out), self.outputs, None))
         return out
+
+    def argmax(self, x: npt.NDArray[Any]) -> Ints:
+        """Of each row of `product(x)`, which is never written: the greedy tokens [M]; the first of equal ones."""
+        x = _floats(x, len(x), self.inputs)
+        best = np.empty(len(x), dtype=np.int32)
+        if len(x):
+            product, handle = self.context.library.product, self.context.handle
+            _done(self.context, product(handle, self.handle, _at(x), len(x), None, 0, _at(best)))
+        return best
 
     def give(self) -> int:
         """The handle, for a model to own."""
@@ -327,14 +353,26 @@ class Store(NamedTuple):
         """Room for ``slots`` (rounded up to whole tiles); costs no memory until it is written."""
         tiles = -(-slots // LANES)
         return Store(
-            np.zeros((layers, tiles, kv_heads, head_size, LANES), dtype=np.float16),
-            np.zeros((layers, tiles * LANES, kv_heads, head_size), dtype=np.float16),
+            _untouched(layers, tiles, kv_heads, head_size, LANES),
+            _untouched(layers, tiles * LANES, kv_heads, head_size),
         )
 
     def clear(self, slot: int, size: int) -> None:
         """Zero whole tiles from ``slot`` on."""
         self.keys[:, slot // LANES : -(-(slot + size) // LANES)] = 0
         self.values[:, slot : slot + size] = 0
+
+
+def _untouched(*shape: int) -> Halves:
+    """Zeros that take memory page by page as they are written.
+
+    Small pages: every layer has a part of its own, and large ones would round each up by megabytes.
+    """
+    memory = mmap.mmap(-1, max(1, 2 * math.prod(shape)))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.float16, count=math.prod(shape)).reshape(shape)
 
 
 class Llama:

@@ -10,7 +10,6 @@ from dspark_kernels.cpu import Context, NoCompilerError, best_isa, supported_isa
 from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
 from dspark_stream.drafters import shipped_drafter
-from dspark_stream.engine.gpu.runner import GraphRounds
 from dspark_stream.engine.profile import curve_key, load_or_measure
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
@@ -21,7 +20,7 @@ from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.models.native import NativeTarget, UnsupportedError
-from dspark_stream.models.quant import quantise_linears
+from dspark_stream.models.quant import KERNEL_BITS, quantise_linears
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import Calibration, load_calibration
@@ -34,8 +33,12 @@ CPU_THREADS = torch.get_num_threads()
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 
 
-def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, TextCodec | None]:
+def build_engine(
+    config: Config, progress: Progress, *, measure_again: bool = False
+) -> tuple[EngineThread, TextCodec | None]:
     """Load everything that ``config`` names; the engine still has to be started.
+
+    ``measure_again``: measure the capacity curve whether or not it is known.
 
     Returns the engine and the tokenizer, None for a model folder without one.
 
@@ -47,7 +50,8 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
     path = str(ensure_embedded_model(config.cache_dir, progress)) if embedded else config.model
     with progress.stage(f"loading {config.model}"):
         kernels = open_kernels(config, progress)
-        loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels)
+        bits = KERNEL_BITS.get(config.target_quant)
+        loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels, bits=bits)
     target = loaded.target
     drafter, calibration, drafter_folder = _load_drafter(config, loaded, progress)
     if drafter is None and config.drafter != "none":
@@ -63,7 +67,7 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         target.pack()
         if drafter:
             try:
-                drafter.pack()
+                drafter.pack(KERNEL_BITS.get(config.draft_quant))
             except UnsupportedError as error:
                 raise ModelLoadError(
                     f"the CPU kernels cannot run this drafter ({error}): --cpu-kernels off runs both models on torch",
@@ -100,6 +104,7 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         key=curve_key(target, drafter, [loaded.fingerprint, folder], [config.target_quant, config.draft_quant]),
         folder=config.cache_dir / "capacity",
         progress=progress,
+        again=measure_again,
     )
     models = Models(
         target=target,
@@ -112,6 +117,8 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         capacity=curve,
     )
     if target.device.type == "cuda" and config.cuda_graphs == "auto":
+        from dspark_stream.engine.gpu.runner import GraphRounds
+
         rounds = GraphRounds(models, seats=config.max_num_seqs, longest=max_model_len + gamma + 1)
         with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
             rounds.ladder.warm(bar.advance)
@@ -132,7 +139,15 @@ def build_engine(config: Config, progress: Progress) -> tuple[EngineThread, Text
         schedule=config.schedule,
     )
     text = codec.token_bytes if codec else None
-    return EngineThread(models, info, allocator, text, prefill_budget_ms=config.prefill_budget_ms), codec
+    engine = EngineThread(
+        models,
+        info,
+        allocator,
+        text,
+        prefill_budget_ms=config.prefill_budget_ms,
+        max_chunk_gap_ms=config.max_chunk_gap_ms,
+    )
+    return engine, codec
 
 
 def open_kernels(config: Config, progress: Progress) -> Context | None:
@@ -141,6 +156,7 @@ def open_kernels(config: Config, progress: Progress) -> Context | None:
         config.cpu_kernels == "off"
         or config.device == "cuda"
         or (config.device == "auto" and torch.cuda.is_available())
+        or {config.target_quant, config.draft_quant} - {"none", *KERNEL_BITS}  # bitsandbytes' are torch's
     ):
         return None
     isa = best_isa() if config.cpu_kernels == "auto" else config.cpu_kernels

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from dspark_kernels.cpu.build import library_path
 from dspark_stream import __version__
+from dspark_stream.engine.step import Models, decode_round
 from dspark_stream.engine.stream import Stream
 from dspark_stream.models.cache import Extent, ExtentAllocator, KVStore
 from dspark_stream.models.drafter import Drafter
@@ -21,16 +24,26 @@ from dspark_stream.models.target import Target
 from dspark_stream.progress import Progress
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.capacity import CapacityCurve, ladder, measure
-from dspark_stream.spec.draft import Block, draft
+from dspark_stream.spec.capacity import CapacityCurve, RoundCost, ladder, monotone
+from dspark_stream.spec.draft import Block
+from dspark_stream.spec.schedule import Candidate
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import GenerationRequest, SamplingParams
 
-CONTEXT = 256
-"""Positions that a measured stream already holds, where the model allows as many."""
+CONTEXT, LONG_CONTEXT = 256, 1024
+"""Positions that a measured stream already holds, and that it holds to see what context costs; where the model
+allows as many."""
 LONGEST_CHUNK = 512
 """Rows of one stream up to which passes are measured: prompts are cut into chunks by this curve, too."""
+BUDGET_S = 6.0
+"""After so long no sweep over the points begins; two are always made."""
+SWEEPS = 9
+WARM_ROWS = 16
+"""Passes up to so many rows are timed right after another one."""
+SLOW_MS = 80.0
+"""Points that take this long are measured twice only: what is left of the noise is small beside them."""
+FORMAT = "curve 4"
 
 
 class _Stored(msgspec.Struct):
@@ -51,6 +64,7 @@ def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[st
     )
     return [
         f"dspark-stream {__version__}",
+        FORMAT,
         f"torch {torch.__version__}",
         device,
         str(target.dtype),
@@ -81,27 +95,22 @@ def load_or_measure(
     key: list[str],
     folder: Path,
     progress: Progress,
+    again: bool = False,
 ) -> CapacityCurve:
-    """The curve from ``folder`` where one was measured under the same key and up to the same size, else a new one."""
+    """The curve from ``folder`` where one was measured under the same key and up to the same size, else a new one.
+
+    ``again`` measures anew whatever is there.
+    """
     key = [*key, f"seqs {max_seqs}", f"len {max_model_len}"]
     path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
-    try:
-        stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
-        if stored.key == key:
-            return stored.curve
-    except (OSError, msgspec.MsgspecError):
-        pass  # none yet, or written by another version: measured anew and written over
+    if not again and (curve := _stored(path, key)) is not None:
+        return curve
     with _Bench(target, target_kv, drafter, drafter_kv, allocator, max_seqs, max_model_len) as bench:
-        points = len(ladder(bench.max_tokens)) + len(ladder(max_seqs)) * (2 if drafter else 1)
-        with progress.bar("measuring the capacity curve", total=points) as bar:
-            curve = measure(
-                bench.time_rows_ms,
-                bench.time_streams_ms,
-                bench.time_draft_ms if drafter else None,
-                max_tokens=bench.max_tokens,
-                max_streams=max_seqs,
-                on_point=bar.advance,
-            )
+        points = bench.points()
+        with progress.bar("measuring the capacity curve", total=SWEEPS * len(points)) as bar:
+            times = sweep(points, bar.advance)
+            bar.reach(SWEEPS * len(points))
+        curve = fit(times, gamma=bench.gamma, context=bench.context, long_context=bench.long_context)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
@@ -109,6 +118,86 @@ def load_or_measure(
         part.replace(path)
     except OSError as error:
         progress.say(f"the capacity curve could not be kept in {folder}: {error}; it will be measured again next time")
+    return curve
+
+
+def _stored(path: Path, key: list[str]) -> CapacityCurve | None:
+    try:
+        stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
+    except (OSError, msgspec.MsgspecError):
+        return None  # none yet, or written by another version: measured anew and written over
+    return stored.curve if stored.key == key else None
+
+
+# --- measuring -----------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """One thing to time: what, at which size."""
+
+    what: str
+    size: int
+    run: Callable[[int], float]
+    """Milliseconds of one run at a size."""
+
+
+Times = dict[str, dict[int, float]]
+"""Medians in milliseconds: what → size → time."""
+
+
+def sweep(points: Sequence[Point], on_run: Callable[[], None] = lambda: None) -> Times:
+    """Time all points in turn, over and over until the budget is spent: a neighbour's burst hits every point alike.
+
+    The first run of a point pays for buffers and does not count where there are others; medians of the rest.
+    """
+    runs: list[list[float]] = [[] for _ in points]
+    begun = time.monotonic()
+    for number in range(SWEEPS):
+        for point, seen in zip(points, runs, strict=True):
+            if number >= 2 and (time.monotonic() - begun > BUDGET_S or min(seen) > SLOW_MS):
+                continue
+            seen.append(point.run(point.size))
+            on_run()
+    times: Times = {}
+    for point, seen in zip(points, runs, strict=True):
+        times.setdefault(point.what, {})[point.size] = median(seen[1:])
+    return times
+
+
+def fit(times: Times, *, gamma: int, context: int, long_context: int) -> CapacityCurve:
+    """A curve from `_Bench`'s points."""
+    rows, plain = times["rows"], times["streams"]
+    tokens, streams = sorted(rows), sorted(plain)
+    verify_ms = monotone([rows[n] for n in tokens])
+    at = dict(zip(tokens, verify_ms, strict=True))
+    more = monotone([max(0.0, plain[r] - at[r]) for r in streams])
+    rest = times["rest"]
+    curve = CapacityCurve(
+        tokens=tokens,
+        verify_ms=verify_ms,
+        streams=streams,
+        stream_ms=more,
+        draft_ms=[],
+        rest_ms=monotone([rest[r] for r in streams]),
+        gamma=gamma,
+        context=context,
+        sample_us=max([0.0, *(1e3 * (ms - plain[n]) / n for n, ms in times.get("sampled", {}).items())]),
+    )
+    spread = max(1, long_context - context)
+    if "long" in times:  # one row, and a block of them: what a position costs once, and for every row
+        slopes = {n: 1e3 * (ms - rows[n]) / spread for n, ms in times["long"].items()}
+        one, most = slopes[1], slopes[max(slopes)]
+        attend_us = max(0.0, (most - one) / max(1, max(slopes) - 1))
+        curve = msgspec.structs.replace(curve, attend_us=attend_us, read_us=max(0.0, one - attend_us))
+    if "draft" not in times:
+        return msgspec.structs.replace(curve, draft_ms=[0.0] * len(streams))
+    whole, first = times["draft"], times["slot"]
+    draft_ms = monotone([max(0.0, whole[r] - rest[r]) for r in streams])
+    slot_ms = [max(0.0, whole[r] - first[r]) / max(1, gamma - 1) for r in streams]
+    curve = msgspec.structs.replace(curve, draft_ms=draft_ms, slot_ms=monotone(slot_ms))
+    if "long draft" in times:
+        slope = 1e3 * (times["long draft"][1] - whole[1]) / spread
+        curve = msgspec.structs.replace(curve, draft_read_us=max(0.0, slope))
     return curve
 
 
@@ -127,13 +216,16 @@ class _Bench:
     ) -> None:
         self._target, self._target_kv, self._allocator = target, target_kv, allocator
         self._drafter, self._drafter_kv = drafter, drafter_kv
-        self._gamma = drafter.gamma if drafter else 0
-        self._context = max(1, min(CONTEXT, max_model_len // 2))
-        widest = max(LONGEST_CHUNK, max_seqs * (1 + self._gamma))
-        self.max_tokens = max(1, min(widest, max_model_len - self._context))
+        self._max_seqs = max_seqs
+        self.gamma = drafter.gamma if drafter else 0
+        self.context = max(1, min(CONTEXT, max_model_len // 2))
+        widest = max(LONGEST_CHUNK, max_seqs * (1 + self.gamma))
+        self.max_tokens = max(1, min(widest, max_model_len - self.context))
+        self.long_context = min(LONG_CONTEXT, max_model_len - self.gamma - 1)
         self._extents: list[Extent] = []
-        for tokens in [self.max_tokens] + [1 + self._gamma] * (max_seqs - 1):
-            extent = allocator.allocate(self._context + tokens)
+        longest = max(self.context + self.max_tokens, self.long_context + self.gamma + 1)
+        for tokens in [longest] + [self.context + self.gamma + 1] * (max_seqs - 1):
+            extent = allocator.allocate(tokens)
             if extent is None:  # a small budget: some streams are then timed on each other's slots
                 break
             self._extents.append(extent)
@@ -149,13 +241,34 @@ class _Bench:
         for extent in self._extents:
             self._allocator.free(extent)
 
-    def _streams(self, count: int) -> list[Stream]:
+    def points(self) -> list[Point]:
+        """What is timed, `fit` knows it by its names."""
+        streams = [n for n in ladder(self._max_seqs) if n in (1, self._max_seqs) or n & (n - 1) == 0]
+        rows = sorted({*ladder(self.max_tokens), *(n for n in streams if n <= self.max_tokens)})
+        points = [Point("rows", n, self.rows_ms) for n in rows]
+        streams = [n for n in streams if n in rows]
+        points += [Point("streams", n, self.streams_ms) for n in streams]
+        some = max(n for n in streams if n <= WARM_ROWS)
+        points.append(Point("sampled", some, self.sampled_ms))
+        points += [Point("rest", n, self.rest_ms) for n in streams]
+        block = min(1 + self.gamma, self.max_tokens)
+        far = self.long_context >= 2 * self.context
+        if far:
+            points += [Point("long", n, self.long_ms) for n in sorted({1, max(n for n in rows if n <= max(2, block))})]
+        if self._drafter:
+            points += [Point("draft", n, self.draft_ms) for n in streams]
+            points += [Point("slot", n, self.slot_ms) for n in streams]
+            if far:
+                points.append(Point("long draft", 1, self.long_draft_ms))
+        return points
+
+    def _streams(self, count: int, context: int = 0, temperature: float = 0.0) -> list[Stream]:
         request = GenerationRequest(
             request_id="profile",
-            prompt_ids=(0,) * (self._context + 1),
-            sampling=SamplingParams(max_tokens=1, temperature=0.0),
+            prompt_ids=(0,) * ((context or self.context) + 1),
+            sampling=SamplingParams(max_tokens=1 << 20, temperature=temperature),
         )
-        streams = [Stream(request, self._target.vocab_size, self._gamma, frozenset(), None) for _ in range(count)]
+        streams = [Stream(request, self._target.vocab_size, self.gamma, frozenset(), None) for _ in range(count)]
         for i, stream in enumerate(streams):
             stream.extent = self._extents[i % len(self._extents)]
         return streams
@@ -164,23 +277,83 @@ class _Bench:
         blocks = [Block(tokens=[0] * length) for _ in streams]
         lengths = [length] * len(streams)
         begun = time.perf_counter()
-        logits, _ = verify(self._target, self._target_kv, streams, blocks, lengths)
-        accept(logits, streams, blocks, lengths, None)
+        output = verify(self._target, self._target_kv, streams, blocks, lengths)
+        accept(output, streams, blocks, lengths, None)
         return (time.perf_counter() - begun) * 1e3
 
-    def time_rows_ms(self, tokens: int) -> float:
-        """One stream with that many rows."""
+    def rows_ms(self, tokens: int) -> float:
+        """One stream with that many rows, after what comes before such a pass in a round, where that is cheap."""
+        if 1 < tokens <= WARM_ROWS and self._drafter:
+            self._round(1, self.gamma)
+        elif tokens <= WARM_ROWS:
+            self._verify_ms(self._streams(1), tokens - 1)
         return self._verify_ms(self._streams(1), tokens - 1)
 
-    def time_streams_ms(self, count: int) -> float:
-        """That many streams with a row each."""
+    def long_ms(self, tokens: int) -> float:
+        """The same, deep in a long context."""
+        return self._verify_ms(self._streams(1, self.long_context), tokens - 1)
+
+    def streams_ms(self, count: int) -> float:
+        """That many streams with a row each, after a pass of the same kind where that is cheap."""
+        if count <= WARM_ROWS:
+            self._verify_ms(self._streams(count), 0)
         return self._verify_ms(self._streams(count), 0)
 
-    def time_draft_ms(self, count: int) -> float:
-        """Drafting for that many streams."""
-        assert self._drafter is not None
-        assert self._drafter_kv is not None
-        streams = self._streams(count)
+    def sampled_ms(self, count: int) -> float:
+        """As `streams_ms`, with a temperature."""
+        self._verify_ms(self._streams(count, temperature=1.0), 0)
+        return self._verify_ms(self._streams(count, temperature=1.0), 0)
+
+    def rest_ms(self, count: int) -> float:
+        """A plain round of that many streams, without its pass."""
+        return self._round(count, 0)
+
+    def draft_ms(self, count: int) -> float:
+        """A round that drafts whole blocks for that many streams and verifies nothing, without its pass."""
+        return self._round(count, self.gamma)
+
+    def slot_ms(self, count: int) -> float:
+        """The same with the first token of each block only."""
+        return self._round(count, 1)
+
+    def long_draft_ms(self, count: int) -> float:
+        """As `draft_ms`, deep in a long context."""
+        return self._round(count, self.gamma, self.long_context)
+
+    def _round(self, count: int, slots: int, context: int = 0) -> float:
+        """A real round after a pass, which leaves in the processor's caches what it leaves."""
+        models = Models(
+            target=self._target,
+            target_kv=self._target_kv,
+            drafter=self._drafter,
+            drafter_kv=self._drafter_kv,
+            calibration=Calibration(),
+            history=AcceptanceHistory(self.gamma),
+            schedule=_DraftOnly(slots),
+            capacity=CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0]),
+        )
+        streams = self._streams(count, context)
+        if slots:  # what the drafter is handed in a round
+            width = len(self._target.tap_layers) * self._target.hidden_size
+            taps = torch.zeros(count, width, dtype=self._target.dtype, device=self._target.device)
+            for i, stream in enumerate(streams):
+                stream.backlog.add(taps, i, 1, stream.position - 1)
+        self._verify_ms(self._streams(min(count, WARM_ROWS)), 0)
         begun = time.perf_counter()
-        draft(self._drafter, self._drafter_kv, streams, Calibration(), AcceptanceHistory(self._gamma))
-        return (time.perf_counter() - begun) * 1e3
+        committed = decode_round(models, streams)
+        took_ms = (time.perf_counter() - begun) * 1e3
+        assert committed[0].round is not None
+        return took_ms - committed[0].round.t_verify_ms
+
+
+class _DraftOnly:
+    """Drafts so many tokens for everybody and verifies none."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+
+    def slots(self, gamma: int) -> int | None:
+        return self._slots
+
+    def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
+        return [0] * len(candidates)

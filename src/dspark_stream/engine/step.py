@@ -9,19 +9,23 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from dspark_stream.engine.backlog import hand_over
+from dspark_stream.engine.drift import Drift
 from dspark_stream.engine.stream import Stream
 from dspark_stream.models.cache import KVStore
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.target import Rows, Target
 from dspark_stream.spec.accept import Outcome, accept
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.capacity import CapacityCurve
-from dspark_stream.spec.draft import Block, draft
-from dspark_stream.spec.schedule import Schedule
+from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
+from dspark_stream.spec.draft import Block, acceptance_of, draft, is_greedy
+from dspark_stream.spec.schedule import Candidate, Schedule
+from dspark_stream.spec.skipping import Plan, Skipping
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
@@ -42,8 +46,18 @@ class Models:
     history: AcceptanceHistory
     schedule: Schedule
     capacity: CapacityCurve
+    """As measured; `costs` is what it has become since."""
     rounds: GraphRounds | None = None
     """Captured rounds, on a GPU; they take the place of `decode_round`'s own steps."""
+
+    def __post_init__(self) -> None:
+        self.costs = Costs(self.capacity)
+        self.skipping = Skipping(self.gamma)
+        self.drift = Drift(self.capacity)
+
+    def costs_of(self, streams: Sequence[Stream]) -> Costs:
+        """What rounds of these streams cost: those with a temperature take longer to accept."""
+        return self.costs.sampling(sum(not is_greedy(s) for s in streams) / len(streams))
 
     @property
     def gamma(self) -> int:
@@ -62,35 +76,96 @@ class Committed(NamedTuple):
     """None for the token that ends a prefill."""
 
 
-def decode_round(models: Models, streams: Sequence[Stream]) -> list[Committed]:
-    """One verification round for R streams; streams in plain mode take part with ℓ = 0."""
+def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = inf) -> list[Committed]:
+    """One verification round for R streams; streams that are not drafted for take part with ℓ = 0.
+
+    ``slowest_ms``: what the round may take, as far as the choice is ours: with nothing drafted it takes what it takes.
+    """
     if models.rounds is not None:
         return models.rounds.decode_round(streams)
     clock = [time.perf_counter()]
-    blocks = _draft(models, streams)
+    plan = _plan(models, streams, slowest_ms)
+    costs = models.costs_of(streams)
+    cost = costs.round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
     clock.append(time.perf_counter())
-    lengths = _schedule(models, streams, blocks)
-    logits, taps = verify(models.target, models.target_kv, streams, blocks, lengths)
-    outcomes = accept(logits, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
+    blocks = _draft(models, streams, plan)
     clock.append(time.perf_counter())
-    return _commit(models, streams, blocks, lengths, outcomes, taps, clock)
+    lengths = _schedule(models, streams, plan, blocks, cost.within(slowest_ms))
+    clock.append(time.perf_counter())
+    output = verify(models.target, models.target_kv, streams, blocks, lengths)
+    outcomes = accept(output, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
+    clock.append(time.perf_counter())
+    _learn(models, streams, cost, blocks, lengths, outcomes, clock)
+    return _commit(models, streams, blocks, lengths, outcomes, output.taps, clock)
 
 
-def _draft(models: Models, streams: Sequence[Stream]) -> list[Block]:
-    """A block for every stream; an empty one where it does not draft."""
-    drafting = [s for s in streams if s.drafts]
+def _position(streams: Sequence[Stream]) -> float:
+    """p̄: passes and drafts cost more the more context they read."""
+    return sum([s.position for s in streams]) / len(streams)
+
+
+def _plan(models: Models, streams: Sequence[Stream], slowest_ms: float) -> Plan:
+    """Who is drafted for, from the past alone: everybody under a static schedule, else whoever it pays for."""
+    slots = models.schedule.slots(models.gamma) if models.drafter else 0
+    if slots is None:
+        plan = models.skipping.plan([s.past for s in streams], _position(streams), models.costs_of(streams))
+    else:
+        plan = Plan([s.drafts and slots > 0 for s in streams], slots, 0.0)
+    if any(plan.drafting) and slowest_ms < inf:
+        cost = models.costs_of(streams).round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
+        if cost.ms[0] > slowest_ms:  # drafting alone would take too long, with nothing verified
+            return Plan([False] * len(streams), 0, plan.price)
+    return plan
+
+
+def _draft(models: Models, streams: Sequence[Stream], plan: Plan) -> list[Block]:
+    """A block for every stream that drafts; an empty one for the others."""
+    drafting = [s for s, drafts in zip(streams, plan.drafting, strict=True) if drafts]
     if not drafting or models.drafter is None or models.drafter_kv is None:
         return [Block() for _ in streams]
-    drafted = iter(draft(models.drafter, models.drafter_kv, drafting, models.calibration, models.history))
-    return [next(drafted) if s.drafts else Block() for s in streams]
+    hand_over([(s.extent, s.backlog) for s in drafting], models.drafter, models.drafter_kv)
+    drafted = iter(draft(models.drafter, models.drafter_kv, drafting, models.calibration, models.history, plan.slots))
+    return [next(drafted) if drafts else Block() for drafts in plan.drafting]
 
 
-def _schedule(models: Models, streams: Sequence[Stream], blocks: Sequence[Block]) -> list[int]:
+def _schedule(
+    models: Models, streams: Sequence[Stream], plan: Plan, blocks: Sequence[Block], cost: RoundCost
+) -> list[int]:
     """ℓ of every stream, by prefix survival and what a round of this company costs."""
-    drafting = sum(s.drafts for s in streams)
-    return models.schedule.lengths(
-        [block.survival for block in blocks], lambda tokens: models.capacity.sps(tokens, len(streams), drafting)
-    )
+    if not any(plan.drafting):
+        return [0] * len(streams)
+    candidates = []
+    for stream, block in zip(streams, blocks, strict=True):
+        if stream.past is None:
+            candidates.append(Candidate(()))
+            continue
+        survival = models.skipping.corrected(stream.past, block.survival)
+        candidates.append(Candidate(survival, acceptance_of(stream) != "rejection", stream.past.survivals[0]))
+    return models.schedule.lengths(candidates, cost, plan.price)
+
+
+def _learn(
+    models: Models,
+    streams: Sequence[Stream],
+    cost: RoundCost,
+    blocks: Sequence[Block],
+    lengths: Sequence[int],
+    outcomes: Sequence[Outcome],
+    clock: Sequence[float],
+) -> None:
+    """What this round showed goes into the decisions of later ones."""
+    _, planned, drafted, scheduled, verified = clock
+    draft_ms, verify_ms = (drafted - planned) * 1e3, (verified - scheduled) * 1e3
+    survivals, accepted = [b.survival for b in blocks], [o.accepted for o in outcomes]
+    if models.drafter is not None and models.schedule.slots(models.gamma) is None:
+        models.skipping.learn([s.past for s in streams], survivals, lengths, accepted, draft_ms + verify_ms)
+    for block, length, outcome in zip(blocks, lengths, outcomes, strict=True):
+        if block.tokens:
+            models.history.record(length, outcome.accepted)
+    tokens = len(streams) + sum(lengths)
+    expected_ms = cost(tokens) - cost.draft_ms - cost.rest_ms
+    if models.drift.see(tokens, verify_ms / expected_ms, draft_ms / cost.draft_ms if cost.draft_ms else None):
+        models.costs = Costs(models.drift.curve)
 
 
 def _commit(
@@ -104,8 +179,7 @@ def _commit(
 ) -> list[Committed]:
     """Accepted tokens and the bonus token leave for the client; context features of what stands are kept."""
     *first_rows, batch_tokens = [0, *accumulate(1 + length for length in lengths)]
-    kept = [(s, row, s.position, 1 + o.accepted) for s, row, o in zip(streams, first_rows, outcomes, strict=True)]
-    _keep_context(models, taps, kept)
+    _keep_context(models, streams, first_rows, outcomes, taps)
     committed = []
     for stream, block, length, (accepted, bonus) in zip(streams, blocks, lengths, outcomes, strict=True):
         record = RoundRecord(
@@ -117,37 +191,54 @@ def _commit(
             bonus=bonus,
             confidence=block.confidence,
             survival=block.survival,
-            t_draft_ms=(clock[1] - clock[0]) * 1e3,
-            t_verify_ms=(clock[2] - clock[1]) * 1e3,
+            t_draft_ms=(clock[2] - clock[1]) * 1e3,
+            t_verify_ms=(clock[4] - clock[3]) * 1e3,
             batch_tokens=batch_tokens,
             streams=len(streams),
         )
         stream.count_round(len(block.tokens), length, accepted)
-        if block.tokens:
-            models.history.record(length, accepted)
         event, reason = stream.commit([*block.tokens[:accepted], bonus], accepted, record)
         committed.append(Committed(stream, event, reason, record))
     return committed
 
 
-def _keep_context(models: Models, taps: torch.Tensor, kept: Iterable[tuple[Stream, int, int, int]]) -> None:
-    """Append context features of (stream, first row, first position, count): the anchor and the accepted tokens.
+def _keep_context(
+    models: Models,
+    streams: Sequence[Stream],
+    first_rows: Sequence[int],
+    outcomes: Sequence[Outcome],
+    taps: torch.Tensor,
+) -> None:
+    """Context features of the anchor and the accepted tokens, for when the stream is next drafted for.
 
     Nothing else is kept. The target's keys and values of rejected rows need no clearing: the next round writes over
     them before anything reads them.
     """
     if models.drafter is None or models.drafter_kv is None:
         return
+    kept = [(s, row, 1 + o.accepted) for s, row, o in zip(streams, first_rows, outcomes, strict=True) if s.drafts]
+    full = [(s.extent, s.backlog) for s, _, count in kept if not s.backlog.fits(count)]
+    hand_over(full, models.drafter, models.drafter_kv)
+    taps = taps.clone() if kept else taps  # a runner may write its next pass's over them
+    for stream, row, count in kept:
+        stream.backlog.add(taps, row, count, stream.position)
+
+
+def _append_prompt(models: Models, taps: torch.Tensor, chunks: Iterable[tuple[Stream, int, int, int]]) -> None:
+    """Give the drafter the context features of prompts: (stream, first row, first position, count)."""
+    if models.drafter is None or models.drafter_kv is None:
+        return
     rows: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    for stream, row, start, count in kept:
+    for stream, row, start, count in chunks:
         if stream.drafts:
             rows += range(row, row + count)
             positions += range(start, start + count)
             slots += range(stream.extent.slot + start, stream.extent.slot + start + count)
     if rows:
-        models.drafter.append_context(taps[rows], positions, slots, models.drafter_kv)
+        taps = taps if len(rows) == len(taps) else taps[rows]
+        models.drafter.append_context(taps, positions, slots, models.drafter_kv)
 
 
 def prefill(models: Models, streams: Sequence[Stream], budget: int) -> list[Committed]:
@@ -168,14 +259,14 @@ def prefill(models: Models, streams: Sequence[Stream], budget: int) -> list[Comm
         row += len(ids)
         if stream.prefilled + len(ids) == len(stream.request.prompt_ids):
             completed.append((stream, row - 1))
-    logits, taps = models.target.forward(batch, models.target_kv, [last for _, last in completed])
-    _keep_context(models, taps, chunks)
+    output = models.target.forward(batch, models.target_kv, [last for _, last in completed])
+    _append_prompt(models, output.taps, chunks)
     for stream, _, _, count in chunks:
         stream.prefilled += count
     if not completed:
         return []
     started = [stream for stream, _ in completed]
-    outcomes = accept(logits, started, [Block()] * len(started), [0] * len(started), None)
+    outcomes = accept(output, started, [Block()] * len(started), [0] * len(started), None)
     committed = []
     for stream, outcome in zip(started, outcomes, strict=True):
         stream.started()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from enum import Enum
+from math import inf
 
+from dspark_stream.engine.backlog import Backlog
 from dspark_stream.engine.text import TextStream
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.tokenizer import TokenBytes
+from dspark_stream.spec.draft import acceptance_of
 from dspark_stream.spec.noise import NoiseCache
+from dspark_stream.spec.skipping import DraftPast
 from dspark_stream.types import (
     ErrorInfo,
     FinishedEvent,
@@ -58,6 +62,9 @@ class Stream:
         """Draft tokens a round; 0 in plain mode."""
         self.round_key = round_key(request)
         self.noise = NoiseCache(request.sampling.seed, vocab)
+        self.past = DraftPast(self.gamma, acceptance_of(self)) if self.gamma else None
+        """What its drafts have been like; None in plain mode."""
+        self.backlog = Backlog()
         self.phase = Phase.WAITING
         self.held = False
         self.extent = Extent(0, 0)
@@ -66,6 +73,11 @@ class Stream:
         self.position = len(request.prompt_ids) - 1
         self.anchor = request.prompt_ids[-1]
         self.output_tokens = 0
+        self.max_chunk_gap_ms = request.max_chunk_gap_ms or inf
+        """Bound on the time between two chunks; infinite where there is none."""
+        self.last_chunk_s = time.perf_counter()
+        """When its last tokens left; before that, when its prompt was through."""
+        self.late_chunks = 0
         self._stop_ids = stop_ids
         self._text = TextStream(text, request.sampling.stop)
         self._rounds = 0
@@ -95,7 +107,7 @@ class Stream:
     def started(self) -> None:
         """The whole prompt is in the store; rounds begin with the next token."""
         self.phase = Phase.DECODE
-        self._t_first = time.perf_counter()
+        self._t_first = self.last_chunk_s = time.perf_counter()
 
     def count_round(self, drafted: int, scheduled: int, accepted: int) -> None:
         """One verification round's figures, before any stop cut."""
@@ -131,6 +143,9 @@ class Stream:
             if self.output_tokens >= self.sampling.max_tokens:
                 reason = "length"
                 break
+        now_s = time.perf_counter()
+        self.late_chunks += 1e3 * (now_s - self.last_chunk_s) > self.max_chunk_gap_ms
+        self.last_chunk_s = now_s
         self.position += len(kept)
         self.anchor = kept[-1]
         if reason:

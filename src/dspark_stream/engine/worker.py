@@ -13,14 +13,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from dspark_stream.engine.boundary import EventSink
+from dspark_stream.engine.pacing import SAFE, pace
 from dspark_stream.engine.step import Committed, Models, decode_round, prefill
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, InternalError, InvalidRequestError
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
+from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.types import (
     MAX_SEED,
     EngineEvent,
@@ -50,6 +54,8 @@ class Counters:
     per_position: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    skipped: int = 0
+    late_chunks: int = 0
 
 
 class EngineThread:
@@ -61,6 +67,7 @@ class EngineThread:
         allocator: the token slots.
         text: what tokens stand for; None for token ids only.
         prefill_budget_ms: how long a prompt chunk may hold up the streams that are decoding.
+        max_chunk_gap_ms: bound on the gap between chunks of streams that set none; 0 for none.
     """
 
     def __init__(
@@ -71,12 +78,14 @@ class EngineThread:
         text: TokenBytes | None,
         *,
         prefill_budget_ms: float = 60.0,
+        max_chunk_gap_ms: float = 0.0,
     ) -> None:
         self.info = info
         self._models = models
         self._allocator = allocator
         self._text = text
-        self._prefill_chunk = _chunk_for(models, prefill_budget_ms)
+        self._prefill_budget_ms = prefill_budget_ms
+        self._max_chunk_gap_ms = max_chunk_gap_ms
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}  # every stream that has not ended, oldest first
         self._known: set[str] = set()  # ids between submit and terminal event, as callers see them
@@ -105,6 +114,8 @@ class EngineThread:
             raise InvalidRequestError("stop strings need a tokenizer, and this model has none", param="stop")
         eos = () if request.sampling.ignore_eos else self._models.target.eos_token_ids
         stops = frozenset(eos) | frozenset(request.sampling.stop_token_ids)
+        if not request.max_chunk_gap_ms:
+            request = msgspec.structs.replace(request, max_chunk_gap_ms=self._max_chunk_gap_ms)
         stream = Stream(request, self._models.target.vocab_size, self._models.gamma, stops, self._text)
         if stream.slots_needed > self._allocator.total:
             raise ContextLengthError(
@@ -120,6 +131,16 @@ class EngineThread:
             self._known.add(request.request_id)
             # under the lock: after `close` nothing may enter, or it would wait for a thread that has gone
             self._inbox.put(lambda: self._streams.__setitem__(request.request_id, stream))
+
+    @property
+    def capacity(self) -> CapacityCurve:
+        """The capacity curve as it was measured."""
+        return self._models.capacity
+
+    def use_schedule(self, name: str) -> None:
+        """Go by another schedule from the next round on (for measurements; any thread)."""
+        schedule = parse_schedule(name)
+        self._inbox.put(lambda: setattr(self._models, "schedule", schedule))
 
     def cancel(self, request_id: str) -> None:
         """See `boundary.Engine`."""
@@ -151,6 +172,10 @@ class EngineThread:
             num_accepted_tokens_per_pos=list(c.per_position),
             prompt_tokens_total=c.prompt_tokens,
             generation_tokens_total=c.generation_tokens,
+            num_skipped_drafts_total=c.skipped,
+            num_probes_total=self._models.skipping.probes,
+            late_chunks_total=c.late_chunks,
+            capacity_drift=self._models.drift.ratio,
             last_step_age_s=0.0 if self._resting else time.perf_counter() - self._beat,
             alive=self._thread.is_alive(),
         )
@@ -249,15 +274,33 @@ class EngineThread:
         decoding = [s for s in active if s.phase is Phase.DECODE]
         joining = [s for s in active if s.phase is Phase.PREFILL]
         if joining:
-            self._publish(prefill(self._models, joining, self._prefill_chunk if decoding else PREFILL_ALONE))
+            self._publish(prefill(self._models, joining, self._chunk(decoding) if decoding else PREFILL_ALONE))
         if decoding:
             self._counters.rounds += 1
-            self._publish(decode_round(self._models, decoding))
+            together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())
+            self._publish(decode_round(self._models, together, slowest_ms))
+
+    def _plain_round_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
+        """What a round of so many of these takes, with nothing drafted."""
+        position = sum([s.position for s in streams]) / len(streams)
+        costs = self._models.costs_of(streams)
+        return lambda count: costs.round_cost(count, position, 0, 0).ms[0]
+
+    def _chunk(self, decoding: Sequence[Stream]) -> int:
+        """Prompt tokens beside a round of ``decoding``: the largest measured pass that holds up nobody for too long."""
+        budget_ms = self._prefill_budget_ms
+        tightest_ms = min(s.max_chunk_gap_ms for s in decoding)
+        if tightest_ms < float("inf"):
+            budget_ms = min(budget_ms, SAFE * tightest_ms - self._plain_round_ms(decoding)(len(decoding)))
+        curve = self._models.costs.curve
+        fitting = [n for n, ms in zip(curve.tokens, curve.verify_ms, strict=True) if ms <= budget_ms]
+        return max([PREFILL_LEAST, *fitting])
 
     def _publish(self, committed: Sequence[Committed]) -> None:
         c = self._counters
         for stream, event, reason, record in committed:
             c.generation_tokens += len(event.token_ids)
+            c.skipped += record is not None and stream.drafts and not record.draft_tokens
             if record is not None and record.draft_tokens:
                 c.drafts += 1
                 c.draft_tokens += len(record.draft_tokens)
@@ -276,6 +319,7 @@ class EngineThread:
     def _set_held(self, request_id: str, held: bool) -> None:
         if (stream := self._streams.get(request_id)) is not None:
             stream.held = held
+            stream.last_chunk_s = time.perf_counter()  # what its reader missed was not for us to send
 
     def _fail(self, streams: Sequence[Stream], error: Exception) -> None:
         known = error if isinstance(error, DsparkError) else InternalError("the engine failed on this batch")
@@ -287,18 +331,13 @@ class EngineThread:
         """The one way out: gives everything back and says so exactly once."""
         if reason in ("cancelled", "failed") and (rest := stream.rest_of_text()) is not None:
             self._events.append(rest)
+        self._counters.late_chunks += stream.late_chunks
         if stream.phase is not Phase.WAITING:
             self._allocator.free(stream.extent)
         del self._streams[stream.request.request_id]
         with self._lock:
             self._known.discard(stream.request.request_id)
         self._events.append(stream.finished(reason, error))
-
-
-def _chunk_for(models: Models, budget_ms: float) -> int:
-    """The largest measured pass that stays within ``budget_ms``."""
-    fitting = [n for n, ms in zip(models.capacity.tokens, models.capacity.verify_ms, strict=True) if ms <= budget_ms]
-    return max([PREFILL_LEAST, *fitting])
 
 
 def check_request(request: GenerationRequest, info: ModelInfo) -> None:
@@ -330,6 +369,8 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
         refuse("top_k", "at least 0 (off)", s.top_k)
     if not 0 <= s.seed <= MAX_SEED:
         refuse("seed", f"in 0 … {MAX_SEED}", s.seed)
+    if not 0.0 <= request.max_chunk_gap_ms < float("inf"):
+        refuse("max_chunk_gap_ms", "a number ≥ 0", request.max_chunk_gap_ms)
     if any(not text for text in s.stop):
         refuse("stop", "non-empty strings", "")
     total = len(request.prompt_ids) + s.max_tokens

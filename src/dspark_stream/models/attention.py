@@ -1,17 +1,16 @@
 """How library layers reach our attention: one registered function, one object a forward pass.
 
-`transformers` layers look their attention up by name and hand every keyword argument through. We register
-``"dspark"`` and pass the pass's own object as ``attend``; it decides what the rows attend to. So the library's own
+`transformers` layers look their attention up by name and hand every keyword argument through. families.py registers
+``"dspark"``, and we pass the pass's own object as ``attend``; it decides what the rows attend to. So the library's own
 forward code serves every family, ragged batches included, and no mask is ever built.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
 
 from dspark_kernels.ragged_attention import Segment, SegmentTable, attend_table, ragged_attention
 from dspark_stream.models.cache import KVShape, KVStore
@@ -92,26 +91,6 @@ class ProbeAttend:
         """See `Attend`."""
         self.shapes[layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,  # [1, Hq, T, D]
-    key: Tensor,  # [1, Hk, T, D]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    attend: Attend,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return attend(layer, q, k, v, scale=scaling, window=sliding_window).unsqueeze(0), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
 
 
 def int_tensor(values: list[int], device: torch.device) -> Tensor:

@@ -20,7 +20,6 @@ from transformers import AutoConfig
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.drafter import (
     ARCHITECTURES,
-    LAYERS,
     Drafter,
     DrafterConfig,
     backbone_config,
@@ -100,8 +99,10 @@ def _text_config(raw: dict[str, Any], path: Path) -> Any:
     """The inherited target config as the library reads it, without what is about the target's layers alone."""
     fields = {name: value for name, value in raw.items() if name not in INHERITED}
     model_type = fields.pop("model_type", None)
-    if model_type not in LAYERS:
-        raise ModelLoadError(f"{path}: model_type {model_type!r}; known: {', '.join(LAYERS)}", param="model_type")
+    if model_type not in ARCHITECTURES:
+        raise ModelLoadError(
+            f"{path}: model_type {model_type!r}; known: {', '.join(ARCHITECTURES)}", param="model_type"
+        )
     for layer in (raw.get("per_layer_config") or {}).values():
         # newer libraries write the full-attention layers' shape here; older ones, and we, in fields of its own
         fields.setdefault("global_head_dim", layer.get("head_dim"))

@@ -14,23 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma4.modeling_gemma4 import (
-    Gemma4RMSNorm,
-    Gemma4TextDecoderLayer,
-    Gemma4TextRotaryEmbedding,
-)
-from transformers.models.gemma4_unified.modeling_gemma4_unified import (
-    Gemma4UnifiedRMSNorm,
-    Gemma4UnifiedTextDecoderLayer,
-    Gemma4UnifiedTextRotaryEmbedding,
-)
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-)
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from dspark_kernels.linear import PackedLinear, pack_linears
 from dspark_kernels.ragged_attention import Segment
@@ -39,14 +22,6 @@ from dspark_stream.models.attention import ATTENTION_NAME, Attend, StoreAttend, 
 from dspark_stream.models.cache import Extent, KVShape, KVStore
 from dspark_stream.models.heads import ConfidenceHead, HeadType, make_head
 from dspark_stream.models.target import Target
-
-LAYERS: dict[str, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
-    "llama": (LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding),
-    "qwen3": (Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding),
-    "gemma4_text": (Gemma4TextDecoderLayer, Gemma4RMSNorm, Gemma4TextRotaryEmbedding),
-    "gemma4_unified_text": (Gemma4UnifiedTextDecoderLayer, Gemma4UnifiedRMSNorm, Gemma4UnifiedTextRotaryEmbedding),
-}
-"""Decoder layer, norm and rotary embedding of each family, by the config's `model_type`."""
 
 GEMMA = ("gemma4_text", "gemma4_unified_text")
 """Families whose full-attention layers have a head size of their own, and whose rotary embedding asks for the type."""
@@ -99,9 +74,9 @@ def backbone_config(target_config: Any, num_layers: int) -> Any:
     Raises:
         ModelLoadError: a family whose layers are not known.
     """
-    if target_config.model_type not in LAYERS:
+    if target_config.model_type not in ARCHITECTURES:
         raise ModelLoadError(
-            f"no drafter layers for model type {target_config.model_type!r}; known: {', '.join(LAYERS)}",
+            f"no drafter layers for model type {target_config.model_type!r}; known: {', '.join(ARCHITECTURES)}",
             param="model_type",
         )
     fields = target_config.to_dict()
@@ -135,17 +110,13 @@ class Drafter(nn.Module):
         super().__init__()
         self.config = config
         self.gamma = config.block_size
-        backbone, h = config.backbone, target.hidden_size
-        layer_class, norm_class, rotary_class = LAYERS[config.family]
-        eps = backbone.rms_norm_eps
-        taps = len(config.target_layer_ids)
+        self._target = (target,)  # a tuple: an alias, not a child module
+        h = target.hidden_size
         vocab = target.vocab_size
         self.vocab_size = vocab
         self.draft_vocab_size = vocab if draft_ids is None else len(draft_ids)
-        self.fc = nn.Linear(taps * h, h, bias=False)
-        self.hidden_norm = norm_class(h, eps=eps)
-        self.layers = nn.ModuleList(layer_class(backbone, i) for i in range(config.num_layers))
-        self.norm = norm_class(h, eps=eps)
+        self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
+        self._make_backbone(h)
         rank = config.markov_rank
         self.markov_head = make_head(config.markov_head_type, vocab, self.draft_vocab_size, rank, h) if rank else None
         self.confidence_head = (
@@ -155,16 +126,24 @@ class Drafter(nn.Module):
         )
         self.register_buffer("draft_ids", draft_ids, persistent=False)
         self.draft_ids: Tensor | None
-        self._target = (target,)  # a tuple: an alias, not a child module
         self._head: tuple[Any, ...] = ()
         if draft_ids is not None:  # the LM head's rows that count, gathered once; frozen like the rest of it
             weight = nn.Parameter(target.head_rows(draft_ids), requires_grad=False)
             head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             head.weight = weight
             self._head = (head,)
+
+    def _make_backbone(self, hidden_size: int) -> None:
+        from dspark_stream.models.families import LAYERS
+
+        config, backbone = self.config, self.config.backbone
+        layer_class, norm_class, rotary_class = LAYERS[config.family]
+        self.hidden_norm: nn.Module = norm_class(hidden_size, eps=backbone.rms_norm_eps)
+        self.layers = nn.ModuleList(layer_class(backbone, i) for i in range(config.num_layers))
+        self.norm: nn.Module = norm_class(hidden_size, eps=backbone.rms_norm_eps)
         # outside the module tree like the target: a cast to bfloat16 would ruin its frequencies, and with them
         # acceptance at long context
-        self._rotary = (rotary_class(backbone).to(target.device),)
+        self._rotary = (rotary_class(backbone).to(self.target.device),)
         self._rope_of_layer_type = ("full_attention",) if config.family in GEMMA else ()
 
     @property
@@ -218,6 +197,8 @@ class Drafter(nn.Module):
         The layer's own projections, without its query half: families differ only in which norms they have, and
         in whether keys double as values (Gemma4).
         """
+        from dspark_stream.models.families import apply_rotary_pos_emb
+
         a = self._attention(layer)
         raw = a.k_proj(features).unflatten(-1, (-1, a.head_dim))
         v_proj = getattr(a, "v_proj", None)
@@ -287,7 +268,7 @@ class Drafter(nn.Module):
         """
         return None
 
-    def pack(self) -> None:
+    def pack(self, bits: int | None = None) -> None:
         """Lay the weights out for this machine's matrix units. Inference only, once."""
         pack_linears(self)
         self._head = tuple(PackedLinear(h) for h in self._head)

@@ -15,9 +15,9 @@ import torch
 
 from dspark_kernels.cpu import Context
 from dspark_stream.errors import ModelLoadError
-from dspark_stream.models.attention import ATTENTION_NAME
 from dspark_stream.models.gguf import GgufFile
-from dspark_stream.models.native import UnsupportedError, target_from_gguf
+from dspark_stream.models.native import UnsupportedError
+from dspark_stream.models.native_loading import target_from_folder, target_from_gguf
 from dspark_stream.models.target import Target
 from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf, codec_from_hub
 
@@ -70,12 +70,18 @@ def pick_dtype(dtype: DType, own: torch.dtype | None, device: torch.device) -> t
 
 
 def load_target(
-    name: str, *, dtype: DType = "auto", device: str = "auto", kernels: Context | None = None
+    name: str,
+    *,
+    dtype: DType = "auto",
+    device: str = "auto",
+    kernels: Context | None = None,
+    bits: int | None = None,
 ) -> LoadedTarget:
     """A target by local folder, GGUF file or hub name.
 
     Args:
         kernels: the CPU's integer kernels, to run a model that they can run; None for torch alone (training).
+        bits: of weights, to have a checkpoint folder quantised on load for those kernels; None: torch runs it.
 
     Raises:
         ModelLoadError: missing, broken, or of a family that is not known.
@@ -85,6 +91,8 @@ def load_target(
     if path.suffix == ".gguf" or path.is_file():
         if not path.is_file():
             raise ModelLoadError(f"no GGUF file at {path}", param="model")
+        if bits is not None:
+            raise ModelLoadError(f"{path} is quantised already: it is run as it is", param="target_quant")
         gguf = GgufFile(path)
         if kernels is not None and where.type == "cpu" and dtype == "auto":
             try:
@@ -95,11 +103,38 @@ def load_target(
         return _load_gguf(gguf, dtype, where)
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelLoadError(f"no model folder or GGUF file at {name}", param="model")
+    if bits is not None:
+        return _load_quantised(path, name, kernels, bits)
     return _load_transformers(str(path) if path.is_dir() else name, dtype, where)
+
+
+def _load_quantised(path: Path, name: str, kernels: Context | None, bits: int) -> LoadedTarget:
+    """A checkpoint folder (a hub name: fetched first) on the CPU's integer kernels."""
+    if kernels is None:
+        raise ModelLoadError("integer weights need the CPU kernels, which are not in use here", param="target_quant")
+    folder = path if path.is_dir() else _fetched(name)
+    try:
+        target = target_from_folder(folder, bits, kernels)
+    except UnsupportedError as error:
+        raise ModelLoadError(f"{name} cannot run on the CPU kernels: {error}", param="target_quant") from error
+    shown = path.name if path.is_dir() else name
+    return LoadedTarget(target, codec_from_hub(str(folder)), shown, _fingerprint(folder, name))
+
+
+def _fetched(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelLoadError(f"{name} is no model folder and no reachable hub name: {error}", param="model") from error
 
 
 def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedTarget:
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dspark_stream.models.families import ATTENTION_NAME
 
     try:
         config = AutoConfig.from_pretrained(name)
@@ -135,6 +170,8 @@ def _load_gguf(gguf: GgufFile, dtype: DType, device: torch.device) -> LoadedTarg
     if family not in FAMILIES:
         raise ModelLoadError(f"{path} is a {family}; supported families: {', '.join(FAMILIES)}", param="model")
     from transformers import AutoModelForCausalLM
+
+    from dspark_stream.models.families import ATTENTION_NAME
 
     try:
         with quiet():

@@ -1,6 +1,6 @@
 """Targets and drafters on the integer kernels (kernels/dspark_kernels/cpu): Llama-like models on a CPU.
 
-A target is packed straight from its GGUF blocks; a full-precision copy never exists. Greedy text is the same, token
+native_loading.py packs targets. Greedy text is the same, token
 for token, alone and in company, plain and speculated: a row's result does not depend on the other rows of a pass.
 """
 
@@ -20,7 +20,6 @@ from dspark_kernels.cpu.library import GROUP, LANES, LARGEST_RANK, LayerWeights,
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.cache import Extent, KVShape, KVStore
 from dspark_stream.models.drafter import Drafter, DrafterConfig
-from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.target import Rows, Target, TargetOutput
 
 PAST_THE_END = 64
@@ -109,14 +108,16 @@ class NativeTarget(Target):
         """See `Target.head_rows`."""
         return torch.from_numpy(self.head.rows(ids.cpu().numpy().astype(np.int32)))
 
-    def pack(self) -> None:
+    def pack(self, bits: int | None = None) -> None:
         """Nothing is left to do."""
 
     def embed(self, ids: Sequence[int], name: str = "x") -> npt.NDArray[np.float32]:
         """Embeddings of tokens [T, H], in a room of that name."""
         return self.embedding.rows(ids, self._rooms.get(name, len(ids), self.hidden_size))
 
-    def forward(self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None) -> TargetOutput:
+    def forward(
+        self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None, *, greedy: bool = False
+    ) -> TargetOutput:
         """See `Target.forward`."""
         assert isinstance(store, NativeStore)
         ids = [token for rows in batch for token in rows.token_ids]
@@ -129,6 +130,9 @@ class NativeTarget(Target):
             layers = iter(np.split(taps, max(1, len(own)), axis=1))
             taps = np.concatenate([embedded if layer < 0 else next(layers) for layer in self.tap_layers], axis=1)
         wanted = x if logit_rows is None else x[logit_rows]
+        if greedy:
+            best = torch.from_numpy(self.head.argmax(wanted)).long()
+            return TargetOutput(torch.empty(0, self.vocab_size), torch.from_numpy(taps), best)
         logits = self.head.product(wanted, self._rooms.get("logits", len(wanted), self.vocab_size))
         return TargetOutput(torch.from_numpy(logits), torch.from_numpy(taps))
 
@@ -165,6 +169,48 @@ class _HalfEmbedding(torch.nn.Module):
         return self.weight[ids].float()
 
 
+class _Weight(torch.nn.Module):
+    """A norm's weight, to be loaded and packed."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(size))
+
+
+class _Attention(torch.nn.Module):
+    """A layer's attention weights under their names in a checkpoint."""
+
+    def __init__(self, backbone: Any, head_size: int) -> None:
+        super().__init__()
+        h, bias = backbone.hidden_size, bool(getattr(backbone, "attention_bias", False))
+        queries, keys = backbone.num_attention_heads * head_size, backbone.num_key_value_heads * head_size
+        self.q_proj = torch.nn.Linear(h, queries, bias=bias)
+        self.k_proj, self.v_proj = (torch.nn.Linear(h, keys, bias=bias) for _ in range(2))
+        self.o_proj = torch.nn.Linear(queries, h, bias=bias)
+        if backbone.model_type == "qwen3":
+            self.q_norm, self.k_norm = _Weight(head_size), _Weight(head_size)
+
+
+class _Mlp(torch.nn.Module):
+    """A layer's MLP weights, likewise."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        h, inner, bias = backbone.hidden_size, backbone.intermediate_size, bool(getattr(backbone, "mlp_bias", False))
+        self.gate_proj, self.up_proj = (torch.nn.Linear(h, inner, bias=bias) for _ in range(2))
+        self.down_proj = torch.nn.Linear(inner, h, bias=bias)
+
+
+class _Layer(torch.nn.Module):
+    """A layer's weights, likewise."""
+
+    def __init__(self, backbone: Any, head_size: int) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = _Attention(backbone, head_size), _Mlp(backbone)
+        self.input_layernorm = _Weight(backbone.hidden_size)
+        self.post_attention_layernorm = _Weight(backbone.hidden_size)
+
+
 class NativeDrafter(Drafter):
     """A drafter whose backbone, context and LM head run on the kernels; its heads are small and stay with torch."""
 
@@ -173,9 +219,15 @@ class NativeDrafter(Drafter):
         super().__init__(config, target, draft_ids)
         self._native: tuple[Llama, PackedMatrix, PackedMatrix] | None = None
         self._walk: Head | None = None
-        self._shapes = super().kv_shapes
         self._hidden_norm = np.empty(0, dtype=np.float32)
         self._rooms = _Rooms()
+
+    def _make_backbone(self, hidden_size: int) -> None:
+        backbone = self.config.backbone
+        size = getattr(backbone, "head_dim", None) or hidden_size // backbone.num_attention_heads
+        self.hidden_norm, self.norm = _Weight(hidden_size), _Weight(hidden_size)
+        self.layers = torch.nn.ModuleList(_Layer(backbone, size) for _ in range(self.config.num_layers))
+        self._shapes = [KVShape(backbone.num_key_value_heads, size, size)] * self.config.num_layers
 
     @property
     def kv_shapes(self) -> list[KVShape]:
@@ -186,8 +238,8 @@ class NativeDrafter(Drafter):
         """See `Drafter.make_store`."""
         return NativeStore(self.kv_shapes, slots)
 
-    def pack(self) -> None:
-        """Quantise the backbone and let go of its full precision.
+    def pack(self, bits: int | None = None) -> None:
+        """Quantise the backbone and let go of its full precision; ``bits`` of its weights, `DRAFT_BITS` unless given.
 
         Raises:
             UnsupportedError: sizes that the kernels cannot do.
@@ -195,9 +247,10 @@ class NativeDrafter(Drafter):
         target = self.target
         assert isinstance(target, NativeTarget)
         context, backbone = target.llama.context, self.config.backbone
-        positions = torch.arange(target.llama.positions)
-        cos, sin = self.rope(positions)
-        half = cos.shape[-1] // 2
+        rope = backbone.rope_parameters or {}
+        if rope.get("rope_type", "default") != "default":
+            raise UnsupportedError(f"its rotary positions are scaled ({rope['rope_type']})")
+        cosine, sine = rotary_tables(target.llama.positions, self._shapes[0].key_dim, rope.get("rope_theta", 10000.0))
         try:
             llama = Llama(
                 context,
@@ -205,14 +258,14 @@ class NativeDrafter(Drafter):
                 kv_heads=backbone.num_key_value_heads,
                 eps=backbone.rms_norm_eps,
                 final_norm=_array(self.norm.weight),
-                cosine=cos[0, :, :half].numpy(),
-                sine=sin[0, :, :half].numpy(),
-                layers=[self._layer(context, layer) for layer in self.layers],
+                cosine=cosine,
+                sine=sine,
+                layers=[self._layer(context, layer, bits or DRAFT_BITS) for layer in self.layers],
             )
         except ValueError as error:
             raise UnsupportedError(str(error)) from error
         head = target.head if self.draft_ids is None else target.head.take(self.draft_ids.numpy().astype(np.int32))
-        self._native = (llama, _pack(context, [self.fc.weight]), head)
+        self._native = (llama, _pack(context, [self.fc.weight], bits or DRAFT_BITS), head)
         self._walk = self._pack_heads(context)
         self._hidden_norm = _array(self.hidden_norm.weight)
         self.layers, self.fc, self._head = torch.nn.ModuleList(), torch.nn.Identity(), ()  # type: ignore[assignment]
@@ -249,18 +302,18 @@ class NativeDrafter(Drafter):
         tokens, logits = self._walk.walk(context, base, hidden.numpy(), np.array(anchors, dtype=np.int32))
         return torch.from_numpy(tokens), None if self.confidence_head is None else torch.from_numpy(logits)
 
-    def _layer(self, context: Context, layer: Any) -> LayerWeights:
+    def _layer(self, context: Context, layer: Any, bits: int) -> LayerWeights:
         a, mlp = layer.self_attn, layer.mlp
         if any(isinstance(m, torch.nn.Linear) and m.bias is not None for m in layer.modules()):
             raise UnsupportedError("its layers have biases")
         if self.config.backbone.hidden_act != "silu":
             raise UnsupportedError(f"its activation is {self.config.backbone.hidden_act}")
         return LayerWeights(
-            qkv=_pack(context, [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]),
-            o=_pack(context, [a.o_proj.weight]),
-            gate=_pack(context, [mlp.gate_proj.weight]),
-            up=_pack(context, [mlp.up_proj.weight]),
-            down=_pack(context, [mlp.down_proj.weight]),
+            qkv=_pack(context, [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight], bits),
+            o=_pack(context, [a.o_proj.weight], bits),
+            gate=_pack(context, [mlp.gate_proj.weight], bits),
+            up=_pack(context, [mlp.up_proj.weight], bits),
+            down=_pack(context, [mlp.down_proj.weight], bits),
             input_norm=_array(layer.input_layernorm.weight),
             post_norm=_array(layer.post_attention_layernorm.weight),
             q_norm=_array(a.q_norm.weight) if hasattr(a, "q_norm") else None,
@@ -313,112 +366,6 @@ def _pack(context: Context, weights: Sequence[Any], bits: int = DRAFT_BITS) -> P
         out.pack(first, len(array), array, Source.F32)
         first += len(array)
     return out
-
-
-# --- loading -------------------------------------------------------------------------------------------------
-
-
-def target_from_gguf(gguf: GgufFile, context: Context, eos_token_ids: tuple[int, ...]) -> NativeTarget:
-    """Pack a GGUF file's blocks.
-
-    Raises:
-        UnsupportedError: an architecture, a tensor type or a size that the kernels cannot do.
-        ModelLoadError: a tensor missing or of the wrong shape.
-    """
-    family = gguf.fields.get("general.architecture")
-    if family not in ("llama", "qwen3"):
-        raise UnsupportedError(f"architecture {family}")
-    if "rope_freqs.weight" in gguf.tensors or gguf.fields.get(f"{family}.rope.scaling.type", "none") != "none":
-        raise UnsupportedError("scaled rotary positions")
-
-    def number(name: str, default: Any = None) -> Any:
-        value = gguf.fields.get(f"{family}.{name}", default)
-        if value is None:
-            raise ModelLoadError(f"{gguf.path}: no {family}.{name}", param="model")
-        return value
-
-    biased = [name for name in gguf.tensors if name.endswith(".bias")]
-    if biased:
-        raise UnsupportedError(f"{biased[0]}")
-    hidden, heads = int(number("embedding_length")), int(number("attention.head_count"))
-    kv_heads, inner = int(number("attention.head_count_kv", heads)), int(number("feed_forward_length"))
-    head_size = int(number("attention.key_length", hidden // max(1, heads)))
-    positions, layers = int(number("context_length")), int(number("block_count"))
-    if min(hidden, heads, kv_heads, inner, head_size, positions, layers) < 1:
-        raise ModelLoadError(f"{gguf.path}: a size below 1 in its metadata", param="model")
-    if int(number("rope.dimension_count", head_size)) != head_size:
-        raise UnsupportedError("rotary positions of a part of each head")
-    vocab = len(gguf.fields.get("tokenizer.ggml.tokens", ())) or gguf.tensor("token_embd.weight").shape[0]
-    turned = family == "llama"  # its query and key rows are stored with the two halves of a head interleaved
-
-    def matrix(parts: Sequence[tuple[str, int, int]], inputs: int) -> PackedMatrix:
-        """Tensors one below the other; (name, rows, heads to be put in order or 0)."""
-        kinds = [gguf.tensor(name).type for name, _, _ in parts]
-        for (name, rows, _), kind in zip(parts, kinds, strict=True):
-            if gguf.tensor(name).shape != (rows, inputs):
-                raise ModelLoadError(
-                    f"{gguf.path}: {name} is {gguf.tensor(name).shape}, expected {(rows, inputs)}", param="model"
-                )
-            if kind not in set(Source):
-                raise UnsupportedError(f"{name} has GGUF type {kind}")
-        bits = {Source(kind).bits or 8 for kind in kinds}
-        if len(bits) > 1:
-            raise UnsupportedError(f"{parts[0][0]} and its neighbours have different precisions")
-        out = PackedMatrix(context, sum(rows for _, rows, _ in parts), inputs, bits.pop())
-        first = 0
-        for (name, rows, turned_heads), kind in zip(parts, kinds, strict=True):
-            order = _halves(turned_heads, rows // turned_heads) if turned_heads else None
-            out.pack(first, rows, gguf.bytes_of(name), Source(kind), order)
-            first += rows
-        return out
-
-    def layer(i: int) -> LayerWeights:
-        name = f"blk.{i}."
-        q, kv = heads * head_size, kv_heads * head_size
-        normed = name + "attn_q_norm.weight" in gguf.tensors
-        return LayerWeights(
-            qkv=matrix(
-                [
-                    (name + "attn_q.weight", q, heads if turned else 0),
-                    (name + "attn_k.weight", kv, kv_heads if turned else 0),
-                    (name + "attn_v.weight", kv, 0),
-                ],
-                hidden,
-            ),
-            o=matrix([(name + "attn_output.weight", hidden, 0)], q),
-            gate=matrix([(name + "ffn_gate.weight", inner, 0)], hidden),
-            up=matrix([(name + "ffn_up.weight", inner, 0)], hidden),
-            down=matrix([(name + "ffn_down.weight", hidden, 0)], inner),
-            input_norm=gguf.floats(name + "attn_norm.weight"),
-            post_norm=gguf.floats(name + "ffn_norm.weight"),
-            q_norm=gguf.floats(name + "attn_q_norm.weight") if normed else None,
-            k_norm=gguf.floats(name + "attn_k_norm.weight") if normed else None,
-        )
-
-    try:
-        cosine, sine = rotary_tables(positions + PAST_THE_END, head_size, float(number("rope.freq_base", 10000.0)))
-        llama = Llama(
-            context,
-            heads=heads,
-            kv_heads=kv_heads,
-            eps=float(number("attention.layer_norm_rms_epsilon")),
-            final_norm=gguf.floats("output_norm.weight"),
-            cosine=cosine,
-            sine=sine,
-            layers=[layer(i) for i in range(layers)],
-        )
-        embedding = matrix([("token_embd.weight", vocab, 0)], hidden)
-        tied = "output.weight" not in gguf.tensors
-        head = embedding if tied else matrix([("output.weight", vocab, 0)], hidden)
-    except ValueError as error:  # what the kernels say of sizes and shapes
-        raise UnsupportedError(str(error)) from error
-    return NativeTarget(llama, embedding, head, family=family, max_positions=positions, eos_token_ids=eos_token_ids)
-
-
-def _halves(heads: int, size: int) -> npt.NDArray[np.int32]:
-    """Which stored row each row is: of each head, all first elements of the pairs and then all second ones."""
-    order = np.arange(heads * size, dtype=np.int32).reshape(heads, size // 2, 2)
-    return np.ascontiguousarray(order.transpose(0, 2, 1).reshape(-1))
 
 
 def rotary_tables(positions: int, head_size: int, base: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

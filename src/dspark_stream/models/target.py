@@ -26,10 +26,15 @@ class Rows(NamedTuple):
 
 
 class TargetOutput(NamedTuple):
-    """``logits`` [n, V] of the rows asked for; ``taps`` [T, taps·H], empty where there is no drafter."""
+    """``logits`` [n, V] of the rows asked for; ``taps`` [T, taps·H], empty where there is no drafter.
+
+    ``best`` [n]: their argmax, where only that was asked for and the target has a quicker way to it; ``logits`` are
+    then empty.
+    """
 
     logits: Tensor
     taps: Tensor
+    best: Tensor | None = None
 
 
 class Target:
@@ -114,7 +119,7 @@ class Target:
         rows: Tensor = self.lm_head.weight.detach()[ids]
         return rows
 
-    def pack(self) -> None:
+    def pack(self, bits: int | None = None) -> None:
         """Lay the weights out for this machine's matrix units. Inference only, once; drafters are built before."""
         pack_linears(self.decoder)
         if type(self.lm_head) is nn.Linear:  # a copy where it is tied: the embedding stays as it is
@@ -129,13 +134,16 @@ class Target:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @torch.inference_mode()
-    def forward(self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None) -> TargetOutput:
+    def forward(
+        self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None, *, greedy: bool = False
+    ) -> TargetOutput:
         """One ragged pass. Rows' keys and values are written to their streams' slots.
 
         Args:
             batch: every stream's rows; each stream's earlier positions must be in ``store``.
             store: this target's keys and values.
             logit_rows: indices into the concatenated rows for which logits are wanted; None for all of them.
+            greedy: the argmax of the logits will do (see `TargetOutput.best`).
         """
         ids, positions, slots, segments = flatten_rows(batch)
         attend = StoreAttend(store, int_tensor(slots, self.device), segments, causal=True)

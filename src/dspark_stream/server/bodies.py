@@ -34,6 +34,7 @@ class DsparkOptions(_Strict, kw_only=True):
     min_p: float | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
+    max_chunk_gap_ms: float | None = None
 
 
 # --- message content -----------------------------------------------------------------------------------------

@@ -79,9 +79,21 @@ class Metrics:
         page.add(
             "engine_last_step_age_seconds", "gauge", "Since the engine came round its loop.", engine.last_step_age_s
         )
+        page.add("capacity_drift_ratio", "gauge", "Passes take so many times what was profiled.", engine.capacity_drift)
         for name, text, value in (
             ("engine_rounds_total", "Verification rounds.", engine.rounds_total),
             ("spec_decode_num_drafts_total", "Drafts made.", engine.num_drafts_total),
+            (
+                "spec_decode_num_skipped_drafts_total",
+                "Rounds of streams that were not drafted for, since it would not have paid.",
+                engine.num_skipped_drafts_total,
+            ),
+            (
+                "spec_decode_num_probes_total",
+                "Rounds that drafted only to see whether it pays.",
+                engine.num_probes_total,
+            ),
+            ("late_chunks_total", "Chunks later than their stream's bound.", engine.late_chunks_total),
             ("spec_decode_num_draft_tokens_total", "Draft tokens proposed.", engine.num_draft_tokens_total),
             ("spec_decode_num_scheduled_tokens_total", "Draft tokens verified.", engine.num_scheduled_tokens_total),
             ("spec_decode_num_accepted_tokens_total", "Draft tokens accepted.", engine.num_accepted_tokens_total),

@@ -55,6 +55,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    max_chunk_gap_ms: float = 0.0
     mode: Mode = "dspark"
     verification: Verification = "rejection"
     steps: bool = False
@@ -85,6 +86,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             ),
             mode=self.mode,
             verification=self.verification,
+            max_chunk_gap_ms=self.max_chunk_gap_ms,
             record_rounds=self.steps,
         )
 
@@ -128,6 +130,7 @@ class Planner:
             seed=_seed(extra.seed, "dspark.seed"),
             stop=_stop(extra.stop, "dspark.stop"),
             ignore_eos=extra.ignore_eos,
+            max_chunk_gap_ms=_ranged(extra.max_chunk_gap_ms, "dspark.max_chunk_gap_ms", 0, 600_000, default=0.0),
             mode=extra.mode,
             verification=extra.verification,
             steps=extra.steps,
@@ -165,6 +168,7 @@ class Planner:
             seed=_seed(*_either(body.seed, "seed", extra.seed)),
             stop=_stop(*_either(body.stop, "stop", extra.stop)),
             ignore_eos=bool(body.ignore_eos) or extra.ignore_eos,
+            max_chunk_gap_ms=_ranged(extra.max_chunk_gap_ms, "dspark.max_chunk_gap_ms", 0, 600_000, default=0.0),
             mode=extra.mode,
             verification=extra.verification,
             store=False,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dspark_stream.models.target import TargetOutput
 from dspark_stream.spec.draft import Block, StreamView, acceptance_of, is_greedy
 from dspark_stream.spec.noise import RoundUniforms
 from dspark_stream.spec.sampling import distributions, race, sample
@@ -27,20 +28,25 @@ class Outcome(NamedTuple):
 
 @torch.inference_mode()
 def accept(
-    logits: Tensor,  # [B, V]
+    output: TargetOutput,  # of B rows
     streams: Sequence[StreamView],
     blocks: Sequence[Block],
     lengths: Sequence[int],
     draft_ids: Tensor | None,  # [Vd]
 ) -> list[Outcome]:
     """Both verifications over one ragged batch of target rows. ℓ = 0 is plain decoding: the bonus token alone."""
+    logits = output.logits
     first = [0, *accumulate(1 + length for length in lengths)]
     outcomes: list[Outcome | None] = [None] * len(streams)
 
     exact = [r for r, s in enumerate(streams) if acceptance_of(s) != "rejection"]
     if exact:
         rows = [first[r] + j for r in exact for j in range(lengths[r] + 1)]
-        tokens = iter(_target_tokens(_rows(logits, rows), [streams[r] for r in exact], [lengths[r] for r in exact]))
+        if output.best is None:
+            own = _target_tokens(_rows(logits, rows), [streams[r] for r in exact], [lengths[r] for r in exact])
+        else:
+            own = output.best.tolist()
+        tokens = iter(own)
         for r in exact:
             mine = [next(tokens) for _ in range(lengths[r] + 1)]
             outcomes[r] = match(blocks[r].tokens[: lengths[r]], mine)

@@ -1,94 +1,169 @@
 """The capacity curve: how long a round takes on this machine, as a function of what it carries.
 
-SPS(B) of the paper's Algorithm 1 is `CapacityCurve.sps`. Measured at start from real passes, kept on disk.
+SPS(B) of the paper's Algorithm 1 is `RoundCost.sps`. Measured at start from real passes (engine/profile.py), kept on
+disk. Symbols: R streams, B target tokens of a round, p̄ the streams' mean position, γ the draft block's size.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
-POINT_MS = 500.0
-"""No more passes at a size than this buys: a slow machine should not wait a minute for its service."""
+Array = npt.NDArray[np.float64]
 
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a round's parts; linear between measured points.
+    """Milliseconds of a round's parts, measured at streams that hold ``context`` positions; linear between points.
 
-    ``verify_ms``: a target pass over that many ``tokens`` of one stream. ``stream_ms``: what the same pass costs more
-    when its tokens belong to that many ``streams``. ``draft_ms``: drafting for that many streams.
+    A round is drafting (its context features included), a target pass with acceptance, and the rest. All lists over
+    ``streams`` may be left empty for nothing.
     """
 
     tokens: list[int]
     verify_ms: list[float]
+    """A target pass over that many ``tokens`` of one stream."""
     streams: list[int]
     stream_ms: list[float]
+    """What the same pass costs more when its tokens belong to that many ``streams``."""
     draft_ms: list[float]
+    """Drafting whole blocks for that many ``streams``."""
+    slot_ms: list[float] = []
+    """Of ``draft_ms``, what every slot after the first takes."""
+    rest_ms: list[float] = []
+    """A round of that many ``streams`` outside drafting and the pass: committing, text, hand-over."""
+    gamma: int = 1
+    context: int = 0
+    read_us: float = 0.0
+    """Microseconds that a position of a stream's context costs a pass, however many rows the stream has."""
+    attend_us: float = 0.0
+    """Microseconds that it costs for every row."""
+    draft_read_us: float = 0.0
+    """Microseconds that it costs in drafting a block."""
+    sample_us: float = 0.0
+    """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one."""
 
-    def round_ms(self, batch_tokens: int, streams: int, drafting: int) -> float:
-        """A whole round: drafting for ``drafting`` of R ``streams``, then a pass over B ``batch_tokens``."""
-        verify = interpolate(self.tokens, self.verify_ms, batch_tokens)
-        more = interpolate(self.streams, self.stream_ms, streams)
-        draft = interpolate(self.streams, self.draft_ms, drafting) if drafting else 0.0
-        return verify + more + draft
+    def round_ms(
+        self, batch_tokens: int, streams: int, drafting: int, *, slots: int | None = None, position: float | None = None
+    ) -> float:
+        """A whole round: ``slots`` draft tokens for ``drafting`` of R streams, then a pass over B tokens."""
+        costs = Costs(self)
+        at = self.context if position is None else position
+        draft = float(costs.draft_ms(drafting, self.gamma if slots is None else slots, at)) if drafting else 0.0
+        return float(costs.verify_ms(batch_tokens, streams, at)) + draft + costs.rest_ms(streams)
 
     def sps(self, batch_tokens: int, streams: int, drafting: int) -> float:
         """Rounds a second when a round carries ``batch_tokens`` target tokens."""
         return 1000.0 / self.round_ms(batch_tokens, streams, drafting)
 
+    def scaled(self, verify: Sequence[float], draft: float) -> CapacityCurve:
+        """The curve of a machine on which passes of each size, and drafting, take so many times as long."""
+        return msgspec.structs.replace(
+            self,
+            verify_ms=monotone([factor * ms for factor, ms in zip(verify, self.verify_ms, strict=True)]),
+            draft_ms=[draft * ms for ms in self.draft_ms],
+            slot_ms=[draft * ms for ms in self.slot_ms],
+            draft_read_us=draft * self.draft_read_us,
+        )
 
-def measure(
-    time_rows_ms: Callable[[int], float],
-    time_streams_ms: Callable[[int], float],
-    time_draft_ms: Callable[[int], float] | None,
-    *,
-    max_tokens: int,
-    max_streams: int,
-    repeats: int = 3,
-    on_point: Callable[[], None] = lambda: None,
-) -> CapacityCurve:
-    """Time real passes at a ladder of sizes; medians, made monotone.
 
-    Args:
-        time_rows_ms: runs one target pass over that many tokens of one stream and returns its milliseconds.
-        time_streams_ms: the same over one token of each of that many streams.
-        time_draft_ms: the same for drafting for that many streams; None without a drafter.
-        max_tokens: the largest B.
-        max_streams: the largest R.
-        repeats: passes a point; their median counts.
-        on_point: called after every point, for a progress bar.
-    """
+class RoundCost:
+    """One round's milliseconds as a function of B alone, from ``first`` = R tokens on: all else has been decided."""
 
-    def points(sizes: Sequence[int], run: Callable[[int], float]) -> list[float]:
-        times = []
-        for size in sizes:
-            run(size)  # the first pass at a size pays for buffers and kernel choice
-            passes = [run(size)]
-            while len(passes) < repeats and sum(passes) < POINT_MS:
-                passes.append(run(size))
-            times.append(median(passes))
-            on_point()
-        return times
+    def __init__(self, first: int, ms: Sequence[float], *, draft_ms: float = 0.0, rest_ms: float = 0.0) -> None:
+        self.first = first
+        self.ms = list(ms)
+        self.draft_ms, self.rest_ms = draft_ms, rest_ms
+        """Of all of these, what is drafting and what is neither drafting nor the pass."""
+        self._hull: RoundCost | None = None
 
-    tokens, streams = ladder(max_tokens), ladder(max_streams)
-    verify_ms = monotone(points(tokens, time_rows_ms))
-    together = points(streams, time_streams_ms)
-    more = [max(0.0, ms - interpolate(tokens, verify_ms, r)) for r, ms in zip(streams, together, strict=True)]
-    draft_ms = monotone(points(streams, time_draft_ms)) if time_draft_ms else [0.0] * len(streams)
-    return CapacityCurve(
-        tokens=tokens, verify_ms=verify_ms, streams=streams, stream_ms=monotone(more), draft_ms=draft_ms
-    )
+    def __call__(self, batch_tokens: int) -> float:
+        """Milliseconds at B."""
+        return self.ms[batch_tokens - self.first]
+
+    def sps(self, batch_tokens: int) -> float:
+        """Rounds a second at B."""
+        return 1000.0 / self(batch_tokens)
+
+    def within(self, slowest_ms: float) -> RoundCost:
+        """The same with everything past ``slowest_ms`` as good as forbidden; B = R stays, whatever it takes."""
+        if self.ms[-1] <= slowest_ms:
+            return self
+        return RoundCost(self.first, [self.ms[0], *(ms if ms <= slowest_ms else 1e9 for ms in self.ms[1:])])
+
+    @property
+    def hull(self) -> RoundCost:
+        """The greatest convex function below it: no staircase on which a greedy admission could get stuck."""
+        if self._hull is None:
+            self._hull = RoundCost(self.first, convex(self.ms))
+        return self._hull
+
+
+class Costs:
+    """A capacity curve that answers for whole arrays, and remembers what it was asked."""
+
+    def __init__(self, curve: CapacityCurve) -> None:
+        self.curve = curve
+        self.table = lru_cache(maxsize=256)(self._table)
+        self._sampling: dict[int, Costs] = {}
+
+    def sampling(self, share: float) -> Costs:
+        """The same where that share of the rows is sampled; to a quarter."""
+        quarters = round(4 * share)
+        if not quarters or not self.curve.sample_us:
+            return self
+        if quarters not in self._sampling:
+            c = self.curve
+            verify_ms = [
+                ms + 1e-3 * c.sample_us * n * quarters / 4 for n, ms in zip(c.tokens, c.verify_ms, strict=True)
+            ]
+            self._sampling[quarters] = Costs(msgspec.structs.replace(c, verify_ms=verify_ms))
+        return self._sampling[quarters]
+
+    def verify_ms(self, batch_tokens: Any, streams: int, position: float) -> Any:
+        """A target pass over B tokens of R streams at mean position p̄; B may be an array."""
+        c = self.curve
+        context_ms = 1e-3 * (position - c.context) * (c.read_us * streams + c.attend_us * np.asarray(batch_tokens))
+        base = interpolated(c.tokens, c.verify_ms, batch_tokens) + interpolated(c.streams, c.stream_ms, streams)
+        return np.maximum(base + context_ms, 0.0)
+
+    def draft_ms(self, drafting: Any, slots: Any, position: float) -> Any:
+        """Drafting ``slots`` tokens for so many streams, at least one; both may be arrays."""
+        c = self.curve
+        whole = interpolated(c.streams, c.draft_ms, drafting)
+        spared = interpolated(c.streams, c.slot_ms, drafting) * (c.gamma - np.asarray(slots))
+        context_ms = 1e-3 * (position - c.context) * c.draft_read_us * np.asarray(drafting)
+        return np.maximum(whole - spared + context_ms, 0.0)
+
+    def rest_ms(self, streams: int) -> float:
+        """The rest of a round of R streams."""
+        return float(interpolated(self.curve.streams, self.curve.rest_ms, streams))
+
+    def round_cost(self, streams: int, position: float, drafting: int, slots: int) -> RoundCost:
+        """What a round costs, for every B that it could have."""
+        return self.table(streams, 32 * round(position / 32), drafting, slots)
+
+    def _table(self, streams: int, position: int, drafting: int, slots: int) -> RoundCost:
+        most = streams + drafting * slots
+        rest_ms = self.rest_ms(streams)
+        draft_ms = float(self.draft_ms(drafting, slots, position)) if drafting else 0.0
+        ms = self.verify_ms(np.arange(streams, most + 1), streams, position) + (draft_ms + rest_ms)
+        return RoundCost(streams, ms.tolist(), draft_ms=draft_ms, rest_ms=rest_ms)
+
+
+# --- fitting -------------------------------------------------------------------------------------------------
 
 
 def ladder(largest: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, … up to and including ``largest``: where curves bend, and few points."""
+    """1, 2, 3, 4, 6, 8, 12, … 128, then doubling, up to and including ``largest``: few points, where curves bend."""
     sizes = {1, 3, largest} if largest >= 3 else {1, largest}
     step = 2
     while step <= largest:
-        sizes |= {step, step * 3 // 2} if step > 2 else {step}
+        sizes |= {step, step * 3 // 2} if 2 < step < 128 else {step}
         step *= 2
     return sorted(s for s in sizes if s <= largest)
 
@@ -104,17 +179,26 @@ def monotone(values: Sequence[float]) -> list[float]:
     return [mean for mean, n in blocks for _ in range(n)]
 
 
-def interpolate(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
-    """Linear between points, flat before the first, on with the last slope after the last."""
-    if x <= xs[0]:
-        return ys[0]
-    if x >= xs[-1]:
-        if len(xs) == 1 or x == xs[-1]:
-            return ys[-1]
-        slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
-        return ys[-1] + slope * (x - xs[-1])
-    i = bisect_left(xs, x)
-    if xs[i] == x:
-        return ys[i]
-    share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-    return ys[i - 1] + share * (ys[i] - ys[i - 1])
+def convex(values: Sequence[float]) -> list[float]:
+    """The greatest convex sequence below ``values`` (their lower hull)."""
+    corners: list[int] = []
+    for i, value in enumerate(values):
+        while len(corners) > 1:
+            a, b = corners[-2:]
+            if (values[b] - values[a]) * (i - b) < (value - values[b]) * (b - a):
+                break
+            corners.pop()
+        corners.append(i)
+    hull = np.interp(np.arange(len(values)), corners, [values[i] for i in corners])
+    return [float(v) for v in hull]
+
+
+def interpolated(xs: Sequence[int], ys: Sequence[float], x: Any) -> Any:
+    """Linear between points, flat before the first, on with the last slope after the last; 0 without points."""
+    if not ys:
+        return np.zeros(np.shape(x))
+    inside = np.interp(x, xs, ys)
+    if len(xs) == 1:
+        return inside
+    slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
+    return inside + slope * np.maximum(np.asarray(x) - xs[-1], 0)

@@ -74,13 +74,13 @@ class Block:
     """One stream's draft block."""
 
     tokens: list[int] = field(default_factory=list)
-    """x_1 … x_γ as target ids; empty for a stream that did not draft."""
+    """x_1 … x_g as target ids, g ≤ γ; empty for a stream that did not draft."""
     confidence: list[float] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)
     indices: Tensor | None = None
-    """Rejection only: x_1 … x_γ as draft vocabulary indices, [γ]."""
+    """Rejection only: x_1 … x_g as draft vocabulary indices, [g]."""
     q: Tensor | None = None
-    """Rejection only: the distributions x_k were drawn from, [γ, Vd]."""
+    """Rejection only: the distributions x_k were drawn from, [g, Vd]."""
     uniforms: RoundUniforms | None = None
     """Rejection only: the randomness of this round."""
 
@@ -91,9 +91,16 @@ def draft(
     streams: Sequence[StreamView],
     calibration: Calibration,
     history: AcceptanceHistory,
+    slots: int | None = None,
 ) -> list[Block]:
-    """Propose γ tokens for each of R streams, with the confidence that each will be accepted."""
+    """Propose ``slots`` ≤ γ tokens for each of R streams, with the confidence that each will be accepted.
+
+    Fewer than γ are the first ones of the block: the backbone always runs over all of it, since its slots see each
+    other; LM head and sequential head stop early.
+    """
     hidden = drafter.draft_hidden([(s.extent, s.position, s.anchor) for s in streams], store)  # [R, γ, H]
+    if slots is not None and slots < drafter.gamma:
+        hidden = hidden[:, :slots].contiguous()
     return walk(drafter, hidden, streams, calibration, history)
 
 
@@ -105,19 +112,20 @@ def walk(
     calibration: Calibration,
     history: AcceptanceHistory,
 ) -> list[Block]:
-    """The sequential head, left to right: hidden [R, γ, H] → one block a stream."""
+    """The sequential head, left to right: hidden [R, g, H] of the first g ≤ γ slots → one block a stream."""
     if all(is_greedy(s) for s in streams):
         fast = drafter.walk_greedily(hidden, [s.anchor for s in streams])
         if fast is not None:
             return _blocks(streams, *fast, calibration, history)
     device = hidden.device
-    base = drafter.base_logits(hidden)  # [R, γ, Vd]
-    choose = _Chooser(drafter, streams, device)
+    slots = hidden.shape[1]
+    base = drafter.base_logits(hidden)  # [R, g, Vd]
+    choose = _Chooser(drafter, streams, slots, device)
     head, confidence_head = drafter.markov_head, drafter.confidence_head
     previous = torch.tensor([s.anchor for s in streams], device=device)
     state = head.initial_state(len(streams)) if head else None
     tokens, logits = [], []
-    for k in range(drafter.gamma):
+    for k in range(slots):
         e = head.embed(previous) if head else None
         if confidence_head:
             logits.append(confidence_head(hidden[:, k], e))
@@ -141,12 +149,12 @@ def _blocks(
     calibration: Calibration,
     history: AcceptanceHistory,
 ) -> list[Block]:
-    """Drafts [R, γ] with the survival that confidence logits [R, γ] promise; the past's where there are none."""
+    """Drafts [R, g] with the survival that confidence logits [R, g] promise; the past's where there are none."""
     token_rows = tokens.tolist()
     logit_rows = None if logits is None else logits.float().tolist()
     blocks = []
     for r, stream in enumerate(streams):
-        confidence = history.confidence()
+        confidence = history.confidence()[: len(token_rows[r])]
         if logit_rows:
             confidence = calibration.confidence(logit_rows[r], acceptance_of(stream))
         blocks.append(Block(tokens=token_rows[r], confidence=confidence, survival=prefix_survival(confidence)))
@@ -156,20 +164,19 @@ def _blocks(
 class _Chooser:
     """Draws slot k's token for every stream: greedy, by inverse transform, or by the race with shared noise."""
 
-    def __init__(self, drafter: Drafter, streams: Sequence[StreamView], device: torch.device) -> None:
-        gamma = drafter.gamma
+    def __init__(self, drafter: Drafter, streams: Sequence[StreamView], slots: int, device: torch.device) -> None:
         self.sampled = [r for r, s in enumerate(streams) if acceptance_of(s) == "rejection"]
         self.coupled = [r for r, s in enumerate(streams) if acceptance_of(s) == "coupled"]
         self.params = [s.sampling for s in streams]
-        self.uniforms = [RoundUniforms(streams[r].round_key, streams[r].position, gamma) for r in self.sampled]
+        self.uniforms = [RoundUniforms(streams[r].round_key, streams[r].position, drafter.gamma) for r in self.sampled]
         self.u = torch.tensor([u.draft for u in self.uniforms], dtype=torch.float64, device=device)  # [Rs, γ]
         self.q: list[Tensor] = []
         self.indices: list[Tensor] = []
         if self.coupled:
-            noise = torch.stack([streams[r].noise.at(streams[r].position + 1, gamma) for r in self.coupled])
+            noise = torch.stack([streams[r].noise.at(streams[r].position + 1, slots) for r in self.coupled])
             if drafter.draft_ids is not None:
                 noise = noise[:, :, drafter.draft_ids.cpu()]
-            self.noise = noise.to(device)  # [Rc, γ, Vd]
+            self.noise = noise.to(device)  # [Rc, g, Vd]
 
     def __call__(self, k: int, scores: Tensor) -> Tensor:
         """scores [R, Vd] → draft vocabulary indices [R]."""

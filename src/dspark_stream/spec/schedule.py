@@ -1,48 +1,87 @@
-"""How many draft tokens of each stream are worth verifying at this load (paper, Algorithm 1).
+"""How many draft tokens of each stream are worth verifying at this load (paper, Algorithm 1, and its variants).
 
-Pure Python over the streams' prefix survivals: no tensor, no clock, no randomness.
+Pure Python over the streams' prefix survivals: no tensor, no clock, no randomness. Which of these are lossless, and
+why, is docs/decisions/010-schedules-that-keep-the-law.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+from dspark_stream.spec.capacity import RoundCost
 
 Survival = Sequence[float]
 """a_1 ≥ a_2 ≥ … of one stream; empty for a stream that did not draft."""
+Worth = Callable[[float, float], float]
+"""How good a round is, from the tokens that it is expected to commit and the milliseconds that it takes."""
+
+
+class Candidate(NamedTuple):
+    """What a schedule knows of one stream in a round."""
+
+    survival: Survival
+    """Of the drafts at hand."""
+    exact: bool = False
+    """Greedy or coupled: what is committed does not depend on what is verified, so nothing can bias it."""
+    earlier: Survival = ()
+    """Survivals of the stream's drafts two rounds ago; empty where it had none."""
 
 
 class Schedule(Protocol):
     """Chooses the verification length ℓ of every stream together."""
 
-    def lengths(self, survival: Sequence[Survival], sps: Callable[[int], float]) -> list[int]:
-        """ℓ_r for each stream, 0 ≤ ℓ_r ≤ len(survival[r]).
+    def slots(self, gamma: int) -> int | None:
+        """Draft tokens that every stream proposes in every round; None: only where it pays (spec/skipping.py)."""
+
+    def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
+        """ℓ_r for each stream, 0 ≤ ℓ_r ≤ len(survival).
 
         Args:
-            survival: each stream's prefix survivals.
-            sps: rounds a second as a function of the batch tokens B.
+            candidates: the streams.
+            cost: what the round takes as a function of B.
+            price: tokens that a millisecond is worth at this load, from the past alone.
         """
 
 
-def admit(survival: Sequence[Survival], sps: Callable[[int], float], *, early_stop: bool = True) -> list[int]:
-    """Algorithm 1: maximise Θ = τ·SPS(B), admitting (r, j) by falling survival, ties by j then r.
+def tokens_a_second(tokens: float, ms: float) -> float:
+    """Θ = τ·SPS of Algorithm 1."""
+    return tokens / ms
 
-    ``early_stop``: end at the first admission that does not raise Θ. That is what keeps rejection verification
+
+def admit(
+    survival: Sequence[Survival],
+    cost: Callable[[int], float],
+    *,
+    early_stop: bool = True,
+    worth: Worth = tokens_a_second,
+    already: Sequence[Survival] = (),
+) -> list[int]:
+    """Algorithm 1: admit (r, j) by falling survival, ties by j then r, to where the round is worth most.
+
+    ``early_stop``: end at the first admission that does not raise the worth. That is what keeps rejection verification
     lossless: c_{j+1} depends on the sampled x_j, so a search that looks past a drop would let x_j decide its own
     admission. Without it the global maximum is found, which is lossless only where verification is coupled.
+
+    Args:
+        survival: what is up for admission; empty for a stream that is not.
+        cost: milliseconds of a round over B tokens.
+        early_stop: see above.
+        worth: what is maximised.
+        already: what has been admitted before of each stream, and stays.
     """
     order = sorted((-a, j, r) for r, row in enumerate(survival) for j, a in enumerate(row, 1))
-    lengths = [0] * len(survival)
-    batch_tokens = len(survival)
-    expected = float(len(survival))  # τ of the whole batch: one bonus token a stream
-    best = expected * sps(batch_tokens) if batch_tokens else 0.0
+    lengths = [len(row) for row in already] or [0] * len(survival)
+    batch_tokens = len(survival) + sum(lengths)
+    expected = len(survival) + sum(map(sum, already))  # τ of the whole batch: one bonus token a stream
+    best = worth(expected, cost(batch_tokens)) if batch_tokens else 0.0
     admitted = 0
     for count, (negative, _, _) in enumerate(order, 1):
         expected -= negative
-        theta = expected * sps(batch_tokens + count)
-        if theta > best:
-            best, admitted = theta, count
+        value = worth(expected, cost(batch_tokens + count))
+        if value > best:
+            best, admitted = value, count
         elif early_stop:
             break
     for _, j, r in order[:admitted]:
@@ -50,27 +89,121 @@ def admit(survival: Sequence[Survival], sps: Callable[[int], float], *, early_st
     return lengths
 
 
+def admit_mixed(candidates: Sequence[Candidate], cost: RoundCost, worth: Worth) -> list[int]:
+    """The global maximum for exact streams, Algorithm 1 with early stop on the cost's hull for the others.
+
+    Three steps: the best for exact streams were the others not to verify anything; then the others, beside that; then
+    exact streams anew beside what the others got. Whether a rejection stream's x_j is admitted depends on survivals of
+    its own down to a_j, never on later ones, whatever is known of other streams; exact streams may depend on anything.
+    """
+    exact = [c.survival if c.exact else () for c in candidates]
+    drawn = [() if c.exact else c.survival for c in candidates]
+    lengths = admit(exact, cost, early_stop=False, worth=worth)
+    if not any(drawn):
+        return lengths
+    beside = [row[:length] for row, length in zip(exact, lengths, strict=True)]
+    lengths = admit(drawn, cost.hull, worth=worth, already=beside)
+    if not any(exact):
+        return lengths
+    beside = [row[:length] for row, length in zip(drawn, lengths, strict=True)]
+    return admit(exact, cost, early_stop=False, worth=worth, already=beside)
+
+
 @dataclass(frozen=True)
 class Adaptive:
-    """Algorithm 1 with early stop."""
+    """Maximises tokens - price·ms: a round is not to be best in itself but for the throughput of all rounds.
 
-    def lengths(self, survival: Sequence[Survival], sps: Callable[[int], float]) -> list[int]:
+    The price comes from the past, so a round whose drafts look bad is cut short at once, and one whose drafts look
+    good takes all that pays; Θ of the round alone would do neither. Global for exact streams, with early stop for
+    the others, on a cost without staircases.
+    """
+
+    def slots(self, gamma: int) -> int | None:
         """See `Schedule`."""
-        return admit(survival, sps)
+        return None
+
+    def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
+        """See `Schedule`."""
+        return admit_mixed(candidates, cost, lambda tokens, ms: tokens - price * ms)
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """The paper's Algorithm 1 as it is printed: Θ = τ·SPS(B) of this round, early stop, for every stream."""
+
+    def slots(self, gamma: int) -> int | None:
+        """See `Schedule`."""
+        return None
+
+    def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
+        """See `Schedule`."""
+        return admit([c.survival for c in candidates], cost)
+
+
+@dataclass(frozen=True)
+class Lagged:
+    """The paper's production variant: a budget K of draft tokens from an unconstrained search over survivals two
+    rounds old, then the K likeliest of those at hand.
+    """
+
+    def slots(self, gamma: int) -> int | None:
+        """See `Schedule`."""
+        return None
+
+    def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
+        """See `Schedule`."""
+        last = cost.first + len(cost.ms) - 1
+        budget = sum(admit([c.earlier for c in candidates], lambda b: cost(min(b, last)), early_stop=False))
+        order = sorted((-a, j, r) for r, c in enumerate(candidates) for j, a in enumerate(c.survival, 1))
+        lengths = [0] * len(candidates)
+        for _, j, r in order[:budget]:
+            lengths[r] = j
+        return lengths
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Static: every draft token whose prefix survival is at least ``least``."""
+
+    least: float
+
+    def slots(self, gamma: int) -> int | None:
+        """See `Schedule`."""
+        return gamma
+
+    def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
+        """See `Schedule`."""
+        return [sum(a >= self.least for a in c.survival) for c in candidates]
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Always ``length`` draft tokens, or the whole block where it is shorter."""
+    """Always ``length`` draft tokens, or the whole block where it is shorter; 0 is plain decoding."""
 
     length: int
 
-    def lengths(self, survival: Sequence[Survival], sps: Callable[[int], float]) -> list[int]:
+    def slots(self, gamma: int) -> int | None:
         """See `Schedule`."""
-        return [min(self.length, len(row)) for row in survival]
+        return min(self.length, gamma)
+
+    def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
+        """See `Schedule`."""
+        return [min(self.length, len(c.survival)) for c in candidates]
 
 
 def parse_schedule(text: str) -> Schedule:
-    """``adaptive`` or ``fixed:N``; the configuration has checked it already."""
-    kind, _, length = text.partition(":")
-    return Fixed(int(length)) if kind == "fixed" else Adaptive()
+    """A schedule by its name; the configuration has checked it already."""
+    kind, _, number = text.partition(":")
+    match kind:
+        case "none":
+            return Fixed(0)
+        case "fixed":
+            return Fixed(int(number))
+        case "threshold":
+            return Threshold(float(number))
+        case "early-stop":
+            return EarlyStop()
+        case "lagged":
+            return Lagged()
+        case _:
+            return Adaptive()

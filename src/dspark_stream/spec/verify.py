@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 from dspark_stream.models.cache import KVStore
 from dspark_stream.models.target import Rows, Target, TargetOutput
-from dspark_stream.spec.draft import Block, StreamView
+from dspark_stream.spec.draft import Block, StreamView, is_greedy
 
 
 def verify(
     target: Target, store: KVStore, streams: Sequence[StreamView], blocks: Sequence[Block], lengths: Sequence[int]
 ) -> TargetOutput:
-    """Row j of a stream gives the target's distribution for position p + 1 + j: logits [B, V], taps [B, taps·H]."""
+    """Row j of a stream gives the target's distribution for position p + 1 + j: logits [B, V], taps [B, taps·H].
+
+    Where every stream is greedy, the target may give the rows' best tokens [B] instead of logits.
+    """
     rows = [
         Rows(s.extent, s.position, [s.anchor, *block.tokens[:length]])
         for s, block, length in zip(streams, blocks, lengths, strict=True)
     ]
-    return target.forward(rows, store)
+    return target.forward(rows, store, greedy=all(is_greedy(s) for s in streams))

@@ -1,6 +1,8 @@
 """Answer files: what the target wrote to prompts. JSONL, one answer a line.
 
-A line is ``{"domain", "temperature", "prompt_ids", "answer_ids"}``; further fields are left alone. Token ids, not
+A line is ``{"domain", "temperature", "prompt_ids", "answer_ids"}``, with ``"held_out": true`` where it must never be
+trained on (so that a later run that goes on from a drafter holds out what the earlier one did); further fields are left
+alone. Token ids, not
 text: a drafter must learn the very tokens that the target chose.
 """
 
@@ -23,6 +25,7 @@ class Answer:
     answer_ids: tuple[int, ...]
     domain: str = ""
     temperature: float = 0.0
+    held_out: bool = False
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -80,7 +83,13 @@ def parse_answer(line: str, vocab_size: int) -> Answer:
     for name, values in ids.items():
         if values and not 0 <= min(values) <= max(values) < vocab_size:
             raise ValueError(f"{name} has ids outside the target's vocabulary of {vocab_size}")
-    return Answer(ids["prompt_ids"], ids["answer_ids"], str(raw.get("domain", "")), float(raw.get("temperature", 0.0)))
+    return Answer(
+        ids["prompt_ids"],
+        ids["answer_ids"],
+        str(raw.get("domain", "")),
+        float(raw.get("temperature", 0.0)),
+        raw.get("held_out") is True,
+    )
 
 
 def answer_line(answer: Answer, **further: object) -> str:
@@ -91,12 +100,13 @@ def answer_line(answer: Answer, **further: object) -> str:
         "temperature": answer.temperature,
         "prompt_ids": answer.prompt_ids,
         "answer_ids": answer.answer_ids,
-    }
+    } | ({"held_out": True} if answer.held_out else {})
     return json.dumps(fields) + "\n"
 
 
 def split_answers(answers: list[Answer], held_out: int, seed: int) -> Split:
-    """Hold out prompts until ``held_out`` greedy answers are, taking domains in turn; at most a tenth of all.
+    """Hold out prompts until ``held_out`` greedy answers are, taking domains in turn; at most a tenth of all. Where
+    lines of the file say that they are held out, those and no others are.
 
     By conversation, not by answer: a prompt answered twice must not be on both sides, nor a turn and a later one of the
     same conversation. Greedy answers are what the walk of
@@ -107,6 +117,7 @@ def split_answers(answers: list[Answer], held_out: int, seed: int) -> Split:
     for answer in answers:
         of_prompt.setdefault(roots[answer.prompt_ids], []).append(answer)
     any_greedy = any(a.temperature == 0 for a in answers)
+    chosen = {roots[a.prompt_ids] for a in answers if a.held_out}
     queues: dict[str, list[tuple[int, ...]]] = {}
     for prompt, own in of_prompt.items():
         if not any_greedy or any(a.temperature == 0 for a in own):
@@ -114,8 +125,7 @@ def split_answers(answers: list[Answer], held_out: int, seed: int) -> Split:
     rng = random.Random(seed)
     for domain in sorted(queues):
         rng.shuffle(queues[domain])
-    chosen: set[tuple[int, ...]] = set()
-    most = min(held_out, max(1, len(of_prompt) // 10)) if len(of_prompt) > 1 else 0
+    most = min(held_out, max(1, len(of_prompt) // 10)) if len(of_prompt) > 1 and not chosen else 0
     while len(chosen) < most and any(queues.values()):
         for domain in sorted(queues):
             if queues[domain] and len(chosen) < most:

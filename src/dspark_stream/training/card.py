@@ -26,6 +26,7 @@ def write_card(
     parameters = sum(p.numel() for p in trainer.parameters)
     head = "none (DFlash)" if not config.markov_rank else f"{config.markov_head_type}, rank {config.markov_rank}"
     figures = last_figures(run_folder)
+    began = "the target's last ones" if plan.init is None else f"the drafter {Path(plan.init).name}"
     lines = [
         f"# DSpark drafter for {target_name}",
         "",
@@ -33,7 +34,7 @@ def write_card(
         "",
         "| | |",
         "| --- | --- |",
-        f"| layers | {config.num_layers}, started from the target's last ones |",
+        f"| layers | {config.num_layers}, started from {began} |",
         f"| block size γ | {config.block_size} |",
         f"| sequential head | {head} |",
         f"| draft vocabulary | {trainer.drafter.draft_vocab_size} of {trainer.drafter.vocab_size} tokens |",

@@ -17,7 +17,7 @@ from typing import Any
 from dspark_stream.config import parse_bytes
 from dspark_stream.errors import ConfigError, DsparkError
 from dspark_stream.progress import Progress
-from dspark_stream.training.plan import HEADS, TrainPlan, settle
+from dspark_stream.training.plan import HEADS, TrainPlan, settle, shaped
 
 EXIT_INTERRUPTED = 130
 
@@ -66,6 +66,11 @@ DATA: list[Option] = [
     ("held_out", "greedy answers kept out of training, to measure on", {"type": int}),
 ]
 SHAPE: list[Option] = [
+    (
+        "init",
+        "folder of a drafter to go on from, with its shape: the options below do not count",
+        {"metavar": "DRAFTER"},
+    ),
     ("layers", "layers of the backbone", {"type": int}),
     ("block_size", "draft block γ", {"type": int}),
     ("head", "sequential head; none is DFlash", {"choices": HEADS}),
@@ -128,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(TrainPlan)}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    plan = TrainPlan(**values)
+    plan = shaped(TrainPlan(**values))
     folder: Path = args.run_dir or Path("runs") / run_name(plan.target)
     progress = Progress()
     settle(plan, folder)

@@ -30,7 +30,7 @@ from dspark_stream.config import Config, default_cache_dir
 from dspark_stream.engine.build import build_engine
 from dspark_stream.errors import ConfigError
 from dspark_stream.local import LocalEngine
-from dspark_stream.models.checkpoint import save_drafter
+from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
 from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.loading import LoadedTarget, load_target
@@ -164,8 +164,10 @@ def fitting(answers: list[Answer], plan: TrainPlan, loaded: LoadedTarget, progre
 
 
 def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) -> Drafter:
-    """A drafter that starts from the target, float32, on its device. Sets the target's taps."""
+    """A drafter that starts from the target, or another drafter; float32, on its device. Sets the target's taps."""
     target = loaded.target
+    if plan.init is not None:
+        return load_drafter(Path(plan.init), target).to(torch.float32).train().requires_grad_(True)
     taps = plan.taps or default_taps(target.num_layers)
     target.set_taps(taps)
     mask = plan.mask_token_id

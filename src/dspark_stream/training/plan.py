@@ -6,7 +6,7 @@ No torch here: the command line reads this to print its help.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class TrainPlan:
     streams: int = 64
     writer: Literal["auto", "engine", "openvino"] = "auto"
     # drafter
+    init: str | None = None
+    """Folder of a drafter to go on from; the shape is its."""
     layers: int = 2
     block_size: int = 7
     head: HeadChoice = "markov"
@@ -99,6 +101,32 @@ MAY_CHANGE = frozenset(
     }
 )
 """Settings that a resumed run may be given anew: they change how far and how fast, not what is learnt from what."""
+
+
+def shaped(plan: TrainPlan) -> TrainPlan:
+    """The plan with the shape of the drafter that it starts from, if it does.
+
+    Raises:
+        ConfigError: that drafter's configuration cannot be read.
+    """
+    if plan.init is None:
+        return plan
+    path = Path(plan.init) / "config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+        rank, kind = raw.get("markov_rank") or 0, raw.get("markov_head_type")
+        return replace(
+            plan,
+            layers=raw["num_hidden_layers"],
+            block_size=raw["block_size"],
+            head="none" if not rank else kind if kind in ("gated", "rnn") else "markov",
+            rank=rank or plan.rank,
+            draft_vocab=raw.get("draft_vocab_size") or 0,
+            taps=tuple(raw["target_layer_ids"]),
+            mask_token_id=raw["mask_token_id"],
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"no drafter to start from at {path}: {error!r}", param="init") from error
 
 
 def settle(plan: TrainPlan, folder: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from dspark_kernels.acceptance import reference
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Drafts
+from dspark_stream.models.target import TargetOutput
 from dspark_stream.spec.accept import accept as engine_accept
 from dspark_stream.spec.draft import Block
 from dspark_stream.spec.noise import RoundUniforms
@@ -26,7 +27,11 @@ def by_the_engine(case: Case) -> list[tuple[int, int]]:
         blocks.append(Block(tokens=tokens, indices=case.drafts.tokens[r].long(), q=q, uniforms=uniforms))
         rows += range(int(case.first[r]), int(case.first[r]) + length + 1)
     outcomes = engine_accept(
-        case.logits[rows], [views[r] for r in live], blocks, [int(case.length[r]) for r in live], None
+        TargetOutput(case.logits[rows], torch.empty(0)),
+        [views[r] for r in live],
+        blocks,
+        [int(case.length[r]) for r in live],
+        None,
     )
     return [(o.accepted, o.bonus) for o in outcomes]
 

@@ -3,8 +3,10 @@
 // ranges: pointers are trusted here.
 #include <cstdio>
 #include <exception>
+#include <stdexcept>
 #include <string>
 
+#include "blocks.h"
 #include "llama.h"
 #include "measure.h"
 
@@ -32,26 +34,41 @@ Buffer<float> copy(const float* from, size_t count) {
     return to;
 }
 
-struct Best {  // the largest score a thread has seen for one stream
-    float score;
-    int32_t index;
+struct Found {  // the largest score that a thread has seen for one row
+    float score = -INFINITY;
+    int32_t index = INT32_MAX;
 };
 
 struct Context {  // a pool, and room for what products need
     Pool pool;
     Quantised input;
-    std::vector<Best> best;  // [threads, streams]
+    std::vector<Found> found;  // [threads, rows]
+    Buffer<Best> best;         // likewise
+    size_t best_size = 0;
     explicit Context(int threads) : pool(threads) {}
+
+    void reserve_best(int rows) {
+        const size_t wanted = static_cast<size_t>(pool.size()) * rows;
+        if (wanted <= best_size) return;
+        best = allocate<Best>(wanted);
+        best_size = wanted;
+    }
 };
+
+constexpr int TILES = 16;  // of a large product that a thread takes at a time
+
+void store_some(Floats v, int lanes, float* to) {
+    if (lanes == LANES) return v.store(to);
+    alignas(64) float some[LANES];
+    v.store(some);
+    std::memcpy(to, some, lanes * sizeof(float));
+}
 
 float dot(const float* a, const float* b, int size) {  // size: a multiple of 16
     Floats sum = Floats::zero();
     for (int i = 0; i < size; i += LANES) sum = fma(Floats::load(a + i), Floats::load(b + i), sum);
     return sum_of(sum);
 }
-
-// GGUF's blocks of 32 (format facts: ggml's block_q4_0, block_q4_1, block_q8_0).
-enum Source { F32 = 0, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8 };
 
 uint16_t half_of(float x) {
     float lanes[LANES] = {x};
@@ -64,28 +81,6 @@ float float_of(uint16_t h) {
     float out[LANES];
     Floats::load_half(lanes).store(out);
     return out[0];
-}
-
-void pack_group(Matrix& to, int channel, int group, const uint8_t* block, int source) {
-    uint8_t q[GROUP];
-    uint16_t d;
-    std::memcpy(&d, block, 2);
-    if (source == Q8_0) {
-        for (int k = 0; k < GROUP; k++) q[k] = static_cast<uint8_t>(block[2 + k] ^ 0x80);  // signed + 128
-        to.put(channel, group, q, d, half_of(-128.0f * float_of(d)));
-        return;
-    }
-    uint16_t m = half_of(-8.0f * float_of(d));
-    const uint8_t* nibbles = block + 2;
-    if (source == Q4_1) {
-        std::memcpy(&m, block + 2, 2);
-        nibbles = block + 4;
-    }
-    for (int k = 0; k < GROUP / 2; k++) {
-        q[k] = nibbles[k] & 15;
-        q[k + GROUP / 2] = nibbles[k] >> 4;
-    }
-    to.put(channel, group, q, d, m);
 }
 
 // Floats to quants of 4 bits (least and greatest are the ends) or 8 (symmetric).
@@ -116,7 +111,10 @@ const char* dspark_isa() { return ISA; }
 const char* dspark_error() { return last_error.c_str(); }
 
 Context* dspark_context(int threads) {
-    return guarded([&] { return new Context(threads); });
+    return guarded([&] {
+        if (!allow_matrix_unit()) throw std::runtime_error("the system does not allow the use of AMX");
+        return new Context(threads);
+    });
 }
 void dspark_free_context(Context* context) { delete context; }
 
@@ -132,7 +130,7 @@ int64_t dspark_matrix_bytes(const Matrix* m) { return static_cast<int64_t>(m->by
 bool dspark_pack(Context* context, Matrix* to, int first, int count, const int32_t* rows, const void* source, int type) {
     return guarded([&] {
         const int groups = to->groups();
-        const size_t block = type == F32 ? GROUP * sizeof(float) : type == Q8_0 ? 34 : type == Q4_1 ? 20 : 18;
+        const Layout layout = layout_of(type);
         context->pool.run([&](int thread) {
             // whole tiles of the matrix to a thread: channels of one tile share bytes
             const int begin = first / LANES, end = (first + count + LANES - 1) / LANES;
@@ -141,13 +139,14 @@ bool dspark_pack(Context* context, Matrix* to, int first, int count, const int32
             const int low = std::max(first, (begin + from) * LANES), high = std::min(first + count, (begin + until) * LANES);
             for (int channel = low; channel < high; channel++) {
                 const size_t row = rows ? rows[channel - first] : channel - first;
-                const uint8_t* at = static_cast<const uint8_t*>(source) + row * groups * block;
-                for (int g = 0; g < groups; g++, at += block) {
-                    if (type == F32)
-                        quantise_group(*to, channel, g, reinterpret_cast<const float*>(at));
-                    else
-                        pack_group(*to, channel, g, at, type);
-                }
+                const uint8_t* at = static_cast<const uint8_t*>(source) + row * (groups / layout.groups) * layout.bytes;
+                for (int g = 0; g < groups; g += layout.groups, at += layout.bytes)
+                    read_block(at, type, [&](int i, const Group& group) {
+                        if (group.exact)
+                            to->put(channel, g + i, group.q, half_of(group.d), half_of(group.m));
+                        else
+                            quantise_group(*to, channel, g + i, group.x);
+                    });
             }
         });
         return true;
@@ -175,28 +174,36 @@ void dspark_rows(const Matrix* m, const int32_t* rows, int count, float* out) {
     for (int i = 0; i < count; i++) m->row(rows[i], out + static_cast<size_t>(i) * m->inputs);
 }
 
-// out [rows, stride] = x [rows, inputs] · Wᵀ; stride ≥ outputs.
-bool dspark_product(Context* context, const Matrix* w, const float* x, int rows, float* out, int stride) {
+// out [rows, stride] = x [rows, inputs] · Wᵀ; stride ≥ outputs. best [rows]: each row's argmax. Either may be null.
+bool dspark_product(Context* context, const Matrix* w, const float* x, int rows, float* out, int stride, int32_t* best) {
     return guarded([&] {
+        Pool& pool = context->pool;
         context->input.reserve(rows, w->inputs);
-        context->pool.run([&](int thread) {
-            int first, last;
-            share(rows, 1, thread, context->pool.size(), &first, &last);
-            for (int r = first; r < last; r++) context->input.put_row(r, x + static_cast<size_t>(r) * w->inputs);
-            context->pool.barrier();
-            share(w->tiles(), 1, thread, context->pool.size(), &first, &last);
-            for (int t = first; t < last; t++) {
-                const int lanes = std::min(LANES, w->outputs - t * LANES);
-                product(*w, t, context->input, rows, [&](int r, Floats v) {
-                    float* at = out + static_cast<size_t>(r) * stride + t * LANES;
-                    if (lanes == LANES) {
-                        v.store(at);
-                    } else {
-                        alignas(64) float some[LANES];
-                        v.store(some);
-                        std::memcpy(at, some, lanes * sizeof(float));
-                    }
-                });
+        if (best) context->reserve_best(rows);
+        pool.run([&](int thread) {
+            int first_row, last_row;
+            share(rows, 1, thread, pool.size(), &first_row, &last_row);
+            for (int r = first_row; r < last_row; r++) context->input.put_row(r, x + static_cast<size_t>(r) * w->inputs);
+            pool.barrier();
+            Best* const own = context->best.get() + static_cast<size_t>(thread) * rows;
+            if (best)
+                for (int r = 0; r < rows; r++) own[r] = Best();
+            pool.each(thread, w->tiles(), TILES, [&](int first, int last) {
+                for (int t = first; t < last; t++) {
+                    const int lanes = std::min(LANES, w->outputs - t * LANES);
+                    product(*w, t, context->input, rows, [&](int r, Floats v) {
+                        if (best) own[r].see(v.keep(lanes, -INFINITY), t);
+                        if (out) store_some(v, lanes, out + static_cast<size_t>(r) * stride + t * LANES);
+                    });
+                }
+            });
+            if (!best) return;
+            pool.barrier();
+            for (int r = first_row; r < last_row; r++) {
+                Found found;
+                for (int other = 0; other < pool.size(); other++)
+                    context->best[static_cast<size_t>(other) * rows + r].onto(found.score, found.index);
+                best[r] = found.index == INT32_MAX ? 0 : found.index;  // nothing but NaN
             }
         });
         return true;
@@ -261,7 +268,7 @@ bool dspark_append_context(Context* context, Llama* model, const Matrix* fc, con
                            uint16_t* keys, uint16_t* values, int64_t slots) {
     return guarded([&] {
         const Shape& s = model->shape;
-        if (!dspark_product(context, fc, taps, rows, features, s.hidden)) return false;
+        if (!dspark_product(context, fc, taps, rows, features, s.hidden, nullptr)) return false;
         for (int r = 0; r < rows; r++) {
             float* at = features + static_cast<size_t>(r) * s.hidden;
             rms_norm(at, norm, s.hidden, s.eps, at);
@@ -282,13 +289,13 @@ bool dspark_walk(Context* context, const Matrix* w2, const uint16_t* w1, int ran
     return guarded([&] {
         const int threads = context->pool.size(), tiles = (vocabulary + LANES - 1) / LANES;
         if (w2) context->input.reserve(streams, rank);
-        context->best.resize(static_cast<size_t>(threads) * streams);
+        context->found.resize(static_cast<size_t>(threads) * streams);
         context->pool.run([&](int thread) {
             alignas(64) float e[4096];
             int first_row, last_row, first, last;
             share(streams, 1, thread, threads, &first_row, &last_row);
             share(tiles, 1, thread, threads, &first, &last);
-            Best* const best = context->best.data() + static_cast<size_t>(thread) * streams;
+            Found* const found = context->found.data() + static_cast<size_t>(thread) * streams;
             for (int k = 0; k < gamma; k++) {
                 for (int r = first_row; r < last_row; r++) {
                     const int64_t previous = k ? tokens[r * gamma + k - 1] : anchors[r];
@@ -303,43 +310,35 @@ bool dspark_walk(Context* context, const Matrix* w2, const uint16_t* w1, int ran
                     }
                 }
                 if (w2) context->pool.barrier();
-                for (int r = 0; r < streams; r++) best[r] = {-INFINITY, first * LANES};
                 for (int from = 0; from < streams; from += ROWS) {
                     const int some = std::min(ROWS, streams - from);
-                    alignas(64) float top[ROWS][LANES];
-                    int32_t where[ROWS][LANES];
-                    for (int r = 0; r < some; r++)
-                        for (int i = 0; i < LANES; i++) top[r][i] = -INFINITY, where[r][i] = first * LANES;
+                    Best best[ROWS];
                     for (int t = first; t < last; t++) {
                         Floats bias[ROWS];
                         for (int r = 0; r < some; r++) bias[r] = Floats::zero();
                         if (w2) tile_rows<8>(*w2, t, context->input, from, some, bias);
                         const int lanes = std::min(LANES, vocabulary - t * LANES);
                         for (int r = 0; r < some; r++) {
-                            alignas(64) float score[LANES] = {}, extra[LANES];
                             const float* at = base + (static_cast<size_t>(from + r) * gamma + k) * vocabulary + t * LANES;
-                            std::memcpy(score, at, sizeof(float) * lanes);
-                            (Floats::load(score) + bias[r]).keep(lanes, -INFINITY).store(extra);
-                            for (int i = 0; i < LANES; i++) {
-                                where[r][i] = extra[i] > top[r][i] ? t * LANES + i : where[r][i];
-                                top[r][i] = extra[i] > top[r][i] ? extra[i] : top[r][i];
-                            }
+                            alignas(64) float score[LANES] = {};
+                            if (lanes < LANES) std::memcpy(score, at, sizeof(float) * lanes), at = score;
+                            best[r].see((Floats::load(at) + bias[r]).keep(lanes, -INFINITY), t);
                         }
                     }
-                    for (int r = 0; r < some; r++)
-                        for (int i = 0; i < LANES; i++)
-                            if (top[r][i] > best[from + r].score ||
-                                (top[r][i] == best[from + r].score && where[r][i] < best[from + r].index))
-                                best[from + r] = {top[r][i], where[r][i]};
+                    for (int r = 0; r < some; r++) {
+                        found[from + r] = Found();
+                        best[r].onto(found[from + r].score, found[from + r].index);
+                    }
                 }
                 context->pool.barrier();
                 for (int r = first_row; r < last_row; r++) {  // whoever drafts on for a stream says what it has come to
-                    Best most = context->best[r];
+                    Found most = context->found[r];
                     for (int other = 1; other < threads; other++) {
-                        const Best theirs = context->best[static_cast<size_t>(other) * streams + r];
+                        const Found theirs = context->found[static_cast<size_t>(other) * streams + r];
                         if (theirs.score > most.score) most = theirs;
                     }
-                    tokens[r * gamma + k] = draft_ids ? draft_ids[most.index] : most.index;
+                    const int32_t index = most.index < vocabulary ? most.index : 0;  // nothing but NaN
+                    tokens[r * gamma + k] = draft_ids ? draft_ids[index] : index;
                 }
                 context->pool.barrier();
             }

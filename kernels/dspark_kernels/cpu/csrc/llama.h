@@ -65,38 +65,36 @@ class Llama {
     void run(Pool& pool, const Pass& pass, const Store& store, float* x, const int32_t* tap_layers, int taps,
              float* tap_out) {
         const Shape& s = shape;
-        xq_.reserve(pass.rows, s.hidden);
+        own_.resize(pool.size());
+        for (Own& own : own_) own.input.reserve(pass.rows, s.hidden);
         aq_.reserve(pass.rows, s.heads * s.head_size);
         hq_.reserve(pass.rows, s.inner);
         reserve(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
         const int longest = pass.rows ? *std::max_element(pass.visible, pass.visible + pass.rows) : 0;
-        const int scores = (longest + LANES) / LANES * LANES * (s.heads / s.kv_heads);
-        reserve(scores_, scores_size_, static_cast<size_t>(scores) * pool.size());
+        for (Own& own : own_)
+            reserve(own.scores, own.scores_size, static_cast<size_t>(longest + LANES) * (s.heads / s.kv_heads));
         pool.run([&](int thread) {
-            const int threads = pool.size();
-            float* own_scores = scores_.get() + static_cast<size_t>(scores) * thread;
-            int first_row, last_row;
-            share(pass.rows, 1, thread, threads, &first_row, &last_row);
+            Own& own = own_[thread];
             for (int l = 0; l < static_cast<int>(layers.size()); l++) {
                 const Layer& layer = layers[l];
                 const Cache cache = store.layer(l, s);
-                normalise(x, layer.input_norm.get(), first_row, last_row);
+                normalise(x, layer.input_norm.get(), pass.rows, own.input);
+                project(pool, thread, layer, cache, pass, own.input, 0, s.heads + 2 * s.kv_heads);
                 pool.barrier();
-                project(layer, cache, pass, 0, s.heads + 2 * s.kv_heads, thread, threads);
+                attend(pool, thread, cache, pass, own.scores.get());
                 pool.barrier();
-                attend(cache, pass, own_scores, thread, threads);
+                add_product(pool, thread, layer.o, aq_, pass.rows, x);
                 pool.barrier();
-                add_product(layer.o, aq_, pass.rows, x, thread, threads);
+                normalise(x, layer.post_norm.get(), pass.rows, own.input);
+                gate_up(pool, thread, layer, own.input, pass.rows);
                 pool.barrier();
-                normalise(x, layer.post_norm.get(), first_row, last_row);
-                pool.barrier();
-                gate_up(layer, pass.rows, thread, threads);
-                pool.barrier();
-                add_product(layer.down, hq_, pass.rows, x, thread, threads);
+                add_product(pool, thread, layer.down, hq_, pass.rows, x);
                 pool.barrier();
                 for (int i = 0; i < taps; i++) {
                     if (tap_layers[i] != l) continue;
-                    for (int r = first_row; r < last_row; r++)
+                    int first, last;
+                    share(pass.rows, 1, thread, pool.size(), &first, &last);
+                    for (int r = first; r < last; r++)
                         std::memcpy(tap_out + (static_cast<size_t>(r) * taps + i) * s.hidden,
                                     x + static_cast<size_t>(r) * s.hidden, sizeof(float) * s.hidden);
                 }
@@ -107,22 +105,30 @@ class Llama {
     // Keys and values of `features` [T, H] (normed already), every layer, without attention: a drafter's context.
     void write_context(Pool& pool, const Pass& pass, const Store& store, const float* features) {
         const Shape& s = shape;
-        xq_.reserve(pass.rows, s.hidden);
+        own_.resize(pool.size());
         reserve(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
         pool.run([&](int thread) {
-            int first, last;
-            share(pass.rows, 1, thread, pool.size(), &first, &last);
-            for (int r = first; r < last; r++) xq_.put_row(r, features + static_cast<size_t>(r) * s.hidden);
-            pool.barrier();
-            for (int l = 0; l < static_cast<int>(layers.size()); l++)
-                project(layers[l], store.layer(l, s), pass, s.heads, s.heads + 2 * s.kv_heads, thread, pool.size());
+            Quantised& input = own_[thread].input;
+            input.reserve(pass.rows, s.hidden);
+            for (int r = 0; r < pass.rows; r++) input.put_row(r, features + static_cast<size_t>(r) * s.hidden);
+            for (const Layer& layer : layers) {
+                const Cache cache = store.layer(static_cast<int>(&layer - layers.data()), s);
+                project(pool, thread, layer, cache, pass, input, s.heads, s.heads + 2 * s.kv_heads);
+                pool.barrier();
+            }
         });
     }
 
    private:
-    Quantised xq_, aq_, hq_;
-    Buffer<float> qkv_, scores_;
-    size_t qkv_size_ = 0, scores_size_ = 0;
+    struct Own {  // a thread's
+        Quantised input;
+        Buffer<float> scores;
+        size_t scores_size = 0;
+    };
+    std::vector<Own> own_;
+    Quantised aq_, hq_;
+    Buffer<float> qkv_;
+    size_t qkv_size_ = 0;
 
     static void reserve(Buffer<float>& buffer, size_t& size, size_t wanted) {
         if (wanted <= size) return;
@@ -130,35 +136,36 @@ class Llama {
         size = wanted;
     }
 
-    void normalise(const float* x, const float* weight, int first, int last) {
+    // Every thread norms and quantises all rows for itself: quicker than to wait for one another once more.
+    void normalise(const float* x, const float* weight, int rows, Quantised& out) const {
         float normed[16384];
-        for (int r = first; r < last; r++) {
+        for (int r = 0; r < rows; r++) {
             rms_norm(x + static_cast<size_t>(r) * shape.hidden, weight, shape.hidden, shape.eps, normed);
-            xq_.put_row(r, normed);
+            out.put_row(r, normed);
         }
     }
 
-    // Heads first_head…last_head-1 of Q, K and V, counted through; a thread has whole heads, so that it can turn them.
-    void project(const Layer& layer, const Cache& cache, const Pass& pass, int first_head, int last_head, int thread,
-                 int threads) {
+    // Heads first_head…last_head-1 of Q, K and V, counted through; whoever takes one turns it too.
+    void project(Pool& pool, int thread, const Layer& layer, const Cache& cache, const Pass& pass,
+                 const Quantised& input, int first_head, int last_head) {
         const Shape& s = shape;
         const int tiles = s.head_size / LANES, width = s.qkv();
-        int first, last;
-        share(last_head - first_head, 1, thread, threads, &first, &last);
-        for (int head = first_head + first; head < first_head + last; head++) {
-            for (int t = head * tiles; t < (head + 1) * tiles; t++)
-                product(layer.qkv, t, xq_, pass.rows,
-                        [&](int r, Floats v) { v.store(qkv_.get() + static_cast<size_t>(r) * width + t * LANES); });
-            const bool is_query = head < s.heads, is_key = !is_query && head < s.heads + s.kv_heads;
-            const float* norm = is_query ? layer.q_norm.get() : is_key ? layer.k_norm.get() : nullptr;
-            for (int r = 0; r < pass.rows; r++) {
-                float* x = qkv_.get() + static_cast<size_t>(r) * width + head * s.head_size;
-                if (norm) rms_norm(x, norm, s.head_size, s.eps, x);
-                if (is_query || is_key) turn(x, pass.position[r]);
-                if (is_key) write_key(cache, head - s.heads, pass.slot[r], x);
-                if (!is_query && !is_key) write_value(cache, head - s.heads - s.kv_heads, pass.slot[r], x);
+        pool.each(thread, last_head - first_head, 1, [&](int first, int last) {
+            for (int head = first_head + first; head < first_head + last; head++) {
+                for (int t = head * tiles; t < (head + 1) * tiles; t++)
+                    product(layer.qkv, t, input, pass.rows,
+                            [&](int r, Floats v) { v.store(qkv_.get() + static_cast<size_t>(r) * width + t * LANES); });
+                const bool is_query = head < s.heads, is_key = !is_query && head < s.heads + s.kv_heads;
+                const float* norm = is_query ? layer.q_norm.get() : is_key ? layer.k_norm.get() : nullptr;
+                for (int r = 0; r < pass.rows; r++) {
+                    float* x = qkv_.get() + static_cast<size_t>(r) * width + head * s.head_size;
+                    if (norm) rms_norm(x, norm, s.head_size, s.eps, x);
+                    if (is_query || is_key) turn(x, pass.position[r]);
+                    if (is_key) write_key(cache, head - s.heads, pass.slot[r], x);
+                    if (!is_query && !is_key) write_value(cache, head - s.heads - s.kv_heads, pass.slot[r], x);
+                }
             }
-        }
+        });
     }
 
     void turn(float* x, int position) const {
@@ -188,21 +195,21 @@ class Llama {
         for (int d = 0; d < shape.head_size; d += LANES) Floats::load(x + d).store_half(to + d);
     }
 
-    // A thread has (row, key head) pairs: G query heads read the same keys and values.
-    void attend(const Cache& cache, const Pass& pass, float* scores, int thread, int threads) {
+    // By key head and row: G query heads read the same keys and values, and so do the rows of a stream.
+    void attend(Pool& pool, int thread, const Cache& cache, const Pass& pass, float* scores) {
         const Shape& s = shape;
-        int first, last;
-        share(pass.rows * s.kv_heads, 1, thread, threads, &first, &last);
-        for (int item = first; item < last; item++) {
-            const int r = item / s.kv_heads, head = item % s.kv_heads;
-            switch (s.heads / s.kv_heads) {
-                case 1: attend_one<1>(cache, pass, r, head, scores); break;
-                case 2: attend_one<2>(cache, pass, r, head, scores); break;
-                case 3: attend_one<3>(cache, pass, r, head, scores); break;
-                case 4: attend_one<4>(cache, pass, r, head, scores); break;
-                default: attend_any(cache, pass, r, head, scores); break;
+        pool.each(thread, pass.rows * s.kv_heads, 1, [&](int first, int last) {
+            for (int item = first; item < last; item++) {
+                const int r = item % pass.rows, head = item / pass.rows;
+                switch (s.heads / s.kv_heads) {
+                    case 1: attend_one<1>(cache, pass, r, head, scores); break;
+                    case 2: attend_one<2>(cache, pass, r, head, scores); break;
+                    case 3: attend_one<3>(cache, pass, r, head, scores); break;
+                    case 4: attend_one<4>(cache, pass, r, head, scores); break;
+                    default: attend_any(cache, pass, r, head, scores); break;
+                }
             }
-        }
+        });
     }
 
     template <int G>
@@ -212,6 +219,62 @@ class Llama {
     void attend_any(const Cache& cache, const Pass& pass, int r, int head, float* scores) {
         const int group = shape.heads / shape.kv_heads;
         for (int g = 0; g < group; g++) attend_heads<1>(cache, pass, r, head, head * group + g, scores);
+    }
+
+    // Scores of G queries and the keys of T tiles from p on; T tiles at once, because one sum alone waits for itself.
+    template <int G, int T>
+    void score_tiles(const uint16_t* keys, const float* q, Floats scale, int seen, int p, int stride, float* scores,
+                     Floats* most) const {
+        const int size = shape.head_size;
+        const size_t step = static_cast<size_t>(shape.kv_heads) * size * LANES;
+        const uint16_t* k = keys + p / LANES * step;
+        Floats score[T][G];
+DSPARK_UNROLL(4)
+        for (int t = 0; t < T; t++)
+DSPARK_UNROLL(4)
+            for (int g = 0; g < G; g++) score[t][g] = Floats::zero();
+        for (int d = 0; d < size; d++) {
+DSPARK_UNROLL(4)
+            for (int t = 0; t < T; t++) {
+                const Floats key = Floats::load_half(k + t * step + d * LANES);
+DSPARK_UNROLL(4)
+                for (int g = 0; g < G; g++) score[t][g] = fma(key, Floats::all(q[g * size + d]), score[t][g]);
+            }
+        }
+        for (int t = 0; t < T; t++, p += LANES) {
+            for (int g = 0; g < G; g++) {
+                const Floats kept = (score[t][g] * scale).keep(seen - p, -INFINITY);
+                most[g] = max(most[g], kept);
+                kept.store(scores + g * stride + p);
+            }
+        }
+    }
+
+    // C·16 dimensions of the weighted values for G queries, divided by the sums of their weights.
+    template <int G, int C>
+    void weigh_values(const uint16_t* v, int seen, int stride, const float* weights, const Floats* total,
+                      float* out) const {
+        const size_t step = static_cast<size_t>(shape.kv_heads) * shape.head_size;
+        Floats sums[G][C];
+DSPARK_UNROLL(4)
+        for (int g = 0; g < G; g++)
+DSPARK_UNROLL(4)
+            for (int c = 0; c < C; c++) sums[g][c] = Floats::zero();
+        for (int p = 0; p < seen; p++, v += step) {
+            Floats value[C];
+DSPARK_UNROLL(4)
+            for (int c = 0; c < C; c++) value[c] = Floats::load_half(v + c * LANES);
+DSPARK_UNROLL(4)
+            for (int g = 0; g < G; g++) {
+                const Floats weight = Floats::all(weights[g * stride + p]);
+DSPARK_UNROLL(4)
+                for (int c = 0; c < C; c++) sums[g][c] = fma(value[c], weight, sums[g][c]);
+            }
+        }
+        for (int g = 0; g < G; g++) {
+            const Floats share_of = Floats::all(1.0f / sum_of(total[g]));
+            for (int c = 0; c < C; c++) (sums[g][c] * share_of).store(out + g * shape.head_size + c * LANES);
+        }
     }
 
     template <int G>
@@ -224,20 +287,10 @@ class Llama {
         const int stride = (seen + LANES - 1) / LANES * LANES;
         Floats most[G], total[G];
         for (int g = 0; g < G; g++) most[g] = Floats::all(-INFINITY), total[g] = Floats::zero();
-        for (int p = 0; p < seen; p += LANES) {
-            const uint16_t* k = cache.keys + ((base + p) / LANES * s.kv_heads + head) * size * LANES;
-            Floats score[G];
-            for (int g = 0; g < G; g++) score[g] = Floats::zero();
-            for (int d = 0; d < size; d++) {
-                const Floats keys = Floats::load_half(k + d * LANES);
-                for (int g = 0; g < G; g++) score[g] = fma(keys, Floats::all(q[g * size + d]), score[g]);
-            }
-            for (int g = 0; g < G; g++) {
-                const Floats kept = (score[g] * scale).keep(seen - p, -INFINITY);
-                most[g] = max(most[g], kept);
-                kept.store(scores + g * stride + p);
-            }
-        }
+        const uint16_t* k = cache.keys + (base / LANES * s.kv_heads + head) * size * LANES;
+        int p = 0;
+        for (; p + 4 * LANES <= stride; p += 4 * LANES) score_tiles<G, 4>(k, q, scale, seen, p, stride, scores, most);
+        for (; p < stride; p += LANES) score_tiles<G, 1>(k, q, scale, seen, p, stride, scores, most);
         for (int g = 0; g < G; g++) {
             const Floats top = Floats::all(max_of(most[g]));
             for (int p = 0; p < seen; p += LANES) {
@@ -247,70 +300,43 @@ class Llama {
             }
         }
         float out[256 * G];
-        for (int d = 0; d < size; d += 4 * LANES) {
-            const int chunks = std::min(4, (size - d) / LANES);
-            Floats sums[G][4];
-            for (int g = 0; g < G; g++)
-                for (int c = 0; c < 4; c++) sums[g][c] = Floats::zero();
-            for (int p = 0; p < seen; p++) {
-                const uint16_t* v = cache.values + ((base + p) * s.kv_heads + head) * size + d;
-                if (chunks == 4) {
-                    const Floats v0 = Floats::load_half(v), v1 = Floats::load_half(v + LANES);
-                    const Floats v2 = Floats::load_half(v + 2 * LANES), v3 = Floats::load_half(v + 3 * LANES);
-                    for (int g = 0; g < G; g++) {
-                        const Floats weight = Floats::all(scores[g * stride + p]);
-                        sums[g][0] = fma(v0, weight, sums[g][0]);
-                        sums[g][1] = fma(v1, weight, sums[g][1]);
-                        sums[g][2] = fma(v2, weight, sums[g][2]);
-                        sums[g][3] = fma(v3, weight, sums[g][3]);
-                    }
-                } else {
-                    for (int c = 0; c < chunks; c++) {
-                        const Floats vc = Floats::load_half(v + c * LANES);
-                        for (int g = 0; g < G; g++)
-                            sums[g][c] = fma(vc, Floats::all(scores[g * stride + p]), sums[g][c]);
-                    }
-                }
-            }
-            for (int g = 0; g < G; g++) {
-                const Floats share_of = Floats::all(1.0f / sum_of(total[g]));
-                for (int c = 0; c < chunks; c++) (sums[g][c] * share_of).store(out + g * size + d + c * LANES);
-            }
-        }
+        const uint16_t* v = cache.values + (base * s.kv_heads + head) * size;
+        int d = 0;
+        for (; d + 4 * LANES <= size; d += 4 * LANES) weigh_values<G, 4>(v + d, seen, stride, scores, total, out + d);
+        for (; d < size; d += LANES) weigh_values<G, 1>(v + d, seen, stride, scores, total, out + d);
         for (int i = 0; i < G * size; i += GROUP) aq_.put(r, (first_query * size + i) / GROUP, out + i);
     }
 
-    void add_product(const Matrix& w, const Quantised& input, int rows, float* x, int thread, int threads) const {
-        int first, last;
-        share(w.tiles(), 1, thread, threads, &first, &last);
-        for (int t = first; t < last; t++)
-            product(w, t, input, rows, [&](int r, Floats v) {
-                float* at = x + static_cast<size_t>(r) * shape.hidden + t * LANES;
-                (Floats::load(at) + v).store(at);
-            });
+    void add_product(Pool& pool, int thread, const Matrix& w, const Quantised& input, int rows, float* x) const {
+        pool.each(thread, w.tiles(), 1, [&](int first, int last) {
+            for (int t = first; t < last; t++)
+                product(w, t, input, rows, [&](int r, Floats v) {
+                    float* at = x + static_cast<size_t>(r) * shape.hidden + t * LANES;
+                    (Floats::load(at) + v).store(at);
+                });
+        });
     }
 
     // silu(gate)·up, quantised for `down` where it arises: two tiles are one group.
-    void gate_up(const Layer& layer, int rows, int thread, int threads) {
-        int first, last;
-        share(layer.gate.tiles(), GROUP / LANES, thread, threads, &first, &last);
-        for (int t = first; t < last; t += GROUP / LANES) {
-            for (int from = 0; from < rows; from += ROWS) {
-                const int some = std::min(ROWS, rows - from);
-                float inner[ROWS][GROUP];
-                for (int half = 0; half < GROUP / LANES; half++) {
-                    Floats gate[ROWS], up[ROWS];
-                    tiles(layer.gate, t + half, xq_, from, some, gate);
-                    tiles(layer.up, t + half, xq_, from, some, up);
-                    for (int r = 0; r < some; r++) {
-                        const Floats one = Floats::all(1.0f);
-                        const Floats silu = gate[r] / (one + exp(Floats::zero() - gate[r]));
-                        (silu * up[r]).store(inner[r] + half * LANES);
-                    }
-                }
-                for (int r = 0; r < some; r++) hq_.put(from + r, t * LANES / GROUP, inner[r]);
+    void gate_up(Pool& pool, int thread, const Layer& layer, const Quantised& input, int rows) {
+        pool.each(thread, layer.gate.tiles(), GROUP / LANES, [&](int first, int last) {
+            for (int t = first; t < last; t += GROUP / LANES)
+                for (int from = 0; from < rows; from += ROWS) gate_up_group(layer, t, input, from, std::min(ROWS, rows - from));
+        });
+    }
+
+    void gate_up_group(const Layer& layer, int t, const Quantised& input, int from, int rows) {
+        float inner[ROWS][GROUP];
+        for (int half = 0; half < GROUP / LANES; half++) {
+            Floats gate[ROWS], up[ROWS];
+            tiles(layer.gate, t + half, input, from, rows, gate);
+            tiles(layer.up, t + half, input, from, rows, up);
+            for (int r = 0; r < rows; r++) {
+                const Floats silu = gate[r] / (Floats::all(1.0f) + exp(Floats::zero() - gate[r]));
+                (silu * up[r]).store(inner[r] + half * LANES);
             }
         }
+        for (int r = 0; r < rows; r++) hq_.put(from + r, t * LANES / GROUP, inner[r]);
     }
 
     static void tiles(const Matrix& w, int t, const Quantised& x, int first, int rows, Floats* out) {

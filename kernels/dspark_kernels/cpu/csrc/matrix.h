@@ -15,6 +15,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -25,7 +26,22 @@
 
 namespace dspark {
 
-constexpr int ROWS = 16;  // activations that one reading of the weights serves
+constexpr int ROWS = 16;          // activations that one reading of the weights serves
+constexpr size_t PREFETCH = 4096;  // bytes ahead: the processor's own prefetching stops at every page
+
+#if defined(__GNUC__)
+#define DSPARK_APART __attribute__((noinline))
+#else
+#define DSPARK_APART
+#endif
+
+template <size_t BYTES>
+inline void prefetch(const uint8_t* at) {
+#if defined(__GNUC__)
+DSPARK_UNROLL(20)
+    for (size_t i = 0; i < BYTES; i += 64) __builtin_prefetch(at + i);
+#endif
+}
 
 struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -131,93 +147,155 @@ struct Matrix {
     }
 };
 
-// Activations: signed bytes with a scale for each GROUP of a row, and each group's sum, for the weights' m.
+// Activations: signed bytes with a scale for each GROUP of a row, and each group's sum, for the weights' m. ROWS rows lie
+// together, group after group, so that the product reads them front to back too, at offsets known to the compiler.
 struct Quantised {
-    int inputs = 0, capacity = 0;
-    Buffer<int8_t> q;
-    Buffer<float> scale, sum;
+    struct Group {
+        alignas(64) int8_t q[ROWS][GROUP];
+        float scale[ROWS], sum[ROWS];
+    };
+    int groups = 0;
+    size_t capacity = 0;
+    Buffer<Group> data;
 
-    void reserve(int rows, int width) {
-        inputs = width;
-        if (rows * width <= capacity) return;
-        capacity = rows * width;
-        q = allocate<int8_t>(capacity);
-        scale = allocate<float>(capacity / GROUP);
-        sum = allocate<float>(capacity / GROUP);
+    void reserve(int rows, int inputs) {
+        groups = inputs / GROUP;
+        const size_t wanted = static_cast<size_t>((rows + ROWS - 1) / ROWS) * groups;
+        if (wanted <= capacity) return;
+        data = allocate<Group>(wanted);
+        capacity = wanted;
+        std::memset(static_cast<void*>(data.get()), 0, wanted * sizeof(Group));
     }
-    const int8_t* row(int r) const { return q.get() + static_cast<size_t>(r) * inputs; }
+    const Group* rows_from(int first) const { return data.get() + static_cast<size_t>(first / ROWS) * groups; }
 
     // 32 floats of row r, group g.
     void put(int r, int g, const float* x) {
+        Group& to = data.get()[static_cast<size_t>(r / ROWS) * groups + g];
+        const int row = r % ROWS;
         const Floats a = Floats::load(x), b = Floats::load(x + LANES);
         const float most = max_of(max(abs(a), abs(b)));
-        const size_t at = static_cast<size_t>(r) * (inputs / GROUP) + g;
-        int8_t* to = q.get() + static_cast<size_t>(r) * inputs + g * GROUP;
         if (!(most > 1e-30f)) {  // nothing, too little for a scale to be a number, or not a number at all
-            std::memset(to, 0, GROUP);
-            scale[at] = sum[at] = most == most ? 0.0f : most;
+            std::memset(to.q[row], 0, GROUP);
+            to.scale[row] = to.sum[row] = most == most ? 0.0f : most;
             return;
         }
         const Floats up = Floats::all(127.0f / most);
         const Floats qa = round(a * up), qb = round(b * up);
-        store_bytes(qa, to);
-        store_bytes(qb, to + LANES);
-        scale[at] = most / 127.0f;
-        sum[at] = scale[at] * sum_of(qa + qb);
+        store_bytes(qa, to.q[row]);
+        store_bytes(qb, to.q[row] + LANES);
+        to.scale[row] = most / 127.0f;
+        to.sum[row] = to.scale[row] * sum_of(qa + qb);
     }
     void put_row(int r, const float* x) {
-        for (int g = 0; g < inputs / GROUP; g++) put(r, g, x + g * GROUP);
+        for (int g = 0; g < groups; g++) put(r, g, x + g * GROUP);
     }
 };
 
-// One tile of 16 channels times M rows from `first` on: out[r] gets 16 floats for row first + r.
-template <int BITS, int M>
-inline void tile_product(const Matrix& w, int t, const Quantised& x, int first, Floats* out) {
-    const int groups = w.groups();
-    const size_t step = w.group_bytes();
-    const uint8_t* at = w.tile(t);
-    const int8_t* q[M];
-    const float *scale[M], *sum[M];
-    Floats total[M];
+// The eight chunks of one group of a tile, a byte a weight.
+template <int BITS>
+inline void unpack(const uint8_t* at, Bytes* chunk) {
+    if constexpr (BITS == 8) {
+DSPARK_UNROLL(8)
+        for (int c = 0; c < 8; c++) chunk[c] = Bytes::load(at + 64 * c);
+    } else {
+DSPARK_UNROLL(4)
+        for (int c = 0; c < 4; c++) {
+            const Bytes both = Bytes::load(at + 64 * c);
+            chunk[2 * c] = both.low();
+            chunk[2 * c + 1] = both.high();
+        }
+    }
+}
+
+// A group's integer dot products, scaled, onto the totals of M rows. Every path ends here, so they agree to the bit.
+template <int M, typename Dot>
+inline void add_group(const uint16_t* scales, const Quantised::Group& x, Dot dot, Floats* total) {
+    const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
+DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) {
-        q[r] = x.row(first + r);
-        scale[r] = x.scale.get() + static_cast<size_t>(first + r) * groups;
-        sum[r] = x.sum.get() + static_cast<size_t>(first + r) * groups;
-        total[r] = Floats::zero();
+        total[r] = fma(Floats::from(dot(r)), d * Floats::all(x.scale[r]), total[r]);
+        total[r] = fma(m, Floats::all(x.sum[r]), total[r]);
     }
-    for (int g = 0; g < groups; g++, at += step) {
+}
+
+// One tile of 16 channels times the first M rows of x: out[r] gets 16 floats.
+template <int BITS, int M>
+DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::Group* x, Floats* out) {
+    constexpr size_t step = BITS * LANES * GROUP / 8 + 4 * LANES;
+    Floats total[M];
+DSPARK_UNROLL(16)
+    for (int r = 0; r < M; r++) total[r] = Floats::zero();
+    for (int g = 0; g < groups; g++, at += step, x++) {
+        prefetch<step>(at + PREFETCH);
         Bytes chunk[8];
-        if constexpr (BITS == 8) {
-            for (int c = 0; c < 8; c++) chunk[c] = Bytes::load(at + 64 * c);
-        } else {
-            for (int c = 0; c < 4; c++) {
-                const Bytes both = Bytes::load(at + 64 * c);
-                chunk[2 * c] = both.low();
-                chunk[2 * c + 1] = both.high();
-            }
-        }
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + step - 4 * LANES);
-        const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
-        for (int r = 0; r < M; r++) {
-            Ints dot = no_ints();
-            for (int c = 0; c < 8; c++) dot = dot4<BITS>(dot, chunk[c], q[r] + g * GROUP + 4 * c);
-            total[r] = fma(Floats::from(dot), d * Floats::all(scale[r][g]), total[r]);
-            total[r] = fma(m, Floats::all(sum[r][g]), total[r]);
-        }
+        unpack<BITS>(at, chunk);
+        const auto dot = [&](int r) {
+            Ints sum = no_ints();
+DSPARK_UNROLL(8)
+            for (int c = 0; c < 8; c++) sum = dot4<BITS>(sum, chunk[c], x->q[r] + 4 * c);
+            return sum;
+        };
+        add_group<M>(reinterpret_cast<const uint16_t*>(at + step - 4 * LANES), *x, dot, total);
     }
+DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) out[r] = total[r];
 }
 
+#if defined(DSPARK_AMX)
+// The same by the matrix unit: a group of 16 channels times M rows is one instruction, worth it from a few rows on.
+template <int BITS, int M>
+DSPARK_APART void tile_product_amx(const uint8_t* at, int groups, const Quantised::Group* x, Floats* out) {
+    constexpr size_t step = BITS * LANES * GROUP / 8 + 4 * LANES;
+    constexpr int RING = 8, LOADED = 3, ADDED = 6;  // stages: so many groups apart, that none waits for the one before
+    alignas(64) uint8_t weights[RING][8 * 64];
+    alignas(64) int32_t dots[RING][M][LANES];
+    use_matrix_unit(M);
+    Floats total[M];
+DSPARK_UNROLL(16)
+    for (int r = 0; r < M; r++) total[r] = Floats::zero();
+    for (int i = 0; i < groups + ADDED; i++) {
+        if (i < groups) {
+            prefetch<step>(at + PREFETCH);
+            Bytes chunk[8];
+            unpack<BITS>(at, chunk);
+DSPARK_UNROLL(8)
+            for (int c = 0; c < 8; c++) chunk[c].store(weights[i % RING] + 64 * c);
+        }
+        const int j = i - LOADED;
+        if (j >= 0 && j < groups) {
+          if (j&1) matrix_product<0>(weights[j % RING], x[j].q[0], dots[j % RING][0]);
+          else matrix_product<1>(weights[j % RING], x[j].q[0], dots[j % RING][0]);
+        }
+        const int k = i - ADDED;
+        if (k >= 0) {
+            const auto dot = [&](int r) { return Ints{_mm512_load_si512(dots[k % RING][r])}; };
+            add_group<M>(reinterpret_cast<const uint16_t*>(at - ADDED * step + step - 4 * LANES), x[k], dot, total);
+        }
+        at += step;
+    }
+DSPARK_UNROLL(16)
+    for (int r = 0; r < M; r++) out[r] = total[r];
+}
+#endif
+
+template <int BITS, int M>
+inline void tile_of(const uint8_t* at, int groups, const Quantised::Group* x, Floats* out) {
+#if defined(DSPARK_AMX)
+    if constexpr (M >= AMX_ROWS) return tile_product_amx<BITS, M>(at, groups, x, out);
+#endif
+    tile_product<BITS, M>(at, groups, x, out);
+}
+
+// Tile t times rows first…first+rows-1 of x; `first` is a multiple of ROWS, rows at most ROWS.
 template <int BITS>
 inline void tile_rows(const Matrix& w, int t, const Quantised& x, int first, int rows, Floats* out) {
     switch (rows) {
 #define DSPARK_CASE(M) \
-    case M: return tile_product<BITS, M>(w, t, x, first, out);
+    case M: return tile_of<BITS, M>(w.tile(t), w.groups(), x.rows_from(first), out);
         DSPARK_CASE(1) DSPARK_CASE(2) DSPARK_CASE(3) DSPARK_CASE(4) DSPARK_CASE(5) DSPARK_CASE(6) DSPARK_CASE(7)
         DSPARK_CASE(8) DSPARK_CASE(9) DSPARK_CASE(10) DSPARK_CASE(11) DSPARK_CASE(12) DSPARK_CASE(13) DSPARK_CASE(14)
-        DSPARK_CASE(15)
+        DSPARK_CASE(15) DSPARK_CASE(16)
 #undef DSPARK_CASE
-        default: return tile_product<BITS, ROWS>(w, t, x, first, out);
     }
 }
 
@@ -234,5 +312,26 @@ inline void product(const Matrix& w, int t, const Quantised& x, int rows, Use us
         for (int r = 0; r < some; r++) use(first + r, out[r]);
     }
 }
+
+// The largest score of a row and where it stands, tile after tile: of equal ones the first. Indices are exact as floats
+// up to 2^24.
+struct Best {
+    Floats score = Floats::all(-INFINITY), tile = Floats::zero();
+
+    void see(Floats scores, int t) {
+        tile = pick(scores, score, Floats::all(static_cast<float>(t)), tile);
+        score = max(scores, score);
+    }
+    // The best of all lanes, as a channel, unless `index` with `most` is better.
+    void onto(float& most, int32_t& index) const {
+        alignas(64) float scores[LANES], tiles[LANES];
+        score.store(scores);
+        tile.store(tiles);
+        for (int lane = 0; lane < LANES; lane++) {
+            const int32_t channel = static_cast<int32_t>(tiles[lane]) * LANES + lane;
+            if (scores[lane] > most || (scores[lane] == most && channel < index)) most = scores[lane], index = channel;
+        }
+    }
+};
 
 }  // namespace dspark

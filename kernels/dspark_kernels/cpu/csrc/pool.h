@@ -2,12 +2,15 @@
 // than a wake-up, and sleep between passes, so that an idle service costs nothing.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
+
+#include "simd.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -39,7 +42,11 @@ class Pool {
 
     // job(thread) on every thread, this one included; returns when all are done.
     void run(const std::function<void(int)>& job) {
-        if (count_ == 1) return job(0);
+        next_.store(0, std::memory_order_relaxed);
+        if (count_ == 1) {
+            job(0);
+            return leave_matrix_unit();
+        }
         job_ = &job;
         left_.store(count_ - 1, std::memory_order_relaxed);
         {
@@ -48,15 +55,28 @@ class Pool {
         }
         wake_.notify_all();
         job(0);
+        leave_matrix_unit();
         wait([this] { return left_.load(std::memory_order_acquire) == 0; });
+    }
+
+    // Inside a job, between two barriers: part(first, last) over 0…count-1 in multiples of `grain`, by all threads
+    // together. Three quarters are dealt out in one piece each, so that a thread reads memory front to back; the rest
+    // goes to whoever is first, so that nobody waits long for a thread that has lost its core for a while.
+    template <typename Part>
+    void each(int thread, int count, int grain, Part part) {
+        const int units = (count + grain - 1) / grain, own = units * 3 / (4 * count_);
+        if (own) part(own * thread * grain, std::min(own * (thread + 1) * grain, count));
+        for (int unit; (unit = own * count_ + next_.fetch_add(1, std::memory_order_relaxed)) < units;)
+            part(unit * grain, std::min((unit + 1) * grain, count));
     }
 
     // Inside a job: nobody goes on before all have come here.
     void barrier() {
-        if (count_ == 1) return;
+        if (count_ == 1) return next_.store(0, std::memory_order_relaxed);
         const uint32_t round = round_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count_)) {
             arrived_.store(0, std::memory_order_relaxed);
+            next_.store(0, std::memory_order_relaxed);
             round_.store(round + 1, std::memory_order_release);
         } else {
             wait([this, round] { return round_.load(std::memory_order_acquire) != round; });
@@ -97,6 +117,7 @@ class Pool {
             seen = epoch_.load(std::memory_order_acquire);
             if (closing_) return;
             (*job_)(index);
+            leave_matrix_unit();
             left_.fetch_sub(1, std::memory_order_release);
         }
     }
@@ -107,11 +128,11 @@ class Pool {
     std::condition_variable wake_;
     const std::function<void(int)>* job_ = nullptr;
     std::atomic<uint32_t> epoch_{0}, round_{0}, arrived_{0};
-    std::atomic<int> left_{0};
+    std::atomic<int> left_{0}, next_{0};
     bool closing_ = false;
 };
 
-// Tiles first…last-1 of `tiles` that are a thread's own, in multiples of `grain`.
+// Tiles first…last-1 of `tiles` that are a thread's own, in multiples of `grain`: for parts that all take equally long.
 inline void share(int tiles, int grain, int thread, int threads, int* first, int* last) {
     const int units = (tiles + grain - 1) / grain;
     *first = units * thread / threads * grain;

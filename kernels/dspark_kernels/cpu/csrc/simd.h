@@ -1,4 +1,5 @@
-// Sixteen lanes of float or int32 and what the kernels do with them, for three instruction sets. Which one is
+// Sixteen lanes of float or int32 and what the kernels do with them, for three instruction sets; the
+// fourth, AMX, is AVX-512 with a matrix unit. Which one is
 // compiled is decided by the compiler's flags; which library is loaded is decided at run time (build.py).
 //
 // Every path adds in the same order for every batch, so a row's result never depends on its neighbours. Paths differ
@@ -12,9 +13,23 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define DSPARK_AVX512 1
 #include <immintrin.h>
+#if defined(__AMX_INT8__) && defined(__linux__)
+#define DSPARK_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define DSPARK_AVX2 1
 #include <immintrin.h>
+#endif
+
+// Loops over lanes' worth of registers: the compiler leaves them in memory unless told. Without registers for 16 lanes
+// there is nothing to gain, and compiling would take minutes.
+#define DSPARK_PRAGMA(text) _Pragma(#text)
+#if defined(DSPARK_AVX512) || defined(DSPARK_AVX2)
+#define DSPARK_UNROLL(times) DSPARK_PRAGMA(GCC unroll times)
+#else
+#define DSPARK_UNROLL(times)
 #endif
 
 namespace dspark {
@@ -24,7 +39,11 @@ constexpr int GROUP = 32;  // weights that share a scale, and activations that d
 
 #if defined(DSPARK_AVX512)
 
+#if defined(DSPARK_AMX)
+constexpr const char* ISA = "amx";
+#else
 constexpr const char* ISA = "avx512-vnni";
+#endif
 
 struct Ints {
     __m512i v;
@@ -52,6 +71,10 @@ struct Floats {
     }
 };
 
+// lanes of x where a > b, else of y
+inline Floats pick(Floats a, Floats b, Floats x, Floats y) {
+    return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), x.v)};
+}
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -70,6 +93,7 @@ inline void store_bytes(Floats a, int8_t* p) {
 struct Bytes {
     __m512i v;
     static Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+    void store(uint8_t* p) const { _mm512_store_si512(p, v); }
     Bytes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
     Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
@@ -82,6 +106,57 @@ inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
     std::memcpy(&four, x, 4);
     return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
 }
+
+#if defined(DSPARK_AMX)
+
+constexpr int AMX_ROWS = 8;  // below it the vector unit is as fast
+
+// The operating system's leave to use the matrix unit, once a process (Linux: arch_prctl ARCH_REQ_XCOMP_PERM of XTILEDATA).
+inline bool allow_matrix_unit() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+inline thread_local int matrix_unit_rows = 0;
+
+// Tiles of `rows` activations: 0, 1 products [rows][16] of int32; 2, 3 activations [rows][32]; 4, 5 weights [8][16·4].
+inline void use_matrix_unit(int rows) {
+    if (matrix_unit_rows == rows) return;
+    struct {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 32, 32, 64, 64};
+        uint8_t rows[16] = {};
+    } tiles;
+    static_assert(sizeof(tiles) == 64, "as the processor wants it");
+    for (int i = 0; i < 4; i++) tiles.rows[i] = static_cast<uint8_t>(rows);
+    tiles.rows[4] = tiles.rows[5] = 8;
+    _tile_loadconfig(&tiles);
+    matrix_unit_rows = rows;
+}
+
+// Gives its 8 KiB of state back: the system saves and restores them with the thread otherwise.
+inline void leave_matrix_unit() {
+    if (!matrix_unit_rows) return;
+    _tile_release();
+    matrix_unit_rows = 0;
+}
+
+// out [rows][16] = x [rows][32] signed by weights [8 chunks][16 channels][4] unsigned; WHICH of two independent sets.
+template <int WHICH>
+inline void matrix_product(const uint8_t* weights, const int8_t* x, int32_t* out) {
+    if constexpr (WHICH == 0) {
+        _tile_zero(0);
+        _tile_loadd(4, weights, 64);
+        _tile_loadd(2, x, GROUP);
+        _tile_dpbsud(0, 2, 4);
+        _tile_stored(0, out, 64);
+    } else {
+        _tile_zero(1);
+        _tile_loadd(5, weights, 64);
+        _tile_loadd(3, x, GROUP);
+        _tile_dpbsud(1, 3, 5);
+        _tile_stored(1, out, 64);
+    }
+}
+
+#endif
 
 #elif defined(DSPARK_AVX2)
 
@@ -120,6 +195,10 @@ struct Floats {
     }
 };
 
+inline Floats pick(Floats a, Floats b, Floats x, Floats y) {
+    return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ)),
+            _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ))};
+}
 inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -261,6 +340,9 @@ struct Floats {
 };
 
 #define DSPARK_EACH(expression) Floats::make([&](int i) { return (expression); })
+inline Floats pick(const Floats& a, const Floats& b, const Floats& x, const Floats& y) {
+    return DSPARK_EACH(a.v[i] > b.v[i] ? x.v[i] : y.v[i]);
+}
 inline Floats operator+(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] + b.v[i]); }
 inline Floats operator-(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] - b.v[i]); }
 inline Floats operator*(const Floats& a, const Floats& b) { return DSPARK_EACH(a.v[i] * b.v[i]); }
@@ -305,21 +387,46 @@ inline Ints dot4(Ints sum, const Bytes& w, const int8_t* x) {
 
 #endif
 
-// Lanes folded in halves: the same order on every path.
+#if !defined(DSPARK_AMX)
+inline bool allow_matrix_unit() { return true; }
+inline void leave_matrix_unit() {}
+#endif
+
+// Lanes folded in halves, 8 + 8, 4 + 4, …: the same order on every path.
+#if defined(DSPARK_AVX512) || defined(DSPARK_AVX2)
+template <typename Fold>
+inline float fold(__m256 eight, Fold two) {
+    __m128 four = two(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = two(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(two(four, _mm_shuffle_ps(four, four, 1)));
+}
+#if defined(DSPARK_AVX512)
+inline __m256 low_half(Floats a) { return _mm512_castps512_ps256(a.v); }
+inline __m256 high_half(Floats a) { return _mm512_extractf32x8_ps(a.v, 1); }
+#else
+inline __m256 low_half(Floats a) { return a.lo; }
+inline __m256 high_half(Floats a) { return a.hi; }
+#endif
 inline float sum_of(Floats a) {
-    alignas(64) float x[LANES];
-    a.store(x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) x[i] += x[i + width];
-    return x[0];
+    const auto add = [](__m128 x, __m128 y) { return _mm_add_ps(x, y); };
+    return fold(_mm256_add_ps(low_half(a), high_half(a)), add);
 }
 inline float max_of(Floats a) {
-    alignas(64) float x[LANES];
-    a.store(x);
-    float best = x[0];
-    for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
-    return best;
+    const auto most = [](__m128 x, __m128 y) { return _mm_max_ps(x, y); };
+    return fold(_mm256_max_ps(low_half(a), high_half(a)), most);
 }
+#else
+inline float sum_of(Floats a) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) a.v[i] += a.v[i + width];
+    return a.v[0];
+}
+inline float max_of(Floats a) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) a.v[i] = a.v[i] > a.v[i + width] ? a.v[i] : a.v[i + width];
+    return a.v[0];
+}
+#endif
 
 // e^x to about 2 units in the last place: 2^n·e^r, r in ±ln2/2 by a polynomial of degree 6. Below -87 it stays at e^-87.
 inline Floats exp(Floats x) {

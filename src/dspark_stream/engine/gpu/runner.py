@@ -23,7 +23,7 @@ from dspark_stream.errors import ConfigError
 from dspark_stream.models.walk import head_weights
 from dspark_stream.spec.calibration import logit
 from dspark_stream.spec.draft import acceptance_of
-from dspark_stream.spec.schedule import Adaptive, Fixed
+from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged
 from dspark_stream.spec.survival import prefix_survival
 from dspark_stream.types import RoundRecord
 
@@ -56,7 +56,6 @@ class GraphRounds:
         longest: most positions that a stream can hold, a block beyond its end included.
         candidates: tokens a slot that the sequential head scores.
         replace: another round in place of `run_round`, see `RoundLadder`.
-        early_stop: Algorithm 1 by the table of round times, instead of a budget chosen two rounds before.
 
     Raises:
         ConfigError: more seats than a captured round takes, or a schedule that it does not know.
@@ -68,7 +67,6 @@ class GraphRounds:
         *,
         seats: int,
         longest: int,
-        early_stop: bool = False,
         candidates: int = CANDIDATES,
         replace: Callable[[RoundModels, RoundState, int, int, bool], None] = run_round,
     ) -> None:
@@ -78,10 +76,10 @@ class GraphRounds:
                 "--cuda-graphs off",
                 param="max_num_seqs",
             )
-        if not isinstance(models.schedule, Fixed | Adaptive):
+        if not isinstance(models.schedule, Fixed | Adaptive | EarlyStop | Lagged):
             raise ConfigError(
-                f"captured rounds do not know the schedule {type(models.schedule).__name__}: choose adaptive or "
-                "fixed:N, or --cuda-graphs off",
+                f"captured rounds do not know the schedule {type(models.schedule).__name__}: choose adaptive, "
+                "early-stop, lagged, fixed:N, or --cuda-graphs off",
                 param="schedule",
             )
         self._models = models
@@ -94,7 +92,7 @@ class GraphRounds:
         self.state = RoundState(seats, gamma, seats * (gamma + 1), device)
         fixed = models.schedule.length if isinstance(models.schedule, Fixed) else None
         self.ladder = RoundLadder(parts, self.state, fixed=fixed, replace=replace)
-        self._early_stop = early_stop and isinstance(models.schedule, Adaptive)
+        self._early_stop = isinstance(models.schedule, EarlyStop)
         rule = [FIXED, fixed] if fixed is not None else [EARLY_STOP if self._early_stop else BUDGET, ALL_THAT_FITS]
         self.state.rule.copy_(torch.tensor(rule, dtype=torch.int32))
         pinned = device.type == "cuda"

@@ -1,0 +1,42 @@
+"""What the benches share: where a figure comes from, and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def about() -> dict[str, object]:
+    """Columns that say what was measured where."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()} {os.cpu_count()} cores",
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """One line a row, with `about`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    more = about()
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *more])
+        writer.writeheader()
+        writer.writerows({**row, **more} for row in rows)
+    print(f"written to {path}")
+
+
+def write_picture(path: Path, drawings: Sequence[str]) -> None:
+    """SVG drawings, one below the other, in one SVG file."""
+    height = 400 * len(drawings)
+    body = "".join(f'<g transform="translate(0 {400 * i})">{d}</g>' for i, d in enumerate(drawings))
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" width="640" height="{height}">{body}</svg>'
+    )
+    print(f"drawn in {path}")

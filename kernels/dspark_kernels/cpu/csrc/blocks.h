@@ -1,0 +1,121 @@
+// GGUF's blocks (format facts: ggml's block_q4_0 … block_q6_K) as groups of 32 weights d·q + m with q unsigned.
+#pragma once
+
+#include "simd.h"
+
+namespace dspark {
+
+enum Source { F32 = 0, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
+
+struct Layout {
+    int groups, bytes;  // of a block
+};
+inline Layout layout_of(int type) {
+    switch (type) {
+        case Q4_0: return {1, 18};
+        case Q4_1: return {1, 20};
+        case Q5_0: return {1, 22};
+        case Q5_1: return {1, 24};
+        case Q8_0: return {1, 34};
+        case Q4_K: return {8, 144};
+        case Q5_K: return {8, 176};
+        case Q6_K: return {8, 210};
+        default: return {1, GROUP * static_cast<int>(sizeof(float))};
+    }
+}
+
+// Exact: 32 quants with one scale. Else 32 floats, whose scale changes within the group.
+struct Group {
+    bool exact = true;
+    uint8_t q[GROUP];
+    float d, m;
+    float x[GROUP];
+};
+
+inline float half_at(const uint8_t* p) {
+    uint16_t lanes[LANES] = {};
+    std::memcpy(lanes, p, 2);
+    alignas(64) float out[LANES];
+    Floats::load_half(lanes).store(out);
+    return out[0];
+}
+
+// The 6-bit scale and minimum of one of the eight groups of a K block, packed into 12 bytes.
+inline void k_scales(const uint8_t* s, int i, int* scale, int* least) {
+    if (i < 4) {
+        *scale = s[i] & 63;
+        *least = s[i + 4] & 63;
+    } else {
+        *scale = (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
+        *least = (s[i + 4] >> 4) | (s[i] >> 6) << 4;
+    }
+}
+
+// use(i, group) for each group of one block.
+template <typename Use>
+void read_block(const uint8_t* block, int type, Use use) {
+    Group g;
+    switch (type) {
+        case Q8_0:
+            g.d = half_at(block);
+            g.m = -128.0f * g.d;
+            for (int k = 0; k < GROUP; k++) g.q[k] = static_cast<uint8_t>(block[2 + k] ^ 0x80);  // signed + 128
+            return use(0, g);
+        case Q4_0:
+        case Q4_1:
+        case Q5_0:
+        case Q5_1: {
+            const bool five = type == Q5_0 || type == Q5_1, with_least = type == Q4_1 || type == Q5_1;
+            g.d = half_at(block);
+            g.m = with_least ? half_at(block + 2) : (five ? -16.0f : -8.0f) * g.d;
+            const uint8_t* at = block + (with_least ? 4 : 2);
+            uint32_t fifth = 0;
+            if (five) {
+                std::memcpy(&fifth, at, 4);
+                at += 4;
+            }
+            for (int k = 0; k < GROUP / 2; k++) {
+                g.q[k] = static_cast<uint8_t>((at[k] & 15) | (fifth >> k & 1) << 4);
+                g.q[k + GROUP / 2] = static_cast<uint8_t>(at[k] >> 4 | (fifth >> (k + GROUP / 2) & 1) << 4);
+            }
+            return use(0, g);
+        }
+        case Q4_K:
+        case Q5_K: {
+            const float d = half_at(block), least = half_at(block + 2);
+            const uint8_t *scales = block + 4, *fifth = block + 16, *q = block + (type == Q5_K ? 48 : 16);
+            for (int i = 0; i < 8; i++) {
+                int scale, minimum;
+                k_scales(scales, i, &scale, &minimum);
+                g.d = d * static_cast<float>(scale);
+                g.m = -least * static_cast<float>(minimum);
+                for (int k = 0; k < GROUP; k++) {
+                    g.q[k] = static_cast<uint8_t>(q[i / 2 * GROUP + k] >> (i % 2 * 4) & 15);
+                    if (type == Q5_K) g.q[k] = static_cast<uint8_t>(g.q[k] | (fifth[k] >> i & 1) << 4);
+                }
+                use(i, g);
+            }
+            return;
+        }
+        case Q6_K: {  // 16 weights to a scale
+            const float d = half_at(block + 208);
+            const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192);
+            g.exact = false;
+            for (int i = 0; i < 8; i++) {
+                const uint8_t *low = block + i / 4 * 64 + i % 2 * GROUP, *high = block + 128 + i / 4 * GROUP;
+                for (int k = 0; k < GROUP; k++) {
+                    const int q = (low[k] >> (i % 4 / 2 * 4) & 15) | (high[k] >> (i % 4 * 2) & 3) << 4;
+                    g.x[k] = d * static_cast<float>(scales[2 * i + k / 16]) * static_cast<float>(q - 32);
+                }
+                use(i, g);
+            }
+            return;
+        }
+        default:
+            g.exact = false;
+            std::memcpy(g.x, block, sizeof(g.x));
+            return use(0, g);
+    }
+}
+
+}  // namespace dspark

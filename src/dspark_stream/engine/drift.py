@@ -1,0 +1,86 @@
+"""Whether rounds still take what the capacity curve says: a machine changes while a service runs.
+
+A neighbour takes a core, the clock goes down, caches hold more or less than when the curve was measured. The ratio of
+measured to expected time is watched for every size of pass and for drafting, by medians over many rounds.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from statistics import median
+
+from dspark_stream.spec.capacity import CapacityCurve
+
+log = logging.getLogger(__name__)
+
+WINDOW = 24
+"""Rounds whose median counts; one slow round, or ten, move nothing."""
+TOLERANCE = 1.04
+"""Ratios within this are noise."""
+NOTABLE = 1.5
+"""A drift by this much, either way, since the last time it was told, is told."""
+
+
+class Drift:
+    """Follows a curve's drift; `curve` is the one to go by."""
+
+    def __init__(self, curve: CapacityCurve) -> None:
+        self._measured = self.curve = curve
+        self._verify: list[float | None] = [None] * len(curve.tokens)
+        """How many times as long passes of each size take; None where none was seen."""
+        self._anywhere = 1.0
+        """The same, of the size seen last: for those that were not seen."""
+        self._draft = 1.0
+        self._told = 1.0
+        self._seen: dict[int, list[float]] = {}
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long passes take as was measured: the median over the sizes that were seen."""
+        return median([f for f in self._verify if f is not None] or [1.0])
+
+    def see(self, tokens: int, verify: float, draft: float | None) -> bool:
+        """One round: measured over expected time of its pass over ``tokens`` and of its drafting, if it drafted.
+
+        Returns whether `curve` has changed.
+        """
+        nearest = self._nearest(tokens)
+        changed = False
+        if (ratio := self._median(nearest, verify)) is not None:
+            self._verify[nearest] = (self._verify[nearest] or self._anywhere) * ratio
+            self._anywhere = self._verify[nearest] or 1.0
+            changed = True
+        if draft is not None and (ratio := self._median(-1, draft)) is not None:
+            self._draft *= ratio
+            changed = True
+        if changed:
+            factors = [self._anywhere if f is None else f for f in self._verify]
+            self.curve = self._measured.scaled(factors, self._draft)
+            self._tell()
+        return changed
+
+    def _nearest(self, tokens: int) -> int:
+        sizes = self.curve.tokens
+        i = min(bisect_left(sizes, tokens), len(sizes) - 1)
+        return i - 1 if i and tokens - sizes[i - 1] < sizes[i] - tokens else i
+
+    def _median(self, kind: int, ratio: float) -> float | None:
+        """The median of a full window, where it is no noise."""
+        window = self._seen.setdefault(kind, [])
+        window.append(ratio)
+        if len(window) < WINDOW:
+            return None
+        middle = median(window)
+        window.clear()
+        return None if 1 / TOLERANCE < middle < TOLERANCE else middle
+
+    def _tell(self) -> None:
+        if not 1 / NOTABLE < self.ratio / self._told < NOTABLE:
+            self._told = self.ratio
+            log.warning(
+                "rounds drift from the capacity curve: passes take %.2f times what was measured, drafting %.2f times; "
+                "scheduling goes by what they take now (dspark-stream profile --again measures anew)",
+                self.ratio,
+                self._draft,
+            )

@@ -1,0 +1,1 @@
+"""Measurements for people: loads against each other, charts, pages."""

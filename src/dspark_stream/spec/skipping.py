@@ -1,0 +1,332 @@
+"""Which streams are drafted for in a round, and how many tokens: decided before drafting, from the past alone.
+
+*Ours*: drafting costs something even where no draft is ever verified, so it has to pay at the load of the moment. Every
+stream keeps what its drafts promised and brought; of all sets of streams, block lengths and thresholds the one with the
+most tokens a second is taken. A stream that is left out is probed now and then, as far as a small budget of time goes.
+
+Only past rounds go in, so whatever is decided here is lossless under every verification.
+
+Symbols: R streams, m of them may be drafted for, γ the block's size, G = γ slot counts, T thresholds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from math import exp
+from typing import NamedTuple
+
+import numpy as np
+
+from dspark_stream.spec.capacity import Array, Costs
+from dspark_stream.types import Acceptance
+
+THRESHOLDS: Array = np.array([0.0, 0.03, 0.07, 0.12, 0.18, 0.25, 0.33, 0.42, 0.52, 0.64, 0.78])
+"""Survivals from which on verification could pay; what a round's schedule will do is foreseen by the best of them."""
+STREAM_MEMORY, POOL_MEMORY = 32, 512
+"""Drafted rounds after which what was seen counts half as much (e-fold): of one stream, and of all together."""
+POOL_COUNTS_AS = 8.0
+"""Drafted rounds of its own from which on a stream is judged more by itself than by all streams together."""
+STALE_AFTER = 512
+"""Rounds without drafts in which a stream's own past fades by the factor e."""
+POOL_TAKES = 16
+"""A stream's first drafts that all streams' past takes in, of later ones one in eight: those that are drafted for most
+are not what the next one is likely to be like."""
+OPTIMISM = 0.7
+"""Conditional acceptance that is believed in before anything was seen."""
+WORTHWHILE = 1.04
+"""Drafting must promise so many times the throughput of plain decoding: less is within the curve's error, and passes
+that follow drafting find less of their weights in the processor's caches."""
+PLAN_HOLDS, REST_HOLDS = 8, 32
+"""Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
+WHOLE_EVERY = 12
+"""Of so many decisions for shorter blocks one drafts whole blocks, so that later slots stay known."""
+PROBE_SHARE = 0.005
+"""Of all decoding time, what probing may lose."""
+PROBE_MOST = 0.25
+"""Of a round's time, what one probe of several streams may lose; one stream alone is probed whatever it takes."""
+FORESIGHT_KEEPS, FORESIGHT_PRIOR, LEAST_FORESIGHT = 0.995, 30.0, 0.8
+"""What is foreseen is held against what is then accepted, over some 200 rounds: of many estimates the best are taken,
+and those are likely to be too good. But they are not worthless, and without drafts nothing new would be learnt."""
+FIRST_GUESSES = 64
+"""Drafts of which nothing was foreseen but what `OPTIMISM` says."""
+FIRST_WAIT, LONGEST_WAIT = 4, 512
+"""Rounds until a stream that is not drafted for is due for a probe; doubled by every probe that changes nothing."""
+
+
+class Tally:
+    """What drafts promised and brought, fading: of one stream, or of all."""
+
+    def __init__(self, gamma: int, memory: int) -> None:
+        self._keep = 1.0 - 1.0 / memory
+        self._new: list[Sequence[float]] = []
+        self.rounds = 0
+        """Drafted rounds that ever went in."""
+        self.seen: Array = np.zeros(gamma)
+        """Rounds in which each slot was drafted."""
+        self.sums: Array = np.zeros((2, len(THRESHOLDS), gamma))
+        """Over rounds in which the slot's promised survival was at least the threshold: that survival, and the
+        rounds, [2, T, γ]."""
+        self.promised = 0.0
+        """Promised survival, summed over verified tokens."""
+        self.accepted = 0.0
+        """Those of them that were accepted."""
+
+    def add(self, survival: Sequence[float], verified: int, accepted: int) -> None:
+        """One drafted round: promised survival of its slots, of which so many were verified and accepted."""
+        self._new.append(survival)
+        self.rounds += 1
+        if verified:
+            self.promised = self._keep * self.promised + sum(survival[:verified])
+            self.accepted = self._keep * self.accepted + accepted
+
+    def settle(self) -> None:
+        """Take what was added into the sums, all at once: a round has no time for arrays."""
+        if not self._new:
+            return
+        gamma = len(self.seen)
+        rows = np.array([[*row, *[-1.0] * (gamma - len(row))] for row in self._new])  # [n, γ]
+        drafted = rows >= 0.0
+        keep = self._keep ** drafted.sum(axis=0)
+        above = rows[:, None] >= THRESHOLDS[:, None]  # [n, T, γ]
+        self.seen = keep * self.seen + drafted.sum(axis=0)
+        self.sums *= keep
+        self.sums[0] += np.where(above, rows[:, None], 0.0).sum(axis=0)
+        self.sums[1] += above.sum(axis=0)
+        self._new.clear()
+
+    def fade(self, factor: float) -> None:
+        """Let all of it count less."""
+        self.sums *= factor
+        self.seen *= factor
+        self.promised *= factor
+        self.accepted *= factor
+
+
+class DraftPast:
+    """What one stream's drafts have been like. Kept by the stream, written by `Skipping`."""
+
+    def __init__(self, gamma: int, acceptance: Acceptance) -> None:
+        self.acceptance: Acceptance = acceptance
+        self.tally = Tally(gamma, STREAM_MEMORY)
+        self.survivals: deque[Sequence[float]] = deque([(), ()], maxlen=2)
+        """Of the last two rounds, oldest first; empty for a round without drafts."""
+        self.wait = 1
+        """Rounds until the next probe is due, from the last draft on."""
+        self.waited = 0
+        self.drafted = 0
+        """Rounds in which it was drafted for."""
+
+
+class Plan(NamedTuple):
+    """Who is drafted for in a round, and how."""
+
+    drafting: Sequence[bool]
+    """Of every stream."""
+    slots: int
+    """Draft tokens of each of them."""
+    price: float
+    """Tokens that a millisecond is worth at this load: the best throughput that the past lets expect."""
+
+
+class _Outlook(NamedTuple):
+    """Sets of streams in the order in which they are worth drafting for, at every threshold and block length."""
+
+    order: np.ndarray
+    """Streams by falling worth, [m, T, G]."""
+    tokens: Array
+    """Committed tokens of a round that drafts for the first n of them, [m, T, G]."""
+    batch_tokens: Array
+    ms: Array
+
+
+class Skipping:
+    """Decides about drafting; one for an engine.
+
+    Args:
+        gamma: the drafter's block size.
+    """
+
+    def __init__(self, gamma: int) -> None:
+        self._gamma = gamma
+        self._pools: dict[Acceptance, Tally] = {
+            a: _optimistic(gamma) for a in ("greedy", "rejection", "coupled")
+        }  # acceptance differs by how it is verified
+        self._credit_ms = 0.0
+        self._for: tuple[DraftPast | None, ...] = ()
+        self._age = self._holds = 0
+        self._plan = Plan((), 0, 0.0)
+        self._decisions = 0
+        self._gain = 0.0  # accepted tokens that the plan foresees for each stream that drafts
+        self._foreseen = self._brought = FORESIGHT_PRIOR
+        self.probes = 0
+        """Rounds that drafted for a stream only to look."""
+
+    def plan(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
+        """The next round's. ``pasts``: of every stream, None for one that is never drafted for; all positions' mean."""
+        present = tuple(pasts)
+        self._age += 1
+        if present == self._for and self._age < self._holds:
+            return self._plan
+        if present != self._for and self._age < min(PLAN_HOLDS, len(present) // 2):
+            # somebody came or went: among many that is no reason yet to decide anew, who came is not drafted for
+            chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
+            self._for, self._plan = present, self._plan._replace(drafting=[past in chosen for past in present])
+            return self._plan
+        self._for, self._age = present, 0
+        self._plan = self._decide(pasts, position, costs)
+        self._holds = PLAN_HOLDS if any(self._plan.drafting) else REST_HOLDS
+        due = [
+            r
+            for r, past in enumerate(pasts)
+            if past is not None and not self._plan.drafting[r] and past.waited + 1 >= past.wait
+        ]
+        return self._with_probes(due, pasts, position, costs) if due and self._credit_ms > 0 else self._plan
+
+    def corrected(self, past: DraftPast, survival: Sequence[float]) -> list[float]:
+        """Promises times what such promises have been worth so far."""
+        factor = self._correction(past)
+        return [min(1.0, factor * a) for a in survival]
+
+    def learn(
+        self,
+        pasts: Sequence[DraftPast | None],
+        survivals: Sequence[Sequence[float]],
+        lengths: Sequence[int],
+        accepted: Sequence[int],
+        ms: float,
+    ) -> None:
+        """What a round showed: promises of those that drafted (else empty), verified and accepted tokens, its time."""
+        if any(past is not None for past in pasts):
+            self._credit_ms = min(self._credit_ms + PROBE_SHARE * ms, PROBE_MOST * ms)
+        planned = [
+            took
+            for past, took, survival, drafts in zip(pasts, accepted, survivals, self._plan.drafting, strict=True)
+            if past is not None and drafts and survival and self._pools[past.acceptance].rounds > FIRST_GUESSES
+        ]
+        if planned:
+            self._foreseen = FORESIGHT_KEEPS * self._foreseen + len(planned) * self._gain
+            self._brought = FORESIGHT_KEEPS * self._brought + sum(planned)
+        for past, survival, length, took in zip(pasts, survivals, lengths, accepted, strict=True):
+            if past is None:
+                continue
+            past.survivals.append(survival)
+            if not survival:
+                past.waited += 1
+                continue
+            if past.waited:
+                past.tally.settle()
+                past.tally.fade(exp(-past.waited / STALE_AFTER))
+                past.waited = 0
+            past.tally.add(survival, length, took)
+            past.drafted += 1
+            if past.drafted <= POOL_TAKES or past.drafted % 8 == 0:
+                self._pools[past.acceptance].add(survival, length, took)
+
+    # --- deciding ----------------------------------------------------------------------------------------
+
+    def _decide(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
+        streams = len(pasts)
+        plain_ms = float(costs.verify_ms(streams, streams, position)) + costs.rest_ms(streams)
+        plain = streams / plain_ms
+        may = [r for r, past in enumerate(pasts) if past is not None]
+        nobody = Plan([False] * streams, 0, plain)
+        if not may:
+            return nobody
+        outlook = self._outlook([past for past in pasts if past is not None], streams, position, costs)
+        foresight = min(1.0, max(LEAST_FORESIGHT, self._brought / self._foreseen))
+        rate = (streams + foresight * (outlook.tokens - streams)) / outlook.ms
+        n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
+        if rate[n, t, g] <= WORTHWHILE * plain:
+            self._foreseen += 0.01 * (FORESIGHT_PRIOR - self._foreseen)
+            self._brought += 0.01 * (FORESIGHT_PRIOR - self._brought)
+            return nobody
+        self._gain = float(outlook.tokens[n, t, g] - streams) / (int(n) + 1)
+        drafting = [False] * streams
+        for i in outlook.order[: n + 1, t, g]:
+            drafting[may[i]] = True
+            past = pasts[may[i]]
+            assert past is not None
+            past.wait = FIRST_WAIT
+        self._decisions += 1
+        slots = self._gamma if self._decisions % WHOLE_EVERY == 0 else int(g) + 1
+        return Plan(drafting, slots, float(rate[n, t, g]))
+
+    def _outlook(self, pasts: Sequence[DraftPast], streams: int, position: float, costs: Costs) -> _Outlook:
+        expected = self._expected(pasts)  # [2, m, T, G]
+        order = (THRESHOLDS[:, None] * expected[1] - expected[0]).argsort(axis=0)
+        tokens, batch_tokens = streams + np.take_along_axis(expected, order[None], 1).cumsum(axis=1)
+        drafting = np.arange(1, len(pasts) + 1)[:, None]
+        draft_ms = costs.draft_ms(drafting, np.arange(1, self._gamma + 1), position)  # [m, G]
+        ms = costs.verify_ms(batch_tokens, streams, position) + draft_ms[:, None] + costs.rest_ms(streams)
+        return _Outlook(order, tokens, batch_tokens, ms)
+
+    def _expected(self, pasts: Sequence[DraftPast]) -> Array:
+        """Accepted and verified tokens that each stream's draft would bring, by threshold and slots, [2, m, T, G]."""
+        kinds = sorted({past.acceptance for past in pasts})
+        pools = [self._pools[kind] for kind in kinds]
+        for tally in (*pools, *(past.tally for past in pasts)):
+            tally.settle()
+        mine = [kinds.index(past.acceptance) for past in pasts]
+        shared = POOL_COUNTS_AS * np.array([pool.sums / pool.seen for pool in pools])[mine]  # [m, 2, T, γ]
+        weight = np.array([exp(-past.waited / STALE_AFTER) for past in pasts])
+        sums = np.array([past.tally.sums for past in pasts]) * weight[:, None, None, None]
+        seen = np.array([past.tally.seen for past in pasts]) * weight[:, None]
+        both = (sums + shared) / (seen + POOL_COUNTS_AS)[:, None, None]
+        both[:, 0] *= np.array([self._correction(past) for past in pasts])[:, None, None]
+        expected: Array = np.minimum(both, 1.0).swapaxes(0, 1).cumsum(axis=3)
+        return expected
+
+    def _correction(self, past: DraftPast) -> float:
+        """What a promise of this stream is worth: accepted over promised, leaning on all streams'."""
+        pool = self._pools[past.acceptance]
+        shared = (pool.accepted + 10.0) / (pool.promised + 10.0)
+        return (past.tally.accepted + 12.0 * shared) / (past.tally.promised + 12.0)
+
+    # --- probing -----------------------------------------------------------------------------------------
+
+    def _with_probes(
+        self, due: Sequence[int], pasts: Sequence[DraftPast | None], position: float, costs: Costs
+    ) -> Plan:
+        """The plan with the ``due`` streams, or with the one that waited longest; the budget may go below zero."""
+        plan = self._plan
+        chosen = sorted(due, key=lambda r: -_of(pasts, r).waited)
+        loss_ms = self._loss_ms(plan, chosen, pasts, position, costs)
+        if loss_ms > PROBE_MOST * len(pasts) / plan.price:
+            chosen = chosen[:1]
+            loss_ms = self._loss_ms(plan, chosen, pasts, position, costs)
+        self._credit_ms -= max(loss_ms, 0.0)
+        self.probes += 1
+        for r in chosen:
+            past = _of(pasts, r)
+            past.wait = min(2 * max(past.wait, FIRST_WAIT), LONGEST_WAIT)
+        probed = set(chosen)
+        return Plan([drafts or r in probed for r, drafts in enumerate(plan.drafting)], self._gamma, plan.price)
+
+    def _loss_ms(
+        self, plan: Plan, chosen: Sequence[int], pasts: Sequence[DraftPast | None], position: float, costs: Costs
+    ) -> float:
+        """Time that drafting for ``chosen`` as well is expected to cost, less what the tokens are worth that it brings.
+
+        They are taken to be verified at the threshold that suits them best.
+        """
+        drafting = sum(plan.drafting)
+        gain, count = self._expected([_of(pasts, r) for r in chosen])[:, :, :, -1].sum(axis=1)  # [T] each
+        streams = len(pasts)
+        more_ms = costs.draft_ms(drafting + len(chosen), self._gamma, position)
+        if drafting:
+            more_ms = more_ms - costs.draft_ms(drafting, plan.slots, position)
+        verified = costs.verify_ms(streams + count, streams, position) - costs.verify_ms(streams, streams, position)
+        return float(more_ms + np.minimum(verified - gain / plan.price, 0.0).min())
+
+
+def _of(pasts: Sequence[DraftPast | None], r: int) -> DraftPast:
+    past = pasts[r]
+    assert past is not None
+    return past
+
+
+def _optimistic(gamma: int) -> Tally:
+    tally = Tally(gamma, POOL_MEMORY)
+    tally.add([OPTIMISM**k for k in range(1, gamma + 1)], 0, 0)
+    return tally

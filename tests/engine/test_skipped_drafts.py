@@ -1,0 +1,142 @@
+"""Streams that are not drafted for: what the drafter gets to see later, and that texts do not change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dspark_stream.engine.backlog import ROOM, Backlog
+from dspark_stream.engine.drift import WINDOW, Drift
+from dspark_stream.local import LocalEngine
+from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.spec.schedule import Adaptive, Fixed, Lagged, Threshold
+from dspark_stream.types import TokensEvent
+from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+
+
+def engine_with(schedule, *, head="vanilla", capacity=FLAT):
+    target = tiny_target()
+    return tiny_engine(tiny_models(target, tiny_drafter(target, head=head), schedule=schedule, capacity=capacity))
+
+
+def rounds_of(engine, requests):
+    found = {r.request_id: [] for r in requests}
+    with LocalEngine(engine) as local:
+        for event, _ in local.run(requests, len(requests)):
+            if isinstance(event, TokensEvent) and event.round:
+                found[event.request_id].append(event.round)
+    return found
+
+
+class EveryNth:
+    """Drafts whole blocks in one round of ``n`` and verifies one token; drafts nothing in the others."""
+
+    def __init__(self, n):
+        self.n, self.round, self.drafts = n, 0, 0
+
+    def slots(self, gamma):
+        self.round += 1
+        return gamma if self.round // 4 % self.n == 0 else 0  # asked more than once a round
+
+    def lengths(self, candidates, cost, price):
+        return [min(1, len(c.survival)) for c in candidates]
+
+
+@pytest.mark.parametrize("n", [3, ROOM // 3])
+@pytest.mark.parametrize("head", ["vanilla", "rnn"])
+def test_drafts_after_skipped_rounds_are_the_drafts_of_a_stream_that_never_skipped(n, head):
+    """Guards against context features that are lost, doubled or out of place while nobody drafts.
+
+    Greedy text is the same, so a draft at a position must be the same too, whether or not rounds before it drafted.
+    The longer gap fills the backlog in between.
+    """
+    asked = [
+        request(str(i), (5, 6, 7 + i), max_tokens=5 * ROOM // 2, ignore_eos=True, record_rounds=True) for i in range(3)
+    ]
+    always = rounds_of(engine_with(Fixed(GAMMA), head=head), asked)
+    skipping = rounds_of(engine_with(EveryNth(n), head=head), asked)
+    compared = 0
+    for name, rounds in skipping.items():
+        by_start = {r.start: r.draft_tokens for r in always[name]}
+        for one in rounds:
+            if one.draft_tokens and one.start in by_start:
+                assert one.draft_tokens == by_start[one.start]
+                compared += 1
+    assert compared >= 3
+
+
+@pytest.mark.parametrize("slots", range(1, GAMMA + 1))
+@pytest.mark.parametrize(("temperature", "verification"), [(0.0, "rejection"), (0.8, "rejection"), (0.8, "coupled")])
+def test_fewer_slots_are_the_first_ones_of_the_block(slots, temperature, verification):
+    """Guards against another draft, another confidence or other uniforms where only part of a block is wanted."""
+    asked = request(
+        "a", (5, 6, 7), temperature=temperature, verification=verification, record_rounds=True, ignore_eos=True, seed=3
+    )
+    (whole,) = rounds_of(engine_with(Threshold(2.0)), [asked]).values()  # drafts all, verifies none
+    (part,) = rounds_of(engine_with(EveryRound(slots)), [asked]).values()
+    assert len(whole) == len(part) == 23
+    for one, other in zip(whole, part, strict=True):
+        assert len(one.draft_tokens) == GAMMA
+        assert other.draft_tokens == one.draft_tokens[:slots]
+        assert other.confidence == pytest.approx(one.confidence[:slots])
+        assert other.bonus == one.bonus
+
+
+class EveryRound(EveryNth):
+    """Drafts so many tokens in every round and verifies none."""
+
+    def __init__(self, slots):
+        self._slots = slots
+
+    def slots(self, gamma):
+        return self._slots
+
+    def lengths(self, candidates, cost, price):
+        return [0] * len(candidates)
+
+
+STEEP = CapacityCurve(
+    tokens=[1, 64], verify_ms=[1.0, 64.0], streams=[1, 16], stream_ms=[0.0, 0.1], draft_ms=[5.0, 80.0], gamma=GAMMA
+)
+
+
+@pytest.mark.parametrize("schedule", [Adaptive(), Lagged()])
+def test_on_a_machine_where_drafting_never_pays_it_stops(schedule):
+    """Guards against the tax on a busy machine: after the first guesses nearly every round is a plain one."""
+    asked = [request(str(i), (5, 6, i), max_tokens=200, ignore_eos=True, record_rounds=True) for i in range(4)]
+    rounds = rounds_of(engine_with(schedule, capacity=STEEP), asked)
+    for one in rounds.values():
+        assert sum(bool(r.draft_tokens) for r in one[20:]) <= 0.05 * len(one)
+
+
+def test_backlog_keeps_order_and_room():
+    backlog = Backlog()
+    taps = torch.arange(20.0).view(10, 2)
+    backlog.add(taps, 3, 2, 7)
+    backlog.add(taps, 0, 1, 9)
+    assert (backlog.first, backlog.count) == (7, 3)
+    assert torch.equal(torch.cat(backlog.take()), taps[[3, 4, 0]])
+    assert backlog.count == 0
+    backlog.add(taps, 0, 1, 40)
+    assert (backlog.first, backlog.fits(ROOM - 1), backlog.fits(ROOM)) == (40, True, False)
+
+
+def test_drift_follows_a_machine_that_changes_and_not_a_slow_round(caplog):
+    """Guards against schedules that go by a machine that is gone, and against following every hiccup."""
+    curve = CapacityCurve(
+        tokens=[1, 4, 16], verify_ms=[5.0, 8.0, 20.0], streams=[1], stream_ms=[0.0], draft_ms=[2.0], slot_ms=[0.2]
+    )
+    drift = Drift(curve)
+    for i in range(4 * WINDOW):
+        assert not drift.see(1, 50.0 if i % 3 == 0 else 1.0, 30.0 if i % 4 == 0 else 1.01)
+    assert drift.curve == curve
+    for _ in range(3 * WINDOW):  # a neighbour: everything takes twice as long, drafting three times
+        expected = drift.curve.round_ms(1, 1, 0), drift.curve.draft_ms[0]
+        drift.see(1, 10.0 / expected[0], 6.0 / expected[1])
+    assert drift.curve.verify_ms == pytest.approx([10.0, 16.0, 40.0])  # sizes that were not seen go along
+    assert drift.curve.draft_ms == pytest.approx([6.0])
+    assert drift.ratio == pytest.approx(2.0)
+    assert "2.00 times" in caplog.text
+    for _ in range(3 * WINDOW):  # only the large passes do
+        drift.see(15, 30.0 / drift.curve.verify_ms[2], None)
+    assert drift.curve.verify_ms == pytest.approx([10.0, 12.0, 30.0])

@@ -1,0 +1,149 @@
+"""Who is drafted for: decided from the past, by what pays at the load of the moment."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from dspark_stream.spec.capacity import CapacityCurve, Costs
+from dspark_stream.spec.skipping import LONGEST_WAIT, PLAN_HOLDS, POOL_COUNTS_AS, REST_HOLDS, DraftPast, Skipping, Tally
+
+GAMMA = 4
+GOOD, BAD = [0.9, 0.8, 0.7, 0.6], [0.1, 0.02, 0.01, 0.01]
+IDLE = CapacityCurve(
+    tokens=[1, 64], verify_ms=[5.0, 6.0], streams=[1, 16], stream_ms=[0.0, 0.1], draft_ms=[1.0, 9.0], gamma=GAMMA
+)
+"""Verification is nearly free, drafting costs a fifth of a pass."""
+BUSY = msgspec.structs.replace(IDLE, verify_ms=[5.0, 5.0 + 63 * 3.0], draft_ms=[1.0, 16.0])
+"""Every row costs three fifths of the first."""
+
+
+def pasts(count, acceptance="greedy"):
+    return [DraftPast(GAMMA, acceptance) for _ in range(count)]
+
+
+def drive(skipping, streams, rounds, curve, survivals, accepted=None):
+    """Plays rounds: stream r's drafts always promise ``survivals[r]`` and keep it, or bring ``accepted[r]``."""
+    costs = Costs(curve)
+    plans = []
+    for _ in range(rounds):
+        plan = skipping.plan(streams, 100.0, costs)
+        plans.append(plan)
+        drafted = [survivals[r][: plan.slots] if drafts else [] for r, drafts in enumerate(plan.drafting)]
+        lengths = [sum(a > 0.2 for a in row) for row in drafted]
+        took = [
+            sum(row[:n]) if accepted is None else min(n, accepted[r])
+            for r, (row, n) in enumerate(zip(drafted, lengths, strict=True))
+        ]
+        skipping.learn(streams, drafted, lengths, took, 5.0)
+    return plans
+
+
+def share(plans, r=0):
+    return sum(plan.drafting[r] for plan in plans) / len(plans)
+
+
+def test_drafts_that_pay_are_made_and_drafts_that_do_not_are_not():
+    for survival, curve, low, high in (
+        (GOOD, IDLE, 1.0, 1.0),
+        (BAD, IDLE, 0.0, 0.05),
+        ([0.5, 0.1, 0.05, 0.01], BUSY, 0.0, 0.05),
+    ):
+        skipping, streams = Skipping(GAMMA), pasts(1)
+        drive(skipping, streams, 100, curve, [survival])
+        assert low <= share(drive(skipping, streams, 400, curve, [survival])) <= high
+
+
+def test_streams_are_told_apart():
+    """Guards against one verdict for all: the one whose drafts hold is drafted for, its neighbours are not."""
+    skipping, streams = Skipping(GAMMA), pasts(4)
+    survivals = [BAD, GOOD, BAD, BAD]
+    drive(skipping, streams, 300, IDLE, survivals)
+    plans = drive(skipping, streams, 300, IDLE, survivals)
+    assert share(plans, 1) == 1.0
+    assert max(share(plans, r) for r in (0, 2, 3)) < 0.2
+
+
+def test_promises_that_are_not_kept_count_for_what_they_brought():
+    """Guards against a drafter that is sure of itself and wrong: other languages, other domains."""
+    skipping, streams = Skipping(GAMMA), pasts(1)
+    drive(skipping, streams, 200, IDLE, [GOOD], accepted=[0])
+    assert share(drive(skipping, streams, 200, IDLE, [GOOD], accepted=[0])) < 0.1
+    assert skipping.corrected(streams[0], GOOD)[0] < 0.3
+
+
+def test_a_skipped_stream_is_probed_and_taken_back():
+    """Guards against a verdict for ever: drafts that begin to hold are found out."""
+    skipping, streams = Skipping(GAMMA), pasts(1)
+    drive(skipping, streams, 300, IDLE, [BAD])
+    assert not any(drive(skipping, streams, 1, IDLE, [BAD])[-1].drafting)
+    plans = drive(skipping, streams, 3000, IDLE, [GOOD])
+    assert share(plans[-300:]) > 0.9
+    assert skipping.probes > 0
+
+
+def test_probes_keep_within_their_budget_and_back_off():
+    skipping, streams = Skipping(GAMMA), pasts(8)
+    drive(skipping, streams, 400, BUSY, [BAD] * 8)
+    before, rounds = skipping.probes, 4000
+    plans = drive(skipping, streams, rounds, BUSY, [BAD] * 8)
+    drafted = sum(sum(plan.drafting) for plan in plans)
+    assert drafted / (8 * rounds) < 0.01
+    assert 0 < skipping.probes - before < rounds / REST_HOLDS
+    assert all(1 < past.wait <= LONGEST_WAIT for past in streams)
+    assert max(past.waited for past in streams) < 4000  # nobody is forgotten
+
+
+def test_short_blocks_where_later_slots_are_never_worth_it():
+    """Guards against drafting slots that nobody verifies, where each of them costs."""
+    curve = msgspec.structs.replace(IDLE, slot_ms=[0.25, 0.5])
+    skipping, streams = Skipping(GAMMA), pasts(1)
+    survival = [0.95, 0.02, 0.01, 0.01]
+    drive(skipping, streams, 300, curve, [survival])
+    slots = [plan.slots for plan in drive(skipping, streams, 10 * PLAN_HOLDS, curve, [survival]) if any(plan.drafting)]
+    assert slots.count(1) >= 0.8 * len(slots) > 0
+
+
+def test_streams_in_plain_mode_are_never_drafted_for():
+    skipping, (one,) = Skipping(GAMMA), pasts(1)
+    streams = [None, one, None]
+    for plan in drive(skipping, streams, 50, IDLE, [[], GOOD, []]):
+        assert list(plan.drafting) == [False, True, False]
+    assert not any(skipping.plan([None, None], 10.0, Costs(IDLE)).drafting)
+
+
+def test_who_comes_and_goes_does_not_mix_up_who_is_who():
+    """Guards against pasts by batch row instead of by stream: a decision that still holds follows its stream."""
+    skipping, streams = Skipping(GAMMA), pasts(8)
+    survivals = [GOOD if r > 4 else BAD for r in range(8)]
+    drive(skipping, streams, 500 - 500 % PLAN_HOLDS, IDLE, survivals)
+    while not all(drive(skipping, streams, 1, IDLE, survivals)[-1].drafting[5:]):
+        pass  # the first round of a decision
+    for present in (streams[3:], streams[::-1]):
+        plan = skipping.plan(present, 100.0, Costs(IDLE))
+        assert list(plan.drafting) == [past in streams[5:] for past in present]
+
+
+def test_price_is_the_throughput_that_the_past_lets_expect():
+    skipping, streams = Skipping(GAMMA), pasts(2)
+    plain = skipping.plan([None, None], 0.0, Costs(IDLE)).price
+    assert plain == pytest.approx(2 / Costs(IDLE).verify_ms(2, 2, 0.0))
+    plans = drive(skipping, streams, 200, IDLE, [GOOD, GOOD])
+    assert plans[-1].price == pytest.approx((2 + 2 * sum(GOOD)) / IDLE.round_ms(10, 2, 2), rel=0.1)
+
+
+def test_a_tally_fades_and_its_sums_do_not_depend_on_when_they_are_taken():
+    one, other = Tally(2, 10), Tally(2, 10)
+    for k in range(20):
+        one.add([0.1 * (k % 5), 0.05], 1, k % 2)
+        one.settle()
+        other.add([0.1 * (k % 5), 0.05], 1, k % 2)
+    other.settle()
+    assert one.seen[0] == pytest.approx(10 * (1 - 0.9**20))
+    assert (one.promised, one.accepted) == (other.promised, other.accepted)
+    assert other.sums[1, 0, 0] == pytest.approx(other.seen[0])  # every round is at least 0
+    assert other.sums[0, 0, 1] / other.seen[1] == pytest.approx(0.05)
+    before = one.sums.copy()
+    one.fade(0.5)
+    assert one.sums == pytest.approx(0.5 * before)
+    assert POOL_COUNTS_AS > 0
