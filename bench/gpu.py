@@ -495,7 +495,7 @@ def profile(report: Report, clock: Clock, shape: Shape, out: Path) -> None:
         for _ in range(5):
             rounds.ladder.run(size)
         clock.wait()
-    sort = "self_cuda_time_total" if clock.device.type == "cuda" else "self_cpu_time_total"
+    sort = "self_device_time_total" if clock.device.type == "cuda" else "self_cpu_time_total"
     out.write_text(found.key_averages().table(sort_by=sort, row_limit=40, max_name_column_width=80))
     report.add("profile of five rounds by kernel", len(found.key_averages()), "kernels", note=str(out))
 
