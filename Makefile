@@ -110,6 +110,23 @@ serve: $(RUN_STAMP) ## Start the service; the first time this fetches the model
 test: $(DEV_STAMP) $(OPENAI_STAMP) chromium model ## Run all tests; ARGS="-k name" goes to pytest
 	@$(PY) -m pytest $(ARGS)
 
+GPU_TESTS := tests/kernels/operations tests/engine/test_gpu_round.py
+
+.PHONY: test-gpu
+test-gpu: $(DEV_STAMP) ## Run the kernels' and rounds' tests on a GPU, then the kernels' under compute-sanitizer
+	@$(PY) -c 'import sys, torch; \
+	  sys.exit(None if torch.cuda.is_available() else "make test-gpu needs a GPU, and torch sees none here")'
+	@$(PY) -m pytest --timeout=600 -rs $(GPU_TESTS) $(ARGS)
+	@if ! command -v compute-sanitizer >/dev/null 2>&1; then \
+	  echo "NOT RUN: compute-sanitizer is not installed (it comes with the CUDA toolkit)" >&2; \
+	  exit 0; \
+	fi; \
+	for tool in memcheck racecheck synccheck; do \
+	  echo "==> compute-sanitizer --tool $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$$tool" --target-processes all --error-exitcode 7 \
+	    $(PY) -m pytest --timeout=1800 tests/kernels/operations -k "triton or persistent" || exit 1; \
+	done
+
 .PHONY: style
 style: $(DEV_STAMP) ## Check the style
 	@$(PY) -m ruff check .
@@ -124,6 +141,13 @@ BENCHES := linear loop_lag edge scheduling pareto regret sockets
 .PHONY: bench
 bench: $(DEV_STAMP) model ## Run the benches; their tables and CSV files go to runs/
 	@for bench in $(BENCHES); do echo "==> bench/$$bench.py"; $(PY) "bench/$$bench.py" $(ARGS) || exit 1; done
+
+.PHONY: gpu
+gpu: test-gpu bench-gpu ## Both, one after the other: what docs/gpu.md says that no GPU has confirmed
+
+.PHONY: bench-gpu
+bench-gpu: $(DEV_STAMP) model ## Measure everything that docs/gpu.md promises of a GPU, in one run of eight minutes
+	@$(PY) bench/gpu.py $(ARGS)
 
 .PHONY: clean
 clean: ## Remove the environments and everything built (the fetched model stays in its cache)

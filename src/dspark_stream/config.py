@@ -24,7 +24,7 @@ from dspark_stream.errors import ConfigError
 
 PREFIX = "DSPARK_"
 Group = Literal["model", "engine", "service"]
-Quant = Literal["none", "int8", "nf4", "w8a8", "w4a8"]
+Quant = Literal["none", "int8", "nf4", "w8a8", "w4a8", "w8a16", "w4a16"]
 
 
 # --- text to value -----------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Quant,
         Setting(
             "quantisation of the drafter's linear layers: int8 and nf4 by bitsandbytes, w8a8 and w4a8 on the CPU's "
-            "integer kernels (none is w8a8 there)",
+            "integer kernels (none is w8a8 there), w8a16 and w4a16 on our kernel for GPUs",
             "model",
         ),
     ] = "none"
@@ -149,6 +149,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     cpu_kernels: Annotated[
         Literal["auto", "amx", "avx512", "avx2", "portable", "off"],
         Setting("integer kernels for GGUF targets on a CPU: the best that it can run, one by name, or torch", "model"),
+    ] = "auto"
+    cuda_graphs: Annotated[
+        Literal["auto", "off"],
+        Setting(
+            "auto: on a GPU every decoding round is one captured graph; off: rounds run operation by operation", "model"
+        ),
     ] = "auto"
     threads: Annotated[int, Setting("CPU threads of the engine; 0 leaves the choice to torch", "model", 0, 1024)] = 0
     cache_dir: Annotated[

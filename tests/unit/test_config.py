@@ -48,7 +48,13 @@ def test_every_setting_has_a_flag_and_a_variable_that_do_the_same():
     parser = argparse.ArgumentParser()
     add_arguments(parser, ("model", "engine", "service"))
     samples = {"schedule": "fixed:2", "kv_memory": "2MiB", "cache_dir": "/x", "device": "cpu", "dtype": "float16"}
-    samples |= {"calibration": "none", "cpu_kernels": "off", "draft_quant": "int8", "target_quant": "nf4"}
+    samples |= {
+        "calibration": "none",
+        "cpu_kernels": "off",
+        "cuda_graphs": "off",
+        "draft_quant": "int8",
+        "target_quant": "nf4",
+    }
     samples |= {"slow_reader_bytes": "2MiB"}
     for action in parser._actions:
         if action.dest in ("help", "speculative_config"):

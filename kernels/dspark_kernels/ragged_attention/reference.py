@@ -30,6 +30,71 @@ class Segment(NamedTuple):
     """Position of the first row."""
 
 
+class SegmentTable(NamedTuple):
+    """Segments as tensors, [S] int32 each: what a captured graph reads anew at every replay.
+
+    A segment of no rows is nobody's. The two numbers are bounds that hold for every replay.
+    """
+
+    row: Tensor
+    rows: Tensor
+    slot: Tensor
+    start: Tensor
+    most_rows: int
+    """No segment has more rows."""
+    longest: int
+    """No segment's ``start + rows`` is greater."""
+
+
+def table_of(segments: list[Segment], device: torch.device) -> SegmentTable:
+    """The table of segments that the host knows; bounds are powers of two, so that kernels are compiled for few."""
+    columns = torch.tensor(segments, dtype=torch.int32).T.contiguous().to(device)
+    row, rows, slot, start = columns.unbind(0)
+    most_rows, longest = max(s.rows for s in segments), max(s.start + s.rows for s in segments)
+    return SegmentTable(row, rows, slot, start, _power_of_two(most_rows), _power_of_two(longest))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def attend_table(
+    query: Tensor,  # [T, Hq, D]
+    keys: Tensor,  # [N, Hk, D]
+    values: Tensor,  # [N, Hk, Dv]
+    table: SegmentTable,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+) -> Tensor:  # [T, Hq, Dv]
+    """`ragged_attention` over segments that only the device knows; nothing is read on the host.
+
+    Rows that belong to no segment get zeros. Gathers every stream's longest possible past: right, not fast.
+    """
+    count, group = query.shape[0], query.shape[1] // keys.shape[1]
+    row = torch.arange(count, device=query.device).unsqueeze(1)
+    own = (row >= table.row) & (row < table.row + table.rows)  # [T, S]
+    segment, real = own.int().argmax(1), own.any(1)
+    at = torch.arange(table.longest, device=query.device)  # positions
+    slots = (table.slot.unsqueeze(1) + at).clamp_max(keys.shape[0] - 1)  # [S, P]
+    position = (table.start[segment] + row.squeeze(1) - table.row[segment]).unsqueeze(1)  # [T, 1]
+    end = (table.start + table.rows)[segment].unsqueeze(1)
+    seen = (at < end) & real.unsqueeze(1)  # [T, P]
+    if causal:
+        seen = seen & (at <= position)
+    if window is not None:
+        seen = seen & (at > position - window)
+    k = keys[slots][segment].repeat_interleave(group, 2).float()  # [T, P, Hq, D]
+    v = values[slots][segment].repeat_interleave(group, 2).float()
+    scores = torch.einsum("thd,tphd->thp", query.float(), k) * scale
+    weights = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
+    v = v.masked_fill(~seen[:, :, None, None], 0.0)  # what is not seen need not be finite
+    out = torch.einsum("thp,tphd->thd", weights.nan_to_num(0.0), v)  # a row that sees nothing
+    return out.to(query.dtype)
+
+
 def ragged_attention(
     query: Tensor,  # [T, Hq, D]
     keys: Tensor,  # [N, Hk, D]

@@ -116,6 +116,13 @@ def build_engine(
         schedule=parse_schedule(config.schedule),
         capacity=curve,
     )
+    if target.device.type == "cuda" and config.cuda_graphs == "auto":
+        from dspark_stream.engine.gpu.runner import GraphRounds
+
+        rounds = GraphRounds(models, seats=config.max_num_seqs, longest=max_model_len + gamma + 1)
+        with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
+            rounds.ladder.warm(bar.advance)
+        models.rounds = rounds
     codec = loaded.codec
     info = ModelInfo(
         model=EMBEDDED_NAME if embedded else loaded.name,

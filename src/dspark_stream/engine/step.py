@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -30,6 +30,9 @@ from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 
+if TYPE_CHECKING:
+    from dspark_stream.engine.gpu.runner import GraphRounds
+
 
 @dataclass
 class Models:
@@ -44,6 +47,8 @@ class Models:
     schedule: Schedule
     capacity: CapacityCurve
     """As measured; `costs` is what it has become since."""
+    rounds: GraphRounds | None = None
+    """Captured rounds, on a GPU; they take the place of `decode_round`'s own steps."""
 
     def __post_init__(self) -> None:
         self.costs = Costs(self.capacity)
@@ -76,6 +81,8 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
 
     ``slowest_ms``: what the round may take, as far as the choice is ours: with nothing drafted it takes what it takes.
     """
+    if models.rounds is not None:
+        return models.rounds.decode_round(streams)
     clock = [time.perf_counter()]
     plan = _plan(models, streams, slowest_ms)
     costs = models.costs_of(streams)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dspark_kernels.ragged_attention import Segment, ragged_attention
+from dspark_kernels.ragged_attention import Segment, SegmentTable, attend_table, ragged_attention
 from dspark_stream.models.cache import KVShape, KVStore
 
 ATTENTION_NAME = "dspark"
@@ -33,6 +33,7 @@ class StoreAttend:
     def __init__(self, store: KVStore, slots: Tensor, segments: list[Segment], *, causal: bool) -> None:
         self.store, self.slots, self.segments, self.causal = store, slots, segments, causal
         self._masks: dict[object, list[Tensor | None]] = {}
+        self._tables: dict[object, SegmentTable] = {}
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
@@ -48,6 +49,33 @@ class StoreAttend:
             causal=self.causal,
             window=window,
             masks=self._masks,
+            tables=self._tables,
+        )
+
+
+class TableAttend:
+    """`StoreAttend` over segments that only the device knows; what a captured round uses.
+
+    Slots of rows of nobody point at the store's last slot, which no stream owns.
+    """
+
+    def __init__(self, store: KVStore, slots: Tensor, table: SegmentTable, *, causal: bool) -> None:
+        self.store, self.table, self.causal = store, table, causal
+        self.slots = torch.where(slots < 0, store.keys[0].shape[0] - 1, slots)
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """See `Attend`."""
+        self.store.write(layer, self.slots, key, value)
+        return attend_table(
+            query,
+            self.store.keys[layer],
+            self.store.values[layer],
+            self.table,
+            scale=scale,
+            causal=self.causal,
+            window=window,
         )
 
 

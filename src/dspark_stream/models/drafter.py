@@ -211,11 +211,15 @@ class Drafter(nn.Module):
     @torch.inference_mode()
     def append_context(self, taps: Tensor, positions: list[int], slots: list[int], store: KVStore) -> None:
         """Write every layer's context keys and values of ``taps`` [T, taps·H] at ``positions`` to ``slots``."""
+        self.write_context(taps, int_tensor(positions, taps.device), int_tensor(slots, taps.device), store)
+
+    @torch.inference_mode()
+    def write_context(self, taps: Tensor, positions: Tensor, slots: Tensor, store: KVStore) -> None:
+        """`append_context` with positions [T] and slots [T] that are on the device already."""
         features = self.context_features(taps)
-        cos, sin = self.rope(int_tensor(positions, taps.device))
-        where = int_tensor(slots, taps.device)
+        cos, sin = self.rope(positions)
         for layer in range(len(self.layers)):
-            store.write(layer, where, *self.context_kv(layer, features, cos, sin))
+            store.write(layer, slots, *self.context_kv(layer, features, cos, sin))
 
     # --- the block -----------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""int8 and nf4 weights through bitsandbytes, on CPU and GPU.
+"""int8 and nf4 weights through bitsandbytes, on CPU and GPU; 8- and 4-bit weights on kernels of our own, for GPUs.
 
 Only the decoder layers' matrices (and the drafter's `fc`) are quantised. Embedding, LM head, norms and the small heads
 stay as they are: the LM head is shared between target and drafter, and a packed one cannot be shared.
@@ -12,12 +12,15 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dspark_kernels.weight_only import GROUP, WeightOnlyLinear
 from dspark_stream.errors import ModelLoadError
 
-Quant = Literal["none", "int8", "nf4", "w8a8", "w4a8"]
+Quant = Literal["none", "int8", "nf4", "w8a8", "w4a8", "w8a16", "w4a16"]
 
 KERNEL_BITS: dict[str, int] = {"w8a8": 8, "w4a8": 4}
 """Of weights on the CPU's integer kernels, with activations of 8 bits; both with a scale for each group of 32."""
+WEIGHT_ONLY_BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4}
+"""Of weights on our own kernel for GPUs, with activations as they are."""
 
 NF4_BLOCK, NF4_ROWS = 64, 32
 """bitsandbytes packs nf4 in blocks of 64 inputs and multiplies 32 outputs at a time; other shapes stay as they are."""
@@ -26,15 +29,22 @@ KEEP = ("lm_head", "markov_head", "confidence_head", "embed_tokens")
 
 
 def quantise_linears(module: nn.Module, quant: Quant) -> int:
-    """Replace the `torch.nn.Linear` layers under ``module`` by bitsandbytes ones; returns how many.
+    """Replace the `torch.nn.Linear` layers under ``module`` by quantised ones; returns how many.
 
     Raises:
-        ModelLoadError: bitsandbytes is not there or does not work on this device.
+        ModelLoadError: bitsandbytes is not there or does not work on this device, or kernels that only CPUs have.
     """
     if quant == "none":
         return 0
+    if quant in WEIGHT_ONLY_BITS:
+        return _weight_only(module, WEIGHT_ONLY_BITS[quant])
     if quant in KERNEL_BITS:
         raise ModelLoadError(f"{quant} needs the CPU's integer kernels, and this model does not run on them here")
+    return _by_bitsandbytes(module, quant)
+
+
+def _by_bitsandbytes(module: nn.Module, quant: Quant) -> int:
+    """int8 or nf4 layers in place of plain ones; returns how many."""
     # it tells of optional kernels when imported, and of its fp16 cast at every single product
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -76,4 +86,18 @@ def quantise_linears(module: nn.Module, quant: Quant) -> int:
                 like = child.bias if child.bias is not None else None
                 dtype = like.dtype if like is not None else getattr(child, "compute_dtype", None) or torch.float32
                 child(torch.zeros(1, child.in_features, dtype=dtype, device=child.weight.device))
+    return count
+
+
+def _weight_only(module: nn.Module, bits: int) -> int:
+    """Every linear layer whose inputs fill whole groups, on our own kernel; returns how many."""
+    count = 0
+    for parent_name, parent in list(module.named_modules()):
+        for name, child in list(parent.named_children()):
+            path = f"{parent_name}.{name}"
+            if type(child) is not nn.Linear or any(part in KEEP for part in path.split(".")):
+                continue
+            if child.in_features % GROUP == 0:
+                setattr(parent, name, WeightOnlyLinear(child, bits))
+                count += 1
     return count

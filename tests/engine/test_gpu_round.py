@@ -1,0 +1,372 @@
+"""The round that GPUs capture, run eagerly: the same tokens as the engine's own round, and nobody else's cache touched.
+
+With a GPU (`make test-gpu`) the same tests run captured.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dspark_stream.config import Config
+from dspark_stream.engine.build import build_engine
+from dspark_stream.engine.gpu.graphs import RoundLadder, Size, row_ladder, seat_ladder
+from dspark_stream.engine.gpu.round import RoundModels, run_round
+from dspark_stream.engine.gpu.runner import MOST_SEATS, GraphRounds
+from dspark_stream.engine.gpu.state import RoundState, Seat
+from dspark_stream.engine.step import Models
+from dspark_stream.engine.stream import Stream
+from dspark_stream.errors import ConfigError
+from dspark_stream.local import LocalEngine
+from dspark_stream.models.target import Target
+from dspark_stream.models.walk import head_weights
+from dspark_stream.progress import SILENT
+from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged
+from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
+from shared_data import shared
+from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAIRS = ["qwen3-vanilla", "qwen3-gated", "gemma4-vanilla"]
+
+
+def models_of(head: str = "vanilla", schedule=None, draft_vocab: int | None = None, drafter: bool = True) -> Models:
+    with torch.device(DEVICE):
+        target = tiny_target()
+        drafts = tiny_drafter(target, head=head, draft_vocab=draft_vocab) if drafter else None
+    return tiny_models(target, drafts, schedule=schedule)
+
+
+def with_rounds(models: Models, seats: int = 8, **options) -> Models:
+    models.rounds = GraphRounds(models, seats=seats, longest=300, candidates=48, **options)
+    return models
+
+
+def run(models: Models, requests: list[GenerationRequest], streams: int = 8) -> dict[str, list]:
+    """Token ids and rounds of every request."""
+    engine = tiny_engine(models)
+    got: dict[str, list] = {r.request_id: [] for r in requests}
+    with LocalEngine(engine) as local:
+        for event, _ in local.run(requests, streams=streams):
+            if isinstance(event, TokensEvent):
+                got[event.request_id] += event.token_ids
+            elif isinstance(event, FinishedEvent):
+                got[event.request_id].append(event.reason)
+    return got
+
+
+def mixed_requests(n: int = 9) -> list[GenerationRequest]:
+    """Greedy, rejection and coupled, plain and drafted, truncated and not, of different lengths."""
+    requests = []
+    for i in range(n):
+        options = {"temperature": 0.0} if i % 3 == 0 else {"temperature": 0.9, "seed": i}
+        if i % 4 == 3:
+            options |= {"top_k": 12, "top_p": 0.9}
+        requests.append(
+            request(
+                f"r{i}",
+                prompt=tuple(range(2, 5 + i)),
+                max_tokens=10 + 5 * (i % 4),
+                ignore_eos=i % 2 == 0,
+                verification="coupled" if i % 3 == 2 else "rejection",
+                mode="plain" if i % 5 == 4 else "dspark",
+                **options,
+            )
+        )
+    return requests
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
+@pytest.mark.parametrize("length", [0, 2, 4])
+def test_the_engines_tokens(head, length):
+    """Guards against a round that differs from the engine's in anything: every head, all ways to accept, joining and
+    leaving streams, results read one round late."""
+    requests = mixed_requests()
+    expected = run(models_of(head, Fixed(length)), requests, streams=5)
+    got = run(with_rounds(models_of(head, Fixed(length))), requests, streams=5)
+    assert got == expected
+
+
+def test_a_reduced_draft_vocabulary():
+    """Guards against draft vocabulary indices taken for target ids."""
+    requests = mixed_requests()
+    assert run(with_rounds(models_of("vanilla", Fixed(4), 29)), requests) == run(
+        models_of("vanilla", Fixed(4), 29), requests
+    )
+
+
+def test_without_a_drafter():
+    """Plain mode uses the same machinery."""
+    requests = mixed_requests()
+    assert run(with_rounds(models_of(drafter=False)), requests) == run(models_of(drafter=False), requests)
+
+
+@pytest.mark.parametrize("schedule", [Adaptive(), EarlyStop(), Lagged()])
+def test_text_does_not_depend_on_the_schedule(schedule):
+    """Greedy and coupled text is the target's own, whatever budgets are chosen; with measured sizes, too."""
+    requests = [r for r in mixed_requests(12) if r.sampling.temperature == 0.0 or r.verification == "coupled"]
+    expected = run(models_of(schedule=Fixed(0)), requests)
+    models = with_rounds(models_of(schedule=schedule), seats=3)
+    models.rounds.ladder.warm()
+    assert set(models.rounds.ladder.round_ms) == set(models.rounds.ladder.sizes())
+    assert run(models, requests, streams=3) == expected
+
+
+def test_the_budget_follows_the_past():
+    """Guards against a size that never changes: cheap rows and good drafts ask for more of them, dear rows for none."""
+    models = with_rounds(models_of(schedule=Adaptive()), seats=4)
+    rounds = models.rounds
+    stop = frozenset[int]()
+    rounds._seated = [Stream(request(str(i)), 48, 4, stop, None) for i in range(4)]
+    rounds._survival = {s: [0.9, 0.8, 0.7, 0.6] for s in rounds._seated}
+    for slope, expected in ((0.0, 20), (10.0, 4)):
+        rounds.ladder.round_ms = {Size(4, n, True): 1.0 + slope * n for n in row_ladder(4, 4)}
+        if slope:
+            rounds.ladder.round_ms[Size(4, 4, True)] = 1.0
+        assert rounds._size() == Size(4, expected, True)
+
+
+def test_cancelled_and_held_streams_lose_nothing():
+    """Guards against a round in flight whose results are dropped, doubled or given to another stream."""
+    names = [f"c{i}" for i in range(4)]
+    requests = [request(n, prompt=(3 + i, 9, 4), max_tokens=60, ignore_eos=True) for i, n in enumerate(names)]
+    expected = run(models_of(schedule=Fixed(4)), requests)
+    engine = tiny_engine(with_rounds(models_of(schedule=Fixed(4))))
+    got: dict[str, list[int]] = {n: [] for n in names}
+    seen = 0
+    with LocalEngine(engine) as local:
+        for event, _ in local.run(requests, streams=4):
+            if isinstance(event, TokensEvent):
+                got[event.request_id] += event.token_ids
+                seen += 1
+                if seen == 6:
+                    engine.hold("c0")
+                    engine.cancel("c1")
+                elif seen == 14:
+                    engine.release("c0")
+            elif event.request_id != "c1":
+                got[event.request_id].append(event.reason)
+    for name in ("c0", "c2", "c3"):
+        assert got[name] == expected[name]
+    assert got["c1"] == expected["c1"][: len(got["c1"])]
+
+
+def test_nothing_follows_a_streams_end():
+    """Guards against the round in flight when a stream stops at a stop token: its results belong to nobody."""
+    requests = [
+        request(f"s{i}", prompt=(3 + i, 9, 4), max_tokens=60, stop_token_ids=tuple(range(0, 48, 3))) for i in range(5)
+    ]
+    engine = tiny_engine(with_rounds(models_of(schedule=Fixed(4))))
+    events: list[EngineEvent] = []
+    engine.start(events.extend)
+    for r in requests:
+        engine.submit(r)
+    engine.close(60.0)
+    for r in requests:
+        mine = [e for e in events if e.request_id == r.request_id]
+        assert [isinstance(e, FinishedEvent) for e in mine] == [False] * (len(mine) - 1) + [True]
+        assert mine[-1].reason == "stop"
+        assert mine[-1].usage.output_tokens == sum(len(e.token_ids) for e in mine[:-1])
+
+
+def watched_round(*args) -> None:
+    """A round that fails where it reads a value on the host."""
+    with NoHostReads():
+        run_round(*args)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_recorded_round(pair, tmp_path):
+    """The reference implementation's recordings: anchors, all drafts, accepted counts and bonus tokens."""
+    folder = shared(f"fixtures/{pair}")
+    cases = json.loads((folder / "cases.json").read_text())["cases"]
+    config = Config(
+        model=str(folder / "target"),
+        drafter=str(folder / "draft"),
+        schedule="fixed:7",
+        max_num_seqs=4,
+        kv_memory=64 << 20,
+        cache_dir=tmp_path,
+    )
+    engine, _ = build_engine(config, SILENT)
+    models = engine._models
+    models.rounds = GraphRounds(models, seats=4, longest=256, candidates=320, replace=watched_round)
+    requests = [
+        GenerationRequest(
+            request_id=str(i),
+            prompt_ids=tuple(case["prompt"]),
+            sampling=SamplingParams(max_tokens=len(case["output"]) + 8, temperature=0.0, ignore_eos=True),
+            record_rounds=True,
+        )
+        for i, case in enumerate(cases)
+    ]
+    ids: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    rounds: dict[str, list] = {r.request_id: [] for r in requests}
+    with LocalEngine(engine) as local:
+        for event, _ in local.run(requests, streams=4):
+            if isinstance(event, TokensEvent):
+                ids[event.request_id] += event.token_ids
+                if event.round:
+                    rounds[event.request_id].append(event.round)
+    for i, case in enumerate(cases):
+        assert ids[str(i)][: len(case["output"])] == case["output"]
+        for got, recorded in zip(rounds[str(i)], case["rounds"], strict=False):
+            assert {name: getattr(got, name) for name in recorded} == recorded
+        assert len(rounds[str(i)]) >= len(case["rounds"])
+
+
+# --- what a captured round may not do ----------------------------------------------------------------------------
+
+
+def seat(slot: int, **options) -> Seat:
+    fields = {
+        "anchor": 5,
+        "position": 6,
+        "limit": 40,
+        "drafts": True,
+        "acceptance": "greedy",
+        "sampling": SamplingParams(max_tokens=8, temperature=0.0),
+        "round_key": 2**64 - 3,
+        "temperatures": [],
+    } | options
+    return Seat(slot=slot, **fields)
+
+
+def ready(seats: int = 4) -> tuple[RoundModels, RoundState, Models]:
+    """Models with random caches, so that a stray write shows."""
+    models = models_of()
+    for store in (models.target_kv, models.drafter_kv):
+        for tensor in (*store.keys, *store.values):
+            tensor.copy_(torch.randn_like(tensor))
+    parts = RoundModels(
+        models.target, models.target_kv, models.drafter, models.drafter_kv, head_weights(models.drafter), 48, 300
+    )
+    return parts, RoundState(seats, 4, seats * 5, models.target.device), models
+
+
+def contents(models: Models) -> list[torch.Tensor]:
+    stores = (models.target_kv, models.drafter_kv)
+    return [t.clone() for store in stores for t in (*store.keys, *store.values)]
+
+
+@pytest.mark.parametrize("size", [(4, 20, True), (4, 4, False), (2, 3, True)])
+def test_rows_of_nobody_change_no_cache(size):
+    """Guards against padding that writes into stream 0's extent: only the slot that is nobody's may change."""
+    parts, state, models = ready()
+    before = contents(models)
+    run_round(parts, state, *size)
+    for old, new in zip(before, contents(models), strict=True):
+        assert torch.equal(old[:-1], new[:-1])
+    assert (state.outcome[: size[0], 0] == -1).all()
+    assert not state.position.any()
+
+
+def test_a_round_writes_to_its_own_streams_rows_alone():
+    """Two streams among four seats, one of them at its limit: keys and values at p … p+ℓ of the other, nothing else."""
+    parts, state, models = ready()
+    state.bind([seat(0), seat(64, position=40), seat(128, acceptance="coupled")])
+    before = contents(models)
+    run_round(parts, state, 4, 20, True)
+    allowed = torch.zeros(len(before[0]), dtype=torch.bool)
+    for slot in (0, 128):
+        allowed[slot + 6 : slot + 6 + 5] = True
+    allowed[-1] = True
+    for old, new in zip(before, contents(models), strict=True):
+        changed = (old != new).flatten(1).any(1)
+        assert changed.any()
+        assert not (changed & ~allowed).any()
+    assert state.outcome[:4, 0].tolist()[1] == -1
+    assert state.position[1] == 40
+
+
+def test_warming_touches_no_cache():
+    """Guards against captures and timings that run on whoever sits there."""
+    parts, state, models = ready()
+    state.bind([seat(0), seat(64)])
+    before = contents(models)
+    ladder = RoundLadder(parts, state)
+    ladder.warm()
+    for old, new in zip(before, contents(models), strict=True):
+        assert torch.equal(old[:-1], new[:-1])
+    assert min(ladder.round_ms.values()) > 0
+
+
+def test_two_replays_draw_different_noise():
+    """Guards against randomness that is baked into a capture: the same seat at another position draws anew."""
+    parts, state, _ = ready()
+    sampling = SamplingParams(max_tokens=8, temperature=5.0, seed=3)
+    outcomes = set()
+    for position in range(6, 12):
+        state.bind([seat(0, position=position, acceptance="rejection", sampling=sampling)])
+        run_round(parts, state, 1, 5, True)
+        outcomes.add(tuple(state.outcome[0].tolist()))
+    assert len(outcomes) > 3
+
+
+HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "equal", "unique", "lift_fresh")
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on operations that read a tensor's value on the host, or bring a value from it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        assert name not in HOST_READS, f"{func} inside a round"
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), f"{func} by a mask inside a round"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
+def test_nothing_in_a_round_reads_a_value_on_the_host(head):
+    """Guards against what cannot be captured: a GPU would have to stop and wait for the host."""
+    models = models_of(head)
+    parts = RoundModels(
+        models.target, models.target_kv, models.drafter, models.drafter_kv, head_weights(models.drafter), 16, 300
+    )
+    state = RoundState(4, 4, 20, models.target.device)
+    state.bind([seat(0), seat(64, acceptance="rejection"), seat(128, acceptance="coupled")])
+    with NoHostReads():
+        for size in ((4, 20, True), (4, 4, False)):
+            run_round(parts, state, *size)
+    with pytest.raises(AssertionError, match="inside a round"), NoHostReads():
+        _ = state.position[0].item()
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
+def test_every_tensor_of_a_round_is_on_the_models_device(head):
+    """Guards against tensors made on the CPU inside a round: torch's device without memory refuses to mix them in."""
+    nowhere = torch.device("meta")
+    target = Target(tiny_target().model.to(nowhere))
+    drafter = tiny_drafter(target, head=head).to(nowhere)
+    models = tiny_models(target, drafter)
+    parts = RoundModels(target, models.target_kv, drafter, models.drafter_kv, head_weights(drafter), 16, 300)
+    state = RoundState(4, 4, 20, nowhere)
+    for size in ((4, 20, True), (4, 4, False)):
+        run_round(parts, state, *size)
+    with pytest.raises(RuntimeError, match="device"):
+        _ = state.position + torch.arange(4)
+
+
+def test_more_streams_than_a_captured_round_takes():
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        GraphRounds(models_of(), seats=MOST_SEATS + 1, longest=300)
+
+
+def test_a_schedule_that_is_not_known():
+    """Guards against a schedule that is asked for and silently replaced by another."""
+    with pytest.raises(ConfigError, match="schedule"):
+        GraphRounds(models_of(schedule=object()), seats=2, longest=300)
+
+
+def test_ladders():
+    assert seat_ladder(1) == [1]
+    assert seat_ladder(24) == [1, 2, 4, 8, 16, 24]
+    assert row_ladder(1, 7) == [1, 2, 3, 5, 8]
+    assert row_ladder(8, 7) == [8, 12, 16, 24, 40, 64]
+    parts, state, _ = ready()
+    sizes = RoundLadder(parts, state, fixed=2).sizes()
+    assert [s for s in sizes if s.drafting] == [Size(4, 12, True), Size(2, 6, True), Size(1, 3, True)]
