@@ -66,6 +66,7 @@ def main() -> None:
             label = (name or Path(folder).name) + ("" if quant == "none" else f", {quant}")
             rows += measure(config, label, files, args, bins if not bins else {})
             write(args.out, rows)
+    print(table(rows, [path.stem for path in files]))
     if args.picture:
         draw(bins, args.picture)
 
@@ -142,6 +143,19 @@ def row(label: str, way: Acceptance, file: str, tally: Tally, calibration: Calib
         "by_context": " ".join(f"{n}:{p.accepted_length:.3f}/{p.rounds}" for n, p in figures.by_context.items()),
         "by_turn": " ".join(f"{n}:{p.accepted_length:.3f}/{p.rounds}" for n, p in figures.by_turn.items()),
     }
+
+
+def table(rows: Sequence[Row], files: Sequence[str]) -> str:
+    """Accepted lengths in Markdown: a line for each drafter and way, a column for each file, their mean last."""
+    by_file = {(r["drafter"], r["way"], r["file"]): r for r in rows}
+    lines = [" | ".join(["| drafter", "way", *files, "mean", "prompt lookup |"]), "|" + " --- |" * (len(files) + 4)]
+    for drafter, way in dict.fromkeys((r["drafter"], r["way"]) for r in rows):
+        own = [by_file[drafter, way, file] for file in files]
+        lengths = [float(str(r["accepted_length"])) for r in own]
+        lookup = fmean(float(str(r["prompt_lookup_length"])) for r in own)
+        cells = [*(f"{x:.2f}" for x in lengths), f"{fmean(lengths):.2f}", f"{lookup:.2f} |"]
+        lines.append(" | ".join([f"| {drafter}", str(way), *cells]))
+    return "\n".join(lines)
 
 
 def write(path: Path, rows: list[Row]) -> None:

@@ -44,7 +44,13 @@ def tiny_target(seed: int = 0, vocab: int = VOCAB, **options: object) -> Target:
 
 
 def tiny_drafter(
-    target: Target, seed: int = 1, head: str = "vanilla", draft_vocab: int | None = None, gamma: int = GAMMA, **options
+    target: Target,
+    seed: int = 1,
+    head: str = "vanilla",
+    draft_vocab: int | None = None,
+    gamma: int = GAMMA,
+    rank: int = 8,
+    **options,
 ) -> Drafter:
     torch.manual_seed(seed)
     config = DrafterConfig(
@@ -53,7 +59,7 @@ def tiny_drafter(
         block_size=gamma,
         mask_token_id=0,
         target_layer_ids=(-1, 1),
-        markov_rank=0 if head == "none" else 8,
+        markov_rank=0 if head == "none" else rank,
         markov_head_type="vanilla" if head == "none" else head,
         **options,
     )
