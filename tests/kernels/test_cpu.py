@@ -178,8 +178,8 @@ def test_sizes_that_do_not_fit_are_refused(context):
     with pytest.raises(ValueError, match="divide by 32"):
         PackedMatrix(context, 4, 33, 8)
     matrix = PackedMatrix(context, 4, 32, 8)
-    with pytest.raises(ValueError, match="Q4_1"):
-        matrix.pack(0, 4, np.zeros((4, 20), dtype=np.uint8), Source.Q4_1)
+    with pytest.raises(ValueError, match="Q8_0"):
+        PackedMatrix(context, 4, 32, 4).pack(0, 4, np.zeros((4, 34), dtype=np.uint8), Source.Q8_0)
     with pytest.raises(ValueError, match="need 136"):
         matrix.pack(0, 4, np.zeros(135, dtype=np.uint8), Source.Q8_0)
     with pytest.raises(ValueError, match="channels"):

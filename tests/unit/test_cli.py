@@ -350,7 +350,8 @@ def test_calibrate_needs_a_drafter(loaded, tmp_path, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_serve_can_be_stopped_while_it_loads(number, code, tmp_path):
     script = (
-        "import sys, time\nfrom dspark_stream import cli, commands\n"
+        "import signal, sys, time\nfrom dspark_stream import cli, commands\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "def load(config, *, quiet=False):\n"
         "    try:\n        print('loading', flush=True); time.sleep(60)\n"
         "    finally: print('cleared up', flush=True)\n"
