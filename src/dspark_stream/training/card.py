@@ -19,7 +19,13 @@ from dspark_stream.training.plan import FILE, TrainPlan
 
 
 def write_card(
-    plan: TrainPlan, trainer: Trainer, split: Split, target_name: str, run_folder: Path, fits: dict[str, Fit]
+    plan: TrainPlan,
+    trainer: Trainer,
+    split: Split,
+    target_name: str,
+    run_folder: Path,
+    fits: dict[str, Fit],
+    machine: str,
 ) -> str:
     """The card as Markdown. Held-out figures are the log's last, and those of the calibration's rounds."""
     config = trainer.drafter.config
@@ -53,7 +59,7 @@ def write_card(
         "## Training",
         "",
         f"- {trainer.step} steps, {trainer.rows // config.block_size} blocks of γ rows, seed {plan.seed}",
-        f"- {trainer.elapsed_s / 60:.0f} minutes of training on {hardware(trainer.device)}",
+        f"- {trainer.elapsed_s / 60:.0f} minutes of training on {machine}",
         "",
         "## Held-out figures",
         "",

@@ -38,7 +38,7 @@ from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import CALIBRATION_FILE, save_calibration
 from dspark_stream.training.answering import Scribe, read_files
 from dspark_stream.training.answers import Answer, Split, draft_vocabulary, read_answers, split_answers
-from dspark_stream.training.card import write_card
+from dspark_stream.training.card import hardware, write_card
 from dspark_stream.training.features import FeatureSource
 from dspark_stream.training.initial import default_taps, pick_mask_token, start_from_target
 from dspark_stream.training.loop import LoopConfig, Trainer
@@ -72,8 +72,9 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> 
         if not finished:
             return False
     save(trainer, out, folder)
+    machine = hardware(trainer.device)  # before an engine on kernels of its own leaves torch only one thread
     fits = calibration_stage(plan, target_name, split, out, progress)
-    write_text(out / "card.md", write_card(plan, trainer, split, loaded.name, folder, fits))
+    write_text(out / "card.md", write_card(plan, trainer, split, loaded.name, folder, fits, machine))
     progress.say(f"the drafter is in {out}")
     if trainer.features.nbytes:
         size = trainer.features.nbytes / 2**30
