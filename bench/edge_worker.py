@@ -26,12 +26,14 @@ class Dspark:
         from dspark_stream.config import Config
         from dspark_stream.engine.build import build_engine
         from dspark_stream.local import LocalEngine
+        from dspark_stream.models.native import NativeTarget
         from dspark_stream.progress import Progress
 
         config = Config(model=model, threads=threads, max_num_seqs=16, max_model_len=2048)
         self.engine, _ = build_engine(config, Progress(enabled=False))
         self.local = LocalEngine(self.engine)
-        self.context = self.engine._models.target.llama.context  # type: ignore[attr-defined]
+        assert isinstance(self.engine._models.target, NativeTarget), "no C++ compiler: there is nothing to measure"
+        self.context = self.engine._models.target.llama.context
 
     def generate(self, prompts: list[list[int]], tokens: int, streams: int, mode: str) -> dict[str, Any]:
         """Greedy answers of a fixed length."""

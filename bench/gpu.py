@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -42,14 +42,14 @@ from dspark_stream.models.cache import Extent
 from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
 from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.families import ATTENTION_NAME
-from dspark_stream.models.quant import quantise_linears
+from dspark_stream.models.quant import Quant, quantise_linears
 from dspark_stream.models.target import Target
 from dspark_stream.progress import SILENT, Progress
 from dspark_stream.spec.calibration import Calibration, logit
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
-from dspark_stream.types import GenerationRequest, SamplingParams, TokensEvent
+from dspark_stream.types import GenerationRequest, Mode, SamplingParams, TokensEvent
 
 DEADLINE_S = 460.0
 CONTEXT = 512
@@ -173,7 +173,7 @@ class Clock:
 # --- models ------------------------------------------------------------------------------------------------------
 
 
-def random_models(shape: Shape, device: torch.device, slots: int, quant: str) -> Models:
+def random_models(shape: Shape, device: torch.device, slots: int, quant: Quant) -> Models:
     """Target and drafter of a shape, random weights, caches full of random numbers."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -212,7 +212,7 @@ def random_models(shape: Shape, device: torch.device, slots: int, quant: str) ->
     finally:
         torch.set_default_dtype(torch.float32)
     drafter = drafter.eval().requires_grad_(False)
-    quantise_linears(drafter, quant)  # type: ignore[arg-type]
+    quantise_linears(drafter, quant)
     models = Models(
         target=target,
         target_kv=target.make_store(slots),
@@ -238,7 +238,7 @@ def weight_bytes(target: Target) -> int:
     return sum(read.values())
 
 
-def seated(models: Models, count: int, mode: str, tokens: int) -> list[Stream]:
+def seated(models: Models, count: int, mode: Mode, tokens: int) -> list[Stream]:
     """Streams in the middle of their answers, CONTEXT tokens behind them and up to ``tokens`` to come."""
     vocab = models.target.vocab_size
     streams = []
@@ -247,7 +247,7 @@ def seated(models: Models, count: int, mode: str, tokens: int) -> list[Stream]:
             request_id=f"{mode}{i}",
             prompt_ids=tuple((7 * j + i) % vocab for j in range(CONTEXT)),
             sampling=SamplingParams(max_tokens=tokens, temperature=0.0, seed=i, ignore_eos=True),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
         )
         stream = Stream(request, vocab, models.gamma, frozenset(), None)
         size = CONTEXT + tokens + 16
@@ -324,12 +324,12 @@ def linears(report: Report, clock: Clock, bandwidth: float) -> None:
     """A drafter's widest layer at M = 1, 4, 8: bfloat16, bitsandbytes, our own kernels; share of the copy bandwidth."""
     inputs, outputs = (128, 64) if clock.smoke else (12288, 4096)
     dtype = torch.bfloat16 if clock.device.type == "cuda" else torch.float32
-    kinds = ["none", "w8a16", "w4a16"] if clock.smoke else ["none", "int8", "nf4", "w8a16", "w4a16"]
+    kinds: list[Quant] = ["none", "w8a16", "w4a16"] if clock.smoke else ["none", "int8", "nf4", "w8a16", "w4a16"]
     bits = {"none": 16, "int8": 8, "w8a16": 8.25, "nf4": 4.5, "w4a16": 4.5}
     for kind in kinds:
         layers = nn.Sequential(*(nn.Linear(inputs, outputs, bias=False) for _ in range(8)))  # more than L2 holds
         layers = layers.to(clock.device, dtype).requires_grad_(False)
-        quantise_linears(layers, kind)  # type: ignore[arg-type]
+        quantise_linears(layers, kind)
         for m in (1, 4, 8):
             x = torch.randn(m, inputs, dtype=dtype, device=clock.device)
 
@@ -343,7 +343,7 @@ def linears(report: Report, clock: Clock, bandwidth: float) -> None:
             report.add(f"linear 12288 → 4096, {kind}, M = {m}", ms * 1e3, "µs", note=f"{share:.2f} of copy bandwidth")
 
 
-def shape_section(report: Report, clock: Clock, shape: Shape, bandwidth: float, quant: str, strict: bool) -> None:
+def shape_section(report: Report, clock: Clock, shape: Shape, bandwidth: float, quant: Quant, strict: bool) -> None:
     """Plain and DSpark decoding of a shape, one stream and 64; floors count for the 8B shape (``strict``)."""
     many, tokens = (2, 100) if clock.smoke else (64, 1200)
     size = CONTEXT + tokens + 16
@@ -355,7 +355,7 @@ def shape_section(report: Report, clock: Clock, shape: Shape, bandwidth: float, 
         models.schedule = parse_schedule(schedule)
         return GraphRounds(models, seats=seats, longest=size, replace=synthetic(rate))
 
-    def graph_ms(rounds: GraphRounds, which: Size, mode: str) -> float:
+    def graph_ms(rounds: GraphRounds, which: Size, mode: Mode) -> float:
         streams = seated(models, 1, mode, tokens)
         rounds.state.bind([rounds.seat_of(s) for s in streams])
         return clock.ms(lambda: rounds.ladder.run(which), 40)
@@ -439,7 +439,7 @@ def smollm2(report: Report, clock: Clock, config: Config) -> None:
     tokens = 16 if clock.smoke else 256
     questions = ["Write a short story about a lighthouse keeper.", "Explain how a hash table works, with an example."]
     prompts = [tuple(codec.encode_chat([{"role": "user", "content": q}])) for q in questions]
-    rates: dict[str, list[float]] = {"plain": [], "dspark": []}
+    rates: dict[Mode, list[float]] = {"plain": [], "dspark": []}
     with LocalEngine(engine) as local:
         for repeat in range(1 if clock.smoke else 3):
             for mode, measured in rates.items():
@@ -448,7 +448,7 @@ def smollm2(report: Report, clock: Clock, config: Config) -> None:
                         request_id=f"{mode}{repeat}{i}",
                         prompt_ids=prompt,
                         sampling=SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True),
-                        mode=mode,  # type: ignore[arg-type]
+                        mode=mode,
                     )
                     times = [at for event, at in local.run([request]) if isinstance(event, TokensEvent)]
                     measured.append((tokens - 1) / max(1e-9, times[-1] - times[0]))
@@ -509,11 +509,12 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.smoke:
         sys.exit("bench/gpu.py measures a GPU, and torch sees none here; --smoke shows that it runs")
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.smoke else "cpu")
+    where: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
+    device = torch.device(where)
     clock, report = Clock(device, args.smoke), Report()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     bandwidth = floors(report, clock)
-    config = Config(device=device.type, max_num_seqs=1, schedule="fixed:7", cpu_kernels="off")  # type: ignore[arg-type]
+    config = Config(device=where, max_num_seqs=1, schedule="fixed:7", cpu_kernels="off")
     big, middle = (TINY, TINY) if args.smoke else (QWEN3_8B, QWEN3_4B)
     sections: list[tuple[str, Callable[[], None]]] = [
         ("8B shape", lambda: shape_section(report, clock, big, bandwidth, args.quant, not args.smoke)),

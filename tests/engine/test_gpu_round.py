@@ -26,6 +26,7 @@ from dspark_stream.models.walk import head_weights
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged
 from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
+from recorded import run_cases
 from shared_data import shared
 from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 
@@ -194,28 +195,11 @@ def test_every_recorded_round(pair, tmp_path):
     engine, _ = build_engine(config, SILENT)
     models = engine._models
     models.rounds = GraphRounds(models, seats=4, longest=256, candidates=320, replace=watched_round)
-    requests = [
-        GenerationRequest(
-            request_id=str(i),
-            prompt_ids=tuple(case["prompt"]),
-            sampling=SamplingParams(max_tokens=len(case["output"]) + 8, temperature=0.0, ignore_eos=True),
-            record_rounds=True,
-        )
-        for i, case in enumerate(cases)
-    ]
-    ids: dict[str, list[int]] = {r.request_id: [] for r in requests}
-    rounds: dict[str, list] = {r.request_id: [] for r in requests}
-    with LocalEngine(engine) as local:
-        for event, _ in local.run(requests, streams=4):
-            if isinstance(event, TokensEvent):
-                ids[event.request_id] += event.token_ids
-                if event.round:
-                    rounds[event.request_id].append(event.round)
-    for i, case in enumerate(cases):
-        assert ids[str(i)][: len(case["output"])] == case["output"]
-        for got, recorded in zip(rounds[str(i)], case["rounds"], strict=False):
+    for case, (ids, rounds) in zip(cases, run_cases(engine, cases), strict=True):
+        assert ids[: len(case["output"])] == case["output"]
+        for got, recorded in zip(rounds, case["rounds"], strict=False):
             assert {name: getattr(got, name) for name in recorded} == recorded
-        assert len(rounds[str(i)]) >= len(case["rounds"])
+        assert len(rounds) >= len(case["rounds"])
 
 
 # --- what a captured round may not do ----------------------------------------------------------------------------

@@ -11,13 +11,12 @@ from safetensors.torch import load_file
 
 from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine
-from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent, KVStore
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.models.target import Rows
 from dspark_stream.progress import SILENT
-from dspark_stream.types import GenerationRequest, SamplingParams, TokensEvent
+from recorded import run_cases
 from shared_data import shared
 
 PAIRS = ["qwen3-vanilla", "qwen3-gated", "gemma4-vanilla"]
@@ -25,11 +24,7 @@ PAIRS = ["qwen3-vanilla", "qwen3-gated", "gemma4-vanilla"]
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_recorded_round(pair, tmp_path):
-    """Anchors, draft tokens, accepted counts, bonus tokens and text; all four prompts as one batch.
-
-    Asked for a block more than was recorded: the recording runs one round more where its last one ends exactly at
-    the limit, and a service does not.
-    """
+    """Anchors, draft tokens, accepted counts, bonus tokens and text; all four prompts as one batch."""
     folder = shared(f"fixtures/{pair}")
     cases = json.loads((folder / "cases.json").read_text())["cases"]
     config = Config(
@@ -42,28 +37,11 @@ def test_every_recorded_round(pair, tmp_path):
     )
     engine, codec = build_engine(config, SILENT)
     assert codec is None
-    requests = [
-        GenerationRequest(
-            request_id=str(i),
-            prompt_ids=tuple(case["prompt"]),
-            sampling=SamplingParams(max_tokens=len(case["output"]) + 8, temperature=0.0, ignore_eos=True),
-            record_rounds=True,
-        )
-        for i, case in enumerate(cases)
-    ]
-    ids: dict[str, list[int]] = {r.request_id: [] for r in requests}
-    rounds: dict[str, list] = {r.request_id: [] for r in requests}
-    with LocalEngine(engine) as local:
-        for event, _ in local.run(requests, streams=4):
-            if isinstance(event, TokensEvent):
-                ids[event.request_id] += event.token_ids
-                if event.round:
-                    rounds[event.request_id].append(event.round)
-    for i, case in enumerate(cases):
-        assert ids[str(i)][: len(case["output"])] == case["output"] == case["greedy"]
-        for got, recorded in zip(rounds[str(i)], case["rounds"], strict=False):
+    for case, (ids, rounds) in zip(cases, run_cases(engine, cases), strict=True):
+        assert ids[: len(case["output"])] == case["output"] == case["greedy"]
+        for got, recorded in zip(rounds, case["rounds"], strict=False):
             assert {name: getattr(got, name) for name in recorded} == recorded
-        assert len(rounds[str(i)]) >= len(case["rounds"])
+        assert len(rounds) >= len(case["rounds"])
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -7,15 +7,14 @@ one for this machine.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
 import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Literal
+
+from dspark_kernels.compiling import CompilerError, compile_library, digest, folder
 
 Isa = Literal["amx", "avx512", "avx2", "portable"]
 
@@ -77,10 +76,7 @@ def compiler() -> list[str] | None:
 
 def library_path(isa: Isa, *, sanitize: bool = False) -> Path:
     """Where the library for ``isa`` lies once it is built."""
-    digest = hashlib.sha256(repr((_flags(isa, sanitize), platform.machine())).encode())
-    for path in sorted(SOURCE.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    return folder() / f"dspark-{isa}-{digest.hexdigest()[:16]}.so"
+    return folder() / f"dspark-{isa}-{digest(SOURCE, _flags(isa, sanitize), platform.machine())}.so"
 
 
 def _flags(isa: Isa, sanitize: bool) -> tuple[str, ...]:
@@ -100,21 +96,8 @@ def build(isa: Isa, *, sanitize: bool = False) -> Path:
     if found is None:
         raise NoCompilerError("no C++ compiler was found: on Debian and Ubuntu, apt-get install g++")
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            part = Path(scratch) / library.name
-            command = [*found, *_flags(isa, sanitize), "-o", str(part), str(SOURCE / "api.cpp")]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise NoCompilerError(f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
-            part.replace(library)
-    except OSError as error:
-        raise NoCompilerError(f"{library} cannot be built: {error}") from error
-    return library
-
-
-def folder() -> Path:
-    """Where built libraries lie: ``$XDG_CACHE_HOME/dspark-stream/kernels``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "dspark-stream" / "kernels"
+        return compile_library(
+            library, lambda out: [*found, *_flags(isa, sanitize), "-o", str(out), str(SOURCE / "api.cpp")]
+        )
+    except CompilerError as error:
+        raise NoCompilerError(str(error)) from error

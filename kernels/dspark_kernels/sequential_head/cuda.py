@@ -7,12 +7,9 @@ flags, as the CPU's does; it holds code for sm_90a (bulk copies) and sm_80, and 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
 import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dspark_kernels.compiling import CompilerError, compile_library, digest, folder
 from dspark_kernels.sequential_head.reference import HeadWeights, Walk, walked_whole
 from dspark_kernels.streams import Sampling
 
@@ -41,40 +39,27 @@ def nvcc() -> str | None:
     return shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def build(folder: Path) -> Path:
-    """The library under ``folder``, built if it is not there yet.
+def build(where: Path) -> Path:
+    """The library under ``where``, built if it is not there yet.
 
     Raises:
         NoNvccError: there is no nvcc, or it failed; the message has its words.
     """
-    digest = hashlib.sha256(repr(FLAGS).encode())
-    for path in sorted(SOURCE.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    library = folder / f"dspark-walk-{digest.hexdigest()[:16]}.so"
+    library = where / f"dspark-walk-{digest(SOURCE, FLAGS)}.so"
     if library.exists():
         return library
     found = nvcc()
     if found is None:
         raise NoNvccError("no nvcc was found")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            part = Path(scratch) / library.name
-            command = [found, *FLAGS, "-o", str(part), str(SOURCE / "walk.cu")]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise NoNvccError(f"{' '.join(command)} failed:\n{done.stderr.strip()[-4000:]}")
-            part.replace(library)
-    except OSError as error:
-        raise NoNvccError(f"{library} cannot be built: {error}") from error
-    return library
+        return compile_library(library, lambda out: [found, *FLAGS, "-o", str(out), str(SOURCE / "walk.cu")])
+    except CompilerError as error:
+        raise NoNvccError(str(error)) from error
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
     """The library, or None with one line that says why."""
-    from dspark_kernels.cpu.build import folder
-
     try:
         library = ctypes.CDLL(str(build(folder())))
     except (NoNvccError, OSError) as error:

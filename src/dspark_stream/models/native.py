@@ -268,7 +268,8 @@ class NativeDrafter(Drafter):
         self._native = (llama, _pack(context, [self.fc.weight], bits or DRAFT_BITS), head)
         self._walk = self._pack_heads(context)
         self._hidden_norm = _array(self.hidden_norm.weight)
-        self.layers, self.fc, self._head = torch.nn.ModuleList(), torch.nn.Identity(), ()  # type: ignore[assignment]
+        self.layers, self._head = torch.nn.ModuleList(), ()
+        del self.fc
 
     def _pack_heads(self, context: Context) -> Head | None:
         """The greedy walk in one call, for the heads that it knows; of the others only W2 is packed."""

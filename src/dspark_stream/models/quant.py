@@ -52,52 +52,52 @@ def _by_bitsandbytes(module: nn.Module, quant: Quant) -> int:
     except (ImportError, OSError) as error:
         raise ModelLoadError(f"{quant} needs bitsandbytes, which does not load here: {error}") from error
     count = 0
-    for parent_name, parent in list(module.named_modules()):
-        for name, child in list(parent.named_children()):
-            path = f"{parent_name}.{name}"
-            if type(child) is not nn.Linear or any(part in KEEP for part in path.split(".")):
-                continue
-            if quant == "nf4" and (child.in_features % NF4_BLOCK or child.out_features % NF4_ROWS):
-                continue
-            weight = child.weight.detach()
-            new: nn.Module
-            if quant == "int8":
-                new = bnb.nn.Linear8bitLt(
-                    child.in_features, child.out_features, bias=child.bias is not None, has_fp16_weights=False
-                )
-                new.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
-            else:
-                new = bnb.nn.Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    bias=child.bias is not None,
-                    compute_dtype=weight.dtype,
-                    quant_type="nf4",
-                )
-                new.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
-            if child.bias is not None:
-                new.bias = nn.Parameter(child.bias.detach(), requires_grad=False)
-            setattr(parent, name, new.to(weight.device).eval())
-            count += 1
+    for parent, name, child in _plain_linears(module):
+        if quant == "nf4" and (child.in_features % NF4_BLOCK or child.out_features % NF4_ROWS):
+            continue
+        weight = child.weight.detach()
+        new: nn.Module
+        if quant == "int8":
+            new = bnb.nn.Linear8bitLt(
+                child.in_features, child.out_features, bias=child.bias is not None, has_fp16_weights=False
+            )
+            new.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+        else:
+            new = bnb.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=weight.dtype,
+                quant_type="nf4",
+            )
+            new.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
+        if child.bias is not None:
+            new.bias = nn.Parameter(child.bias.detach(), requires_grad=False)
+        setattr(parent, name, new.to(weight.device).eval())
+        count += 1
     # quantisation happens on the first move to a device or the first call; do it now, where an error is readable
     with torch.inference_mode():
-        for child in module.modules():
-            if isinstance(child, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
-                like = child.bias if child.bias is not None else None
-                dtype = like.dtype if like is not None else getattr(child, "compute_dtype", None) or torch.float32
-                child(torch.zeros(1, child.in_features, dtype=dtype, device=child.weight.device))
+        for layer in module.modules():
+            if isinstance(layer, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
+                like = layer.bias if layer.bias is not None else None
+                dtype = like.dtype if like is not None else getattr(layer, "compute_dtype", None) or torch.float32
+                layer(torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device))
     return count
 
 
 def _weight_only(module: nn.Module, bits: int) -> int:
     """Every linear layer whose inputs fill whole groups, on our own kernel; returns how many."""
-    count = 0
-    for parent_name, parent in list(module.named_modules()):
-        for name, child in list(parent.named_children()):
-            path = f"{parent_name}.{name}"
-            if type(child) is not nn.Linear or any(part in KEEP for part in path.split(".")):
-                continue
-            if child.in_features % GROUP == 0:
-                setattr(parent, name, WeightOnlyLinear(child, bits))
-                count += 1
-    return count
+    whole = [one for one in _plain_linears(module) if one[2].in_features % GROUP == 0]
+    for parent, name, child in whole:
+        setattr(parent, name, WeightOnlyLinear(child, bits))
+    return len(whole)
+
+
+def _plain_linears(module: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Linear layers that may be quantised: (parent, name in it, layer)."""
+    return [
+        (parent, name, child)
+        for path, parent in module.named_modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and not {*path.split("."), name} & {*KEEP}
+    ]
