@@ -56,7 +56,8 @@ def _cut(
     v = tl.arange(0, BLOCK)
     largest = tl.full([], -float("inf"), tl.float32)
     for start in range(0, V, BLOCK):
-        x = tl.load(row + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32) / temperature
+        x = tl.load(row + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32)
+        x = tl.math.div_rn(x, temperature)
         largest = tl.maximum(largest, tl.max(x, 0))
 
     least = tl.full([], 0, tl.uint32)  # the key of the threshold so far: everything passes
@@ -68,14 +69,16 @@ def _cut(
             count = tl.full([], 0, tl.int32)
             for start in range(0, V, BLOCK):
                 there = start + v < V
-                x = tl.load(row + start + v, mask=there, other=-float("inf")).to(tl.float32) / temperature
+                x = tl.load(row + start + v, mask=there, other=-float("inf")).to(tl.float32)
+                x = tl.math.div_rn(x, temperature)
                 count += tl.sum(((order_key(x) >= trial) & there).to(tl.int32), 0)
             least = tl.where(count >= top_k, trial, least)
     if top_p < 1.0:  # the largest key above which there is less than top_p of what is left
         total = tl.full([], 0.0, tl.float32)
         for start in range(0, V, BLOCK):
             there = start + v < V
-            x = tl.load(row + start + v, mask=there, other=-float("inf")).to(tl.float32) / temperature
+            x = tl.load(row + start + v, mask=there, other=-float("inf")).to(tl.float32)
+            x = tl.math.div_rn(x, temperature)
             total += tl.sum(tl.where(there & (order_key(x) >= least), tl.exp(x - largest), 0.0), 0)
         nucleus = tl.full([], 0, tl.uint32)
         bit = tl.full([], 0x80000000, tl.uint32)
@@ -85,7 +88,8 @@ def _cut(
             mass = tl.full([], 0.0, tl.float32)
             for start in range(0, V, BLOCK):
                 there = start + v < V
-                x = tl.load(row + start + v, mask=there, other=-float("inf")).to(tl.float32) / temperature
+                x = tl.load(row + start + v, mask=there, other=-float("inf")).to(tl.float32)
+                x = tl.math.div_rn(x, temperature)
                 key = order_key(x)
                 mass += tl.sum(tl.where(there & (key >= least) & (key >= trial), tl.exp(x - largest), 0.0), 0)
             nucleus = tl.where(mass >= top_p * total, trial, nucleus)
@@ -120,7 +124,7 @@ def _scan(
     for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, V), BLOCK):
         v = start + tl.arange(0, BLOCK)
         raw = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
-        x = raw / temperature
+        x = tl.math.div_rn(raw, temperature)
         x = tl.where((v < V) & (x >= cut), x, -float("inf"))
         if mode == REJECTION:
             new_top = tl.maximum(top, tl.max(x, 0))
@@ -171,9 +175,9 @@ def _judge(
         temperature = tl.load(temperature_ptr + stream)
         row = (tl.load(first_ptr + stream) + j).to(tl.int64)
         at_x = tl.load(logits_ptr + row * stride_row + x, mask=drafted, other=-float("inf")).to(tl.float32)
-        at_x = at_x / temperature
+        at_x = tl.math.div_rn(at_x, temperature)
         cut = tl.load(cut_ptr + stream * (GAMMA + 1) + j, mask=mine, other=0.0)
-        p_x = tl.where(drafted & (at_x >= cut), tl.exp(at_x - level) / tl.where(mine, mass, 1.0), 0.0)
+        p_x = tl.where(drafted & (at_x >= cut), tl.math.div_rn(tl.exp(at_x - level), tl.where(mine, mass, 1.0)), 0.0)
         q_x = tl.load(q_x_ptr + stream * stride_q_x + j, mask=drafted, other=1.0)
         key = tl.load(round_key_ptr + stream)
         position = tl.load(position_ptr + stream)
@@ -214,7 +218,8 @@ def _weigh(
     level = tl.load(level_ptr + stream)
     mass = tl.load(mass_ptr + stream)
     v = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + row * stride_row + v, mask=v < V, other=-float("inf")).to(tl.float32) / temperature
+    x = tl.load(logits_ptr + row * stride_row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+    x = tl.math.div_rn(x, temperature)
     p = tl.where((v < V) & (x >= cut), tl.exp(x - level) / mass, 0.0)
     out = weight_ptr + stream.to(tl.int64) * V
     tl.store(out + v, p, mask=v < V)
@@ -262,7 +267,7 @@ def _pick(
     if from_rest == 0:
         row = (tl.load(first_ptr + stream) + accepted).to(tl.int64)
         x = tl.load(logits_ptr + row * stride_row + v, mask=v < V, other=-float("inf")).to(tl.float32)
-        x = x / tl.load(temperature_ptr + stream)
+        x = tl.math.div_rn(x, tl.load(temperature_ptr + stream))
         cut = tl.load(cut_ptr + stream * (GAMMA + 1) + accepted)
         level = tl.load(level_ptr + stream)
         weight = tl.where((v < V) & (x >= cut), tl.exp(x - level) / tl.load(mass_ptr + stream), 0.0)

@@ -141,7 +141,7 @@ def _walk(
         tl.store(proved_ptr + slot, (best > reach).to(tl.int8))
 
         ids = tl.load(ids_ptr + slot * C + c, mask=there, other=0).to(tl.int64)
-        x = score / temperature
+        x = tl.math.div_rn(score, temperature)
         if mode != GREEDY:
             if ((top_k > 0) & (top_k < C)) | (top_p < 1.0) | (min_p > 0.0):
                 x = tl.where(x >= _cut_of(x, there, top_k, top_p, min_p, C), x, -float("inf"))
