@@ -1,7 +1,8 @@
 """Which implementation of an operation runs: chosen once for each kind of device, and logged.
 
-A GPU of compute capability 8.0 or later takes the Triton kernels; everything else takes the references. Under ``TRITON_INTERPRET=1`` the Triton kernels
-run on CPU tensors too, in Triton's interpreter: that is how they are tested without a GPU.
+A GPU of compute capability 8.0 or later takes the Triton kernels; everything else takes the references. Under
+``TRITON_INTERPRET=1`` the Triton kernels run on CPU tensors too, in Triton's interpreter: that is how they are tested
+without a GPU.
 """
 
 from __future__ import annotations

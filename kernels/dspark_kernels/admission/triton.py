@@ -9,7 +9,7 @@ from dspark_kernels.admission.reference import Admitted, Packed
 FIXED, EARLY_STOP, BUDGET, THRESHOLD = (tl.constexpr(rule) for rule in range(4))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "SPS", "ROWS"])
 def _admit(
     confidence_ptr, temperature_ptr, drafting_ptr, active_ptr, rule_ptr, sps_ptr,
     key_ptr, sorted_ptr, length_ptr, first_ptr, survival_ptr,
@@ -74,7 +74,7 @@ def _admit(
     tl.store(first_ptr + r, tl.cumsum(length + 1, 0) - (length + 1), mask=r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "ROWS"])
 def _pack(
     length_ptr, first_ptr, tokens_ptr, anchor_ptr, position_ptr, slot_ptr,
     out_stream, out_offset, out_ids, out_position, out_slot,

@@ -1,7 +1,7 @@
 """The contract of what stands between a layer's products, in plain torch.
 
-The library runs each of these as five to ten small operations, and at one row a launch costs more than the work. Rounded
-to the tensors' precision where the library rounds, but for sums of rotated halves, which are rounded once.
+The library runs each of these as five to ten small operations, and at one row a launch costs more than the work.
+Rounded to the tensors' precision where the library rounds, but for sums of rotated halves, which are rounded once.
 
 Symbols: T rows, H hidden size, Hq and Hk query and key heads, D head size.
 """

@@ -78,8 +78,8 @@ def linear(x: torch.Tensor, weight: Quantised) -> torch.Tensor:
     part = out if shares == 1 else torch.empty(shares, m, n, dtype=torch.float32, device=x.device)
     _product[(tiles, shares, triton.cdiv(m, block_m))](
         rows, weight.packed, weight.scale, weight.scale if weight.offset is None else weight.offset, part,
-        m, n, groups, share, rows.stride(0),
-        BITS=weight.bits, GROUP=GROUP, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=2 if block_m == 16 else 4, num_stages=4,
+        m, n, groups, share, rows.stride(0), BITS=weight.bits, GROUP=GROUP, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
+        num_warps=2 if block_m == 16 else 4, num_stages=4,
     )  # fmt: skip
     if shares > 1:
         _sum[(triton.cdiv(m * n, 1024),)](part, out, m * n, shares, BLOCK=1024, num_warps=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +30,9 @@ from dspark_stream.spec.calibration import Calibration, load_calibration
 from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import ModelInfo
+
+if TYPE_CHECKING:
+    from dspark_stream.engine.gpu.runner import GraphRounds
 
 log = logging.getLogger(__name__)
 
@@ -123,12 +127,7 @@ def build_engine(
         capacity=curve,
     )
     if target.device.type == "cuda" and config.cuda_graphs == "auto":
-        from dspark_stream.engine.gpu.runner import GraphRounds
-
-        rounds = GraphRounds(models, seats=config.max_num_seqs, longest=max_model_len + gamma + 1)
-        with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
-            rounds.ladder.warm(bar.advance)
-        models.rounds = rounds
+        models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
     codec = loaded.codec
     info = ModelInfo(
         model=EMBEDDED_NAME if embedded else loaded.name,
@@ -154,6 +153,16 @@ def build_engine(
         max_chunk_gap_ms=config.max_chunk_gap_ms,
     )
     return engine, codec
+
+
+def _captured_rounds(models: Models, config: Config, longest: int, progress: Progress) -> GraphRounds:
+    """Every size of a round, captured and timed."""
+    from dspark_stream.engine.gpu.runner import GraphRounds
+
+    rounds = GraphRounds(models, seats=config.max_num_seqs, longest=longest)
+    with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
+        rounds.ladder.warm(bar.advance)
+    return rounds
 
 
 def _prepare_for_gpu(target: Target, drafter: Drafter | None, config: Config) -> None:
