@@ -1,8 +1,8 @@
 """Compile every Triton kernel, as its launcher launches it, for a GPU that is not there.
 
 The launchers run as they are, on CPU tensors of real shapes that nobody reads; instead of being launched, each kernel
-is compiled for compute capability 9.0 (or ``--capability``), to PTX and through ptxas to machine code. Prints a line for each:
-registers, bytes spilled and shared memory. A process of its own: Triton must not be in its interpreter.
+is compiled for compute capability 9.0 (or ``--capability``), to PTX and through ptxas to machine code. Prints a line
+for each: registers, bytes spilled and shared memory. A process of its own: Triton must not be in its interpreter.
 """
 
 from __future__ import annotations
