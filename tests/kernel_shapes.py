@@ -110,8 +110,14 @@ def layers(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) ->
         return torch.empty(size, dtype=dtype, device=device)
 
     layer_parts.rms_norm(empty(1, rows, shape.hidden), empty(shape.hidden), 1e-6)
+    layer_parts.add_rms_norm(*[empty(1, rows, shape.hidden)] * 2, empty(shape.hidden), 1e-6)
+    layer_parts.silu_mul(*empty(1, rows, 2 * shape.inner).split(shape.inner, -1))
     layer_parts.silu_mul(empty(1, rows, shape.inner), empty(1, rows, shape.inner))
     d, norms = shape.head_dim, [empty(shape.head_dim)] * 2 if shape.normed else []
+    wide = empty(rows, shape.heads + 2 * shape.key_heads, d)
+    layer_parts.rotate(
+        wide[:, : shape.heads], wide[:, shape.heads : -shape.key_heads], empty(rows, d), empty(rows, d), *norms
+    )
     q, k = empty(rows, shape.heads, d), empty(rows, shape.key_heads, d)
     layer_parts.rotate(q, k, empty(rows, d), empty(rows, d), *norms)
     if shape.normed:

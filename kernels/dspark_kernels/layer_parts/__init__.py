@@ -7,7 +7,7 @@ from torch import Tensor
 from dspark_kernels.dispatch import uses_triton
 from dspark_kernels.layer_parts import reference
 
-__all__ = ["rms_norm", "rotate", "silu_mul"]
+__all__ = ["add_rms_norm", "rms_norm", "rotate", "silu_mul"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -17,6 +17,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
         return triton.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.add_rms_norm`."""
+    if x.numel() and uses_triton(x.device):
+        from dspark_kernels.layer_parts import triton
+
+        return triton.add_rms_norm(x, residual, weight, eps)
+    return reference.add_rms_norm(x, residual, weight, eps)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:

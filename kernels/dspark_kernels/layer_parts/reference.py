@@ -19,6 +19,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * scaled.to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``residual`` + x, all [..., H], and the `rms_norm` of that sum."""
+    total = residual + x
+    return total, rms_norm(total, weight, eps)
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """gate·σ(gate) times ``up``, all [..., n]."""
     return torch.nn.functional.silu(gate) * up

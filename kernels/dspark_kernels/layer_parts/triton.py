@@ -9,28 +9,35 @@ MOST = 1024
 
 
 @triton.jit
-def _rms_norm(x_ptr, weight_ptr, out_ptr, H, eps, BLOCK: tl.constexpr):
+def _rms_norm(x_ptr, residual_ptr, weight_ptr, total_ptr, out_ptr, H, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)
+    if ADD:
+        total = (x + tl.load(residual_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)).to(
+            x_ptr.dtype.element_ty
+        )
+        tl.store(total_ptr + row * H + h, total, mask=h < H)
+        x = total.to(tl.float32)
     weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32)
     scaled = x * tl.math.rsqrt(tl.sum(x * x, 0) / H + eps)
     rounded = scaled.to(out_ptr.dtype.element_ty).to(tl.float32)
     tl.store(out_ptr + row * H + h, (rounded * weight).to(out_ptr.dtype.element_ty), mask=h < H)
 
 
-@triton.jit(do_not_specialize=["COUNT"])
-def _silu_mul(gate_ptr, up_ptr, out_ptr, COUNT, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_ptr + at, mask=at < COUNT, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=at < COUNT, other=0.0).to(tl.float32)
+@triton.jit
+def _silu_mul(gate_ptr, up_ptr, out_ptr, stride_gate, stride_up, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + row * stride_gate + n, mask=n < N, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + n, mask=n < N, other=0.0).to(tl.float32)
     active = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + at, (active * up).to(out_ptr.dtype.element_ty), mask=at < COUNT)
+    tl.store(out_ptr + row * N + n, (active * up).to(out_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
 def _rotate(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_out_ptr, eps,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_out_ptr, eps, stride_q, stride_k,
     HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -39,11 +46,11 @@ def _rotate(
     i = tl.arange(0, BLOCK)
     there = i < HALF
     if head < HEADS_Q:
-        from_ptr = q_ptr + (row * HEADS_Q + head) * D
+        from_ptr = q_ptr + row * stride_q + head * D
         to_ptr = q_out_ptr + (row * HEADS_Q + head) * D
         norm_ptr = q_norm_ptr
     else:
-        from_ptr = k_ptr + (row * HEADS_K + head - HEADS_Q) * D
+        from_ptr = k_ptr + row * stride_k + (head - HEADS_Q) * D
         to_ptr = k_out_ptr + (row * HEADS_K + head - HEADS_Q) * D
         norm_ptr = k_norm_ptr
     low = tl.load(from_ptr + i, mask=there, other=0.0).to(tl.float32)
@@ -69,19 +76,43 @@ def _rotate(
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `reference.rms_norm`."""
     x = x.contiguous()
+    out = torch.empty_like(x)
+    _launch_norm(x, None, weight, x, out, eps)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.add_rms_norm`."""
+    x, residual = x.contiguous(), residual.contiguous()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _launch_norm(x, residual, weight, total, out, eps)
+    return total, out
+
+
+def _launch_norm(x, residual, weight, total, out, eps) -> None:
     h = x.shape[-1]
     block = triton.next_power_of_2(h)
-    out = torch.empty_like(x)
-    _rms_norm[(x.numel() // h,)](x, weight, out, h, eps, BLOCK=block, num_warps=max(1, min(8, block // 256)))
-    return out
+    _rms_norm[(x.numel() // h,)](
+        x, x if residual is None else residual, weight, total, out, h, eps,
+        ADD=residual is not None, BLOCK=block, num_warps=max(1, min(8, block // 256)),
+    )  # fmt: skip
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., n] as rows whose entries lie beside each other; a part of wider rows stays where it is."""
+    x = x.flatten(0, -2) if x.dim() != 2 else x
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """See `reference.silu_mul`."""
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    _silu_mul[(triton.cdiv(gate.numel(), MOST),)](gate, up, out, gate.numel(), BLOCK=MOST, num_warps=4)
-    return out
+    shape, gate, up = gate.shape, _rows_of(gate), _rows_of(up)
+    rows, n = gate.shape
+    out = torch.empty(rows, n, dtype=gate.dtype, device=gate.device)
+    _silu_mul[(rows, triton.cdiv(n, MOST))](gate, up, out, gate.stride(0), up.stride(0), n, BLOCK=MOST, num_warps=4)
+    return out.view(shape)
 
 
 def rotate(
@@ -94,13 +125,16 @@ def rotate(
     eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.rotate`."""
-    query, key, cos, sin = (x.contiguous() for x in (query, key, cos, sin))
+    cos, sin = cos.contiguous(), sin.contiguous()
     rows, heads_q, d = query.shape
     heads_k = key.shape[1]
-    q_out, k_out = torch.empty_like(query), torch.empty_like(key)
+    query, key = (x if x.stride()[1:] == (d, 1) else x.contiguous() for x in (query, key))
+    q_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    k_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     normed = query_norm is not None and key_norm is not None
     _rotate[(rows, heads_q + heads_k)](
         query, key, cos, sin, query_norm if normed else cos, key_norm if normed else cos, q_out, k_out, eps,
+        query.stride(0), key.stride(0),
         HEADS_Q=heads_q, HEADS_K=heads_k, D=d, BLOCK=triton.next_power_of_2(d // 2), NORMED=normed, num_warps=1,
     )  # fmt: skip
     return q_out, k_out

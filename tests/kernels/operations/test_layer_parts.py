@@ -28,6 +28,11 @@ def test_rms_norm(load, device, dtypes, sizes):
         got = load("layer_parts").rms_norm(x.to(device), norm.weight.detach().to(device), 1e-5)
         assert got.dtype == dtype
         torch.testing.assert_close(got.cpu(), norm(x).detach(), atol=LIMIT[dtype], rtol=LIMIT[dtype])
+        residual = torch.randn(*sizes).to(dtype)
+        args = x.to(device), residual.to(device), norm.weight.detach().to(device)
+        total, got = load("layer_parts").add_rms_norm(*args, 1e-5)
+        assert torch.equal(total.cpu(), residual + x)
+        torch.testing.assert_close(got.cpu(), norm(residual + x).detach(), atol=LIMIT[dtype], rtol=LIMIT[dtype])
 
 
 @pytest.mark.parametrize("sizes", [(1, 1536), (3, 5, 77)])
@@ -37,6 +42,9 @@ def test_silu_mul(load, device, dtypes, sizes):
         gate, up = (torch.randn(*sizes) * 4).to(dtype), torch.randn(*sizes).to(dtype)
         got = load("layer_parts").silu_mul(gate.to(device), up.to(device))
         torch.testing.assert_close(got.cpu(), silu(gate) * up, atol=LIMIT[dtype], rtol=LIMIT[dtype])
+        both = torch.cat((gate, up), -1).to(device).split(sizes[-1], -1)  # parts of wider rows, as one product leaves
+        again = load("layer_parts").silu_mul(*both)
+        torch.testing.assert_close(again, got, atol=LIMIT[dtype], rtol=LIMIT[dtype])
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -56,7 +64,9 @@ def test_rotate(load, device, dtypes, rows, heads, d, normed):
                 module.weight.data = weight
             expected = tuple(module(x).detach() for module, x in zip(both, (q, k), strict=True))
         expected = apply_rotary_pos_emb(*(x.unsqueeze(0) for x in expected), cos.unsqueeze(0), sin.unsqueeze(0), 2)
-        args = [x.to(device) for x in (q, k, cos, sin, *norms)]
+        wide = torch.cat((q.flatten(1), k.flatten(1)), 1).to(device)  # parts of wider rows, as one product leaves
+        q, k = (x.unflatten(1, (-1, d)) for x in wide.split([heads[0] * d, heads[1] * d], 1))
+        args = [q, k, *(x.to(device) for x in (cos, sin, *norms))]
         got = load("layer_parts").rotate(*args, *([1e-6] if normed else []))
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.cpu(), b.squeeze(0), atol=4 * LIMIT[dtype], rtol=4 * LIMIT[dtype])
@@ -94,7 +104,7 @@ def test_a_model_whose_layers_are_fused(implementation, device, monkeypatch, fam
     outputs = []
     for fused in (False, True):
         target = small(family, device)
-        assert not fused or fuse_layers(target.decoder) == 3 * (4 if family == "llama" else 6) + 1
+        assert not fused or fuse_layers(target.decoder) == 3 * (5 if family == "llama" else 7) + 1
         outputs.append(target.forward(batch, target.make_store(64)))
     plain, quick = outputs
     torch.testing.assert_close(quick.logits, plain.logits, atol=1e-4, rtol=1e-4)
