@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import gpu_models
-from dspark_kernels.sequential_head import full_walk, prepare, walk
+from dspark_kernels.sequential_head import cuda, full_walk, prepare, walk
 from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.gpu.graphs import Size
@@ -243,6 +243,8 @@ def walks(bench: Bench, models: Models, rounds: GraphRounds, whole: bool = False
     hidden = torch.randn(1, 7, models.target.hidden_size, dtype=models.target.dtype, device=bench.device)
     with torch.inference_mode():
         base = drafter.base_logits(hidden)
+    if whole and bench.device.type == "cuda" and not cuda.fits(base, head):
+        raise RuntimeError("the persistent kernel cannot be built here; nvcc's or the linker's words are above")
     sampling, anchor = state.sampling(1), state.anchor[:1]
 
     @torch.inference_mode()

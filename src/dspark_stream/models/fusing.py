@@ -31,13 +31,17 @@ def fuse_layers(module: nn.Module) -> int:
         forward = FORWARD.get(type(part))
         if forward is None or (forward is _gated and not _is_silu(part)):
             continue
-        if forward is _attention:
-            part.together = _one_matrix([part.q_proj, part.k_proj, part.v_proj])
-        elif forward is _gated:
-            part.together = _one_matrix([part.gate_proj, part.up_proj])
-        part.forward = MethodType(forward, part)
+        _bind(part, forward)
         count += 1
     return count
+
+
+def _bind(part: Any, forward: Callable[..., Any]) -> None:
+    if forward is _attention:
+        part.together = _one_matrix([part.q_proj, part.k_proj, part.v_proj])
+    elif forward is _gated:
+        part.together = _one_matrix([part.gate_proj, part.up_proj])
+    part.forward = MethodType(forward, part)
 
 
 def _one_matrix(layers: Sequence[Any]) -> tuple[Tensor, list[int]] | None:
@@ -58,7 +62,8 @@ def _products(x: Tensor, together: tuple[Tensor, list[int]] | None, layers: Sequ
     if together is None:
         return [layer(x) for layer in layers]
     matrix, rows = together
-    return F.linear(x, matrix).split(rows, -1)
+    parts: Sequence[Tensor] = F.linear(x, matrix).split(rows, -1)
+    return parts
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:

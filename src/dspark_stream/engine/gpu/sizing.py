@@ -67,10 +67,10 @@ class Sizing:
             return Size(seats, seats, False)
         idle = Size(seats, seats, False, context=True)
         offered = [size for size in self._ladder.drafting_sizes(seats) if size.rows >= len(streams)]
-        if isinstance(schedule, EarlyStop) or not self._ladder.round_ms:  # or nothing was measured
-            offered = offered[-1:]
-        if not self._ladder.round_ms:
+        if idle not in self._ladder.round_ms:  # nothing was measured
             return offered[-1]
+        if isinstance(schedule, EarlyStop):
+            offered = offered[-1:]
         in_time = [size for size in offered if self.ms(size) <= slowest_ms]
         if not in_time:
             return idle
@@ -109,12 +109,12 @@ class Sizing:
 
     def steps_a_second(self, count: int) -> list[float] | None:
         """SPS(B) for B = 0 … whole blocks as the measured sizes for ``count`` streams have it, a staircase: for
-        `EarlyStop`, which decides on the device. None for other schedules.
+        `EarlyStop`, which decides on the device. None for other schedules, and where nothing was measured.
         """
-        if not isinstance(self._models.schedule, EarlyStop) or not self._ladder.round_ms:
-            return None
         seats = self._ladder.fit_seats(count)
         steps = sorted((s.rows, self.ms(s)) for s in self._ladder.round_ms if s.seats == seats and s.drafting)
+        if not isinstance(self._models.schedule, EarlyStop) or not steps:
+            return None
         return [1000.0 / next(ms for rows, ms in steps if rows >= b) for b in range(steps[-1][0] + 1)]
 
     # --- learning --------------------------------------------------------------------------------------------
