@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +22,9 @@ from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.embedded import ensure_embedded_model
+from dspark_stream.models.geometry import UnsupportedError
 from dspark_stream.models.loading import LoadedTarget, load_target
-from dspark_stream.models.native import NativeTarget, UnsupportedError
+from dspark_stream.models.native import NativeTarget
 from dspark_stream.models.quant import KERNEL_BITS, WEIGHT_ONLY_BITS, quantise_linears
 from dspark_stream.models.target import Target
 from dspark_stream.models.tokenizer import TextCodec
@@ -76,13 +79,8 @@ def build_engine(
     if native or can_pack(target.device, target.dtype):
         target.pack()
         if drafter:
-            try:
+            with _refused_by_kernels():
                 drafter.pack(KERNEL_BITS.get(config.draft_quant))
-            except UnsupportedError as error:
-                raise ModelLoadError(
-                    f"the CPU kernels cannot run this drafter ({error}): --cpu-kernels off runs both models on torch",
-                    param="drafter",
-                ) from error
 
     max_model_len = config.max_model_len or target.max_positions
     if max_model_len > target.max_positions:
@@ -204,13 +202,26 @@ def _load_drafter(
     folder = drafter_folder(config)
     if folder is None:
         return None, Calibration(), None
-    drafter = load_drafter(folder, loaded.target)
+    with _refused_by_kernels():
+        drafter = load_drafter(folder, loaded.target)
     if config.calibration == "none":
         return drafter, Calibration(), folder
     calibration = load_calibration(folder)
     if calibration is None and drafter.confidence_head is not None:
         progress.say(f"{folder.name} is not calibrated: confidences count as they come; dspark-stream calibrate helps")
     return drafter, calibration or Calibration(), folder
+
+
+@contextlib.contextmanager
+def _refused_by_kernels() -> Iterator[None]:
+    """What the CPU's kernels say of a drafter, as an error that says what helps."""
+    try:
+        yield
+    except UnsupportedError as error:
+        raise ModelLoadError(
+            f"the CPU kernels cannot run this drafter ({error}): --cpu-kernels off runs both models on torch",
+            param="drafter",
+        ) from error
 
 
 def drafter_folder(config: Config) -> Path | None:

@@ -48,7 +48,9 @@ class DrafterConfig:
     """What a DeepSpec `config.json` says about the drafter (design/checkpoints.md, A)."""
 
     backbone: Any
-    """The `transformers` config that the layers are built from; see `backbone_config`."""
+    """What the layers are built from: the `transformers` config (see `backbone_config`), or, for the CPU's kernels, a
+    `Geometry`.
+    """
     num_layers: int
     block_size: int
     mask_token_id: int
