@@ -25,7 +25,7 @@ from dspark_kernels.sequential_head import cuda, full_walk, prepare, walk
 from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.gpu.graphs import Size
-from dspark_stream.engine.gpu.runner import GraphRounds
+from dspark_stream.engine.gpu.runner import CANDIDATES, GraphRounds
 from dspark_stream.engine.step import Models
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.embedded import ensure_embedded_model
@@ -209,7 +209,7 @@ def small(shape: Shape) -> Shape:
 
 
 def drafts(bench: Bench, shape: Shape) -> None:
-    """The same draft in every precision, and what the walk over 128 candidates takes of it."""
+    """The same draft in every precision, and what the walk over candidates takes of it."""
     bandwidth = copy_bandwidth(bench.clock)
 
     def measure(kind: Quant) -> None:
@@ -251,9 +251,11 @@ def walks(bench: Bench, models: Models, rounds: GraphRounds, whole: bool = False
     def run() -> Any:
         if whole:
             return full_walk(base, hidden, anchor, head, sampling)
-        return walk(prepare(base, hidden, head, 128), anchor, head, sampling)
+        return walk(prepare(base, hidden, head, CANDIDATES), anchor, head, sampling)
 
-    name = "walk over the whole vocabulary, persistent" if whole else "walk over 128 candidates, selection included"
+    name = "walk over the whole vocabulary, persistent"
+    if not whole:
+        name = f"walk over {CANDIDATES} candidates, selection included"
     bench.add(name, bench.clock.ms(bench.clock.captured(run)) * 1e3, "µs")
 
 
@@ -274,7 +276,7 @@ def smollm2(bench: Bench, shape: Shape) -> None:
     assert codec is not None
     tokens = 16 if bench.smoke else 256
     questions = ["Write a short story about a lighthouse keeper.", "Explain how a hash table works, with an example."]
-    prompts = [tuple(codec.encode_chat([{"role": "user", "content": q}])) for q in questions]
+    prompts = [tuple(codec.encode_chat([("user", q)])) for q in questions]
     rates: dict[Mode, list[float]] = {"plain": [], "dspark": []}
     lengths = []
     with LocalEngine(engine) as local:

@@ -18,6 +18,7 @@ from dspark_kernels.streams import Drafts, Sampling
 from dspark_kernels.weight_only import triton as weight_only
 from dspark_kernels.weight_only.reference import GROUP, Quantised
 from dspark_stream.engine.gpu.graphs import row_ladder, seat_ladder
+from dspark_stream.engine.gpu.runner import CANDIDATES
 
 
 class Shape(NamedTuple):
@@ -36,8 +37,8 @@ class Shape(NamedTuple):
     normed: bool
 
 
-SMOLLM2_135M = Shape(9, 3, 64, 49152, 7, 64, 128, 576, 1536, 5, False)
-QWEN3_4B = Shape(32, 8, 128, 151936, 7, 256, 128, 2560, 9728, 5, True)
+SMOLLM2_135M = Shape(9, 3, 64, 49152, 7, 128, CANDIDATES, 576, 1536, 5, False)
+QWEN3_4B = Shape(32, 8, 128, 151936, 7, 256, CANDIDATES, 2560, 9728, 5, True)
 QWEN3_8B = QWEN3_4B._replace(hidden=4096, inner=12288)
 SEATS = 128
 """Streams of the largest captured round."""

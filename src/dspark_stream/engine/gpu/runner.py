@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 MOST_SEATS = 128
 """Streams of one captured round: admission ranks all their drafts in one program."""
-CANDIDATES = 128
-"""Tokens a slot that the sequential head scores."""
+CANDIDATES = 1024
+"""Tokens a slot that the sequential head scores. Too few cost acceptance: a Markov head's bias lifts tokens from far
+below the best base logits (docs/gpu.md, a round)."""
 
 
 def rule_of(schedule: Schedule) -> list[int]:
