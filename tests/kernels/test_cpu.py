@@ -315,9 +315,9 @@ def test_a_block_sees_its_context_and_all_of_itself(context):
     want, _ = plain.forward(torch.from_numpy(block), torch.arange(21, 28), torch.full((7,), 28))
     assert np.abs(out - want.numpy()).mean() < 5e-3
     # what lies past the block is never looked at, whatever it holds
-    store.keys[:, 5:], store.values[:, 76:] = np.nan, np.nan
+    store.keys[:, :, 5:], store.values[:, :, 76:] = np.nan, np.nan
     poisoned = store.keys.copy()
-    poisoned[:, (48 + 28) // 16, :, :, (48 + 28) % 16 :] = np.nan
+    poisoned[:, :, (48 + 28) // 16, :, (48 + 28) % 16 :] = np.nan
     again, _ = forward(llama, block, 21, 48, Store(poisoned, store.values), visible=28)
     assert (again == out).all()
 

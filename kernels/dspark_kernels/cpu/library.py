@@ -343,7 +343,7 @@ class Pass(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Keys [L, N/16, Hk, D, 16] and values [L, N, Hk, D] of all token slots."""
+    """Keys [L, Hk, N/16, D, 16] and values [L, Hk, N, D] of all token slots."""
 
     keys: Halves
     values: Halves
@@ -353,20 +353,20 @@ class Store(NamedTuple):
         """Room for ``slots`` (rounded up to whole tiles); costs no memory until it is written."""
         tiles = -(-slots // LANES)
         return Store(
-            _untouched(layers, tiles, kv_heads, head_size, LANES),
-            _untouched(layers, tiles * LANES, kv_heads, head_size),
+            _untouched(layers, kv_heads, tiles, head_size, LANES),
+            _untouched(layers, kv_heads, tiles * LANES, head_size),
         )
 
     def clear(self, slot: int, size: int) -> None:
         """Zero whole tiles from ``slot`` on."""
-        self.keys[:, slot // LANES : -(-(slot + size) // LANES)] = 0
-        self.values[:, slot : slot + size] = 0
+        self.keys[:, :, slot // LANES : -(-(slot + size) // LANES)] = 0
+        self.values[:, :, slot : slot + size] = 0
 
 
 def _untouched(*shape: int) -> Halves:
     """Zeros that take memory page by page as they are written.
 
-    Small pages: every layer has a part of its own, and large ones would round each up by megabytes.
+    Small pages: every head of every layer has a part of its own, and large ones would round each up by megabytes.
     """
     memory = mmap.mmap(-1, max(1, 2 * math.prod(shape)))
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
@@ -449,7 +449,7 @@ class Llama:
             *map(_at, where),
             _at(store.keys),
             _at(store.values),
-            store.values.shape[1],
+            store.values.shape[2],
             _at(tap_layers),
             len(tap_layers),
             _at(taps),
@@ -476,17 +476,17 @@ class Llama:
             _at(slot),
             _at(store.keys),
             _at(store.values),
-            store.values.shape[1],
+            store.values.shape[2],
         )
         _done(self.context, done)
 
     def _check(self, x: Floats, where: Pass, store: Store) -> None:
-        slots = store.values.shape[1]
+        slots = store.values.shape[2]
         _must(x.dtype == np.float32 and x.shape[1:] == (self.hidden,) and x.flags.c_contiguous, "rows")
         for name, array in where._asdict().items():
             _must(array.dtype == np.int32 and array.shape == (len(x),) and array.flags.c_contiguous, name)
-        _must(store.values.shape == (self.num_layers, slots, self.kv_heads, self.head_size), "a store of another model")
-        _must(store.keys.shape == (self.num_layers, slots // LANES, self.kv_heads, self.head_size, LANES), "keys")
+        _must(store.values.shape == (self.num_layers, self.kv_heads, slots, self.head_size), "a store of another model")
+        _must(store.keys.shape == (self.num_layers, self.kv_heads, slots // LANES, self.head_size, LANES), "keys")
         if not len(x):
             return
         for name, array, limit in (("positions", where.position, self.positions), ("slots", where.slot, slots)):

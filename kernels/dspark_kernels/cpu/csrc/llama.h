@@ -23,18 +23,20 @@ struct Layer {
     Buffer<float> input_norm, post_norm, q_norm, k_norm;  // the last two: null where the family has none
 };
 
-// Keys and values of all token slots. Keys lie in tiles of 16 slots with the slot as the innermost index, so that 16
-// scores are 16 lanes: [tiles][Hk][D][16]; values lie slot by slot: [slots][Hk][D]. Half precision.
-struct Cache {
-    uint16_t *keys, *values;  // of one layer
+// Keys and values of all token slots, head by head, so that what attention reads for one head lies in one piece. Keys in
+// tiles of 16 slots with the slot as the innermost index, so that 16 scores are 16 lanes: [Hk][tiles][D][16]; values slot
+// by slot: [Hk][slots][D]. Half precision.
+struct Cache {  // of one layer
+    uint16_t *keys, *values;
+    int64_t slots;  // a multiple of 16
 };
 
 struct Store {
     uint16_t *keys, *values;
-    int64_t slots;  // a multiple of 16
+    int64_t slots;
     Cache layer(int i, const Shape& s) const {
         const int64_t size = slots * s.kv_heads * s.head_size;
-        return {keys + i * size, values + i * size};
+        return {keys + i * size, values + i * size, slots};
     }
 };
 
@@ -182,7 +184,7 @@ class Llama {
 
     void write_key(const Cache& cache, int head, int64_t slot, const float* x) const {
         const int64_t tile = slot / LANES, lane = slot % LANES;
-        uint16_t* to = cache.keys + (tile * shape.kv_heads + head) * shape.head_size * LANES + lane;
+        uint16_t* to = cache.keys + (cache.slots / LANES * head + tile) * shape.head_size * LANES + lane;
         uint16_t half[LANES];
         for (int d = 0; d < shape.head_size; d += LANES) {
             Floats::load(x + d).store_half(half);
@@ -191,7 +193,7 @@ class Llama {
     }
 
     void write_value(const Cache& cache, int head, int64_t slot, const float* x) const {
-        uint16_t* to = cache.values + (slot * shape.kv_heads + head) * shape.head_size;
+        uint16_t* to = cache.values + (cache.slots * head + slot) * shape.head_size;
         for (int d = 0; d < shape.head_size; d += LANES) Floats::load(x + d).store_half(to + d);
     }
 
@@ -226,7 +228,7 @@ class Llama {
     void score_tiles(const uint16_t* keys, const float* q, Floats scale, int seen, int p, int stride, float* scores,
                      Floats* most) const {
         const int size = shape.head_size;
-        const size_t step = static_cast<size_t>(shape.kv_heads) * size * LANES;
+        const size_t step = static_cast<size_t>(size) * LANES;
         const uint16_t* k = keys + p / LANES * step;
         Floats score[T][G];
 DSPARK_UNROLL(4)
@@ -254,7 +256,7 @@ DSPARK_UNROLL(4)
     template <int G, int C>
     void weigh_values(const uint16_t* v, int seen, int stride, const float* weights, const Floats* total,
                       float* out) const {
-        const size_t step = static_cast<size_t>(shape.kv_heads) * shape.head_size;
+        const size_t step = shape.head_size;
         Floats sums[G][C];
 DSPARK_UNROLL(4)
         for (int g = 0; g < G; g++)
@@ -287,7 +289,7 @@ DSPARK_UNROLL(4)
         const int stride = (seen + LANES - 1) / LANES * LANES;
         Floats most[G], total[G];
         for (int g = 0; g < G; g++) most[g] = Floats::all(-INFINITY), total[g] = Floats::zero();
-        const uint16_t* k = cache.keys + (base / LANES * s.kv_heads + head) * size * LANES;
+        const uint16_t* k = cache.keys + (cache.slots * head + base) * size;
         int p = 0;
         for (; p + 4 * LANES <= stride; p += 4 * LANES) score_tiles<G, 4>(k, q, scale, seen, p, stride, scores, most);
         for (; p < stride; p += LANES) score_tiles<G, 1>(k, q, scale, seen, p, stride, scores, most);
@@ -300,7 +302,7 @@ DSPARK_UNROLL(4)
             }
         }
         float out[256 * G];
-        const uint16_t* v = cache.values + (base * s.kv_heads + head) * size;
+        const uint16_t* v = cache.values + (cache.slots * head + base) * size;
         int d = 0;
         for (; d + 4 * LANES <= size; d += 4 * LANES) weigh_values<G, 4>(v + d, seen, stride, scores, total, out + d);
         for (; d < size; d += LANES) weigh_values<G, 1>(v + d, seen, stride, scores, total, out + d);
