@@ -24,7 +24,8 @@ from dspark_stream.engine.build import build_engine, drafter_folder
 from dspark_stream.evaluate import Plan, Prompt, Tally, acceptance_by_position, read_prompts, run_prompts
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
-from dspark_stream.spec.calibration import Bin, Calibration, Observed, load_calibration, logit, reliability
+from dspark_stream.spec.calibration import Bin, Calibration, load_calibration, reliability
+from dspark_stream.spec.platt import Observed
 from dspark_stream.spec.survival import prefix_survival
 from dspark_stream.types import Acceptance, RoundRecord, SamplingParams, Verification
 
@@ -112,10 +113,7 @@ def measure(
 
 def observed(rounds: Sequence[RoundRecord], calibration: Calibration, way: Acceptance) -> list[Observed]:
     """Rounds with the logits that the confidence head gave."""
-    temperatures: list[float] = getattr(calibration, way)
-    gamma = max((len(r.confidence) for r in rounds), default=0)
-    t = [*temperatures, *[1.0] * (gamma - len(temperatures))]
-    return [Observed([logit(c) * t[k] for k, c in enumerate(r.confidence)], r.accepted) for r in rounds]
+    return [Observed(calibration.logits(r.confidence, way), r.accepted) for r in rounds]
 
 
 def reliability_by_position(seen: Sequence[Observed], calibration: Calibration, way: Acceptance) -> list[list[Bin]]:

@@ -301,7 +301,7 @@ def _measure(
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    """Fit temperatures, write them beside the drafter, and show what they do."""
+    """Fit a calibration, write it beside the drafter, and show what they do."""
     from dspark_stream.calibrate import calibrate as run
     from dspark_stream.calibrate import calibration_config, table
     from dspark_stream.engine.build import drafter_folder

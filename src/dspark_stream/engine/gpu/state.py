@@ -38,6 +38,8 @@ class Seat:
     """64 unsigned bits."""
     temperatures: Sequence[float]
     """T_1 … T_γ of its way to accept."""
+    biases: Sequence[float] = ()
+    """b_1 … b_γ of it."""
 
 
 class RoundState:
@@ -52,6 +54,8 @@ class RoundState:
         self.anchor, self.mode, self.top_k, self.active, self.drafting = self._ints.unbind(0)
         self.temperature, self.top_p, self.min_p = self._reals.unbind(0)
         self.calibration = torch.ones(seats, gamma, dtype=torch.float32, device=device)
+        self.shift = torch.zeros(seats, gamma, dtype=torch.float32, device=device)
+        """b_k·T_k, added to confidence logits before T_k divides them: σ(x/T + b)."""
         self.history = torch.zeros(gamma, dtype=torch.float32, device=device)
         """Confidence logits of the past, for a drafter without a confidence head."""
         self.rule = torch.tensor([BUDGET, ALL_THAT_FITS], dtype=torch.int32, device=device)
@@ -79,6 +83,7 @@ class RoundState:
         ints = torch.zeros(5, self.seats, dtype=torch.int32)
         reals = torch.ones(3, self.seats, dtype=torch.float32)
         calibration = torch.ones(self.seats, self.gamma, dtype=torch.float32)
+        shift = torch.zeros(self.seats, self.gamma, dtype=torch.float32)
         for i, s in enumerate(taken):
             p = s.sampling
             longs[:, i] = torch.tensor([s.position, s.limit, s.slot, p.seed, signed(s.round_key), 0])
@@ -87,11 +92,14 @@ class RoundState:
             reals[:, i] = torch.tensor([p.temperature if s.acceptance != "greedy" else 1.0, p.top_p, p.min_p])
             fitted = torch.tensor(list(s.temperatures)[: self.gamma], dtype=torch.float32)
             calibration[i, : len(fitted)] = fitted
+            biases = torch.tensor(list(s.biases)[: self.gamma], dtype=torch.float32)
+            shift[i, : len(biases)] = biases * calibration[i, : len(biases)]
         for device, host in (
             (self._longs, longs),
             (self._ints, ints),
             (self._reals, reals),
             (self.calibration, calibration),
+            (self.shift, shift),
         ):
             device.copy_(host)
 
