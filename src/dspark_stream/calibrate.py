@@ -1,7 +1,8 @@
 """``dspark-stream calibrate``: fit a drafter's confidence to what its rounds really accept.
 
 The engine runs prompts with every draft verified and every confidence as the head gives it; to these rounds
-`spec.platt` fits a temperature and a bias for each position. It works for any drafter with a confidence head, trained here or not.
+`spec.platt` fits a temperature and a bias for each position. It works for any drafter with a confidence head, trained
+here or not.
 """
 
 from __future__ import annotations

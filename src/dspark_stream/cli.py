@@ -327,6 +327,12 @@ def _add_calibrate(into: _Subparsers) -> None:
     )
     _add_prompts(parser)
     parser.add_argument(
+        "--unseen-by",
+        type=Path,
+        metavar="ANSWERS",
+        help="leave out prompts that this answers file of a training run holds (answers.jsonl), before --limit counts",
+    )
+    parser.add_argument(
         "--max-tokens",
         type=_number(int, 2, 1 << 24),
         default=128,

@@ -346,6 +346,21 @@ def test_calibrate_verifies_everything_three_ways_and_writes_beside_the_drafter(
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_calibrate_leaves_out_what_the_drafter_was_trained_on(monkeypatch, confident, tmp_path, capsys):
+    engine, tokenizer = FakeEngine(SEVEN_WORDS), FakeTokenizer()
+    monkeypatch.setattr(commands, "_load", lambda config, *, quiet=False: (engine, tokenizer))
+    path = write_prompts(tmp_path / "one.jsonl", 6)
+    asked = [tokenizer.encode_chat([("user", f"question {i}")]) for i in range(6)]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"prompt_ids": asked[i], "answer_ids": [1]}) + "\n" for i in (0, 2)))
+    argv = ["calibrate", "--prompts", str(path), "--drafter", str(tmp_path), "--limit", "3"]
+    assert cli.main([*argv, "--unseen-by", str(answers)]) == 0
+    assert [list(r.prompt_ids) for r in engine.submitted] == [asked[1], asked[3], asked[4]] * 3
+    answers.write_text("no answers\n")
+    assert cli.main([*argv, "--unseen-by", str(answers)]) == 2
+    assert "line 1" in capsys.readouterr().err
+
+
 def test_calibrate_leaves_alone_what_it_has_seen_too_little_of(loaded, confident, tmp_path, capsys):
     path = write_prompts(tmp_path / "one.jsonl", 2)
     assert cli.main(["calibrate", "--prompts", str(path), "--drafter", str(tmp_path)]) == 0
