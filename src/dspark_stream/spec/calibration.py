@@ -23,6 +23,13 @@ BINS = 10
 LARGEST_LOGIT = 30.0
 
 
+_BIASES: dict[Acceptance, str] = {
+    "greedy": "greedy_bias",
+    "rejection": "rejection_bias",
+    "coupled": "coupled_bias",
+}
+
+
 class Scaling(NamedTuple):
     """T_1 … T_γ and b_1 … b_γ of one way to accept."""
 
@@ -47,7 +54,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def scaling(self, acceptance: Acceptance, positions: int) -> Scaling:
         """Of one way to accept, for so many positions."""
         temperatures: list[float] = getattr(self, acceptance)
-        biases: list[float] = getattr(self, f"{acceptance}_bias")
+        biases: list[float] = getattr(self, _BIASES[acceptance])
         return Scaling(
             [*temperatures[:positions], *[1.0] * (positions - len(temperatures))],
             [*biases[:positions], *[0.0] * (positions - len(biases))],
@@ -55,7 +62,11 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def confidence(self, logits: Sequence[float], acceptance: Acceptance) -> list[float]:
         """c_1 … c_γ from confidence logits."""
-        return [sigmoid(x / t + b) for x, t, b in zip(logits, *self.scaling(acceptance, len(logits)), strict=True)]
+        temperatures: list[float] = getattr(self, acceptance)
+        biases: list[float] = getattr(self, _BIASES[acceptance])
+        if len(temperatures) < len(logits) or len(biases) < len(logits):
+            temperatures, biases = self.scaling(acceptance, len(logits))
+        return [sigmoid(x / t + b) for x, t, b in zip(logits, temperatures, biases, strict=False)]
 
     def logits(self, confidence: Sequence[float], acceptance: Acceptance) -> list[float]:
         """The confidence logits that gave c_1 … c_γ."""
