@@ -41,6 +41,7 @@ def write_picture(path: Path, drawings: Sequence[str], columns: int = 1) -> None
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">{body}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f"{body}</svg>\n"
     )
     print(f"drawn in {path}")
