@@ -35,9 +35,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 def write_picture(path: Path, drawings: Sequence[str], columns: int = 1) -> None:
     """SVG drawings of 640 by 400, so many in a row, in one SVG file."""
     width, height = 640 * columns, 400 * -(-len(drawings) // columns)
+    sized = [d.replace("<svg ", '<svg height="400" ', 1) for d in drawings]  # inside another it would take its height
     body = "".join(
-        f'<g transform="translate({640 * (i % columns)} {400 * (i // columns)})">{d}</g>'
-        for i, d in enumerate(drawings)
+        f'<g transform="translate({640 * (i % columns)} {400 * (i // columns)})">{d}</g>' for i, d in enumerate(sized)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(

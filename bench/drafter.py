@@ -2,7 +2,7 @@
 
 Every draft is verified (fixed γ), so the figures do not depend on a schedule or on the speed of the machine. Prompt
 lookup needs no run: see `evaluate.prompt_lookup`. Prints tables in Markdown, writes a line for each drafter, way and
-file, and pictures: a reliability diagram of the first drafter, acceptance by position of all.
+file, and pictures: a reliability diagram of the first drafter if it is calibrated, acceptance by position of several.
 
     python bench/drafter.py --prompts eval/*.jsonl --drafter auto --drafter dflash=runs/none/drafter --quant none w4a8
 """
@@ -35,7 +35,7 @@ WAYS: dict[Acceptance, tuple[float, Verification]] = {
     "coupled": (1.0, "coupled"),
 }
 SHOWN_ROUNDS = 50
-"""Bins with fewer rounds are left out of the picture: they show chance."""
+"""What fewer rounds than these reached is left out of pictures: it shows chance."""
 Row = dict[str, object]
 Bins = dict[Acceptance, list[list[list[Bin]]]]
 """Of each way: before and after calibration, at k = 1 … γ."""
@@ -77,8 +77,10 @@ def main() -> None:
     parts = [lengths(rows, stems), positions(rows), calibrations(rows), by(rows, "by_context"), by(rows, "by_turn")]
     print("\n\n".join(parts))
     if args.pictures:
-        draw_reliability(bins, args.pictures / "reliability.svg")
-        draw_positions(rows, args.pictures / "positions.svg")
+        if any(before != after for before, after in bins.values()):
+            draw_reliability(bins, args.pictures / "reliability.svg")
+        if len({row["drafter"] for row in rows}) > 1:
+            draw_positions(rows, args.pictures / "positions.svg")
 
 
 def measure(
@@ -234,16 +236,23 @@ def draw_reliability(bins: Bins, path: Path) -> None:
     write_picture(path, charts, columns=2)
 
 
+def curve(r: Row) -> list[tuple[float, float]]:
+    """Position and acceptance, as far as enough rounds come."""
+    points: list[tuple[float, float]] = []
+    reached = float(str(r["rounds"]))
+    for k, acceptance in enumerate(numbers(r, "acceptance_by_position"), 1):
+        if reached >= SHOWN_ROUNDS:
+            points.append((float(k), acceptance))
+        reached *= acceptance
+    return points
+
+
 def draw_positions(rows: Sequence[Row], path: Path) -> None:
     """Acceptance by position: a chart for each way to accept, a line for each drafter."""
     charts = []
     together = [r for r in rows if r["file"] == "all"]
     for way in dict.fromkeys(r["way"] for r in together):
-        series = [
-            Series(str(r["drafter"]), [(k + 1.0, a) for k, a in enumerate(numbers(r, "acceptance_by_position"))])
-            for r in together
-            if r["way"] == way
-        ]
+        series = [Series(str(r["drafter"]), curve(r)) for r in together if r["way"] == way]
         charts.append(line_chart(f"{way}: accepted, given those before", "position k", "acceptance", series))
     write_picture(path, charts)
 
