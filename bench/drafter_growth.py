@@ -33,17 +33,19 @@ def main() -> None:
     for text in args.run:
         name, _, logs = text.partition("=")
         trained[name] = sum(last_rows(Path(log)) for log in logs.split("+"))
+    ways = [way for way in WAYS if all((name, way) in lengths for name in trained)]
     rows = [
-        {"drafter": name, "block_rows": count, **{way: round(lengths[name, way], 3) for way in WAYS}}
+        {"drafter": name, "block_rows": count, **{way: round(lengths[name, way], 3) for way in ways}}
         for name, count in sorted(trained.items(), key=lambda one: one[1])
     ]
     write_csv(args.out, rows)
-    print("| drafter | million block rows | " + " | ".join(WAYS) + " |\n|" + " --- |" * (2 + len(WAYS)))
+    print("| drafter | million block rows | " + " | ".join(ways) + " |\n|" + " --- |" * (2 + len(ways)))
     for row in rows:
-        print(f"| {row['drafter']} | {int(str(row['block_rows'])) / 1e6:.1f} | {row['greedy']} | {row['rejection']} |")
+        shown = " | ".join(str(row[way]) for way in ways)
+        print(f"| {row['drafter']} | {int(str(row['block_rows'])) / 1e6:.1f} | {shown} |")
     most = max(trained.values())
     series = []
-    for way in WAYS:
+    for way in ways:
         points = [(float(count), lengths[name, way]) for name, count in sorted(trained.items(), key=lambda one: one[1])]
         a, b, error = trend([log2(x) for x, _ in points], [y for _, y in points])
         twice, four = (a + b * log2(n * most) for n in (2, 4))

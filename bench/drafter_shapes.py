@@ -1,7 +1,8 @@
 """What a drafter's shape is worth: accepted length over the time of a round, τ / (t_draft + t_verify).
 
-Times are medians over rounds that draft and verify whole blocks, shapes in turns; accepted lengths come from the CSV
-file of `bench/drafter.py` over the same drafters under the same names. Run it on a machine that does nothing else.
+Times are medians over rounds that draft and verify so many tokens, shapes in turns; accepted lengths come from the CSV
+file of `bench/drafter.py` over the same drafters under the same names: acceptance by position there tells the accepted
+length of fewer drafts, too. Run it on a machine that does nothing else.
 
     python bench/drafter.py --drafter two=runs/2/drafter --drafter one=runs/1/drafter --out runs/l.csv --prompts …
     python bench/drafter_shapes.py --drafter two=runs/2/drafter --drafter one=runs/1/drafter --lengths runs/l.csv
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple, get_args
@@ -41,39 +44,42 @@ def main() -> None:
     parser.add_argument("--drafter", action="append", metavar="NAME=FOLDER", required=True)
     parser.add_argument("--quant", nargs="+", default=["none"], choices=get_args(Quant))
     parser.add_argument("--lengths", type=Path, required=True, help="CSV file of bench/drafter.py")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[MAX_FIXED], help="draft tokens (default: the block)")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/drafter_shapes.csv"))
     args = parser.parse_args()
-    lengths = read_lengths(args.lengths)
-    configs: dict[str, Config] = {}
+    acceptance = read_acceptance(args.lengths)
+    configs: dict[tuple[str, int], Config] = {}
     for text in args.drafter:
         name, _, folder = text.rpartition("=")
         for quant in args.quant:
             label = name + ("" if quant == "none" else f", {quant}")
-            configs[label] = Config(
-                drafter=folder, draft_quant=quant, schedule=f"fixed:{MAX_FIXED}", max_num_seqs=max(args.streams)
-            )
-    times: dict[tuple[str, int], list[Times]] = {}
+            for drafts in args.drafts:
+                configs[label, drafts] = Config(
+                    drafter=folder, draft_quant=quant, schedule=f"fixed:{drafts}", max_num_seqs=max(args.streams)
+                )
+    times: dict[tuple[str, int, int], list[Times]] = {}
     for _ in range(args.repeats):
-        for label, config in configs.items():
-            for streams, seen in measure(config, args.streams, args.tokens).items():
-                times.setdefault((label, streams), []).extend(seen)
+        for (label, drafts), config in configs.items():
+            for streams, seen in measure(config, drafts, args.streams, args.tokens).items():
+                times.setdefault((label, drafts, streams), []).extend(seen)
     rows: list[dict[str, object]] = []
-    for (label, streams), seen in times.items():
+    for (label, drafts, streams), seen in times.items():
         draft, verify = median(t.draft for t in seen), median(t.verify for t in seen)
         row: dict[str, object] = {
             "drafter": label,
+            "drafts": drafts if drafts < MAX_FIXED else "block",
             "streams": streams,
-            "MB": round(size_mb(configs[label]), 1),
+            "MB": round(size_mb(configs[label, drafts]), 1),
             "rounds": len(seen),
             "t_draft_ms": round(draft, 2),
             "t_verify_ms": round(verify, 2),
         }
         for way in ("greedy", "rejection"):
-            if (label, way) in lengths:
-                length = lengths[label, way]
+            if (label, way) in acceptance:
+                length = fmean(length_of(some[:drafts]) for some in acceptance[label, way])
                 row[f"{way}_length"] = round(length, 3)
                 row[f"{way}_tokens_per_s"] = round(1e3 * streams * length / (draft + verify), 1)
         rows.append(row)
@@ -96,6 +102,22 @@ def read_lengths(path: Path) -> dict[tuple[str, str], float]:
     return {key: fmean(values) for key, values in found.items()}
 
 
+def read_acceptance(path: Path) -> dict[tuple[str, str], list[list[float]]]:
+    """Acceptance by position of each file, by drafter and way."""
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["file"] != "all":
+                shares = [float(x) for x in row["acceptance_by_position"].split()]
+                found.setdefault((row["drafter"], row["way"]), []).append(shares)
+    return found
+
+
+def length_of(acceptance: list[float]) -> float:
+    """Accepted length of so many drafts: 1 + a_1 + a_1·a_2 + …"""
+    return 1 + sum(accumulate(acceptance, mul))
+
+
 def size_mb(config: Config) -> float:
     """Of the weights' file."""
     folder = drafter_folder(config)
@@ -103,7 +125,7 @@ def size_mb(config: Config) -> float:
     return (folder / "model.safetensors").stat().st_size / 1e6
 
 
-def measure(config: Config, loads: list[int], tokens: int) -> dict[int, list[Times]]:
+def measure(config: Config, drafts: int, loads: list[int], tokens: int) -> dict[int, list[Times]]:
     """Times of rounds in which all streams of a load take part, greedy."""
     engine, tokenizer = build_engine(config, Progress(enabled=False))
     assert tokenizer is not None
@@ -119,7 +141,7 @@ def measure(config: Config, loads: list[int], tokens: int) -> dict[int, list[Tim
             prompts = shipped_prompts()
             prompts = (prompts * (1 + streams // len(prompts)))[: max(streams, 4)]
             tally = run_prompts(local, tokenizer, prompts, plan, SILENT, f"{streams} streams")
-            full = [r for r in tally.rounds if r.streams == streams and r.scheduled == engine.info.gamma]
+            full = [r for r in tally.rounds if r.streams == streams and r.scheduled == min(drafts, engine.info.gamma)]
             times[streams] = [Times(r.t_draft_ms, r.t_verify_ms) for r in full[WARM_UP * streams :]]
     del engine, local
     gc.collect()
