@@ -28,7 +28,7 @@ from dspark_stream.progress import SILENT, Progress
 from dspark_stream.report.sweep import shipped_prompts
 from dspark_stream.types import SamplingParams
 
-WARM_UP = 10
+WARM_UP = 3
 """Rounds at each load that are not counted."""
 
 
