@@ -110,13 +110,33 @@ serve: $(RUN_STAMP) ## Start the service; the first time this fetches the model
 test: $(DEV_STAMP) $(OPENAI_STAMP) chromium model ## Run all tests; ARGS="-k name" goes to pytest
 	@$(PY) -m pytest $(ARGS)
 
-GPU_TESTS := tests/kernels/operations tests/engine/test_gpu_round.py
+# On a machine with a GPU. GPU_PY=python3 takes that Python, with what is installed there, instead of making .venv:
+# for machines without a network.
+GPU_PY ?=
+GPU_RUN := $(if $(GPU_PY),PYTHONPATH="$(CURDIR)/src:$(CURDIR)/kernels" $(GPU_PY),$(PY))
+GPU_SETUP := $(if $(GPU_PY),,$(DEV_STAMP))
+GPU_TESTS := tests/kernels/operations tests/engine/test_gpu_round.py tests/engine/test_gpu_sizing.py
+
+.PHONY: gpu
+gpu: $(GPU_SETUP) ## On a GPU: tests, figures, then the sanitizer; what docs/gpu.md says that no GPU has confirmed
+	@$(GPU_RUN) bench/gpu_ready.py
+	@status=0; \
+	for part in gpu-suite bench-gpu gpu-sanitizer; do \
+	  $(MAKE) --no-print-directory $$part || { status=1; echo "make $$part failed; the rest goes on" >&2; }; \
+	done; \
+	exit $$status
 
 .PHONY: test-gpu
-test-gpu: $(DEV_STAMP) ## Run the kernels' and rounds' tests on a GPU, then the kernels' under compute-sanitizer
-	@$(PY) -c 'import sys, torch; \
-	  sys.exit(None if torch.cuda.is_available() else "make test-gpu needs a GPU, and torch sees none here")'
-	@$(PY) -m pytest --timeout=600 -rs $(GPU_TESTS) $(ARGS)
+test-gpu: gpu-suite gpu-sanitizer ## On a GPU: the kernels' and rounds' tests, then the kernels' under compute-sanitizer
+
+.PHONY: gpu-suite
+gpu-suite: $(GPU_SETUP)
+	@$(GPU_RUN) bench/gpu_ready.py --quiet
+	@$(GPU_RUN) -m pytest --timeout=600 -rs $(GPU_TESTS) $(ARGS)
+
+.PHONY: gpu-sanitizer
+gpu-sanitizer: $(GPU_SETUP)
+	@$(GPU_RUN) bench/gpu_ready.py --quiet
 	@if ! command -v compute-sanitizer >/dev/null 2>&1; then \
 	  echo "NOT RUN: compute-sanitizer is not installed (it comes with the CUDA toolkit)" >&2; \
 	  exit 0; \
@@ -124,7 +144,8 @@ test-gpu: $(DEV_STAMP) ## Run the kernels' and rounds' tests on a GPU, then the 
 	for tool in memcheck racecheck synccheck; do \
 	  echo "==> compute-sanitizer --tool $$tool"; \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$$tool" --target-processes all --error-exitcode 7 \
-	    $(PY) -m pytest --timeout=1800 tests/kernels/operations -k "triton or persistent" || exit 1; \
+	    $(if $(GPU_PY),env $(GPU_RUN),$(GPU_RUN)) -m pytest --timeout=1800 tests/kernels/operations \
+	    -k "triton or persistent" || exit 1; \
 	done
 
 .PHONY: style
@@ -142,12 +163,12 @@ BENCHES := linear loop_lag edge scheduling pareto regret sockets
 bench: $(DEV_STAMP) model ## Run the benches; their tables and CSV files go to runs/
 	@for bench in $(BENCHES); do echo "==> bench/$$bench.py"; $(PY) "bench/$$bench.py" $(ARGS) || exit 1; done
 
-.PHONY: gpu
-gpu: test-gpu bench-gpu ## Both, one after the other: what docs/gpu.md says that no GPU has confirmed
-
 .PHONY: bench-gpu
-bench-gpu: $(DEV_STAMP) model ## Measure everything that docs/gpu.md promises of a GPU, in one run of eight minutes
-	@$(PY) bench/gpu.py $(ARGS)
+bench-gpu: $(GPU_SETUP) ## On a GPU: measure everything that docs/gpu.md promises, in one run of eight minutes
+	@$(GPU_RUN) bench/gpu_ready.py --quiet
+	@$(GPU_RUN) -m dspark_stream.models.embedded || \
+	  echo "NOT FETCHED: the default model; only the section smollm2 needs it" >&2
+	@$(GPU_RUN) bench/gpu.py $(ARGS)
 
 .PHONY: clean
 clean: ## Remove the environments and everything built (the fetched model stays in its cache)

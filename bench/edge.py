@@ -114,12 +114,12 @@ def main() -> None:
             machine = workers["dspark"].ask("machine")
             note("GB/s read", "machine", machine["bytes_per_s"] / 1e9, repeat)
             note("G multiply-adds/s", "machine", machine["multiplies_per_s"] / 1e9, repeat)
-    ids = codec.encode(TEXT.read_text())[:1024]
-    for kind in ("dspark", *(k for k in installed if k == "llama")):
-        note("perplexity", kind, 2.718281828459045 ** workers[kind].ask("likelihood", ids=ids)["nll"])
     full = [(p * (1 + 900 // len(p)))[:896] for p in prompts[:16]]
     note("MiB, 16 x 1024 tokens", "dspark", workers["dspark"].ask("generate", prompts=full, tokens=128, streams=16,
                                                                  mode="dspark")["memory_mib"])  # fmt: skip
+    ids = codec.encode(TEXT.read_text())[:1024]
+    for kind in ("dspark", *(k for k in installed if k == "llama")):
+        note("perplexity", kind, 2.718281828459045 ** workers[kind].ask("likelihood", ids=ids)["nll"])
     write(args.out, rows)
     report(rows, texts, model, gguf)
 

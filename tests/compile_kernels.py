@@ -1,8 +1,8 @@
 """Compile every Triton kernel, as its launcher launches it, for a GPU that is not there.
 
-The launchers run as they are, on CPU tensors of real shapes; instead of being launched, each kernel is compiled for
-compute capability 9.0 (or ``--capability``), to PTX and through ptxas to machine code. Prints a line for each:
-registers, bytes spilled and shared memory. A process of its own: Triton must not be in its interpreter.
+The launchers run as they are, on CPU tensors of real shapes that nobody reads; instead of being launched, each kernel
+is compiled for compute capability 9.0 (or ``--capability``), to PTX and through ptxas to machine code. Prints a line
+for each: registers, bytes spilled and shared memory. A process of its own: Triton must not be in its interpreter.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Bytes of shared memory that one program may have."""
+
+
+OWN_SCRATCH = ("_walk", "_admit", "_weigh")
+"""Kernels that read back what they wrote to memory themselves, after a barrier."""
 
 
 class AbsentGpu:
@@ -64,7 +71,7 @@ def resources(kernel: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--capability", type=int, default=90, choices=SHARED)
     options = parser.parse_args()
     driver.set_active(AbsentGpu(options.capability))
     JITFunction.__getitem__ = compile_instead
@@ -73,6 +80,13 @@ def main() -> None:
     launch_everything(torch.device("cpu"))
     for name, kernel in seen.items():
         assert ".target sm_" + str(options.capability) in kernel.asm["ptx"], name
+        assert ".nc." not in kernel.asm["ptx"], f"{name} reads through a cache that does not see what it wrote itself"
+        if name.split()[0] in OWN_SCRATCH:
+            assert "cp.async" not in kernel.asm["ptx"], f"{name} fetches ahead what it may not have written yet"
+            assert "bar.sync" in kernel.asm["ptx"], f"{name} has lost its barriers"
+        assert kernel.metadata.shared <= SHARED[options.capability], (
+            f"{name} wants {kernel.metadata.shared} bytes shared"
+        )
         print(f"{name:<36} {resources(kernel)}")
     print(f"{len(seen)} kernels compiled for sm_{options.capability} by Triton {triton.__version__}")
 

@@ -19,14 +19,13 @@ from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.runner import MOST_SEATS, GraphRounds
 from dspark_stream.engine.gpu.state import RoundState, Seat
 from dspark_stream.engine.step import Models
-from dspark_stream.engine.stream import Stream
 from dspark_stream.errors import ConfigError
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.target import Target
 from dspark_stream.models.walk import head_weights
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged
+from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged, Threshold
 from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from recorded import run_cases
 from shared_data import shared
@@ -128,7 +127,7 @@ def test_without_a_drafter():
     assert run(with_rounds(models_of(drafter=False)), requests) == run(models_of(drafter=False), requests)
 
 
-@pytest.mark.parametrize("schedule", [Adaptive(), EarlyStop(), Lagged()])
+@pytest.mark.parametrize("schedule", [Adaptive(), EarlyStop(), Lagged(), Threshold(0.3)])
 def test_text_does_not_depend_on_the_schedule(schedule):
     """Greedy and coupled text is the target's own, whatever budgets are chosen; with measured sizes, too."""
     requests = [r for r in mixed_requests(12) if r.sampling.temperature == 0.0 or r.verification == "coupled"]
@@ -139,18 +138,75 @@ def test_text_does_not_depend_on_the_schedule(schedule):
     assert run(models, requests, streams=3) == expected
 
 
-def test_the_budget_follows_the_past():
-    """Guards against a size that never changes: cheap rows and good drafts ask for more of them, dear rows for none."""
-    models = with_rounds(models_of(schedule=Adaptive()), seats=4)
-    rounds = models.rounds
-    stop = frozenset[int]()
-    rounds._seated = [Stream(request(str(i)), 48, 4, stop, None) for i in range(4)]
-    rounds._survival = {s: [0.9, 0.8, 0.7, 0.6] for s in rounds._seated}
-    for slope, expected in ((0.0, 20), (10.0, 4)):
-        rounds.ladder.round_ms = {Size(4, n, True): 1.0 + slope * n for n in row_ladder(4, 4)}
-        if slope:
-            rounds.ladder.round_ms[Size(4, 4, True)] = 1.0
-        assert rounds._size() == Size(4, expected, True)
+SCHEDULES = ["fixed:3", "threshold:0.4", "adaptive", "none", "early-stop", "fixed:0", "lagged", "fixed:3"]
+
+
+def test_every_schedule_in_turn():
+    """Guards against a schedule that is changed while the engine runs and followed by half: rule, sizes, table."""
+    requests = [r for r in mixed_requests(12) if r.sampling.temperature == 0.0 or r.verification == "coupled"]
+    expected = run(models_of(schedule=Fixed(0)), requests)
+    models = with_rounds(models_of(schedule=Fixed(2)), seats=3)
+    models.rounds.ladder.warm()
+    engine = tiny_engine(models)
+    with LocalEngine(engine) as local:
+        for schedule in SCHEDULES:
+            engine.use_schedule(schedule)
+            got: dict[str, list] = {r.request_id: [] for r in requests}
+            drafted = 0
+            for event, _ in local.run(requests, streams=3):
+                if isinstance(event, TokensEvent):
+                    got[event.request_id] += event.token_ids
+                else:
+                    got[event.request_id].append(event.reason)
+                    drafted += event.usage.drafted
+            assert got == expected
+            if schedule in ("none", "fixed:0"):
+                assert not drafted
+            elif schedule.startswith(("fixed", "threshold")):  # the others may find that it does not pay here
+                assert drafted
+
+
+def test_a_stream_that_sat_out_has_its_context():
+    """Guards against drafts from holes: rounds that do not draft give the drafter their features all the same."""
+    requests = [request(f"c{i}", prompt=(3 + i, 9, 4), max_tokens=40, ignore_eos=True) for i in range(3)]
+    stores, rounds_of = [], []
+    for idle in (0, 2):
+        models = with_rounds(models_of(schedule=Fixed(4)), seats=4)
+        choose, count = models.rounds.sizing.choose, [0]
+
+        def sometimes(streams, slowest_ms, choose=choose, count=count, idle=idle):
+            count[0] += 1
+            size = choose(streams, slowest_ms)
+            return Size(size.seats, size.seats, False, context=True) if idle and count[0] % 3 else size
+
+        models.rounds.sizing.choose = sometimes
+        got = run(models, requests)
+        stores.append([t.clone() for t in (*models.drafter_kv.keys, *models.drafter_kv.values)])
+        rounds_of.append(got)
+    assert rounds_of[0] == rounds_of[1]
+    first = next(iter(models_of().drafter_kv.keys))
+    for a, b in zip(*stores, strict=True):
+        assert a.shape[1:] == first.shape[1:]
+        for slot in (0, 48, 96):  # extents of 3 + 40 + 5 slots, in whole grains
+            torch.testing.assert_close(a[slot : slot + 41], b[slot : slot + 41], atol=1e-5, rtol=1e-4)
+            assert a[slot : slot + 41].abs().sum() > 0
+
+
+def test_a_bound_on_chunk_gaps_is_heard():
+    """Guards against a bound that a captured round does not know of: what takes longer is not drafted."""
+    models = with_rounds(models_of(schedule=Fixed(4)), seats=4)
+    models.rounds.ladder.round_ms = {s: 5.0 if s.drafting else 1.0 for s in models.rounds.ladder.sizes()}
+    requests = [
+        request(f"g{i}", prompt=(3 + i, 9, 4), max_tokens=30, ignore_eos=True, max_chunk_gap_ms=gap)
+        for i, gap in enumerate([0.0, 2.0])
+    ]
+    engine = tiny_engine(models)
+    for these, drafts in ((requests[:1], True), (requests, False)):
+        with_drafts = 0
+        with LocalEngine(tiny_engine(models) if drafts else engine) as local:
+            for event, _ in local.run(these, streams=2):
+                with_drafts += isinstance(event, FinishedEvent) and event.usage.drafted
+        assert (with_drafts > 0) == drafts
 
 
 def test_cancelled_and_held_streams_lose_nothing():
@@ -259,7 +315,7 @@ def contents(models: Models) -> list[torch.Tensor]:
     return [t.clone() for store in stores for t in (*store.keys, *store.values)]
 
 
-@pytest.mark.parametrize("size", [(4, 20, True), (4, 4, False), (2, 3, True)])
+@pytest.mark.parametrize("size", [(4, 20, True), (4, 4, False), (4, 4, False, True), (2, 3, True)])
 def test_rows_of_nobody_change_no_cache(size):
     """Guards against padding that writes into stream 0's extent: only the slot that is nobody's may change."""
     parts, state, models = ready()
@@ -304,11 +360,12 @@ def test_warming_touches_no_cache():
 def test_two_replays_draw_different_noise():
     """Guards against randomness that is baked into a capture: the same seat at another position draws anew."""
     parts, state, _ = ready()
+    ladder = RoundLadder(parts, state)
     sampling = SamplingParams(max_tokens=8, temperature=5.0, seed=3)
     outcomes = set()
     for position in range(6, 12):
         state.bind([seat(0, position=position, acceptance="rejection", sampling=sampling)])
-        run_round(parts, state, 1, 5, True)
+        ladder.run(Size(1, 5, True))  # on a GPU one capture, replayed
         outcomes.add(tuple(state.outcome[0].tolist()))
     assert len(outcomes) > 3
 
@@ -337,7 +394,7 @@ def test_nothing_in_a_round_reads_a_value_on_the_host(head):
     state = RoundState(4, 4, 20, models.target.device)
     state.bind([seat(0), seat(64, acceptance="rejection"), seat(128, acceptance="coupled")])
     with NoHostReads():
-        for size in ((4, 20, True), (4, 4, False)):
+        for size in ((4, 20, True), (4, 4, False, True), (4, 4, False)):
             run_round(parts, state, *size)
     with pytest.raises(AssertionError, match="inside a round"), NoHostReads():
         _ = state.position[0].item()
@@ -369,11 +426,38 @@ def test_a_schedule_that_is_not_known():
         GraphRounds(models_of(schedule=object()), seats=2, longest=300)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", {"full_attention": "default", "sliding_attention": "longrope"}])
+def test_a_rotary_embedding_that_looks_at_positions_on_the_host(kind):
+    """Guards against a capture that ends in CUDA's own words, minutes after the start."""
+    models = models_of()
+    models.target.decoder.rotary_emb.rope_type = kind
+    with pytest.raises(ConfigError, match="--cuda-graphs off") as caught:
+        GraphRounds(models, seats=2, longest=300)
+    assert caught.value.param == "cuda_graphs"
+
+
+def test_what_cannot_be_captured_is_said_in_our_words(monkeypatch):
+    parts, state, _ = ready()
+    ladder = RoundLadder(parts, state)
+
+    def refuse(size):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+
+    monkeypatch.setattr(ladder, "_record", refuse)
+    with pytest.raises(ConfigError, match=r"4 streams and 20 rows cannot be captured .*stream is capturing") as caught:
+        ladder._capture(Size(4, 20, True))
+    assert caught.value.param == "cuda_graphs"
+
+
 def test_ladders():
     assert seat_ladder(1) == [1]
     assert seat_ladder(24) == [1, 2, 4, 8, 16, 24]
     assert row_ladder(1, 7) == [1, 2, 3, 5, 8]
     assert row_ladder(8, 7) == [8, 12, 16, 24, 40, 64]
     parts, state, _ = ready()
-    sizes = RoundLadder(parts, state, fixed=2).sizes()
-    assert [s for s in sizes if s.drafting] == [Size(4, 12, True), Size(2, 6, True), Size(1, 3, True)]
+    ladder = RoundLadder(parts, state)
+    ladder.fixed = 2
+    assert [s for s in ladder.sizes() if s.drafting] == [Size(4, 12, True), Size(2, 6, True), Size(1, 3, True)]
+    assert ladder.sizes(2) == [Size(2, 6, True), Size(2, 2, False, True), Size(2, 2, False)]
+    ladder.fixed = 0
+    assert ladder.sizes() == [Size(4, 4, False), Size(2, 2, False), Size(1, 1, False)]

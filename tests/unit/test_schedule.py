@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from itertools import cycle
 
 import msgspec
 import pytest
@@ -219,13 +220,21 @@ def test_a_slope_that_was_measured_wrong_makes_nothing_free():
 
 
 def test_points_are_swept_and_the_first_run_does_not_count():
-    times = {n: iter([99.0, 5.0, 9.0 + n, 7.0] + [6.0] * 20) for n in (1, 2)}
+    times = {n: iter([99.0, 35.0, 39.0 + n, 37.0] + [36.0] * 20) for n in (1, 2)}
     points = [Point("rows", n, lambda n: next(times[n])) for n in (1, 2)]
     runs = []
-    assert sweep(points, lambda: runs.append(1)) == {"rows": {1: 6.0, 2: 6.0}}
+    assert sweep(points, lambda: runs.append(1)) == {"rows": {1: 36.0, 2: 36.0}}
     assert len(runs) == 2 * SWEEPS
     slow = iter([500.0, 300.0, 1.0])
     assert sweep([Point("rows", 1, lambda n: next(slow))]) == {"rows": {1: 300.0}}  # twice, no more
+
+
+def test_a_short_point_is_measured_as_the_last_of_some():
+    """A service does the same round again and again: what a change of size costs does not count."""
+    alternating = {n: cycle([4.0, 3.0, 2.0, 1.0]) for n in (1, 2)}
+    first = {n: iter([4.0]) for n in (1, 2)}  # the first sweep runs everything once
+    points = [Point("rows", n, lambda n: next(first[n], None) or next(alternating[n])) for n in (1, 2)]
+    assert sweep(points) == {"rows": {1: 1.0, 2: 1.0}}
 
 
 def test_fit_separates_what_was_measured_together():
@@ -235,7 +244,7 @@ def test_fit_separates_what_was_measured_together():
         "rest": {1: 0.5, 2: 0.7, 4: 0.6},
         "draft": {1: 2.5, 2: 3.7, 4: 5.65},
         "slot": {1: 1.3, 2: 1.9, 4: 2.65},
-        "long": {1: 10.0 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
+        "long": {1: 9.5 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
         "long draft": {1: 2.5 + 0.25},
         "sampled": {4: 20.0},
     }
@@ -250,6 +259,9 @@ def test_fit_separates_what_was_measured_together():
     assert curve.read_us == pytest.approx(2.0)
     assert curve.draft_read_us == pytest.approx(0.5)
     assert curve.sample_us == pytest.approx(500.0)
+    times["long"] = {1: 18.0 + 4 * 3.0 * 0.5, 2: 24.0 + 4 * (2.0 + 2.0) * 0.5}  # four streams of one and of two rows
+    together = fit(times, gamma=4, context=100, long_context=600, long_streams=4)
+    assert (together.attend_us, together.read_us) == pytest.approx((1.0, 2.0))
     costs = Costs(curve)
     assert costs.sampling(0.1) is costs
     assert costs.sampling(0.5).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)

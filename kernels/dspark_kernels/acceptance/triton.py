@@ -35,9 +35,28 @@ def key_value(key):
 
 
 @triton.jit
+def _logit_key(x, TOP: tl.constexpr):
+    """Logits of 16 or 32 bits as uint32 that sort alike; TOP is their sign's bit."""
+    if TOP == 0x8000:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+    return tl.where((bits & TOP) != 0, bits ^ (TOP * 2 - 1), bits | TOP)
+
+
+@triton.jit
+def _key_logit(key, KIND: tl.constexpr, TOP: tl.constexpr):
+    """The logit of a `_logit_key` key, as float32."""
+    bits = tl.where((key & TOP) != 0, key ^ TOP, key ^ (TOP * 2 - 1))
+    if TOP == 0x8000:
+        return bits.to(tl.uint16).to(KIND, bitcast=True).to(tl.float32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _cut(
     logits_ptr, stride_row, cut_ptr, first_ptr, length_ptr, mode_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    V, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    V, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     stream = tl.program_id(0) // ROWS
     j = tl.program_id(0) % ROWS
@@ -51,48 +70,52 @@ def _cut(
     if plain | (tl.load(mode_ptr + stream) == GREEDY):
         tl.store(cut_at, -float("inf"))
         return
+    # thresholds are sought among the logits as they are: dividing by the temperature does not change their order
     temperature = tl.load(temperature_ptr + stream)
+    kind: tl.constexpr = logits_ptr.dtype.element_ty
     row = logits_ptr + (tl.load(first_ptr + stream) + j).to(tl.int64) * stride_row
     v = tl.arange(0, BLOCK)
     largest = tl.full([], -float("inf"), tl.float32)
     for start in range(0, V, BLOCK):
-        x = tl.load(row + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32) / temperature
+        x = tl.load(row + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32)
         largest = tl.maximum(largest, tl.max(x, 0))
 
     least = tl.full([], 0, tl.uint32)  # the key of the threshold so far: everything passes
     if (top_k > 0) & (top_k < V):  # the largest key that at least top_k entries reach, bit by bit
-        bit = tl.full([], 0x80000000, tl.uint32)
-        for _ in range(32):
+        bit = tl.full([], TOP, tl.uint32)
+        for _ in range(BITS):
             trial = least | bit
             bit = bit >> 1
             count = tl.full([], 0, tl.int32)
             for start in range(0, V, BLOCK):
                 there = start + v < V
-                x = tl.load(row + start + v, mask=there, other=-float("inf")).to(tl.float32) / temperature
-                count += tl.sum(((order_key(x) >= trial) & there).to(tl.int32), 0)
+                key = _logit_key(tl.load(row + start + v, mask=there, other=-float("inf")), TOP)
+                count += tl.sum(((key >= trial) & there).to(tl.int32), 0)
             least = tl.where(count >= top_k, trial, least)
     if top_p < 1.0:  # the largest key above which there is less than top_p of what is left
+        shrink = tl.math.div_rn(1.0, temperature)
         total = tl.full([], 0.0, tl.float32)
         for start in range(0, V, BLOCK):
             there = start + v < V
-            x = tl.load(row + start + v, mask=there, other=-float("inf")).to(tl.float32) / temperature
-            total += tl.sum(tl.where(there & (order_key(x) >= least), tl.exp(x - largest), 0.0), 0)
+            x = tl.load(row + start + v, mask=there, other=-float("inf"))
+            mass = tl.exp((x.to(tl.float32) - largest) * shrink)
+            total += tl.sum(tl.where(there & (_logit_key(x, TOP) >= least), mass, 0.0), 0)
         nucleus = tl.full([], 0, tl.uint32)
-        bit = tl.full([], 0x80000000, tl.uint32)
-        for _ in range(32):
+        bit = tl.full([], TOP, tl.uint32)
+        for _ in range(BITS):
             trial = nucleus | bit
             bit = bit >> 1
-            mass = tl.full([], 0.0, tl.float32)
+            above = tl.full([], 0.0, tl.float32)
             for start in range(0, V, BLOCK):
                 there = start + v < V
-                x = tl.load(row + start + v, mask=there, other=-float("inf")).to(tl.float32) / temperature
-                key = order_key(x)
-                mass += tl.sum(tl.where(there & (key >= least) & (key >= trial), tl.exp(x - largest), 0.0), 0)
-            nucleus = tl.where(mass >= top_p * total, trial, nucleus)
+                x = tl.load(row + start + v, mask=there, other=-float("inf"))
+                mass = tl.exp((x.to(tl.float32) - largest) * shrink)
+                above += tl.sum(tl.where(there & (_logit_key(x, TOP) >= tl.maximum(least, trial)), mass, 0.0), 0)
+            nucleus = tl.where(above >= top_p * total, trial, nucleus)
         least = tl.maximum(least, nucleus)
-    threshold = tl.where(least == 0, -float("inf"), key_value(least))
+    threshold = tl.where(least == 0, -float("inf"), tl.math.div_rn(_key_logit(least, kind, TOP), temperature))
     if min_p > 0.0:
-        threshold = tl.maximum(threshold, largest + tl.log(min_p))
+        threshold = tl.maximum(threshold, tl.math.div_rn(largest, temperature) + tl.log(min_p))
     tl.store(cut_at, threshold)
 
 
@@ -120,7 +143,7 @@ def _scan(
     for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, V), BLOCK):
         v = start + tl.arange(0, BLOCK)
         raw = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
-        x = raw / temperature
+        x = tl.math.div_rn(raw, temperature)
         x = tl.where((v < V) & (x >= cut), x, -float("inf"))
         if mode == REJECTION:
             new_top = tl.maximum(top, tl.max(x, 0))
@@ -171,9 +194,9 @@ def _judge(
         temperature = tl.load(temperature_ptr + stream)
         row = (tl.load(first_ptr + stream) + j).to(tl.int64)
         at_x = tl.load(logits_ptr + row * stride_row + x, mask=drafted, other=-float("inf")).to(tl.float32)
-        at_x = at_x / temperature
+        at_x = tl.math.div_rn(at_x, temperature)
         cut = tl.load(cut_ptr + stream * (GAMMA + 1) + j, mask=mine, other=0.0)
-        p_x = tl.where(drafted & (at_x >= cut), tl.exp(at_x - level) / tl.where(mine, mass, 1.0), 0.0)
+        p_x = tl.where(drafted & (at_x >= cut), tl.math.div_rn(tl.exp(at_x - level), tl.where(mine, mass, 1.0)), 0.0)
         q_x = tl.load(q_x_ptr + stream * stride_q_x + j, mask=drafted, other=1.0)
         key = tl.load(round_key_ptr + stream)
         position = tl.load(position_ptr + stream)
@@ -214,7 +237,8 @@ def _weigh(
     level = tl.load(level_ptr + stream)
     mass = tl.load(mass_ptr + stream)
     v = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + row * stride_row + v, mask=v < V, other=-float("inf")).to(tl.float32) / temperature
+    x = tl.load(logits_ptr + row * stride_row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+    x = tl.math.div_rn(x, temperature)
     p = tl.where((v < V) & (x >= cut), tl.exp(x - level) / mass, 0.0)
     out = weight_ptr + stream.to(tl.int64) * V
     tl.store(out + v, p, mask=v < V)
@@ -262,7 +286,7 @@ def _pick(
     if from_rest == 0:
         row = (tl.load(first_ptr + stream) + accepted).to(tl.int64)
         x = tl.load(logits_ptr + row * stride_row + v, mask=v < V, other=-float("inf")).to(tl.float32)
-        x = x / tl.load(temperature_ptr + stream)
+        x = tl.math.div_rn(x, tl.load(temperature_ptr + stream))
         cut = tl.load(cut_ptr + stream * (GAMMA + 1) + accepted)
         level = tl.load(level_ptr + stream)
         weight = tl.where((v < V) & (x >= cut), tl.exp(x - level) / tl.load(mass_ptr + stream), 0.0)
@@ -290,7 +314,10 @@ def accept(
     weight = torch.empty(streams * vocab, dtype=torch.float32, device=device)
     sums = torch.empty(streams * blocks * 2, dtype=torch.float64, device=device)
     s, rowwise = sampling, (logits, logits.stride(0), cut, first, length, sampling.mode, sampling.temperature)
-    _cut[(streams * rows,)](*rowwise, s.top_k, s.top_p, s.min_p, vocab, ROWS=rows, BLOCK=CHUNK, num_warps=8)
+    bits = logits.element_size() * 8
+    _cut[(streams * rows,)](
+        *rowwise, s.top_k, s.top_p, s.min_p, vocab, ROWS=rows, BLOCK=CHUNK, TOP=1 << (bits - 1), BITS=bits, num_warps=16
+    )
     _scan[(streams * rows, chunks)](
         *rowwise, s.seed, s.position, part[0], token, part[1], part[2],
         vocab, ROWS=rows, CHUNKS=chunks, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,

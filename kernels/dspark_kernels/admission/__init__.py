@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from dspark_kernels.admission import reference
-from dspark_kernels.admission.reference import BUDGET, EARLY_STOP, FIXED, Admitted, Packed
+from dspark_kernels.admission.reference import BUDGET, EARLY_STOP, FIXED, THRESHOLD, Admitted, Packed
 from dspark_kernels.dispatch import uses_triton
 
-__all__ = ["BUDGET", "EARLY_STOP", "FIXED", "Admitted", "Packed", "admit", "pack"]
+__all__ = ["BUDGET", "EARLY_STOP", "FIXED", "THRESHOLD", "Admitted", "Packed", "admit", "pack"]
 
 
 def admit(

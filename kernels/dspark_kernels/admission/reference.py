@@ -1,9 +1,11 @@
 """The contract of admission, in plain torch: verification lengths chosen and packed without asking the host.
 
-Three rules (design: the scheduler; `spec/schedule.py`), one number each in ``rule``:
+Four rules (design: the scheduler; `spec/schedule.py`), a number each in ``rule``:
 FIXED: ``n`` draft tokens of every stream. EARLY_STOP: Algorithm 1, admissions by falling survival, ties by j then r,
 until one does not raise Θ = τ·SPS(B). BUDGET: the ``n`` best prefixes, the paper's production variant; ``n`` must come
-from the past, as the host chooses it. No rule admits more than the rows that the pass has.
+from the past, as the host chooses it. THRESHOLD: draft tokens whose survival is at least the number, a float32 whose
+bits ``rule`` holds. No rule admits more than the rows that the pass has: FIXED then takes less of every stream, the
+others the best prefixes.
 
 Symbols: R streams (rows of nobody included), γ block size, B rows of the target pass.
 """
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FIXED, EARLY_STOP, BUDGET = 0, 1, 2
+FIXED, EARLY_STOP, BUDGET, THRESHOLD = 0, 1, 2, 3
 
 
 class Admitted(NamedTuple):
@@ -49,7 +51,7 @@ def admit(
     temperature: Tensor,  # [R, γ] float32: by Sequential Temperature Scaling, each stream's own kind
     drafting: Tensor,  # [R] bool
     active: Tensor,  # [R] bool
-    rule: Tensor,  # [2] int32: which rule, and its number
+    rule: Tensor,  # [2] int32: which rule, and its number (THRESHOLD: its bits)
     sps: Tensor,  # [≥ B + 1] float32: rounds a second with b rows
     rows: int,
 ) -> Admitted:
@@ -70,12 +72,16 @@ def admit(
     theta = gained * sps[(at + 1).clamp_max(len(sps) - 1)]
     before = (gained - order.values.double()) * sps[at]
     stops = (theta <= before) & (rule[0] == EARLY_STOP)
-    most = torch.minimum(rows - count, real.sum())
+    room, candidates = rows - count, real.sum()
+    most = torch.minimum(room, candidates)
     most = torch.where(rule[0] == BUDGET, torch.minimum(most, rule[1]), most)
+    likely = (real & (a >= rule[1:2].view(torch.float32))).sum()
+    most = torch.where(rule[0] == THRESHOLD, torch.minimum(most, likely), most)
     admitted_n = torch.minimum(most, torch.where(stops, n, len(a)).amin())
     rank = torch.empty_like(n).scatter_(0, order.indices, n)
     chosen = (rank < admitted_n).view(gamma, streams).sum(0)
-    fixed = rule[1].clamp_max(gamma) * drafting
+    share = torch.div(room, drafting.sum().clamp_min(1), rounding_mode="floor")
+    fixed = torch.minimum(rule[1].clamp_max(gamma), share) * drafting
     length = torch.where(rule[0] == FIXED, fixed, chosen).masked_fill(~active, -1).int()
     return Admitted(length, ((length + 1).cumsum(0) - (length + 1)).int(), survival)
 

@@ -6,10 +6,10 @@ import triton.language as tl
 
 from dspark_kernels.admission.reference import Admitted, Packed
 
-FIXED, EARLY_STOP, BUDGET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+FIXED, EARLY_STOP, BUDGET, THRESHOLD = (tl.constexpr(rule) for rule in range(4))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "SPS", "ROWS"])
 def _admit(
     confidence_ptr, temperature_ptr, drafting_ptr, active_ptr, rule_ptr, sps_ptr,
     key_ptr, sorted_ptr, length_ptr, first_ptr, survival_ptr,
@@ -52,7 +52,7 @@ def _admit(
     n = tl.arange(0, N)
     ordered = tl.load(sorted_ptr + n).to(tl.float64)
     count = tl.sum(active.to(tl.int32), 0)
-    drafted = tl.sum(drafting.to(tl.int32), 0) * GAMMA
+    streams = tl.sum(drafting.to(tl.int32), 0)
     kind = tl.load(rule_ptr)
     number = tl.load(rule_ptr + 1)
     gained = count.to(tl.float64) + tl.cumsum(ordered, 0)
@@ -60,17 +60,21 @@ def _admit(
     theta = gained * tl.load(sps_ptr + tl.minimum(behind + 1, SPS - 1)).to(tl.float64)
     before = (gained - ordered) * tl.load(sps_ptr + behind).to(tl.float64)
     stops = (theta <= before) & (kind == EARLY_STOP)
-    most = tl.minimum(ROWS - count, drafted)
+    room = ROWS - count
+    most = tl.minimum(room, streams * GAMMA)
     most = tl.where(kind == BUDGET, tl.minimum(most, number), most)
+    likely = tl.sum(tl.sum((real & (survival >= number.to(tl.float32, bitcast=True))).to(tl.int32), 1), 0)
+    most = tl.where(kind == THRESHOLD, tl.minimum(most, likely), most)
     admitted = tl.minimum(most, tl.min(tl.where(stops, n, N), 0))
     chosen = tl.sum(tl.reshape((rank < admitted).to(tl.int32), [STREAMS, G]), 1)
-    length = tl.where(kind == FIXED, tl.minimum(number, GAMMA) * drafting.to(tl.int32), chosen)
+    fixed = tl.minimum(tl.minimum(number, GAMMA), room // tl.maximum(streams, 1))
+    length = tl.where(kind == FIXED, fixed * drafting.to(tl.int32), chosen)
     length = tl.where(active, length, -1)
     tl.store(length_ptr + r, length, mask=r < R)
     tl.store(first_ptr + r, tl.cumsum(length + 1, 0) - (length + 1), mask=r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "ROWS"])
 def _pack(
     length_ptr, first_ptr, tokens_ptr, anchor_ptr, position_ptr, slot_ptr,
     out_stream, out_offset, out_ids, out_position, out_slot,

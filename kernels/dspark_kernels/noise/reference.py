@@ -19,8 +19,9 @@ MULTIPLIER = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 ROUNDS = 10
 LOW = 0xFFFF_FFFF
-SMALLEST = 2.0**-54
-"""A uniform of exactly zero, one draw in 2⁵³, counts as this: its logarithm must be finite."""
+SMALLEST, LARGEST = 2.0**-54, 1.0 - 2.0**-24
+"""Where single precision rounds a uniform to 0 or to 1, it counts as these: noise must be finite, or a token that is
+the only one left could lose its race."""
 
 
 def signed(word: int) -> int:
@@ -69,5 +70,5 @@ def race_noise(seed: Tensor, position: Tensor, token: Tensor, purpose: int = TOK
 
     Single precision suffices: a 53-bit uniform keeps its relative precision however small it is, and only small E win.
     """
-    u = uniforms(seed, position, purpose, token).float().clamp_min(SMALLEST)
+    u = uniforms(seed, position, purpose, token).float().clamp(SMALLEST, LARGEST)
     return -torch.log(-torch.log1p(-u))

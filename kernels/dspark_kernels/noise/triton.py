@@ -8,7 +8,7 @@ from dspark_kernels.noise import reference
 M0, M1 = tl.constexpr(reference.MULTIPLIER[0]), tl.constexpr(reference.MULTIPLIER[1])
 W0, W1 = tl.constexpr(reference.WEYL[0]), tl.constexpr(reference.WEYL[1])
 ROUND, TOKEN = tl.constexpr(reference.ROUND), tl.constexpr(reference.TOKEN)
-SMALLEST = tl.constexpr(reference.SMALLEST)
+SMALLEST, LARGEST = tl.constexpr(reference.SMALLEST), tl.constexpr(reference.LARGEST)
 
 
 @triton.jit
@@ -57,10 +57,10 @@ def uniforms(key, position, purpose: tl.constexpr, index):
 @triton.jit
 def _minus_log_exponential(u):
     """-log E, float32, with E = -log(1-u) by Kahan's correction: log1p without a library of its own."""
-    x = tl.maximum(u.to(tl.float32), SMALLEST)
+    x = tl.minimum(tl.maximum(u.to(tl.float32), SMALLEST), LARGEST)
     rest = 1.0 - x
     gone = 1.0 - rest  # what the subtraction really took away
-    e = tl.where(gone == 0.0, x, -tl.log(tl.maximum(rest, 1e-30)) * (x / tl.where(gone == 0.0, 1.0, gone)))
+    e = tl.where(gone == 0.0, x, -tl.log(rest) * tl.math.div_rn(x, tl.where(gone == 0.0, 1.0, gone)))
     return -tl.log(e)
 
 

@@ -13,56 +13,57 @@ from dspark_kernels.ragged_attention.reference import SegmentTable
 
 MOST_SPLITS, LEAST_SPLIT = 32, 256
 """Splits of a stream's past at most, and positions of one at least; beyond their product a split is doubled."""
+MARGIN = 512
+"""Rows that a pass may have of one stream before splits grow with them: whatever is below has the same splits."""
+BOUNDS = ["window", "tiles", "tile_rows", "most_rows", "splits", "margin"]
+"""Arguments that differ from batch to batch: machine code does not depend on whether they are 1 or even."""
 
 
 @triton.jit
-def _split_size(start, MOST_ROWS: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr):
+def _split_size(start, splits, margin, LEAST: tl.constexpr):
     """Positions of one split, by where the stream stands and nothing else: short contexts have short splits."""
     size = start * 0 + LEAST
     for _ in tl.static_range(16):
-        size = tl.where(size.to(tl.int64) * SPLITS < start + MOST_ROWS, size * 2, size)
+        size = tl.where(size.to(tl.int64) * splits < start + margin, size * 2, size)
     return size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BOUNDS)
 def _attend(
-    q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
+    q_ptr, k_ptr, v_ptr, acc_ptr, max_ptr, sum_ptr,
     row_ptr, rows_ptr, slot_ptr, start_ptr,
-    scale, window,
-    stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_ot, stride_oh,
+    scale, window, tiles, tile_rows, splits, margin,
+    stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     HEADS_Q: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MOST_ROWS: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    segment = tl.program_id(0) // TILES
-    tile = tl.program_id(0) % TILES
+    segment = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
     head = tl.program_id(1)
     split = tl.program_id(2)
     rows = tl.load(rows_ptr + segment)
-    if tile * ROWS >= rows:
+    if tile * tile_rows >= rows:
         return
     start = tl.load(start_ptr + segment)
     first_row = tl.load(row_ptr + segment)
     slot = tl.load(slot_ptr + segment).to(tl.int64)
 
     m = tl.arange(0, BLOCK_M)
-    row = tile * ROWS + m // GROUP  # of the segment
-    mine = (m < ROWS * GROUP) & (row < rows)
+    row = tile * tile_rows + m // GROUP  # of the segment
+    mine = (m < tile_rows * GROUP) & (row < rows)
     position = start + row
     if CAUSAL:
-        end = start + tl.minimum(rows, (tile + 1) * ROWS)
+        end = start + tl.minimum(rows, (tile + 1) * tile_rows)
     else:
         end = start + rows
-    begin = 0
-    if SPLITS > 1:
-        size = _split_size(start, MOST_ROWS, LEAST, SPLITS)
-        begin = split * size
-        end = tl.minimum(end, begin + size)
+    size = _split_size(start, splits, margin, LEAST)
+    begin = split * size
+    end = tl.minimum(end, begin + size)
     if WINDOWED:
-        begin = tl.maximum(begin, (start + tile * ROWS - window + 1) // BLOCK_N * BLOCK_N)
-    if SPLITS > 1 and begin >= end:
+        begin = tl.maximum(begin, (start + tile * tile_rows - window + 1) // BLOCK_N * BLOCK_N)
+    if begin >= end:
         return
 
     d = tl.arange(0, BLOCK_D)
@@ -103,58 +104,48 @@ def _attend(
         acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = new_top
 
-    if SPLITS == 1:
-        result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-        out_at = out_ptr + token[:, None] * stride_ot + query_head[:, None] * stride_oh + dv[None, :]
-        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=mine[:, None] & (dv < DV)[None, :])
-    else:
-        part = (token * HEADS_Q + query_head) * SPLITS + split
-        tl.store(max_ptr + part, top, mask=mine)
-        tl.store(sum_ptr + part, total, mask=mine)
-        tl.store(acc_ptr + part[:, None] * DV + dv[None, :], acc, mask=mine[:, None] & (dv < DV)[None, :])
+    part = (token * HEADS_Q + query_head) * splits + split
+    tl.store(max_ptr + part, top, mask=mine)
+    tl.store(sum_ptr + part, total, mask=mine)
+    tl.store(acc_ptr + part[:, None] * DV + dv[None, :], acc, mask=mine[:, None] & (dv < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BOUNDS)
 def _merge(
-    out_ptr, acc_ptr, max_ptr, sum_ptr, rows_ptr, row_ptr, start_ptr, window, stride_ot, stride_oh,
-    HEADS_Q: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    MOST_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    out_ptr, acc_ptr, max_ptr, sum_ptr, rows_ptr, row_ptr, start_ptr, window, most_rows, tile_rows, splits, margin,
+    stride_ot, stride_oh,
+    HEADS_Q: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MOST_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    segment = tl.program_id(0) // MOST_ROWS
-    row = tl.program_id(0) % MOST_ROWS
+    segment = tl.program_id(0) // most_rows
+    row = tl.program_id(0) % most_rows
     head = tl.program_id(1)
     rows = tl.load(rows_ptr + segment)
     if row >= rows:
         return
     start = tl.load(start_ptr + segment)
     token = tl.load(row_ptr + segment).to(tl.int64) + row
-    tile = row // ROWS
+    tile = row // tile_rows
     # the splits that this row's tile has written
     if CAUSAL:
-        end = start + tl.minimum(rows, (tile + 1) * ROWS)
+        end = start + tl.minimum(rows, (tile + 1) * tile_rows)
     else:
         end = start + rows
-    size = _split_size(start, MOST_ROWS, LEAST, SPLITS)
+    size = _split_size(start, splits, margin, LEAST)
     low = 0
     if WINDOWED:
-        low = tl.maximum((start + tile * ROWS - window + 1) // BLOCK_N * BLOCK_N, 0) // size
+        low = tl.maximum((start + tile * tile_rows - window + 1) // BLOCK_N * BLOCK_N, 0) // size
+    # all parts at once: their loads wait for memory together
+    split = tl.arange(0, MOST_SPLITS)
     dv = tl.arange(0, BLOCK_DV)
-    base = (token * HEADS_Q + head) * SPLITS
-    top = tl.full([], -float("inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    for split in range(low, (end + size - 1) // size):
-        part_top = tl.load(max_ptr + base + split)
-        new_top = tl.maximum(top, part_top)
-        level = tl.where(new_top == -float("inf"), 0.0, new_top)
-        fade = tl.exp(top - level)
-        gain = tl.exp(part_top - level)
-        total = total * fade + tl.load(sum_ptr + base + split) * gain
-        part = tl.load(acc_ptr + (base + split) * DV + dv, mask=dv < DV, other=0.0)
-        acc = acc * fade + part * gain
-        top = new_top
-    result = acc / tl.where(total > 0.0, total, 1.0)
+    written = (split >= low) & (split < (end + size - 1) // size)
+    part = (token * HEADS_Q + head) * splits + split
+    top = tl.load(max_ptr + part, mask=written, other=-float("inf"))
+    level = tl.max(top, 0)
+    gain = tl.exp(top - tl.where(level == -float("inf"), 0.0, level))
+    total = tl.sum(tl.load(sum_ptr + part, mask=written, other=0.0) * gain, 0)
+    parts = tl.load(acc_ptr + part[:, None] * DV + dv[None, :], mask=written[:, None] & (dv < DV)[None, :], other=0.0)
+    result = tl.sum(parts * gain[:, None], 0) / tl.where(total > 0.0, total, 1.0)
     at = out_ptr + token * stride_ot + head * stride_oh + dv
     tl.store(at, result.to(out_ptr.dtype.element_ty), mask=dv < DV)
 
@@ -181,26 +172,25 @@ def attend_table(
     block_m = max(16, triton.next_power_of_2(rows * group))
     block_d, block_dv = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     block_n = 64 if max(block_d, block_dv) <= 128 and not wide else 32
-    splits = min(MOST_SPLITS, triton.cdiv(table.longest, LEAST_SPLIT))
+    margin = max(MARGIN, table.most_rows)
+    splits = min(MOST_SPLITS, triton.cdiv(table.longest + margin, LEAST_SPLIT))
     segments = len(table.rows)
     out = query.new_zeros(rows_all, heads_q, dv)  # rows of nobody stay finite
-    parts = rows_all * heads_q * splits if splits > 1 else 0
+    parts = rows_all * heads_q * splits
     acc = query.new_empty(parts * dv, dtype=torch.float32)
     top, total = query.new_empty(parts, dtype=torch.float32), query.new_empty(parts, dtype=torch.float32)
     shared = {
-        "HEADS_Q": heads_q, "DV": dv, "BLOCK_DV": block_dv, "TILES": tiles, "ROWS": rows, "BLOCK_N": block_n,
-        "MOST_ROWS": table.most_rows, "LEAST": LEAST_SPLIT, "SPLITS": splits, "CAUSAL": causal,
-        "WINDOWED": window is not None,
+        "HEADS_Q": heads_q, "DV": dv, "BLOCK_DV": block_dv, "BLOCK_N": block_n, "LEAST": LEAST_SPLIT,
+        "CAUSAL": causal, "WINDOWED": window is not None,
     }  # fmt: skip
     _attend[(segments * tiles, heads_k, splits)](
-        query, keys, values, out, acc, top, total, table.row, table.rows, table.slot, table.start, scale, window or 0,
+        query, keys, values, acc, top, total, table.row, table.rows, table.slot, table.start,
+        scale, window or 0, tiles, rows, splits, margin,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        out.stride(0), out.stride(1),
         GROUP=group, D=d, BLOCK_D=block_d, BLOCK_M=block_m, num_warps=4, num_stages=2, **shared,
     )  # fmt: skip
-    if splits > 1:
-        _merge[(segments * table.most_rows, heads_q)](
-            out, acc, top, total, table.rows, table.row, table.start, window or 0, out.stride(0), out.stride(1),
-            num_warps=1, **shared,
-        )  # fmt: skip
+    _merge[(segments * table.most_rows, heads_q)](
+        out, acc, top, total, table.rows, table.row, table.start, window or 0, table.most_rows, rows, splits, margin,
+        out.stride(0), out.stride(1), MOST_SPLITS=triton.next_power_of_2(splits), num_warps=4, **shared,
+    )  # fmt: skip
     return out

@@ -91,8 +91,9 @@ def fits(base: Tensor, weights: HeadWeights) -> bool:
     return (
         weights.kind == "vanilla"
         and weights.w1 is not None
-        and weights.w1.dtype == torch.bfloat16
+        and weights.w2 is not None
         and weights.w1.shape[1] in RANKS
+        and all(w.dtype == torch.bfloat16 and w.is_contiguous() for w in (weights.w1, weights.w2))
         and base.shape[0] <= MOST_STREAMS
         and _library() is not None
     )

@@ -82,10 +82,11 @@ class Walk(NamedTuple):
 def prepare(base: Tensor, hidden: Tensor, weights: HeadWeights, candidates: int) -> Prepared:
     """From base logits [R, γ, Vd] and hidden states [R, γ, H]: the C best of each slot, and what h_k contributes."""
     vocab = base.shape[-1]
-    top = base.float().topk(min(candidates, vocab), -1)
+    top = base.topk(min(candidates, vocab), -1)
+    values = top.values.float()
     index, order = top.indices.sort(-1)
     ids = index if weights.draft_ids is None else weights.draft_ids[index]
-    floor = top.values[..., -1] if candidates < vocab else torch.full_like(top.values[..., -1], -torch.inf)
+    floor = values[..., -1] if candidates < vocab else torch.full_like(values[..., -1], -torch.inf)
     inner = confidence = None
     if weights.inner_hidden is not None:
         assert weights.inner_bias is not None
@@ -94,7 +95,7 @@ def prepare(base: Tensor, hidden: Tensor, weights: HeadWeights, candidates: int)
         confidence = (hidden @ weights.confidence_hidden).float()
         if weights.confidence_bias is not None:
             confidence = confidence + weights.confidence_bias.float()
-    return Prepared(index.int(), ids.int(), top.values.gather(-1, order), floor, inner, confidence)
+    return Prepared(index.int(), ids.int(), values.gather(-1, order), floor, inner, confidence)
 
 
 def walk(prepared: Prepared, anchor: Tensor, weights: HeadWeights, sampling: Sampling) -> Walk:

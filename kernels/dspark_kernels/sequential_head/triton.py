@@ -141,7 +141,7 @@ def _walk(
         tl.store(proved_ptr + slot, (best > reach).to(tl.int8))
 
         ids = tl.load(ids_ptr + slot * C + c, mask=there, other=0).to(tl.int64)
-        x = score / temperature
+        x = tl.math.div_rn(score, temperature)
         if mode != GREEDY:
             if ((top_k > 0) & (top_k < C)) | (top_p < 1.0) | (min_p > 0.0):
                 x = tl.where(x >= _cut_of(x, there, top_k, top_p, min_p, C), x, -float("inf"))
@@ -178,6 +178,7 @@ def walk(prepared: Prepared, anchor: torch.Tensor, weights: HeadWeights, samplin
     proved = torch.empty(streams, gamma, dtype=torch.int8, device=device)
     scratch = torch.empty(streams * (block_c + 3 * block_r), dtype=torch.float32, device=device)
     nothing = scratch  # a pointer for what this kind of head does not have
+    wide = block_c >= 512  # more rows of W2 on their way at once: one program reads them all
     s = sampling
     _walk[(streams,)](
         prepared.rows, prepared.ids, prepared.base, prepared.floor,
@@ -191,8 +192,8 @@ def walk(prepared: Prepared, anchor: torch.Tensor, weights: HeadWeights, samplin
         scratch, tokens, q, real[0], real[1], proved,
         KIND=KINDS[weights.kind], CONFIDENCE=prepared.confidence is not None,
         CONFIDENCE_E=weights.confidence_e is not None and weights.w1 is not None,
-        GAMMA=gamma, C=c, BLOCK_C=block_c, TILE_C=min(64, block_c), RANK=rank, BLOCK_R=block_r,
-        TILE_R=min(32, block_r), num_warps=8,
+        GAMMA=gamma, C=c, BLOCK_C=block_c, TILE_C=min(128 if wide else 64, block_c), RANK=rank, BLOCK_R=block_r,
+        TILE_R=min(32, block_r), num_warps=16 if wide else 8,
     )  # fmt: skip
     drafts = Drafts(tokens, prepared.ids, q, real[0])
     return Walk(drafts, None if prepared.confidence is None else real[1], proved.bool())

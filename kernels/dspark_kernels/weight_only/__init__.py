@@ -12,8 +12,9 @@ from dspark_kernels.weight_only.reference import GROUP, Quantised, dequantise, q
 
 __all__ = ["GROUP", "Quantised", "WeightOnlyLinear", "dequantise", "linear", "quantise"]
 
-MOST_ROWS = 64
-"""Rows up to which the kernel reads weights as they are; more (a prompt's context features) are worth a dense copy."""
+MOST_ROWS = 1024
+"""Rows up to which the kernel reads weights as they are: every draft block of a captured round. More, a prompt's
+context features, are worth a dense copy."""
 
 
 def linear(x: Tensor, weight: Quantised) -> Tensor:

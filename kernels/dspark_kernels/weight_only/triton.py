@@ -10,14 +10,15 @@ import triton.language as tl
 
 from dspark_kernels.weight_only.reference import GROUP, Quantised
 
-BLOCK_M, BLOCK_N = 16, 32
+BLOCK_N, MOST_M = 32, 64
+"""Outputs of a program, and rows that it takes at most: weights are read once for so many."""
 PROGRAMS = 1024
 """Shares are made until there are about this many programs: eight for each multiprocessor of an H100."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SHARE"])
 def _product(
-    x_ptr, packed_ptr, scale_ptr, offset_ptr, part_ptr,
+    x_ptr, packed_ptr, scale_ptr, offset_ptr, out_ptr,
     M, N, GROUPS, SHARE, stride_xm,
     BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -50,11 +51,11 @@ def _product(
             offset = tl.load(offset_ptr + row * GROUPS + group, mask=n < N, other=0.0).to(tl.float32)
             inputs = tl.sum(below.to(tl.float32), 1) + tl.sum(above.to(tl.float32), 1)
             acc += inputs[:, None] * offset[None, :]
-    out = part_ptr + (share.to(tl.int64) * M + m[:, None]) * N + n[None, :]
-    tl.store(out, acc, mask=(m < M)[:, None] & (n < N)[None, :])
+    out = out_ptr + (share.to(tl.int64) * M + m[:, None]) * N + n[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SHARES"])
 def _sum(part_ptr, out_ptr, COUNT, SHARES, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -68,16 +69,18 @@ def linear(x: torch.Tensor, weight: Quantised) -> torch.Tensor:
     rows = x.flatten(0, -2)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     m, n, groups = rows.shape[0], weight.packed.shape[0], weight.scale.shape[1]
+    block_m = max(16, min(MOST_M, triton.next_power_of_2(m)))
     tiles = triton.cdiv(n, BLOCK_N)
-    shares = max(1, min(groups, PROGRAMS // tiles))
+    shares = max(1, min(groups, PROGRAMS // (tiles * triton.cdiv(m, MOST_M))))
     share = triton.cdiv(groups, shares)
     shares = triton.cdiv(groups, share)
-    part = torch.empty(shares, m, n, dtype=torch.float32, device=x.device)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    _product[(tiles, shares, triton.cdiv(m, BLOCK_M))](
+    part = out if shares == 1 else torch.empty(shares, m, n, dtype=torch.float32, device=x.device)
+    _product[(tiles, shares, triton.cdiv(m, block_m))](
         rows, weight.packed, weight.scale, weight.scale if weight.offset is None else weight.offset, part,
-        m, n, groups, share, rows.stride(0),
-        BITS=weight.bits, GROUP=GROUP, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=2, num_stages=4,
+        m, n, groups, share, rows.stride(0), BITS=weight.bits, GROUP=GROUP, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
+        num_warps=2 if block_m == 16 else 4, num_stages=4,
     )  # fmt: skip
-    _sum[(triton.cdiv(m * n, 1024),)](part, out, m * n, shares, BLOCK=1024, num_warps=4)
+    if shares > 1:
+        _sum[(triton.cdiv(m * n, 1024),)](part, out, m * n, shares, BLOCK=1024, num_warps=4)
     return out.view(*x.shape[:-1], n)

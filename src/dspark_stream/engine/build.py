@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,15 +22,22 @@ from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.embedded import ensure_embedded_model
+from dspark_stream.models.geometry import UnsupportedError
 from dspark_stream.models.loading import LoadedTarget, load_target
-from dspark_stream.models.native import NativeTarget, UnsupportedError
-from dspark_stream.models.quant import KERNEL_BITS, quantise_linears
+from dspark_stream.models.native import NativeTarget
+from dspark_stream.models.quant import KERNEL_BITS, WEIGHT_ONLY_BITS, quantise_linears
+from dspark_stream.models.target import Target
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import Calibration, load_calibration
 from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import ModelInfo
+
+if TYPE_CHECKING:
+    from dspark_stream.engine.gpu.runner import GraphRounds
+
+log = logging.getLogger(__name__)
 
 CPU_THREADS = torch.get_num_threads()
 """What torch takes for this machine, asked before anybody sets it."""
@@ -63,16 +74,13 @@ def build_engine(
         for module, quant in ((target.decoder, config.target_quant), (drafter, config.draft_quant)):
             if module is not None:
                 quantise_linears(module, quant)
+        if target.device.type == "cuda":
+            _prepare_for_gpu(target, drafter, config)
     if native or can_pack(target.device, target.dtype):
         target.pack()
         if drafter:
-            try:
+            with _refused_by_kernels():
                 drafter.pack(KERNEL_BITS.get(config.draft_quant))
-            except UnsupportedError as error:
-                raise ModelLoadError(
-                    f"the CPU kernels cannot run this drafter ({error}): --cpu-kernels off runs both models on torch",
-                    param="drafter",
-                ) from error
 
     max_model_len = config.max_model_len or target.max_positions
     if max_model_len > target.max_positions:
@@ -117,12 +125,7 @@ def build_engine(
         capacity=curve,
     )
     if target.device.type == "cuda" and config.cuda_graphs == "auto":
-        from dspark_stream.engine.gpu.runner import GraphRounds
-
-        rounds = GraphRounds(models, seats=config.max_num_seqs, longest=max_model_len + gamma + 1)
-        with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
-            rounds.ladder.warm(bar.advance)
-        models.rounds = rounds
+        models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
     codec = loaded.codec
     info = ModelInfo(
         model=EMBEDDED_NAME if embedded else loaded.name,
@@ -148,6 +151,28 @@ def build_engine(
         max_chunk_gap_ms=config.max_chunk_gap_ms,
     )
     return engine, codec
+
+
+def _captured_rounds(models: Models, config: Config, longest: int, progress: Progress) -> GraphRounds:
+    """Every size of a round, captured and timed."""
+    from dspark_stream.engine.gpu.runner import GraphRounds
+
+    rounds = GraphRounds(models, seats=config.max_num_seqs, longest=longest)
+    with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
+        rounds.ladder.warm(bar.advance)
+    return rounds
+
+
+def _prepare_for_gpu(target: Target, drafter: Drafter | None, config: Config) -> None:
+    """Fewer launches a layer, and a head of its own for a drafter whose weights are our kernel's."""
+    from dspark_stream.models.fusing import fuse_layers
+
+    fused = fuse_layers(target.decoder)
+    if drafter is not None:
+        fused += fuse_layers(drafter)
+        if config.draft_quant in WEIGHT_ONLY_BITS:
+            drafter.quantise_head()
+    log.info("%d parts of the library's layers run on kernels of ours", fused)
 
 
 def open_kernels(config: Config, progress: Progress) -> Context | None:
@@ -177,13 +202,26 @@ def _load_drafter(
     folder = drafter_folder(config)
     if folder is None:
         return None, Calibration(), None
-    drafter = load_drafter(folder, loaded.target)
+    with _refused_by_kernels():
+        drafter = load_drafter(folder, loaded.target)
     if config.calibration == "none":
         return drafter, Calibration(), folder
     calibration = load_calibration(folder)
     if calibration is None and drafter.confidence_head is not None:
         progress.say(f"{folder.name} is not calibrated: confidences count as they come; dspark-stream calibrate helps")
     return drafter, calibration or Calibration(), folder
+
+
+@contextlib.contextmanager
+def _refused_by_kernels() -> Iterator[None]:
+    """What the CPU's kernels say of a drafter, as an error that says what helps."""
+    try:
+        yield
+    except UnsupportedError as error:
+        raise ModelLoadError(
+            f"the CPU kernels cannot run this drafter ({error}): --cpu-kernels off runs both models on torch",
+            param="drafter",
+        ) from error
 
 
 def drafter_folder(config: Config) -> Path | None:

@@ -29,15 +29,16 @@ class Drift:
         self._measured = self.curve = curve
         self._verify: list[float | None] = [None] * len(curve.tokens)
         """How many times as long passes of each size take; None where none was seen."""
-        self._anywhere = 1.0
-        """The same, of the size seen last: for those that were not seen."""
-        self._draft = 1.0
+        self._draft: float | None = None
+        """The same of drafting."""
         self._told = 1.0
         self._seen: dict[int, list[float]] = {}
 
     @property
     def ratio(self) -> float:
-        """How many times as long passes take as was measured: the median over the sizes that were seen."""
+        """How many times as long passes take as was measured: the median over the sizes that were seen. What was not
+        seen is taken to have drifted as much.
+        """
         return median([f for f in self._verify if f is not None] or [1.0])
 
     def see(self, tokens: int, verify: float, draft: float | None) -> bool:
@@ -45,18 +46,18 @@ class Drift:
 
         Returns whether `curve` has changed.
         """
-        nearest = self._nearest(tokens)
+        nearest, everywhere = self._nearest(tokens), self.ratio
         changed = False
         if (ratio := self._median(nearest, verify)) is not None:
-            self._verify[nearest] = (self._verify[nearest] or self._anywhere) * ratio
-            self._anywhere = self._verify[nearest] or 1.0
+            self._verify[nearest] = (self._verify[nearest] or everywhere) * ratio
             changed = True
         if draft is not None and (ratio := self._median(-1, draft)) is not None:
-            self._draft *= ratio
+            self._draft = (self._draft or everywhere) * ratio
             changed = True
         if changed:
-            factors = [self._anywhere if f is None else f for f in self._verify]
-            self.curve = self._measured.scaled(factors, self._draft)
+            everywhere = self.ratio
+            factors = [f or everywhere for f in self._verify]
+            self.curve = self._measured.scaled(factors, self._draft or everywhere)
             self._tell()
         return changed
 
@@ -79,8 +80,7 @@ class Drift:
         if not 1 / NOTABLE < self.ratio / self._told < NOTABLE:
             self._told = self.ratio
             log.warning(
-                "rounds drift from the capacity curve: passes take %.2f times what was measured, drafting %.2f times; "
-                "scheduling goes by what they take now (dspark-stream profile --again measures anew)",
+                "rounds drift from the capacity curve: passes take %.2f times what was measured; scheduling goes by "
+                "what they take now (dspark-stream profile --again measures anew)",
                 self.ratio,
-                self._draft,
             )

@@ -6,6 +6,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -24,26 +25,29 @@ from dspark_stream.models.target import Target
 from dspark_stream.progress import Progress
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.capacity import CapacityCurve, RoundCost, ladder, monotone
+from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost, ladder, monotone
 from dspark_stream.spec.draft import Block
 from dspark_stream.spec.schedule import Candidate
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import GenerationRequest, SamplingParams
 
-CONTEXT, LONG_CONTEXT = 256, 1024
-"""Positions that a measured stream already holds, and that it holds to see what context costs; where the model
-allows as many."""
+CONTEXT, LONG_CONTEXT, LONG_STREAMS = 256, 1024, 4
+"""Positions that a measured stream already holds, and that so many streams hold to see what context costs; where the
+model allows as many. One stream alone would not do: threads cannot share its attention evenly."""
 LONGEST_CHUNK = 512
 """Rows of one stream up to which passes are measured: prompts are cut into chunks by this curve, too."""
 BUDGET_S = 6.0
 """After so long no sweep over the points begins; two are always made."""
+STEADY_RUNS, STEADY_MS = 3, 12.0
+"""Before a run that counts the same is run so often, or for so long: a service does the same round again and again, and
+then finds weights in the processor's caches that another size's run would have driven out."""
 SWEEPS = 9
 WARM_ROWS = 16
 """Passes up to so many rows are timed right after another one."""
 SLOW_MS = 80.0
 """Points that take this long are measured twice only: what is left of the noise is small beside them."""
-FORMAT = "curve 4"
+FORMAT = "curve 5"
 
 
 class _Stored(msgspec.Struct):
@@ -110,7 +114,13 @@ def load_or_measure(
         with progress.bar("measuring the capacity curve", total=SWEEPS * len(points)) as bar:
             times = sweep(points, bar.advance)
             bar.reach(SWEEPS * len(points))
-        curve = fit(times, gamma=bench.gamma, context=bench.context, long_context=bench.long_context)
+        curve = fit(
+            times,
+            gamma=bench.gamma,
+            context=bench.context,
+            long_context=bench.long_context,
+            long_streams=bench.long_streams,
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
@@ -156,6 +166,8 @@ def sweep(points: Sequence[Point], on_run: Callable[[], None] = lambda: None) ->
         for point, seen in zip(points, runs, strict=True):
             if number >= 2 and (time.monotonic() - begun > BUDGET_S or min(seen) > SLOW_MS):
                 continue
+            for _ in range(min(STEADY_RUNS, int(STEADY_MS / min(seen, default=inf)))):
+                point.run(point.size)
             seen.append(point.run(point.size))
             on_run()
     times: Times = {}
@@ -164,7 +176,7 @@ def sweep(points: Sequence[Point], on_run: Callable[[], None] = lambda: None) ->
     return times
 
 
-def fit(times: Times, *, gamma: int, context: int, long_context: int) -> CapacityCurve:
+def fit(times: Times, *, gamma: int, context: int, long_context: int, long_streams: int = 1) -> CapacityCurve:
     """A curve from `_Bench`'s points."""
     rows, plain = times["rows"], times["streams"]
     tokens, streams = sorted(rows), sorted(plain)
@@ -184,8 +196,12 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int) -> Capacit
         sample_us=max([0.0, *(1e3 * (ms - plain[n]) / n for n, ms in times.get("sampled", {}).items())]),
     )
     spread = max(1, long_context - context)
-    if "long" in times:  # one row, and a block of them: what a position costs once, and for every row
-        slopes = {n: 1e3 * (ms - rows[n]) / spread for n, ms in times["long"].items()}
+    if "long" in times:  # one row a stream, and a block of them: what a position costs once, and for every row
+        here = Costs(curve)
+        slopes = {
+            n: 1e3 * (ms - float(here.verify_ms(n * long_streams, long_streams, context))) / (spread * long_streams)
+            for n, ms in times["long"].items()
+        }
         one, most = slopes[1], slopes[max(slopes)]
         attend_us = max(0.0, (most - one) / max(1, max(slopes) - 1))
         curve = msgspec.structs.replace(curve, attend_us=attend_us, read_us=max(0.0, one - attend_us))
@@ -224,11 +240,14 @@ class _Bench:
         self.long_context = min(LONG_CONTEXT, max_model_len - self.gamma - 1)
         self._extents: list[Extent] = []
         longest = max(self.context + self.max_tokens, self.long_context + self.gamma + 1)
-        for tokens in [longest] + [self.context + self.gamma + 1] * (max_seqs - 1):
+        some = min(LONG_STREAMS, max_seqs) - 1
+        short = [self.context + self.gamma + 1] * (max_seqs - 1 - some)
+        for tokens in [longest] + [self.long_context + self.gamma + 1] * some + short:
             extent = allocator.allocate(tokens)
             if extent is None:  # a small budget: some streams are then timed on each other's slots
                 break
             self._extents.append(extent)
+        self.long_streams = min(LONG_STREAMS, len(self._extents))
 
     def __enter__(self) -> _Bench:
         for store in (self._target_kv, self._drafter_kv):
@@ -254,7 +273,7 @@ class _Bench:
         block = min(1 + self.gamma, self.max_tokens)
         far = self.long_context >= 2 * self.context
         if far:
-            points += [Point("long", n, self.long_ms) for n in sorted({1, max(n for n in rows if n <= max(2, block))})]
+            points += [Point("long", n, self.long_ms) for n in sorted({1, max(2, block)})]
         if self._drafter:
             points += [Point("draft", n, self.draft_ms) for n in streams]
             points += [Point("slot", n, self.slot_ms) for n in streams]
@@ -290,8 +309,8 @@ class _Bench:
         return self._verify_ms(self._streams(1), tokens - 1)
 
     def long_ms(self, tokens: int) -> float:
-        """The same, deep in a long context."""
-        return self._verify_ms(self._streams(1, self.long_context), tokens - 1)
+        """Some streams with that many rows each, deep in a long context."""
+        return self._verify_ms(self._streams(self.long_streams, self.long_context), tokens - 1)
 
     def streams_ms(self, count: int) -> float:
         """That many streams with a row each, after a pass of the same kind where that is cheap."""

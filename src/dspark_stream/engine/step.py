@@ -82,7 +82,7 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     ``slowest_ms``: what the round may take, as far as the choice is ours: with nothing drafted it takes what it takes.
     """
     if models.rounds is not None:
-        return models.rounds.decode_round(streams)
+        return models.rounds.decode_round(streams, slowest_ms)
     clock = [time.perf_counter()]
     plan = _plan(models, streams, slowest_ms)
     costs = models.costs_of(streams)

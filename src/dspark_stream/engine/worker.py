@@ -282,6 +282,8 @@ class EngineThread:
 
     def _plain_round_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
         """What a round of so many of these takes, with nothing drafted."""
+        if self._models.rounds is not None:
+            return self._models.rounds.sizing.plain_ms
         position = sum([s.position for s in streams]) / len(streams)
         costs = self._models.costs_of(streams)
         return lambda count: costs.round_cost(count, position, 0, 0).ms[0]

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.drafter import (
@@ -25,6 +24,7 @@ from dspark_stream.models.drafter import (
     backbone_config,
     full_attention_shape,
 )
+from dspark_stream.models.geometry import geometry_of
 from dspark_stream.models.heads import HeadType
 from dspark_stream.models.native import NativeDrafter, NativeTarget
 from dspark_stream.models.target import Target
@@ -49,10 +49,11 @@ class _Fields(msgspec.Struct):
     draft_vocab_size: int | None = None
 
 
-def read_config(folder: Path) -> DrafterConfig:
-    """`config.json` of a drafter checkpoint.
+def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
+    """`config.json` of a drafter checkpoint; ``native``: for the CPU's kernels.
 
     Raises:
+        UnsupportedError: native, and the kernels cannot run these layers.
         ModelLoadError: missing, not JSON, or a field missing or out of range; the message names it.
     """
     path = folder / "config.json"
@@ -77,7 +78,7 @@ def read_config(folder: Path) -> DrafterConfig:
             f"{path}: markov_head_type {kind!r}; known: {', '.join(get_args(HeadType))}", param="markov_head_type"
         )
     return DrafterConfig(
-        backbone=backbone_config(_text_config(raw, path), fields.num_hidden_layers),
+        backbone=geometry_of(raw) if native else backbone_config(_text_config(raw, path), fields.num_hidden_layers),
         num_layers=fields.num_hidden_layers,
         block_size=fields.block_size,
         mask_token_id=fields.mask_token_id,
@@ -107,6 +108,8 @@ def _text_config(raw: dict[str, Any], path: Path) -> Any:
         # newer libraries write the full-attention layers' shape here; older ones, and we, in fields of its own
         fields.setdefault("global_head_dim", layer.get("head_dim"))
         fields.setdefault("num_global_key_value_heads", layer.get("num_key_value_heads"))
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # the library's own validation: any of several classes, all about this file
@@ -117,9 +120,11 @@ def load_drafter(folder: Path, target: Target) -> Drafter:
     """A drafter checkpoint as a module on the target's device and in its dtype. Sets the target's taps.
 
     Raises:
+        UnsupportedError: the target runs on the CPU's kernels, and these cannot run the drafter.
         ModelLoadError: unreadable, tensors missing, left over or of the wrong shape, or made for another target.
     """
-    config = read_config(folder)
+    native = isinstance(target, NativeTarget)
+    config = read_config(folder, native=native)
     tensors: dict[str, Tensor] = {}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -158,7 +163,6 @@ def load_drafter(folder: Path, target: Target) -> Drafter:
     target.set_taps(config.target_layer_ids)
     bias = "confidence_head.proj.bias" in tensors
     config = DrafterConfig(**{**config.__dict__, "confidence_bias": bias})
-    native = isinstance(target, NativeTarget)
     drafter = NativeDrafter(config, target, draft_ids) if native else Drafter(config, target, draft_ids)
     expected = drafter.state_dict()
     wrong = [

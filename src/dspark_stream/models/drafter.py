@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dspark_kernels.linear import PackedLinear, pack_linears
 from dspark_kernels.ragged_attention import Segment
+from dspark_kernels.weight_only import GROUP, WeightOnlyLinear
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.attention import ATTENTION_NAME, Attend, StoreAttend, int_tensor
 from dspark_stream.models.cache import Extent, KVShape, KVStore
@@ -47,7 +48,9 @@ class DrafterConfig:
     """What a DeepSpec `config.json` says about the drafter (design/checkpoints.md, A)."""
 
     backbone: Any
-    """The `transformers` config that the layers are built from; see `backbone_config`."""
+    """What the layers are built from: the `transformers` config (see `backbone_config`), or, for the CPU's kernels, a
+    `Geometry`.
+    """
     num_layers: int
     block_size: int
     mask_token_id: int
@@ -257,9 +260,18 @@ class Drafter(nn.Module):
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """U = LM head over hidden [..., H] → [..., Vd], soft cap included, before any bias."""
-        if self.draft_ids is None:
+        if not self._head:
             return self.target.logits(hidden)
         return self.target.capped(self._head[0](hidden))
+
+    def quantise_head(self) -> None:
+        """Give drafts an LM head of 8 bits (on our GPU kernel); the target's own stays. Inference only, once.
+
+        It is half of what a draft with 4-bit layers reads. What it changes is q, and q is what acceptance gets.
+        """
+        own = self._head[0] if self._head else self.target.lm_head
+        if type(own) is nn.Linear and own.in_features % GROUP == 0:
+            self._head = (WeightOnlyLinear(own, 8),)
 
     def walk_greedily(self, hidden: Tensor, anchors: Sequence[int]) -> tuple[Tensor, Tensor | None] | None:
         """Greedy drafts [R, γ] as target ids and their confidence logits [R, γ] in one go, where a runner can.

@@ -15,8 +15,8 @@ import torch
 
 from dspark_kernels.cpu import Context
 from dspark_stream.errors import ModelLoadError
+from dspark_stream.models.geometry import UnsupportedError
 from dspark_stream.models.gguf import GgufFile
-from dspark_stream.models.native import UnsupportedError
 from dspark_stream.models.native_loading import target_from_folder, target_from_gguf
 from dspark_stream.models.target import Target
 from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf, codec_from_hub

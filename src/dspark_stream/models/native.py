@@ -20,16 +20,13 @@ from dspark_kernels.cpu.library import GROUP, LANES, LARGEST_RANK, LayerWeights,
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.cache import Extent, KVShape, KVStore
 from dspark_stream.models.drafter import Drafter, DrafterConfig
+from dspark_stream.models.geometry import Geometry, UnsupportedError
 from dspark_stream.models.target import Rows, Target, TargetOutput
 
 PAST_THE_END = 64
 """Positions past the longest text for which rotary tables are made: a block is drafted whole, wherever it begins."""
 DRAFT_BITS = 8
 """Of a drafter's weights: its matrices are small, and what 4 bits lose in acceptance is more than they save."""
-
-
-class UnsupportedError(Exception):
-    """A model that these kernels cannot run; torch can. The message says why."""
 
 
 class NativeStore(KVStore):
@@ -180,35 +177,32 @@ class _Weight(torch.nn.Module):
 class _Attention(torch.nn.Module):
     """A layer's attention weights under their names in a checkpoint."""
 
-    def __init__(self, backbone: Any, head_size: int) -> None:
+    def __init__(self, g: Geometry) -> None:
         super().__init__()
-        h, bias = backbone.hidden_size, bool(getattr(backbone, "attention_bias", False))
-        queries, keys = backbone.num_attention_heads * head_size, backbone.num_key_value_heads * head_size
-        self.q_proj = torch.nn.Linear(h, queries, bias=bias)
-        self.k_proj, self.v_proj = (torch.nn.Linear(h, keys, bias=bias) for _ in range(2))
-        self.o_proj = torch.nn.Linear(queries, h, bias=bias)
-        if backbone.model_type == "qwen3":
-            self.q_norm, self.k_norm = _Weight(head_size), _Weight(head_size)
+        queries, keys = g.heads * g.head_size, g.kv_heads * g.head_size
+        self.q_proj = torch.nn.Linear(g.hidden_size, queries, bias=False)
+        self.k_proj, self.v_proj = (torch.nn.Linear(g.hidden_size, keys, bias=False) for _ in range(2))
+        self.o_proj = torch.nn.Linear(queries, g.hidden_size, bias=False)
+        if g.model_type == "qwen3":
+            self.q_norm, self.k_norm = _Weight(g.head_size), _Weight(g.head_size)
 
 
 class _Mlp(torch.nn.Module):
     """A layer's MLP weights, likewise."""
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, g: Geometry) -> None:
         super().__init__()
-        h, inner, bias = backbone.hidden_size, backbone.intermediate_size, bool(getattr(backbone, "mlp_bias", False))
-        self.gate_proj, self.up_proj = (torch.nn.Linear(h, inner, bias=bias) for _ in range(2))
-        self.down_proj = torch.nn.Linear(inner, h, bias=bias)
+        self.gate_proj, self.up_proj = (torch.nn.Linear(g.hidden_size, g.inner, bias=False) for _ in range(2))
+        self.down_proj = torch.nn.Linear(g.inner, g.hidden_size, bias=False)
 
 
 class _Layer(torch.nn.Module):
     """A layer's weights, likewise."""
 
-    def __init__(self, backbone: Any, head_size: int) -> None:
+    def __init__(self, g: Geometry) -> None:
         super().__init__()
-        self.self_attn, self.mlp = _Attention(backbone, head_size), _Mlp(backbone)
-        self.input_layernorm = _Weight(backbone.hidden_size)
-        self.post_attention_layernorm = _Weight(backbone.hidden_size)
+        self.self_attn, self.mlp = _Attention(g), _Mlp(g)
+        self.input_layernorm, self.post_attention_layernorm = _Weight(g.hidden_size), _Weight(g.hidden_size)
 
 
 class NativeDrafter(Drafter):
@@ -223,11 +217,15 @@ class NativeDrafter(Drafter):
         self._rooms = _Rooms()
 
     def _make_backbone(self, hidden_size: int) -> None:
-        backbone = self.config.backbone
-        size = getattr(backbone, "head_dim", None) or hidden_size // backbone.num_attention_heads
+        g = self._geometry
         self.hidden_norm, self.norm = _Weight(hidden_size), _Weight(hidden_size)
-        self.layers = torch.nn.ModuleList(_Layer(backbone, size) for _ in range(self.config.num_layers))
-        self._shapes = [KVShape(backbone.num_key_value_heads, size, size)] * self.config.num_layers
+        self.layers = torch.nn.ModuleList(_Layer(g) for _ in range(self.config.num_layers))
+        self._shapes = [KVShape(g.kv_heads, g.head_size, g.head_size)] * self.config.num_layers
+
+    @property
+    def _geometry(self) -> Geometry:
+        assert isinstance(self.config.backbone, Geometry)
+        return self.config.backbone
 
     @property
     def kv_shapes(self) -> list[KVShape]:
@@ -246,17 +244,14 @@ class NativeDrafter(Drafter):
         """
         target = self.target
         assert isinstance(target, NativeTarget)
-        context, backbone = target.llama.context, self.config.backbone
-        rope = backbone.rope_parameters or {}
-        if rope.get("rope_type", "default") != "default":
-            raise UnsupportedError(f"its rotary positions are scaled ({rope['rope_type']})")
-        cosine, sine = rotary_tables(target.llama.positions, self._shapes[0].key_dim, rope.get("rope_theta", 10000.0))
+        context, g = target.llama.context, self._geometry
+        cosine, sine = rotary_tables(target.llama.positions, g.head_size, g.rope_base)
         try:
             llama = Llama(
                 context,
-                heads=backbone.num_attention_heads,
-                kv_heads=backbone.num_key_value_heads,
-                eps=backbone.rms_norm_eps,
+                heads=g.heads,
+                kv_heads=g.kv_heads,
+                eps=g.eps,
                 final_norm=_array(self.norm.weight),
                 cosine=cosine,
                 sine=sine,
@@ -305,10 +300,6 @@ class NativeDrafter(Drafter):
 
     def _layer(self, context: Context, layer: Any, bits: int) -> LayerWeights:
         a, mlp = layer.self_attn, layer.mlp
-        if any(isinstance(m, torch.nn.Linear) and m.bias is not None for m in layer.modules()):
-            raise UnsupportedError("its layers have biases")
-        if self.config.backbone.hidden_act != "silu":
-            raise UnsupportedError(f"its activation is {self.config.backbone.hidden_act}")
         return LayerWeights(
             qkv=_pack(context, [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight], bits),
             o=_pack(context, [a.o_proj.weight], bits),

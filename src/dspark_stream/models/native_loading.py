@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,27 +16,9 @@ from safetensors import SafetensorError, safe_open
 from dspark_kernels.cpu import Context, Llama, PackedMatrix, Source
 from dspark_kernels.cpu.library import LayerWeights
 from dspark_stream.errors import ModelLoadError
+from dspark_stream.models.geometry import FAMILIES, Geometry, UnsupportedError, geometry_of
 from dspark_stream.models.gguf import GgufFile
-from dspark_stream.models.native import PAST_THE_END, NativeTarget, UnsupportedError, rotary_tables
-
-FAMILIES = ("llama", "qwen3")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """A model's sizes and constants."""
-
-    family: str
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    inner: int
-    positions: int
-    layers: int
-    vocab: int
-    eps: float
-    rope_base: float
+from dspark_stream.models.native import PAST_THE_END, NativeTarget, rotary_tables
 
 
 class Part(NamedTuple):
@@ -82,14 +63,14 @@ def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tup
                     Part(attention + "k_proj.weight", kv, g.kv_heads),
                     Part(attention + "v_proj.weight", kv),
                 ],
-                g.hidden,
+                g.hidden_size,
             ),
-            o=weights.matrix([Part(attention + "o_proj.weight", g.hidden)], q),
-            gate=weights.matrix([Part(mlp + "gate_proj.weight", g.inner)], g.hidden),
-            up=weights.matrix([Part(mlp + "up_proj.weight", g.inner)], g.hidden),
-            down=weights.matrix([Part(mlp + "down_proj.weight", g.hidden)], g.inner),
-            input_norm=weights.floats(name + "input_layernorm.weight", g.hidden),
-            post_norm=weights.floats(name + "post_attention_layernorm.weight", g.hidden),
+            o=weights.matrix([Part(attention + "o_proj.weight", g.hidden_size)], q),
+            gate=weights.matrix([Part(mlp + "gate_proj.weight", g.inner)], g.hidden_size),
+            up=weights.matrix([Part(mlp + "up_proj.weight", g.inner)], g.hidden_size),
+            down=weights.matrix([Part(mlp + "down_proj.weight", g.hidden_size)], g.inner),
+            input_norm=weights.floats(name + "input_layernorm.weight", g.hidden_size),
+            post_norm=weights.floats(name + "post_attention_layernorm.weight", g.hidden_size),
             q_norm=weights.floats(attention + "q_norm.weight", g.head_size) if normed else None,
             k_norm=weights.floats(attention + "k_norm.weight", g.head_size) if normed else None,
         )
@@ -101,17 +82,19 @@ def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tup
             heads=g.heads,
             kv_heads=g.kv_heads,
             eps=g.eps,
-            final_norm=weights.floats("model.norm.weight", g.hidden),
+            final_norm=weights.floats("model.norm.weight", g.hidden_size),
             cosine=cosine,
             sine=sine,
             layers=[layer(i) for i in range(g.layers)],
         )
-        embedding = weights.matrix([Part("model.embed_tokens.weight", g.vocab)], g.hidden)
+        embedding = weights.matrix([Part("model.embed_tokens.weight", g.vocab)], g.hidden_size)
         tied = not weights.has("lm_head.weight")
-        head = embedding if tied else weights.matrix([Part("lm_head.weight", g.vocab)], g.hidden)
+        head = embedding if tied else weights.matrix([Part("lm_head.weight", g.vocab)], g.hidden_size)
     except ValueError as error:  # what the kernels say of sizes and shapes
         raise UnsupportedError(str(error)) from error
-    return NativeTarget(llama, embedding, head, family=g.family, max_positions=g.positions, eos_token_ids=eos_token_ids)
+    return NativeTarget(
+        llama, embedding, head, family=g.model_type, max_positions=g.positions, eos_token_ids=eos_token_ids
+    )
 
 
 # --- GGUF --------------------------------------------------------------------------------------------------------
@@ -207,8 +190,8 @@ def target_from_gguf(gguf: GgufFile, context: Context, eos_token_ids: tuple[int,
     hidden, heads = int(number("embedding_length")), int(number("attention.head_count"))
     tokens = gguf.fields.get("tokenizer.ggml.tokens", ())
     geometry = Geometry(
-        family=family,
-        hidden=hidden,
+        model_type=family,
+        hidden_size=hidden,
         heads=heads,
         kv_heads=int(number("attention.head_count_kv", heads)),
         head_size=int(number("attention.key_length", hidden // max(1, heads))),
@@ -219,15 +202,9 @@ def target_from_gguf(gguf: GgufFile, context: Context, eos_token_ids: tuple[int,
         eps=float(number("attention.layer_norm_rms_epsilon")),
         rope_base=float(number("rope.freq_base", 10000.0)),
     )
-    _check(geometry, str(gguf.path))
     if int(number("rope.dimension_count", geometry.head_size)) != geometry.head_size:
         raise UnsupportedError("rotary positions of a part of each head")
     return assemble(geometry, GgufWeights(gguf, context, interleaved=family == "llama"), context, eos_token_ids)
-
-
-def _check(g: Geometry, source: str) -> None:
-    if min(g.hidden, g.heads, g.kv_heads, g.inner, g.head_size, g.positions, g.layers, g.vocab) < 1:
-        raise ModelLoadError(f"{source}: a size below 1 in its metadata", param="model")
 
 
 def _halves(heads: int, size: int) -> npt.NDArray[np.int32]:
@@ -292,33 +269,13 @@ def target_from_folder(folder: Path, bits: int, context: Context) -> NativeTarge
     path = folder / "config.json"
     try:
         raw: dict[str, Any] = json.loads(path.read_text())
-        family = raw["model_type"]
-        if family not in FAMILIES:
-            raise UnsupportedError(f"model type {family}")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UnsupportedError("scaled rotary positions")
-        hidden, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-        geometry = Geometry(
-            family=family,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_size=int(raw.get("head_dim") or hidden // max(1, heads)),
-            inner=int(raw["intermediate_size"]),
-            positions=int(raw["max_position_embeddings"]),
-            layers=int(raw["num_hidden_layers"]),
-            vocab=int(raw["vocab_size"]),
-            eps=float(raw["rms_norm_eps"]),
-            rope_base=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        )
+        geometry = geometry_of(raw)
         eos = raw.get("eos_token_id")
         generation = folder / "generation_config.json"
         if generation.exists():
             eos = json.loads(generation.read_text()).get("eos_token_id", eos)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelLoadError(f"{path} cannot be used: {error!r}", param="model") from error
-    _check(geometry, str(path))
+    except (OSError, ValueError, TypeError, AttributeError, ModelLoadError) as error:
+        raise ModelLoadError(f"{path} cannot be used: {error}", param="model") from error
     weights = SafetensorsWeights(folder, context, bits)
     biased = [name for name in weights._file if name.endswith(".bias")]
     if biased:

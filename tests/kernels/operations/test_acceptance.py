@@ -68,9 +68,11 @@ def test_all_three_ways_together(load, device, vocab, near):
     ],
     ids=["one", "k", "p", "min", "all"],
 )
-def test_truncation(load, device, cut):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["32", "16"])
+def test_truncation(load, device, cut, dtype):
     """Guards against tokens that the request ruled out, and cuts in another order than the engine's."""
     case = make(LENGTHS, sampling_of(ALL, **cut), 1003, 33, seed=2)
+    case.logits = case.logits.to(dtype)
     on_device = case.to(device)
     got = load("acceptance").accept(
         on_device.logits, on_device.first, on_device.length, on_device.drafts, on_device.sampling

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dspark_kernels.admission.reference import BUDGET, EARLY_STOP, FIXED, Admitted, pack
+from dspark_kernels.admission.reference import BUDGET, EARLY_STOP, FIXED, THRESHOLD, Admitted, pack
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.survival import prefix_survival
 
@@ -100,6 +100,35 @@ def test_fixed(load, device, n):
     active, drafting = torch.tensor([True, True, True, False]), torch.tensor([True, False, True, True])
     got = lengths(load, device, logits, torch.ones(4, 7), drafting, active, [FIXED, n], curve("flat", 32), 32)
     assert got.length.tolist() == [min(n, 7), 0, min(n, 7), -1]
+
+
+@pytest.mark.parametrize("least", [0.0, 0.3, 0.85, 1.0])
+def test_threshold(load, device, least):
+    """Every draft token whose survival is at least the number, whose bits the rule holds; of too many the best."""
+    torch.manual_seed(3)
+    logits = torch.randn(6, 7) * 2
+    logits[0] = 40.0  # σ = 1 in float32: survival is exactly 1
+    active, drafting = torch.ones(6, dtype=torch.bool), torch.tensor([True, True, True, True, False, True])
+    bits = int(torch.tensor(least).view(torch.int32))
+    survival = torch.sigmoid(logits).cumprod(1)
+    for rows in (48, 12):
+        got = lengths(
+            load, device, logits, torch.ones(6, 7), drafting, active, [THRESHOLD, bits], curve("flat", 48), rows
+        )
+        likely = sorted((-survival[r, j].item(), j, r) for r in (0, 1, 2, 3, 5) for j in range(7))
+        likely = [one for one in likely if -one[0] >= least][: rows - 6]
+        expected = [sum(r == stream for _, _, r in likely) for stream in range(6)]
+        assert got.length.tolist() == expected
+
+
+def test_no_rule_takes_more_rows_than_there_are(load, device):
+    """Guards against reading past the pass's logits: a fixed length shares what room there is."""
+    everyone = torch.ones(3, dtype=torch.bool)
+    for rows, expected in ((24, 7), (11, 2), (3, 0)):
+        got = lengths(
+            load, device, torch.zeros(3, 7), torch.ones(3, 7), everyone, everyone, [FIXED, 9], curve("flat", 24), rows
+        )
+        assert got.length.tolist() == [expected] * 3
 
 
 def test_rows(load, device):

@@ -55,7 +55,8 @@ def test_with_every_token_a_candidate_it_is_the_engines_walk(load, device, head,
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize(
-    ("streams", "gamma", "vocab", "rank", "candidates"), [(1, 7, 1003, 24, 64), (9, 3, 61, 16, 33)]
+    ("streams", "gamma", "vocab", "rank", "candidates"),
+    [(1, 7, 1003, 24, 64), (9, 3, 61, 16, 33), (2, 2, 1003, 24, 600)],
 )
 def test_pruned_walks(load, device, dtypes, kind, streams, gamma, vocab, rank, candidates):
     """One stream and many, odd vocabularies, ranks that are no power of two, 16-bit weights: the reference's walk."""

@@ -57,3 +57,18 @@ def test_layers_are_replaced_and_keep_their_bias(implementation):
     assert quantise_linears(drafter, "w4a16") == 8  # fc, four projections of attention, three of the MLP
     assert type(drafter.markov_head.markov_w2) is torch.nn.Linear
     assert linear(torch.zeros(1, 128), quantise(layer.weight.detach(), 4)).shape == (1, 24)
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 29])
+def test_a_drafters_own_head(draft_vocab):
+    """Guards against a target whose logits change with its drafter's precision."""
+    torch.manual_seed(3)
+    target = tiny_target(hidden_size=64)
+    drafter = tiny_drafter(target, draft_vocab=draft_vocab)
+    hidden = torch.randn(2, 4, 64)
+    before, own = drafter.base_logits(hidden), target.logits(hidden)
+    drafter.quantise_head()
+    after = drafter.base_logits(hidden)
+    torch.testing.assert_close(after, before, atol=0.05 * before.abs().max().item(), rtol=0.0)
+    assert not torch.equal(after, before)
+    assert torch.equal(target.logits(hidden), own)

@@ -85,6 +85,7 @@ class Pool {
 
    private:
     static constexpr int SPINS = 2000;  // some 50 µs; then whoever else wants the core has it between two looks
+    static constexpr int YIELDS = 4000;  // such looks before a thread without work goes to sleep
 
     template <typename Ready>
     static void wait(Ready ready) {
@@ -109,7 +110,8 @@ class Pool {
     void work(int index) {
         uint32_t seen = 0;
         while (true) {
-            for (int i = 0; i < SPINS && epoch_.load(std::memory_order_acquire) == seen; i++) pause_briefly();
+            for (int i = 0; i < SPINS + YIELDS && epoch_.load(std::memory_order_acquire) == seen; i++)
+                i < SPINS ? pause_briefly() : std::this_thread::yield();
             if (epoch_.load(std::memory_order_acquire) == seen) {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });

@@ -51,7 +51,7 @@ DSPARK_ANYWHERE double uniform(uint64_t key, uint64_t position, Purpose purpose,
 
 // -log E with E ~ Exp(1): added to a logit it makes the argmax a draw from the softmax.
 DSPARK_ANYWHERE float race_noise(uint64_t key, uint64_t position, Purpose purpose, uint64_t index) {
-    const float u = fmaxf(static_cast<float>(uniform(key, position, purpose, index)), 0x1p-54f);
+    const float u = fminf(fmaxf(static_cast<float>(uniform(key, position, purpose, index)), 0x1p-54f), 0x1.fffffep-1f);
     return -logf(-log1pf(-u));
 }
 

@@ -49,11 +49,16 @@ class Drafted(NamedTuple):
 
 
 @torch.inference_mode()
-def run_round(models: RoundModels, state: RoundState, seats: int, rows: int, drafting: bool) -> None:
+def run_round(
+    models: RoundModels, state: RoundState, seats: int, rows: int, drafting: bool, context: bool = False
+) -> None:
     """One round of the first ``seats`` seats with ``rows`` rows to verify; state and caches move on in place.
 
     Args:
-        drafting: False leaves the drafter out: plain decoding, by the same way.
+        models, state: what the round works on.
+        seats, rows: see `graphs.Size`.
+        drafting: False leaves the draft pass out: plain decoding, by the same way.
+        context: without drafting, give the drafter what it would need to draft in a later round.
     """
     live = (state.active[:seats] != 0) & (state.position[:seats] < state.limit[:seats])
     drafts_here = (state.drafting[:seats] != 0) & live
@@ -73,7 +78,7 @@ def run_round(models: RoundModels, state: RoundState, seats: int, rows: int, dra
     )
     logits, taps = _verify(models, state, seats, admitted, packed, gamma)
     outcome = accept(logits, admitted.first, admitted.length, drafted.drafts, state.sampling(seats))
-    if models.drafter is not None and drafting:
+    if models.drafter is not None and (drafting or context):
         _keep_context(models, packed, outcome, drafts_here, taps)
     _commit(state, seats, drafted.drafts.tokens, admitted, outcome, drafting)
 

@@ -8,23 +8,26 @@ block past its last token, so that it harmed nobody (`Stream.slots_needed`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
-from dspark_kernels.admission import BUDGET, EARLY_STOP, FIXED
+from dspark_kernels.admission import BUDGET, EARLY_STOP, FIXED, THRESHOLD
 from dspark_kernels.sequential_head import HeadWeights
-from dspark_stream.engine.gpu.graphs import RoundLadder, Size, row_ladder
+from dspark_stream.engine.gpu.graphs import Round, RoundLadder, Size
 from dspark_stream.engine.gpu.round import RoundModels, run_round
+from dspark_stream.engine.gpu.sizing import Sizing
 from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
+from dspark_stream.models.target import Target
 from dspark_stream.models.walk import head_weights
 from dspark_stream.spec.calibration import logit
 from dspark_stream.spec.draft import acceptance_of
-from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged
-from dspark_stream.spec.survival import prefix_survival
+from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
 from dspark_stream.types import RoundRecord
 
 if TYPE_CHECKING:
@@ -32,8 +35,50 @@ if TYPE_CHECKING:
 
 MOST_SEATS = 128
 """Streams of one captured round: admission ranks all their drafts in one program."""
-CANDIDATES = 128
-"""Tokens a slot that the sequential head scores."""
+CANDIDATES = 1024
+"""Tokens a slot that the sequential head scores. Too few cost acceptance: a Markov head's bias lifts tokens from far
+below the best base logits (docs/gpu.md, a round)."""
+
+
+def rule_of(schedule: Schedule) -> list[int]:
+    """The admission rule of a schedule and its number (kernels/dspark_kernels/admission).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    match schedule:
+        case Fixed(length):
+            return [FIXED, length]
+        case Threshold(least):
+            return [THRESHOLD, int(np.float32(least).view(np.int32))]
+        case EarlyStop():
+            return [EARLY_STOP, 0]
+        case Adaptive() | Lagged():
+            return [BUDGET, ALL_THAT_FITS]
+    raise ConfigError(
+        f"captured rounds do not know the schedule {type(schedule).__name__}: choose another, or --cuda-graphs off",
+        param="schedule",
+    )
+
+
+HOST_ROTARY = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose library code looks at positions on the host."""
+
+
+def check_rotary(target: Target) -> None:
+    """Say at once what a capture would only stumble over.
+
+    Raises:
+        ConfigError: a rotary embedding that cannot be captured.
+    """
+    kinds = getattr(getattr(target.decoder, "rotary_emb", None), "rope_type", "default")
+    for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+        if kind in HOST_ROTARY:
+            raise ConfigError(
+                f"cuda_graphs: this model's rotary embedding ({kind}) reads positions on the host and cannot be "
+                "captured: --cuda-graphs off runs rounds operation by operation",
+                param="cuda_graphs",
+            )
 
 
 class _Flight(NamedTuple):
@@ -45,6 +90,7 @@ class _Flight(NamedTuple):
     survival: torch.Tensor
     done: torch.cuda.Event | None
     begun: float
+    """When it was started; before the previous one was read, if it followed that at once."""
 
 
 class GraphRounds:
@@ -58,7 +104,8 @@ class GraphRounds:
         replace: another round in place of `run_round`, see `RoundLadder`.
 
     Raises:
-        ConfigError: more seats than a captured round takes, or a schedule that it does not know.
+        ConfigError: more seats than a captured round takes, a schedule that it does not know, or a model that cannot
+            be captured.
     """
 
     def __init__(
@@ -68,7 +115,7 @@ class GraphRounds:
         seats: int,
         longest: int,
         candidates: int = CANDIDATES,
-        replace: Callable[[RoundModels, RoundState, int, int, bool], None] = run_round,
+        replace: Round = run_round,
     ) -> None:
         if seats > MOST_SEATS:
             raise ConfigError(
@@ -76,12 +123,7 @@ class GraphRounds:
                 "--cuda-graphs off",
                 param="max_num_seqs",
             )
-        if not isinstance(models.schedule, Fixed | Adaptive | EarlyStop | Lagged):
-            raise ConfigError(
-                f"captured rounds do not know the schedule {type(models.schedule).__name__}: choose adaptive, "
-                "early-stop, lagged, fixed:N, or --cuda-graphs off",
-                param="schedule",
-            )
+        check_rotary(models.target)
         self._models = models
         gamma = models.gamma
         device = models.target.device
@@ -90,11 +132,8 @@ class GraphRounds:
             models.target, models.target_kv, models.drafter, models.drafter_kv, head, candidates, longest
         )
         self.state = RoundState(seats, gamma, seats * (gamma + 1), device)
-        fixed = models.schedule.length if isinstance(models.schedule, Fixed) else None
-        self.ladder = RoundLadder(parts, self.state, fixed=fixed, replace=replace)
-        self._early_stop = isinstance(models.schedule, EarlyStop)
-        rule = [FIXED, fixed] if fixed is not None else [EARLY_STOP if self._early_stop else BUDGET, ALL_THAT_FITS]
-        self.state.rule.copy_(torch.tensor(rule, dtype=torch.int32))
+        self.ladder = RoundLadder(parts, self.state, replace=replace)
+        self.sizing = Sizing(self.ladder, models, models.history)
         pinned = device.type == "cuda"
         width = self.state.outcome.shape[1]
         self._hosts = [
@@ -107,30 +146,47 @@ class GraphRounds:
         self._turn = 0
         self._seated: list[Stream] = []
         self._flights: list[_Flight] = []
-        self._survival: dict[Stream, list[float]] = {}
-        """Prefix survivals of a round that has been read: at least two rounds old when the next size is chosen."""
         self._read_at = 0.0
+        self._follow(models.schedule)
 
-    def decode_round(self, streams: Sequence[Stream]) -> list[Committed]:
-        """Results of one round; while the same streams go on, the next one is already running."""
+    def decode_round(self, streams: Sequence[Stream], slowest_ms: float = inf) -> list[Committed]:
+        """Results of one round; while the same streams go on, the next one is already running.
+
+        ``slowest_ms``: what the round that is started may take, as far as the choice is ours.
+        """
         wanted = list(streams)
-        if wanted != self._seated:
+        if wanted != self._seated or self._models.schedule != self._followed:
             if self._flights:  # of the company before: what it committed stands
                 committed = self._read(self._flights.pop(0))
                 if committed:
                     return committed
+            if self._models.schedule != self._followed:
+                self._follow(self._models.schedule)
             self._seat(wanted)
         if not self._flights:
-            self._start()
-        self._start()
+            self._start(slowest_ms)
+        self._start(slowest_ms)
         return self._read(self._flights.pop(0))
+
+    def _follow(self, schedule: Schedule) -> None:
+        """Go by ``schedule``, and time the sizes that it needs and the one before did not, if sizes are timed at all.
+
+        Raises:
+            ConfigError: rounds do not know it.
+        """
+        self.state.rule.copy_(torch.tensor(rule_of(schedule), dtype=torch.int32))
+        self.ladder.fixed = schedule.length if isinstance(schedule, Fixed) else None
+        self._followed = schedule
+        if self.ladder.round_ms:
+            self.ladder.warm()
 
     def _seat(self, streams: list[Stream]) -> None:
         self._seated = streams
-        self._survival = {s: a for s, a in self._survival.items() if s in streams}
+        self.sizing.keep(streams)
         self.state.bind([self.seat_of(s) for s in streams])
-        if self._early_stop and self.ladder.round_ms:
-            self.state.sps.copy_(self._sps(len(streams)))
+        if (table := self.sizing.steps_a_second(len(streams))) is not None:
+            self.state.sps[: len(table)].copy_(torch.tensor(table))
+            self.state.sps[len(table) :] = table[-1]
 
     def seat_of(self, stream: Stream) -> Seat:
         """What a stream brings to its seat."""
@@ -149,44 +205,11 @@ class GraphRounds:
             biases=scaling.biases,
         )
 
-    # --- the size of a round ---------------------------------------------------------------------------------
-
-    def _size(self) -> Size:
-        """Fixed, or the number of rows that promised most by survivals that are two rounds old: never by live ones,
-        since x_k must not decide about its own admission (design: the scheduler).
-        """
-        seats = self.ladder.fit_seats(len(self._seated))
-        drafting = [s for s in self._seated if s.drafts]
-        gamma = self._models.gamma
-        if not drafting:
-            return Size(seats, seats, False)
-        if isinstance(self._models.schedule, Fixed):
-            return Size(seats, seats * (1 + min(self._models.schedule.length, gamma)), True)
-        if self._early_stop or not self.ladder.round_ms:
-            return Size(seats, seats * (gamma + 1), True)
-        past = prefix_survival(self._models.history.confidence())
-        promised = sorted((a for s in drafting for a in self._survival.get(s, past)), reverse=True)
-        streams = len(self._seated)
-
-        def tokens_a_second(rows: int) -> float:
-            return (streams + sum(promised[: rows - streams])) / self.ladder.round_ms[Size(seats, rows, True)]
-
-        fitting = [rows for rows in row_ladder(seats, gamma) if rows >= streams]
-        return Size(seats, max(fitting, key=tokens_a_second), True)
-
-    def _sps(self, streams: int) -> torch.Tensor:
-        """SPS(B) as captured rounds have it: a staircase of the measured sizes."""
-        seats = self.ladder.fit_seats(streams)
-        steps = sorted((s.rows, ms) for s, ms in self.ladder.round_ms.items() if s.seats == seats and s.drafting)
-        table = [1000.0 / next((ms for rows, ms in steps if rows >= b), steps[-1][1]) for b in range(steps[-1][0] + 1)]
-        out = torch.full((len(self.state.sps),), table[-1])
-        out[: len(table)] = torch.tensor(table)
-        return out
-
     # --- rounds ------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        size = self._size()
+    def _start(self, slowest_ms: float) -> None:
+        size = self.sizing.choose(self._seated, slowest_ms)
+        self._models.skipping.probes = self.sizing.probes
         drafter = self._models.drafter
         if size.drafting and drafter is not None and drafter.confidence_head is None:
             self.state.history.copy_(torch.tensor([logit(c) for c in self._models.history.confidence()]))
@@ -210,6 +233,8 @@ class GraphRounds:
             flight.done.synchronize()
         now = time.perf_counter()
         round_ms = (now - max(flight.begun, self._read_at)) * 1e3
+        if flight.begun < self._read_at:
+            self.sizing.saw_round(flight.size, round_ms)
         self._read_at = now
         outcomes, survivals = flight.outcome.tolist(), flight.survival.tolist()
         batch_tokens = sum(length + 1 for _, _, length, *_ in outcomes[: len(flight.streams)])
@@ -238,7 +263,7 @@ class GraphRounds:
             stream.count_round(len(drafted), length, accepted)
             if drafted:
                 self._models.history.record(length, accepted)
-                self._survival[stream] = survival
+                self.sizing.saw_drafts(stream, survival, length, accepted)
             event, reason = stream.commit([*drafted[:accepted], bonus], accepted, record)
             committed.append(Committed(stream, event, reason, record))
         return committed

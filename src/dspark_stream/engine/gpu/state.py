@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dspark_kernels.admission import BUDGET
@@ -47,10 +48,10 @@ class RoundState:
 
     def __init__(self, seats: int, gamma: int, rows: int, device: torch.device) -> None:
         self.seats, self.gamma, self.device = seats, gamma, device
-        self._longs = torch.zeros(6, seats, dtype=torch.long, device=device)
+        self._longs = torch.zeros(5, seats, dtype=torch.long, device=device)
         self._ints = torch.zeros(5, seats, dtype=torch.int32, device=device)
         self._reals = torch.ones(3, seats, dtype=torch.float32, device=device)
-        self.position, self.limit, self.slot, self.seed, self.round_key, _ = self._longs.unbind(0)
+        self.position, self.limit, self.slot, self.seed, self.round_key = self._longs.unbind(0)
         self.anchor, self.mode, self.top_k, self.active, self.drafting = self._ints.unbind(0)
         self.temperature, self.top_p, self.min_p = self._reals.unbind(0)
         self.calibration = torch.ones(seats, gamma, dtype=torch.float32, device=device)
@@ -77,22 +78,21 @@ class RoundState:
             self.position[:seats],
         )
 
-    def bind(self, taken: Sequence[Seat]) -> None:
+    def bind(self, taken: Sequence[Seat]) -> None:  # on the way between two rounds: no tensor is made a seat
         """Seat streams at 0, 1, …; every other seat is nobody's. One small copy a kind of column."""
-        longs = torch.zeros(6, self.seats, dtype=torch.long)
-        ints = torch.zeros(5, self.seats, dtype=torch.int32)
-        reals = torch.ones(3, self.seats, dtype=torch.float32)
-        calibration = torch.ones(self.seats, self.gamma, dtype=torch.float32)
-        shift = torch.zeros(self.seats, self.gamma, dtype=torch.float32)
+        longs = np.zeros((5, self.seats), np.int64)
+        ints = np.zeros((5, self.seats), np.int32)
+        reals = np.ones((3, self.seats), np.float32)
+        calibration = np.ones((self.seats, self.gamma), np.float32)
+        shift = np.zeros((self.seats, self.gamma), np.float32)
         for i, s in enumerate(taken):
             p = s.sampling
-            longs[:, i] = torch.tensor([s.position, s.limit, s.slot, p.seed, signed(s.round_key), 0])
-            top_k = min(p.top_k, 1 << 30)
-            ints[:, i] = torch.tensor([s.anchor, MODES[s.acceptance], top_k, 1, s.drafts], dtype=torch.int32)
-            reals[:, i] = torch.tensor([p.temperature if s.acceptance != "greedy" else 1.0, p.top_p, p.min_p])
-            fitted = torch.tensor(list(s.temperatures)[: self.gamma], dtype=torch.float32)
+            longs[:, i] = s.position, s.limit, s.slot, p.seed, signed(s.round_key)
+            ints[:, i] = s.anchor, MODES[s.acceptance], min(p.top_k, 1 << 30), 1, s.drafts
+            reals[:, i] = p.temperature if s.acceptance != "greedy" else 1.0, p.top_p, p.min_p
+            fitted = s.temperatures[: self.gamma]
             calibration[i, : len(fitted)] = fitted
-            biases = torch.tensor(list(s.biases)[: self.gamma], dtype=torch.float32)
+            biases = s.biases[: self.gamma]
             shift[i, : len(biases)] = biases * calibration[i, : len(biases)]
         for device, host in (
             (self._longs, longs),
@@ -101,7 +101,7 @@ class RoundState:
             (self.calibration, calibration),
             (self.shift, shift),
         ):
-            device.copy_(host)
+            device.copy_(torch.from_numpy(host))
 
     def clear(self) -> None:
         """Nobody sits anywhere: a round over this state changes no stream's cache."""

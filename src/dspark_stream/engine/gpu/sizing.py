@@ -1,0 +1,138 @@
+"""The size of the next captured round: how many rows it has, and whether anybody is drafted for.
+
+What a round costs is decided when its graph is chosen, so the host chooses, from what it has read: survivals at least
+two rounds old, accepted lengths and round times. Never from live confidences, since x_k must not decide about its own
+admission (design: the scheduler); so every choice is lossless under every verification.
+
+A graph's draft pass costs the same for one stream of its seats as for all, so drafting is skipped for everybody or for
+nobody; who gets the rows of a drafted round is for admission to say, on the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from math import inf
+from statistics import median
+from typing import Protocol
+
+from dspark_stream.engine.gpu.graphs import RoundLadder, Size
+from dspark_stream.engine.stream import Stream
+from dspark_stream.spec.schedule import EarlyStop, Fixed, Schedule, Threshold
+from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
+
+WORTHWHILE = 1.02
+"""Drafting must promise so many times the throughput of leaving it out."""
+MEMORY = 0.2
+"""Weight of a stream's newest survivals in what its next ones are expected to be."""
+FADE = 0.995
+"""What promises and acceptances of all streams keep of their weight, a drafted round of a stream."""
+FIRST_WAIT, LONGEST_WAIT = 32, 1024
+"""Rounds without drafts until one is drafted only to look; doubled by every look that changes nothing."""
+TIMES = 9
+"""Rounds of which the median says what they take beyond the time that was measured with nobody seated."""
+
+
+class HasSchedule(Protocol):
+    """Where the schedule of the moment stands (`engine.step.Models`)."""
+
+    schedule: Schedule
+
+
+class Sizing:
+    """Chooses; told of every round that was read.
+
+    Args:
+        ladder: the captured sizes and their times.
+        models: says which schedule holds.
+        history: acceptance by position, for streams that have not been drafted for yet.
+    """
+
+    def __init__(self, ladder: RoundLadder, models: HasSchedule, history: AcceptanceHistory) -> None:
+        self._ladder, self._models, self._history = ladder, models, history
+        self._expected: dict[Stream, list[float]] = {}
+        self._promised = self._accepted = 10.0  # in all, fading: what a promise has been worth
+        self._beyond: dict[bool, deque[float]] = {drafting: deque(maxlen=TIMES) for drafting in (True, False)}
+        self._idle, self._wait = 0, FIRST_WAIT
+        self.probes = 0
+        """Rounds that were drafted only to look."""
+
+    # --- choosing --------------------------------------------------------------------------------------------
+
+    def choose(self, streams: Sequence[Stream], slowest_ms: float = inf) -> Size:
+        """The next round's size for these streams; one that takes no longer than ``slowest_ms``, if there is one."""
+        seats, schedule = self._ladder.fit_seats(len(streams)), self._models.schedule
+        drafting = [s for s in streams if s.drafts]
+        if not drafting or (isinstance(schedule, Fixed) and not schedule.length):
+            return Size(seats, seats, False)
+        idle = Size(seats, seats, False, context=True)
+        offered = [size for size in self._ladder.drafting_sizes(seats) if size.rows >= len(streams)]
+        if idle not in self._ladder.round_ms:  # nothing was measured
+            return offered[-1]
+        if isinstance(schedule, EarlyStop):
+            offered = offered[-1:]
+        in_time = [size for size in offered if self.ms(size) <= slowest_ms]
+        if not in_time:
+            return idle
+        if isinstance(schedule, Fixed | Threshold):
+            return in_time[-1]
+        best, gain = self._best(in_time, drafting, len(streams))
+        if gain > WORTHWHILE * len(streams) / self.ms(idle):
+            self._idle, self._wait = 0, FIRST_WAIT
+            return best
+        self._idle += 1
+        if self._idle < self._wait:
+            return idle
+        self._idle, self._wait = 0, min(2 * self._wait, LONGEST_WAIT)
+        self.probes += 1
+        return best
+
+    def _best(self, offered: Sequence[Size], drafting: Sequence[Stream], count: int) -> tuple[Size, float]:
+        """The size that promises most committed tokens a millisecond, and how many."""
+        past = prefix_survival(self._history.confidence())
+        worth = min(1.0, self._accepted / self._promised)
+        promised = sorted((worth * a for s in drafting for a in self._expected.get(s, past)), reverse=True)
+        rates = [(count + sum(promised[: size.rows - count])) / self.ms(size) for size in offered]
+        most = max(rates)
+        return offered[rates.index(most)], most
+
+    def ms(self, size: Size) -> float:
+        """What a round of that size takes at present: as measured with nobody seated, and what came on top lately."""
+        own, other = self._beyond[size.drafting], self._beyond[not size.drafting]
+        return self._ladder.round_ms[size] + (median(own or other) if own or other else 0.0)
+
+    def plain_ms(self, count: int) -> float:
+        """A round of ``count`` streams with nothing drafted; 0 where nothing was measured."""
+        seats = self._ladder.fit_seats(count)
+        size = Size(seats, seats, False)
+        return self.ms(size) if size in self._ladder.round_ms else 0.0
+
+    def steps_a_second(self, count: int) -> list[float] | None:
+        """SPS(B) for B = 0 … whole blocks as the measured sizes for ``count`` streams have it, a staircase: for
+        `EarlyStop`, which decides on the device. None for other schedules, and where nothing was measured.
+        """
+        seats = self._ladder.fit_seats(count)
+        steps = sorted((s.rows, self.ms(s)) for s in self._ladder.round_ms if s.seats == seats and s.drafting)
+        if not isinstance(self._models.schedule, EarlyStop) or not steps:
+            return None
+        return [1000.0 / next(ms for rows, ms in steps if rows >= b) for b in range(steps[-1][0] + 1)]
+
+    # --- learning --------------------------------------------------------------------------------------------
+
+    def keep(self, streams: Sequence[Stream]) -> None:
+        """Forget all other streams."""
+        self._expected = {s: a for s, a in self._expected.items() if s in streams}
+
+    def saw_round(self, size: Size, ms: float) -> None:
+        """A round followed another one at once and took so long."""
+        if (measured := self._ladder.round_ms.get(size)) is not None:
+            self._beyond[size.drafting].append(max(0.0, ms - measured))
+
+    def saw_drafts(self, stream: Stream, survival: Sequence[float], verified: int, accepted: int) -> None:
+        """One stream's drafts in a round: what they promised, how many went to the target and stood."""
+        before = self._expected.get(stream)
+        self._expected[stream] = (
+            [*survival] if before is None else [b + MEMORY * (a - b) for a, b in zip(survival, before, strict=True)]
+        )
+        self._promised = FADE * self._promised + sum(survival[:verified])
+        self._accepted = FADE * self._accepted + accepted
