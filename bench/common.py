@@ -32,11 +32,16 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     print(f"written to {path}")
 
 
-def write_picture(path: Path, drawings: Sequence[str]) -> None:
-    """SVG drawings, one below the other, in one SVG file."""
-    height = 400 * len(drawings)
-    body = "".join(f'<g transform="translate(0 {400 * i})">{d}</g>' for i, d in enumerate(drawings))
+def write_picture(path: Path, drawings: Sequence[str], columns: int = 1) -> None:
+    """SVG drawings of 640 by 400, so many in a row, in one SVG file."""
+    width, height = 640 * columns, 400 * -(-len(drawings) // columns)
+    sized = [d.replace("<svg ", '<svg height="400" ', 1) for d in drawings]  # inside another it would take its height
+    body = "".join(
+        f'<g transform="translate({640 * (i % columns)} {400 * (i // columns)})">{d}</g>' for i, d in enumerate(sized)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" width="640" height="{height}">{body}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f"{body}</svg>\n"
     )
     print(f"drawn in {path}")

@@ -1,30 +1,31 @@
 """What drafters are worth: accepted length and calibration, by drafter, precision, verification, temperature, domain.
 
 Every draft is verified (fixed γ), so the figures do not depend on a schedule or on the speed of the machine. Prompt
-lookup needs no run: see `evaluate.prompt_lookup`. Writes one line for each figure, and a reliability diagram.
+lookup needs no run: see `evaluate.prompt_lookup`. Prints tables in Markdown, writes a line for each drafter, way and
+file, and pictures: a reliability diagram of the first drafter if it is calibrated, acceptance by position of several.
 
-    python bench/drafter.py --prompts eval/*.jsonl --drafter auto --drafter dflash=runs/none/drafter --quant none int8
+    python bench/drafter.py --prompts eval/*.jsonl --drafter auto --drafter dflash=runs/none/drafter --quant none w4a8
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import get_args
 
-from dspark_stream.calibrate import errors
+from common import write_csv, write_picture
+from dspark_stream.calibrate import error_floor, errors
 from dspark_stream.config import MAX_FIXED, Config, Quant
 from dspark_stream.engine.build import build_engine, drafter_folder
 from dspark_stream.evaluate import Plan, Prompt, Tally, acceptance_by_position, read_prompts, run_prompts
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
-from dspark_stream.spec.calibration import Bin, Calibration, Observed, load_calibration, logit, reliability
+from dspark_stream.report.plot import Series, line_chart
+from dspark_stream.spec.calibration import Bin, Calibration, load_calibration, reliability
+from dspark_stream.spec.platt import Observed
 from dspark_stream.spec.survival import prefix_survival
 from dspark_stream.types import Acceptance, RoundRecord, SamplingParams, Verification
 
@@ -33,7 +34,11 @@ WAYS: dict[Acceptance, tuple[float, Verification]] = {
     "rejection": (1.0, "rejection"),
     "coupled": (1.0, "coupled"),
 }
+SHOWN_ROUNDS = 50
+"""What fewer rounds than these reached is left out of pictures: it shows chance."""
 Row = dict[str, object]
+Bins = dict[Acceptance, list[list[list[Bin]]]]
+"""Of each way: before and after calibration, at k = 1 … γ."""
 
 
 def main() -> None:
@@ -43,16 +48,17 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--drafter", action="append", metavar="[NAME=]FOLDER", help="default: auto")
     parser.add_argument("--quant", nargs="+", default=["none"], choices=get_args(Quant))
+    parser.add_argument("--cpu-kernels", default="auto", choices=["auto", "off"], help="off: both models on torch")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--out", type=Path, default=Path("runs/drafter.csv"))
-    parser.add_argument("--picture", type=Path, default=None, help="reliability diagram of the first drafter")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", default=None)
     args = parser.parse_args()
     files = {path: read_prompts(path, args.limit) for path in args.prompts}
     rows: list[Row] = []
-    bins: dict[str, list[list[Bin]]] = {}
+    bins: Bins = {}
     for text in args.drafter or ["auto"]:
         name, _, folder = text.rpartition("=")
         for quant in args.quant:
@@ -60,25 +66,27 @@ def main() -> None:
                 model=args.model,
                 drafter=folder,
                 draft_quant=quant,
+                cpu_kernels=args.cpu_kernels,
                 schedule=f"fixed:{MAX_FIXED}",
                 max_num_seqs=args.streams,
             )
             label = (name or Path(folder).name) + ("" if quant == "none" else f", {quant}")
-            rows += measure(config, label, files, args, bins if not bins else {})
-            write(args.out, rows)
-    print(table(rows, [path.stem for path in files]))
-    if args.picture:
-        draw(bins, args.picture)
+            rows += measure(config, label, files, args, bins if not rows else {})
+            write_csv(args.out, rows)
+    stems = [path.stem for path in files]
+    parts = [lengths(rows, stems), positions(rows), calibrations(rows), by(rows, "by_context"), by(rows, "by_turn")]
+    print("\n\n".join(parts))
+    if args.pictures:
+        if any(before != after for before, after in bins.values()):
+            draw_reliability(bins, args.pictures / "reliability.svg")
+        if len({row["drafter"] for row in rows}) > 1:
+            draw_positions(rows, args.pictures / "positions.svg")
 
 
 def measure(
-    config: Config,
-    label: str,
-    files: dict[Path, list[Prompt]],
-    args: argparse.Namespace,
-    bins: dict[str, list[list[Bin]]],
+    config: Config, label: str, files: dict[Path, list[Prompt]], args: argparse.Namespace, bins: Bins
 ) -> list[Row]:
-    """All ways to accept, all files, of one drafter; fills ``bins`` with reliability before and after."""
+    """All ways to accept, all files, of one drafter; fills ``bins``."""
     engine, tokenizer = build_engine(config, Progress())
     assert tokenizer is not None
     folder = drafter_folder(config)
@@ -100,11 +108,8 @@ def measure(
                 rows.append(row(label, way, path.stem, tally, calibration))
                 together += tally
             rows.append(row(label, way, "all", together, calibration))
-            lengths = [float(str(r["accepted_length"])) for r in rows if r["way"] == way and r["file"] != "all"]
-            print(f"{label}, {way}: mean of files {fmean(lengths):.3f};", rows[-1], flush=True)
             seen = observed(together.rounds, calibration, way)
-            bins[f"{way}, before"] = reliability_by_position(seen, Calibration(), way)
-            bins[f"{way}, after"] = reliability_by_position(seen, calibration, way)
+            bins[way] = [reliability_by_position(seen, c, way) for c in (Calibration(), calibration)]
     del engine, local
     gc.collect()
     return rows
@@ -112,10 +117,7 @@ def measure(
 
 def observed(rounds: Sequence[RoundRecord], calibration: Calibration, way: Acceptance) -> list[Observed]:
     """Rounds with the logits that the confidence head gave."""
-    temperatures: list[float] = getattr(calibration, way)
-    gamma = max((len(r.confidence) for r in rounds), default=0)
-    t = [*temperatures, *[1.0] * (gamma - len(temperatures))]
-    return [Observed([logit(c) * t[k] for k, c in enumerate(r.confidence)], r.accepted) for r in rounds]
+    return [Observed(calibration.logits(r.confidence, way), r.accepted) for r in rounds]
 
 
 def reliability_by_position(seen: Sequence[Observed], calibration: Calibration, way: Acceptance) -> list[list[Bin]]:
@@ -129,7 +131,13 @@ def row(label: str, way: Acceptance, file: str, tally: Tally, calibration: Calib
     """One line of the table."""
     figures = tally.figures()
     seen = observed(tally.rounds, calibration, way)
-    before, after = errors(seen, Calibration(), way), errors(seen, calibration, way)
+    shares = {
+        "acceptance_by_position": [a or 0 for a in acceptance_by_position(tally.rounds)],
+        "error_before": errors(seen, Calibration(), way),
+        "error_after": errors(seen, calibration, way),
+        "error_by_chance": error_floor(seen, calibration, way),
+    }
+    parts = {"by_context": figures.by_context, "by_turn": figures.by_turn}
     return {
         "drafter": label,
         "way": way,
@@ -137,69 +145,116 @@ def row(label: str, way: Acceptance, file: str, tally: Tally, calibration: Calib
         "rounds": figures.rounds,
         "accepted_length": round(figures.accepted_length or 0, 3),
         "prompt_lookup_length": round(figures.prompt_lookup_length or 0, 3),
-        "acceptance_by_position": " ".join(f"{a or 0:.3f}" for a in acceptance_by_position(tally.rounds)),
-        "error_before": " ".join(f"{e:.4f}" for e in before),
-        "error_after": " ".join(f"{e:.4f}" for e in after),
-        "by_context": " ".join(f"{n}:{p.accepted_length:.3f}/{p.rounds}" for n, p in figures.by_context.items()),
-        "by_turn": " ".join(f"{n}:{p.accepted_length:.3f}/{p.rounds}" for n, p in figures.by_turn.items()),
+        "passed_over": figures.passed_over,
+        **{name: " ".join(f"{x:.4f}" for x in values) for name, values in shares.items()},
+        **{
+            n: " ".join(f"{k}:{p.accepted_length:.3f}/{p.rounds}" for k, p in some.items()) for n, some in parts.items()
+        },
     }
 
 
-def table(rows: Sequence[Row], files: Sequence[str]) -> str:
-    """Accepted lengths in Markdown: a line for each drafter and way, a column for each file, their mean last."""
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def lengths(rows: Sequence[Row], files: Sequence[str]) -> str:
+    """Accepted lengths: a line for each drafter and way, a column for each file, their mean last."""
     by_file = {(r["drafter"], r["way"], r["file"]): r for r in rows}
-    lines = [" | ".join(["| drafter", "way", *files, "mean", "prompt lookup |"]), "|" + " --- |" * (len(files) + 4)]
+    lines = [head("drafter", "way", *files, "mean", "prompt lookup")]
     for drafter, way in dict.fromkeys((r["drafter"], r["way"]) for r in rows):
         own = [by_file[drafter, way, file] for file in files]
-        lengths = [float(str(r["accepted_length"])) for r in own]
+        found = [float(str(r["accepted_length"])) for r in own]
         lookup = fmean(float(str(r["prompt_lookup_length"])) for r in own)
-        cells = [*(f"{x:.2f}" for x in lengths), f"{fmean(lengths):.2f}", f"{lookup:.2f} |"]
-        lines.append(" | ".join([f"| {drafter}", str(way), *cells]))
-    return "\n".join(lines)
+        lines.append(line(drafter, way, *(f"{x:.2f}" for x in found), f"{fmean(found):.2f}", f"{lookup:.2f}"))
+    return "accepted length\n\n" + "\n".join(lines)
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """The CSV file, with the machine and the commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    machine = {"machine": platform.processor() or platform.machine(), "commit": commit.stdout.strip()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *machine])
-        writer.writeheader()
-        writer.writerows(one | machine for one in rows)
+def positions(rows: Sequence[Row]) -> str:
+    """Acceptance of draft k, given that those before it were accepted, over all files."""
+    together = [r for r in rows if r["file"] == "all"]
+    gamma = max(len(numbers(r, "acceptance_by_position")) for r in together)
+    lines = [head("drafter", "way", *(f"k = {k + 1}" for k in range(gamma)))]
+    lines += [
+        line(r["drafter"], r["way"], *(f"{x:.2f}" for x in numbers(r, "acceptance_by_position"))) for r in together
+    ]
+    return "acceptance by position\n\n" + "\n".join(lines)
 
 
-def draw(bins: dict[str, list[list[Bin]]], path: Path) -> None:
-    """Promised against observed prefix survival: a panel for each way to accept, before and after."""
-    import matplotlib.pyplot as plt
+def calibrations(rows: Sequence[Row]) -> str:
+    """Calibration error of the first drafter at each position, by file, in percent."""
+    own = [r for r in rows if r["drafter"] == rows[0]["drafter"]]
+    lines = [
+        head("way", "file", "rounds", "error", *(f"k = {k + 1}" for k in range(len(numbers(own[0], "error_after")))))
+    ]
+    for r in own:
+        for name in ("error_before", "error_after", "error_by_chance"):
+            cells = [f"{100 * x:.1f}" for x in numbers(r, name)]
+            lines.append(line(r["way"], r["file"], r["rounds"], name.removeprefix("error_").replace("_", " "), *cells))
+    return f"calibration error in percent, {rows[0]['drafter']}\n\n" + "\n".join(lines)
 
-    ways = list(dict.fromkeys(name.split(",")[0] for name in bins))
-    figure, axes = plt.subplots(2, len(ways), figsize=(4 * len(ways), 7.6), sharex=True, sharey=True, squeeze=False)
-    for column, way in enumerate(ways):
-        for line, when in enumerate(("before", "after")):
-            panel = axes[line][column]
-            positions = bins[f"{way}, {when}"]
-            panel.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-            for k, some in enumerate(positions):
-                colour = plt.colormaps["viridis"](k / max(1, len(positions) - 1))
-                shown = [b for b in some if b.rounds >= 20]
-                panel.plot(
-                    [b.promised for b in shown],
-                    [b.held for b in shown],
-                    "o-",
-                    color=colour,
-                    markersize=3,
-                    label=f"k = {k + 1}",
-                )
-            panel.set_title(f"{way}, {when} scaling")
-            panel.set_aspect("equal")
-    for panel in axes[-1]:
-        panel.set_xlabel("promised prefix survival")
-    for panels in axes:
-        panels[0].set_ylabel("share of rounds that kept it")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+
+def by(rows: Sequence[Row], column: str) -> str:
+    """Accepted length by turn or by context, over all files."""
+    together = [r for r in rows if r["file"] == "all"]
+    names = list(dict.fromkeys(part.split(":")[0] for r in together for part in str(r[column]).split()))
+    lines = [head("drafter", "way", *names)]
+    for r in together:
+        parts = dict(part.split(":") for part in str(r[column]).split())
+        shown = [parts[n].replace("/", " (") + ")" if n in parts else "-" for n in names]
+        lines.append(line(r["drafter"], r["way"], *shown))
+    return f"accepted length (rounds) {column.replace('_', ' ')}\n\n" + "\n".join(lines)
+
+
+def numbers(r: Row, column: str) -> list[float]:
+    """A cell of several figures."""
+    return [float(x) for x in str(r[column]).split()]
+
+
+def head(*cells: object) -> str:
+    """Of a table in Markdown."""
+    return line(*cells) + "\n" + "|" + " --- |" * len(cells)
+
+
+def line(*cells: object) -> str:
+    """Of a table in Markdown."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def draw_reliability(bins: Bins, path: Path) -> None:
+    """Promised against observed prefix survival: a row for each way to accept, before and after."""
+    charts = []
+    for way, both in bins.items():
+        for when, at in zip(("before", "after"), both, strict=True):
+            series = [Series("as promised", [(0.0, 0.0), (1.0, 1.0)])]
+            for k, some in enumerate(at):
+                points = [(b.promised, b.held) for b in some if b.rounds >= SHOWN_ROUNDS]
+                series += [Series(f"k = {k + 1}", points)] if len(points) > 1 else []
+            title = f"{way}, {when} calibration"
+            charts.append(line_chart(title, "promised prefix survival", "share of rounds that kept it", series))
+    write_picture(path, charts, columns=2)
+
+
+def curve(r: Row) -> list[tuple[float, float]]:
+    """Position and acceptance, as far as enough rounds come."""
+    points: list[tuple[float, float]] = []
+    reached = float(str(r["rounds"]))
+    for k, acceptance in enumerate(numbers(r, "acceptance_by_position"), 1):
+        if reached >= SHOWN_ROUNDS:
+            points.append((float(k), acceptance))
+        reached *= acceptance
+    return points
+
+
+def draw_positions(rows: Sequence[Row], path: Path) -> None:
+    """Acceptance by position: a chart for each way to accept, a line for each drafter."""
+    charts = []
+    together = [r for r in rows if r["file"] == "all"]
+    for way in dict.fromkeys(r["way"] for r in together):
+        series = [Series(str(r["drafter"]), curve(r)) for r in together if r["way"] == way]
+        charts.append(line_chart(f"{way}: accepted, given those before", "position k", "acceptance", series))
+    write_picture(path, charts)
 
 
 if __name__ == "__main__":

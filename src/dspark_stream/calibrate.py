@@ -1,7 +1,8 @@
 """``dspark-stream calibrate``: fit a drafter's confidence to what its rounds really accept.
 
-The engine runs prompts with every draft verified and every confidence as the head gives it; from these rounds
-`spec.calibration` chooses the temperatures. It works for any drafter with a confidence head, trained here or not.
+The engine runs prompts with every draft verified and every confidence as the head gives it; to these rounds
+`spec.platt` fits a temperature and a bias for each position. It works for any drafter with a confidence head, trained
+here or not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 import msgspec
+import numpy as np
 
 from dspark_stream.config import MAX_FIXED, Config
 from dspark_stream.errors import InternalError
@@ -17,11 +19,10 @@ from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import (
     Calibration,
-    Observed,
     expected_calibration_error,
-    fit_temperatures,
     logit,
 )
+from dspark_stream.spec.platt import Observed, fit_scaling
 from dspark_stream.spec.survival import prefix_survival
 from dspark_stream.types import (
     Acceptance,
@@ -33,6 +34,7 @@ from dspark_stream.types import (
 )
 
 LEAST_ROUNDS = 200
+FLOOR_DRAWS = 8
 WAYS: tuple[Acceptance, ...] = ("greedy", "rejection", "coupled")
 
 
@@ -42,9 +44,11 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int
     accepted_length: float
     before: list[float]
-    """Expected calibration error of prefix survival at k = 1 … γ, with T = 1."""
+    """Expected calibration error of prefix survival at k = 1 … γ, with T = 1 and b = 0."""
     after: list[float]
-    """With the temperatures, on the rounds that they were chosen on."""
+    """With the calibration, on the rounds that it was fitted to."""
+    floor: list[float]
+    """What a calibration that is right would show on as many rounds: chance alone puts bins beside the diagonal."""
 
 
 def calibration_config(config: Config) -> Config:
@@ -62,34 +66,37 @@ def calibrate(
     streams: int,
     seed: int,
     progress: Progress,
-) -> tuple[Calibration, dict[str, Fit]]:
-    """Temperatures for all three ways to accept, from rounds over prompts (token ids).
+) -> tuple[Calibration, dict[Acceptance, Fit]]:
+    """A calibration for all three ways to accept, from rounds over prompts (token ids).
 
     Args:
         engine: with `calibration_config`.
 
-    A way with too few rounds to say anything (`LEAST_ROUNDS`) keeps T = 1. Prompts that leave no room are passed over.
+    A way with too few rounds to say anything (`LEAST_ROUNDS`) stays as it comes. Prompts that leave no room are passed
+    over.
 
     Raises:
         DsparkError: the engine failed.
     """
     prompts = [p for p in prompts if len(p) + 2 <= max_model_len]
-    temperatures: dict[str, list[float]] = {}
-    fits: dict[str, Fit] = {}
+    fitted: dict[str, list[float]] = {}
+    fits: dict[Acceptance, Fit] = {}
     for way in WAYS:
         rounds = _observe(engine, prompts, way, max_model_len, max_tokens, streams, seed, progress)
         seen = [Observed([logit(c) for c in r.confidence], r.accepted) for r in rounds if r.scheduled == gamma]
         if len(seen) < LEAST_ROUNDS:
             progress.say(f"{way}: {len(seen)} rounds are too few to calibrate with; its confidences stay as they come")
             continue
-        temperatures[way] = fit_temperatures(seen, gamma)
+        fitted[way], fitted[f"{way}_bias"] = fit_scaling(seen, gamma)
+        calibration = Calibration(**fitted)
         fits[way] = Fit(
             rounds=len(seen),
             accepted_length=1 + statistics.fmean(one.accepted for one in seen),
             before=errors(seen, Calibration(), way),
-            after=errors(seen, Calibration(**{way: temperatures[way]}), way),
+            after=errors(seen, calibration, way),
+            floor=error_floor(seen, calibration, way),
         )
-    return Calibration(**temperatures), fits
+    return Calibration(**fitted), fits
 
 
 def errors(rounds: Sequence[Observed], calibration: Calibration, way: Acceptance) -> list[float]:
@@ -98,6 +105,21 @@ def errors(rounds: Sequence[Observed], calibration: Calibration, way: Acceptance
     return [
         expected_calibration_error([s[k] for s in survival], [r.accepted > k for r in rounds])
         for k in range(len(rounds[0].logits))
+    ]
+
+
+def error_floor(rounds: Sequence[Observed], calibration: Calibration, way: Acceptance) -> list[float]:
+    """Mean expected calibration error at k = 1 … γ if every promise were kept exactly as often as it says.
+
+    Outcomes are drawn from the promises themselves, `FLOOR_DRAWS` times.
+    """
+    confidence = np.array([calibration.confidence(r.logits, way) for r in rounds])  # [rounds, γ]
+    promised = np.cumprod(confidence, 1).T.tolist()
+    rng = np.random.default_rng(0)
+    drawn = [np.cumprod(rng.random(confidence.shape) < confidence, 1).T.astype(bool) for _ in range(FLOOR_DRAWS)]
+    return [
+        statistics.fmean(expected_calibration_error(p, held[k].tolist()) for held in drawn)
+        for k, p in enumerate(promised)
     ]
 
 
@@ -137,15 +159,17 @@ def _observe(
     return rounds
 
 
-def table(calibration: Calibration, fits: dict[str, Fit]) -> str:
-    """For people: temperatures, and errors before and after, at each position."""
+def table(calibration: Calibration, fits: dict[Acceptance, Fit]) -> str:
+    """For people: temperatures and biases, and errors before and after, at each position."""
     lines: list[str] = []
     for way, fit in fits.items():
-        temperatures: list[float] = getattr(calibration, way)
+        temperatures, biases = calibration.scaling(way, len(fit.before))
         lines += [
             f"{way}: {fit.rounds} rounds, accepted length {fit.accepted_length:.2f}",
             "  temperature   " + "  ".join(f"{t:6.2f}" for t in temperatures),
+            "  bias          " + "  ".join(f"{b:6.2f}" for b in biases),
             "  error before  " + "  ".join(f"{100 * e:5.1f}%" for e in fit.before),
             "  after (fitted) " + "  ".join(f"{100 * e:5.1f}%" for e in fit.after),
+            "  by chance alone" + "  ".join(f"{100 * e:5.1f}%" for e in fit.floor),
         ]
     return "\n".join(lines)

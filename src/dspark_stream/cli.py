@@ -310,10 +310,11 @@ def _add_eval(into: _Subparsers) -> None:
 # --- calibrate -----------------------------------------------------------------------------------------------
 
 _CALIBRATE_EPILOG = """\
-Runs the prompts with every draft verified, greedily and at temperature 1 under both verifications, and chooses one
-temperature for each position of the draft block so that promised prefix survival matches what was accepted
-(Sequential Temperature Scaling). calibration.json is written beside the drafter's weights, where every command
-finds it; --calibration none leaves it aside. Take prompts that are like those that will be asked; a hundred do.
+Runs the prompts with every draft verified, greedily and at temperature 1 under both verifications, and fits a
+temperature and a bias for each position of the draft block, so that promised prefix survival matches what was accepted
+(Sequential Platt Scaling). calibration.json is written beside the drafter's weights, where every command
+finds it; --calibration none leaves it aside. Take prompts that are like those that will be asked and that the
+drafter was not trained on, as many of each kind: some hundreds do.
 
 example:
   dspark-stream calibrate --drafter ./my-drafter --prompts math.jsonl chat.jsonl --limit 50
@@ -325,6 +326,12 @@ def _add_calibrate(into: _Subparsers) -> None:
         into, "calibrate", commands.calibrate, "fit a drafter's confidence to what is accepted", _CALIBRATE_EPILOG
     )
     _add_prompts(parser)
+    parser.add_argument(
+        "--unseen-by",
+        type=Path,
+        metavar="ANSWERS",
+        help="leave out prompts that this answers file of a training run holds (answers.jsonl), before --limit counts",
+    )
     parser.add_argument(
         "--max-tokens",
         type=_number(int, 2, 1 << 24),

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -301,7 +302,7 @@ def _measure(
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    """Fit temperatures, write them beside the drafter, and show what they do."""
+    """Fit a calibration, write it beside the drafter, and show what they do."""
     from dspark_stream.calibrate import calibrate as run
     from dspark_stream.calibrate import calibration_config, table
     from dspark_stream.engine.build import drafter_folder
@@ -310,8 +311,9 @@ def calibrate(args: argparse.Namespace) -> int:
     from dspark_stream.models.checkpoint import read_config
     from dspark_stream.progress import Progress
     from dspark_stream.spec.calibration import save_calibration
+    from dspark_stream.training.answers import read_answers
 
-    prompts = [p for path in args.prompts for p in read_prompts(path, args.limit)]
+    files = [read_prompts(path, None if args.unseen_by else args.limit) for path in args.prompts]
     config = settings.resolve(vars(args)).config
     folder = drafter_folder(config)
     if folder is None:
@@ -324,10 +326,17 @@ def calibrate(args: argparse.Namespace) -> int:
     engine, tokenizer = _load(calibration_config(config), quiet=_quiet(args))
     if tokenizer is None:
         raise ConfigError("this model has no tokenizer, so prompt files cannot be read")
+    seen: set[tuple[int, ...]] = set()
+    if args.unseen_by:
+        seen = {a.prompt_ids for a in read_answers(args.unseen_by, engine.info.vocab_size)}
+    prompts: list[tuple[int, ...]] = []
+    for asked in files:
+        ids = (tuple(tokenizer.encode_chat([(m.role, m.content) for m in p.messages])) for p in asked)
+        prompts += islice((i for i in ids if i not in seen), args.limit)
     with LocalEngine(engine) as local:
         calibration, fits = run(
             local,
-            [tokenizer.encode_chat([(m.role, m.content) for m in p.messages]) for p in prompts],
+            prompts,
             gamma=engine.info.gamma,
             max_model_len=engine.info.max_model_len,
             max_tokens=args.max_tokens,

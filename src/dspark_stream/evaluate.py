@@ -48,6 +48,7 @@ figures, for each file and in all:
   prompt_lookup_length    accepted length that prompt lookup would have had on the same texts: the tokens after the
                           latest earlier place of the last 3 (else 2) tokens, at most 7, are its drafts
   by_turn, by_context     accepted length and rounds by how many turns the user has had and by where rounds start
+  passed_over             later turns that were not asked: the conversation had become too long for max_model_len
   tokens_per_s_user       mean over streams: tokens after the first / time since the first
   tokens_per_s_total      all tokens / wall time, prompts included
   rounds                  verification rounds
@@ -101,6 +102,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     calibration_error_by_position: list[float]
     reliability: list[list[Bin]]
     prompt_lookup_length: float | None
+    passed_over: int
     by_turn: dict[str, Part]
     by_context: dict[str, Part]
     tokens_per_s_user: float | None
@@ -153,6 +155,7 @@ class Tally:
         self.user_speeds: list[float] = []
         self.prompts = 0
         self.output_tokens = 0
+        self.passed_over = 0
         self.wall_s = 0.0
         self._accepted = 0
         self._lookup: list[int] = []
@@ -164,6 +167,7 @@ class Tally:
         self.user_speeds += other.user_speeds
         self.prompts += other.prompts
         self.output_tokens += other.output_tokens
+        self.passed_over += other.passed_over
         self.wall_s += other.wall_s
         self._accepted += other._accepted
         self._lookup += other._lookup
@@ -210,6 +214,7 @@ class Tally:
             calibration_error_by_position=errors,
             reliability=[reliability(*pair) for pair in promises],
             prompt_lookup_length=_mean_length(self._lookup),
+            passed_over=self.passed_over,
             by_turn=_parts(self._by_turn, sorted(self._by_turn, key=int)),
             by_context=_parts(self._by_context, [context_range(b - 1) for b in CONTEXT_BOUNDS]),
             tokens_per_s_user=statistics.fmean(self.user_speeds) if self.user_speeds else None,
@@ -228,45 +233,60 @@ def run_prompts(
 ) -> Tally:
     """Run ``prompts``, ``plan.streams`` at once, turn by turn, and count.
 
+    A conversation whose next turn would not fit ``max_model_len`` ends before it, which is said and counted.
+
     Raises:
         DsparkError: a prompt that the engine refuses, or a stream that failed.
     """
     tally = Tally()
     chats = [[(turn.role, turn.content) for turn in prompt.messages] for prompt in prompts]
     begun_s = time.perf_counter()
+    asked = {i: tuple(tokenizer.encode_chat(chat)) for i, chat in enumerate(chats)}
     for turn in range(1, plan.turns + 1):
-        going_on = [i for i, prompt in enumerate(prompts) if turn == 1 or len(prompt.follow_ups) >= turn - 1]
-        if not going_on:
-            break
-        if turn > 1:
-            for i in going_on:
-                chats[i].append(("user", prompts[i].follow_ups[turn - 2]))
         named = label if turn == 1 else f"{label}, turn {turn}"
-        answers = _run_turn(engine, tokenizer, {i: chats[i] for i in going_on}, plan, progress, named, tally)
-        for i, ids in answers.items():
-            chats[i].append(("assistant", tokenizer.decode(ids).strip()))
+        users = {i: sum(role == "user" for role, _ in chats[i]) for i in asked}
+        answers = _run_turn(engine, asked, users, plan, progress, named, tally)
+        asked = {}
+        too_long = 0
+        for i, answer in sorted(answers.items()):
+            if turn == plan.turns or len(prompts[i].follow_ups) < turn:
+                continue
+            follow_up = prompts[i].follow_ups[turn - 1]
+            chats[i] += [("assistant", tokenizer.decode(answer).strip()), ("user", follow_up)]
+            ids = tuple(tokenizer.encode_chat(chats[i]))
+            if len(ids) + plan.sampling.max_tokens > engine.info.max_model_len:
+                too_long += 1
+            else:
+                asked[i] = ids
+        if too_long:
+            progress.say(f"{label}: {too_long} conversations end after turn {turn}: the next is too long for the model")
+            tally.passed_over += too_long
+        if not asked:
+            break
     tally.wall_s = time.perf_counter() - begun_s
     return tally
 
 
 def _run_turn(
     engine: LocalEngine,
-    tokenizer: Tokenizer,
-    chats: dict[int, list[tuple[str, str]]],
+    asked: dict[int, tuple[int, ...]],
+    users: dict[int, int],
     plan: Plan,
     progress: Progress,
     label: str,
     tally: Tally,
 ) -> dict[int, list[int]]:
-    """One turn of every conversation: its answer's tokens."""
+    """One turn of the conversations ``asked`` (number → prompt's tokens), in which the user has spoken ``users`` times:
+    each answer's tokens.
+    """
     running: dict[str, tuple[int, tuple[int, ...], list[int]]] = {}
     answers: dict[int, list[int]] = {}
 
     def requests() -> Iterator[GenerationRequest]:
-        for number, chat in chats.items():
+        for number, ids in asked.items():
             request = GenerationRequest(
                 request_id=f"{label}#{number + 1}",
-                prompt_ids=tuple(tokenizer.encode_chat(chat)),
+                prompt_ids=ids,
                 # each prompt its own: coupled noise is drawn by (seed, position)
                 sampling=msgspec.structs.replace(plan.sampling, seed=(plan.sampling.seed or 0) + number),
                 mode=plan.mode,
@@ -276,12 +296,12 @@ def _run_turn(
             running[request.request_id] = (number, request.prompt_ids, [])
             yield request
 
-    with progress.bar(label, len(chats), "prompt") as bar:
+    with progress.bar(label, len(asked), "prompt") as bar:
         for event, _ in engine.run(requests(), plan.streams):
             if isinstance(event, TokensEvent):
                 running[event.request_id][2].extend(event.token_ids)
                 if event.round is not None:
-                    tally.add_round(event.round, sum(role == "user" for role, _ in chats[running[event.request_id][0]]))
+                    tally.add_round(event.round, users[running[event.request_id][0]])
             else:
                 _check_finished(event)
                 number, prompt_ids, ids = running.pop(event.request_id)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dspark_stream.engine.boundary import Engine
 from dspark_stream.errors import InternalError
-from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest
+from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, ModelInfo
 
 _PATIENCE_S = 1.0
 
@@ -28,6 +28,11 @@ class LocalEngine:
         self._engine = engine
         self._steps: queue.SimpleQueue[tuple[float, Sequence[EngineEvent]]] = queue.SimpleQueue()
         engine.start(lambda events: self._steps.put((time.perf_counter(), tuple(events))))
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the engine runs, and its limits."""
+        return self._engine.info
 
     def __enter__(self) -> LocalEngine:
         return self

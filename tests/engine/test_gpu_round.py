@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,7 @@ from dspark_stream.local import LocalEngine
 from dspark_stream.models.target import Target
 from dspark_stream.models.walk import head_weights
 from dspark_stream.progress import SILENT
+from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged, Threshold
 from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from recorded import run_cases
@@ -96,6 +98,27 @@ def test_a_reduced_draft_vocabulary():
     assert run(with_rounds(models_of("vanilla", Fixed(4), 29)), requests) == run(
         models_of("vanilla", Fixed(4), 29), requests
     )
+
+
+def test_the_engines_promises():
+    """Guards against a calibration that the captured round applies otherwise: each way to accept has its own."""
+    calibration = Calibration(
+        greedy=[2.0, 0.5], rejection=[0.7] * 4, greedy_bias=[-0.5, 0.25, 1.0], coupled_bias=[-1.0] * 4
+    )
+    requests = [msgspec.structs.replace(r, record_rounds=True) for r in mixed_requests(3)]
+    promised = []
+    for models in (models_of(schedule=Fixed(4)), with_rounds(models_of(schedule=Fixed(4)))):
+        models.calibration = calibration
+        rounds: dict[str, list[float]] = {}
+        with LocalEngine(tiny_engine(models)) as local:
+            for event, _ in local.run(requests, streams=3):
+                if isinstance(event, TokensEvent) and event.round is not None:
+                    rounds.setdefault(event.request_id, []).extend(event.round.survival)
+        promised.append(rounds)
+    assert set(promised[0]) == {"r0", "r1", "r2"}
+    for name, survivals in promised[0].items():
+        assert len(survivals) >= 8
+        assert promised[1][name] == pytest.approx(survivals, abs=1e-5)
 
 
 def test_without_a_drafter():

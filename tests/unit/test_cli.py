@@ -258,6 +258,27 @@ def test_eval_goes_on_with_follow_ups(loaded, tmp_path, capsys):
     assert {turn: part["rounds"] for turn, part in figures["by_turn"].items()} == {"1": 6, "2": 3}
 
 
+def test_eval_passes_over_a_turn_that_is_too_long(monkeypatch, tmp_path, capsys):
+    """One conversation grows past the model's positions; the others, and the rest of the run, go on."""
+    engines = (FakeEngine(SEVEN_WORDS, info=model_info(max_model_len=100)), FakeTokenizer())
+    monkeypatch.setattr(commands, "_load", lambda config, *, quiet=False: engines)
+    path = tmp_path / "chat.jsonl"
+    turns = [["short", "short"], ["x" * 60, "never asked"], ["short", "y" * 60]]
+    lines = [{"messages": [{"role": "user", "content": "one"}], "follow_ups": f} for f in turns]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ["eval", "--prompts", str(path), "--turns", "3", "--max-tokens", "20"]
+    assert cli.main([*argv, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["all"]
+    assert figures["prompts"] == 3 + 2 + 1
+    assert figures["passed_over"] == 2
+    assert list(figures["by_turn"]) == ["1", "2", "3"]
+    engines = (FakeEngine(SEVEN_WORDS, info=model_info(max_model_len=100)), FakeTokenizer())
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().err
+    assert "1 conversations end after turn 1" in said
+    assert "1 conversations end after turn 2" in said
+
+
 def test_eval_of_a_quantised_drafter_tells_what_it_costs(loaded, tmp_path, capsys):
     path = write_prompts(tmp_path / "one.jsonl", 2)
     assert cli.main(["eval", "--prompts", str(path), "--draft-quant", "int8"]) == 0
@@ -318,10 +339,26 @@ def test_calibrate_verifies_everything_three_ways_and_writes_beside_the_drafter(
     calibration = load_calibration(tmp_path)
     # Seven words are rounds of 3, 1 and 3: of two drafts in three 0.9 was promised for each.
     assert len(calibration.greedy) == len(calibration.coupled) == 4
-    assert calibration.greedy[0] > 2
+    assert calibration.greedy[0] > 1.2
+    assert calibration.greedy_bias[0] < -0.1
     assert said.count("9 rounds, accepted length 2.33") == 3
     assert cli.main([*argv, "--json", "--out", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_calibrate_leaves_out_what_the_drafter_was_trained_on(monkeypatch, confident, tmp_path, capsys):
+    engine, tokenizer = FakeEngine(SEVEN_WORDS), FakeTokenizer()
+    monkeypatch.setattr(commands, "_load", lambda config, *, quiet=False: (engine, tokenizer))
+    path = write_prompts(tmp_path / "one.jsonl", 6)
+    asked = [tokenizer.encode_chat([("user", f"question {i}")]) for i in range(6)]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"prompt_ids": asked[i], "answer_ids": [1]}) + "\n" for i in (0, 2)))
+    argv = ["calibrate", "--prompts", str(path), "--drafter", str(tmp_path), "--limit", "3"]
+    assert cli.main([*argv, "--unseen-by", str(answers)]) == 0
+    assert [list(r.prompt_ids) for r in engine.submitted] == [asked[1], asked[3], asked[4]] * 3
+    answers.write_text("no answers\n")
+    assert cli.main([*argv, "--unseen-by", str(answers)]) == 2
+    assert "line 1" in capsys.readouterr().err
 
 
 def test_calibrate_leaves_alone_what_it_has_seen_too_little_of(loaded, confident, tmp_path, capsys):

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from disk import files_no_larger_than
 from dspark_stream.errors import ConfigError
+from dspark_stream.local import LocalEngine
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.progress import SILENT
@@ -224,6 +226,67 @@ def test_a_full_disk_is_said_and_keeps_the_earlier_state(target_folder, run_fold
         pipeline.save(trainer, tmp_path / "out", run_folder)
     with files_no_larger_than(2000), pytest.raises(ConfigError, match="--feature-budget"):
         trainer_of(target_folder, answers, tmp_path / "other")
+
+
+def again(target_folder, prompts, run_folder):
+    """The command of a finished run, in a copy of its folder."""
+    argv = ["--target", str(target_folder), "--prompts", str(prompts), "--run-dir", str(run_folder), *SHAPE, *TRAINING]
+    return command.main([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0"])
+
+
+def test_a_kill_while_calibrating_costs_the_calibration_alone(
+    target_folder, prompts, run_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    finished = {name: (folder / "drafter" / name).read_bytes() for name in ("calibration.json", "card.md")}
+    for name in finished:
+        (folder / "drafter" / name).unlink()
+    rounds = 0
+
+    def killed(self, *args):
+        nonlocal rounds
+        for event in real(self, *args):
+            rounds += 1
+            if rounds == 40:
+                raise KeyboardInterrupt
+            yield event
+
+    real = LocalEngine.run
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            again(target_folder, prompts, folder)
+    weights = (folder / "drafter" / "model.safetensors").read_bytes()
+    assert not (folder / "drafter" / "calibration.json").exists()
+    assert again(target_folder, prompts, folder) == 0
+    assert (folder / "drafter" / "model.safetensors").read_bytes() == weights
+    assert (folder / "drafter" / "calibration.json").read_bytes() == finished["calibration.json"]
+    assert (folder / "drafter" / "card.md").read_bytes().endswith(finished["card.md"].partition(b"## Held-out")[2])
+
+
+def test_a_full_disk_while_calibrating_is_said_and_made_good(
+    target_folder, prompts, run_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    real = pipeline.save_calibration
+
+    def full(calibration, out):
+        with files_no_larger_than(100):
+            return real(calibration, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_calibration", full)
+        assert again(target_folder, prompts, folder) == 2
+    assert "calibration.json cannot be written" in capsys.readouterr().err
+    assert not list((folder / "drafter").glob("calibration.json*"))
+    assert again(target_folder, prompts, folder) == 0
+    assert (folder / "drafter" / "calibration.json").read_bytes() == (
+        run_folder / "drafter" / "calibration.json"
+    ).read_bytes()
 
 
 def test_a_broken_state_is_said(target_folder, run_folder, tmp_path):

@@ -1,14 +1,14 @@
-"""Calibration of the confidence head: Sequential Temperature Scaling (design/algorithm.md, "Calibration").
+"""Calibration of the confidence head: Sequential Platt Scaling (docs/decisions/012).
 
-c_k = σ(logit_k / T_k). The temperatures are chosen one position after the other, each so that the prefix survival
-a_k = c_1·…·c_k comes closest to the share of rounds that really accepted 1 … k. Greedy decoding, rejection and
-coupled verification accept with different probabilities, so each has temperatures of its own.
+c_k = σ(logit_k / T_k + b_k). The paper's Sequential Temperature Scaling (design/algorithm.md, "Calibration") is the
+case b = 0; a temperature alone cannot mend a head that promises too much everywhere. Greedy decoding, rejection and
+coupled verification accept with different probabilities, so each has a calibration of its own. `spec.platt` fits it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, inf, log
+from math import exp, inf, isfinite, log
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,23 +20,58 @@ from dspark_stream.types import Acceptance
 CALIBRATION_FILE = "calibration.json"
 BINS = 10
 """Equal bins of promised survival, in which promise and outcome are compared."""
-SEARCHED = [2.0 ** (i / 16) for i in range(-48, 49)]
-"""Temperatures that are tried: 1/8 … 8, each 4 % above the one before."""
 LARGEST_LOGIT = 30.0
 
 
+_BIASES: dict[Acceptance, str] = {
+    "greedy": "greedy_bias",
+    "rejection": "rejection_bias",
+    "coupled": "coupled_bias",
+}
+
+
+class Scaling(NamedTuple):
+    """T_1 … T_γ and b_1 … b_γ of one way to accept."""
+
+    temperatures: list[float]
+    biases: list[float]
+
+
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One temperature a position, for each way to accept; the file beside a drafter's weights."""
+    """A temperature and a bias a position, for each way to accept; the file beside a drafter's weights.
+
+    A position without a temperature counts as T = 1, one without a bias as b = 0: files written before there were
+    biases mean what they meant.
+    """
 
     greedy: list[float] = []
     rejection: list[float] = []
     coupled: list[float] = []
+    greedy_bias: list[float] = []
+    rejection_bias: list[float] = []
+    coupled_bias: list[float] = []
+
+    def scaling(self, acceptance: Acceptance, positions: int) -> Scaling:
+        """Of one way to accept, for so many positions."""
+        temperatures: list[float] = getattr(self, acceptance)
+        biases: list[float] = getattr(self, _BIASES[acceptance])
+        return Scaling(
+            [*temperatures[:positions], *[1.0] * (positions - len(temperatures))],
+            [*biases[:positions], *[0.0] * (positions - len(biases))],
+        )
 
     def confidence(self, logits: Sequence[float], acceptance: Acceptance) -> list[float]:
-        """c_1 … c_γ from confidence logits; a position without a temperature counts as T = 1."""
+        """c_1 … c_γ from confidence logits."""
         temperatures: list[float] = getattr(self, acceptance)
-        padded = [*temperatures, *[1.0] * (len(logits) - len(temperatures))]
-        return [sigmoid(x / t) for x, t in zip(logits, padded, strict=False)]
+        biases: list[float] = getattr(self, _BIASES[acceptance])
+        if len(temperatures) < len(logits) or len(biases) < len(logits):
+            temperatures, biases = self.scaling(acceptance, len(logits))
+        return [sigmoid(x / t + b) for x, t, b in zip(logits, temperatures, biases, strict=False)]
+
+    def logits(self, confidence: Sequence[float], acceptance: Acceptance) -> list[float]:
+        """The confidence logits that gave c_1 … c_γ."""
+        scaling = self.scaling(acceptance, len(confidence))
+        return [(logit(c) - b) * t for c, t, b in zip(confidence, *scaling, strict=True)]
 
 
 def load_calibration(folder: Path) -> Calibration | None:
@@ -51,7 +86,11 @@ def load_calibration(folder: Path) -> Calibration | None:
     try:
         calibration = msgspec.json.decode(path.read_bytes(), type=Calibration)
         for name in Calibration.__struct_fields__:
-            if not all(0 < t < inf for t in getattr(calibration, name)):
+            values: list[float] = getattr(calibration, name)
+            if name.endswith("_bias"):
+                if not all(map(isfinite, values)):
+                    raise msgspec.ValidationError(f"biases must be finite - at `$.{name}`")
+            elif not all(0 < t < inf for t in values):
                 raise msgspec.ValidationError(f"temperatures must be above 0 - at `$.{name}`")
         return calibration
     except (OSError, msgspec.MsgspecError) as error:
@@ -70,30 +109,9 @@ def save_calibration(calibration: Calibration, folder: Path) -> Path:
         part.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
         part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {error}", param="drafter") from error
     return path
-
-
-class Observed(NamedTuple):
-    """One round in which every draft token was verified."""
-
-    logits: Sequence[float]
-    accepted: int
-
-
-def fit_temperatures(rounds: Sequence[Observed], gamma: int) -> list[float]:
-    """T_1 … T_γ; of equally good temperatures the one nearest to 1. [] without rounds."""
-    if not rounds:
-        return []
-    before = [1.0] * len(rounds)  # a_{k-1} of each round, by the temperatures found so far
-    temperatures: list[float] = []
-    for k in range(gamma):
-        logits, held = [r.logits[k] for r in rounds], [r.accepted > k for r in rounds]
-        tried = {t: [a * sigmoid(x / t) for a, x in zip(before, logits, strict=True)] for t in SEARCHED}
-        best = min(SEARCHED, key=lambda t: (expected_calibration_error(tried[t], held), abs(log(t))))
-        temperatures.append(round(best, 4))
-        before = tried[best]
-    return temperatures
 
 
 class Bin(NamedTuple):

@@ -16,6 +16,7 @@ from dspark_stream.training.answers import Answer, Split
 from dspark_stream.training.log import last_figures
 from dspark_stream.training.loop import Trainer
 from dspark_stream.training.plan import FILE, TrainPlan
+from dspark_stream.types import Acceptance
 
 
 def write_card(
@@ -24,7 +25,7 @@ def write_card(
     split: Split,
     target_name: str,
     run_folder: Path,
-    fits: dict[str, Fit],
+    fits: dict[Acceptance, Fit],
     machine: str,
 ) -> str:
     """The card as Markdown. Held-out figures are the log's last, and those of the calibration's rounds."""
@@ -121,16 +122,16 @@ def _figures(figures: dict[str, str], gamma: int) -> Iterable[str]:
     yield f"Acceptance of draft 1 … {gamma}, given that those before it were accepted: {figures['by_position']}."
 
 
-def _fits(fits: dict[str, Fit]) -> Iterable[str]:
+def _fits(fits: dict[Acceptance, Fit]) -> Iterable[str]:
     yield "The held-out prompts, run by the engine with all drafts verified: greedily, and at temperature 1 under both"
-    yield "verifications. Calibration error of prefix survival, mean over positions, before Sequential Temperature"
-    yield "Scaling and after it on the same rounds."
+    yield "verifications. Expected calibration error of prefix survival, mean over positions: before calibration, after"
+    yield "it on the same rounds, and what chance alone would show if every promise were right."
     yield ""
-    yield "| | rounds | accepted length | error before | error after |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| | rounds | accepted length | error before | error after | by chance |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for way, fit in fits.items():
-        before, after = (f"{100 * fmean(errors):.1f} %" for errors in (fit.before, fit.after))
-        yield f"| {way} | {fit.rounds} | {fit.accepted_length:.2f} | {before} | {after} |"
+        shown = " | ".join(f"{100 * fmean(errors):.1f} %" for errors in (fit.before, fit.after, fit.floor))
+        yield f"| {way} | {fit.rounds} | {fit.accepted_length:.2f} | {shown} |"
 
 
 def hardware(device: torch.device) -> str:

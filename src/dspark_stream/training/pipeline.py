@@ -44,9 +44,10 @@ from dspark_stream.training.initial import default_taps, pick_mask_token, start_
 from dspark_stream.training.loop import LoopConfig, Trainer
 from dspark_stream.training.plan import FILE, TrainPlan
 from dspark_stream.training.writers import EngineWriter, OpenVinoWriter, Writer, choose_writer
+from dspark_stream.types import Acceptance
 
 CALIBRATION_STREAMS = 16
-CALIBRATION_TOKENS = 128
+CALIBRATION_TOKENS = 256
 
 
 def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> bool:
@@ -265,7 +266,9 @@ def _unwritable(out: Path, error: Exception) -> ConfigError:
     )
 
 
-def calibration_stage(plan: TrainPlan, target_name: str, split: Split, out: Path, progress: Progress) -> dict[str, Fit]:
+def calibration_stage(
+    plan: TrainPlan, target_name: str, split: Split, out: Path, progress: Progress
+) -> dict[Acceptance, Fit]:
     """Calibrate the saved drafter on the held-out prompts, in the engine: what it is worth there, by way to accept."""
     streams = min(plan.streams, CALIBRATION_STREAMS)
     config = Config(model=target_name, drafter=str(out), device=plan.device, threads=plan.threads, max_num_seqs=streams)

@@ -65,7 +65,7 @@ def run_round(
     drafted = _draft(models, state, seats, drafts_here) if drafting else _nothing(state, seats)
     gamma = drafted.drafts.tokens.shape[1]
     admitted = admit(
-        drafted.confidence,
+        drafted.confidence + state.shift[:seats, :gamma],
         state.calibration[:seats, :gamma].contiguous() if drafting else torch.ones_like(drafted.confidence),
         drafts_here if drafting else torch.zeros_like(drafts_here),
         live,

@@ -191,6 +191,7 @@ class GraphRounds:
     def seat_of(self, stream: Stream) -> Seat:
         """What a stream brings to its seat."""
         acceptance = acceptance_of(stream)
+        scaling = self._models.calibration.scaling(acceptance, self.state.gamma)
         return Seat(
             anchor=stream.anchor,
             position=stream.position,
@@ -200,7 +201,8 @@ class GraphRounds:
             acceptance=acceptance,
             sampling=stream.sampling,
             round_key=stream.round_key,
-            temperatures=getattr(self._models.calibration, acceptance),
+            temperatures=scaling.temperatures,
+            biases=scaling.biases,
         )
 
     # --- rounds ------------------------------------------------------------------------------------------------

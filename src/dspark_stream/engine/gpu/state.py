@@ -39,6 +39,8 @@ class Seat:
     """64 unsigned bits."""
     temperatures: Sequence[float]
     """T_1 … T_γ of its way to accept."""
+    biases: Sequence[float] = ()
+    """b_1 … b_γ of it."""
 
 
 class RoundState:
@@ -53,6 +55,8 @@ class RoundState:
         self.anchor, self.mode, self.top_k, self.active, self.drafting = self._ints.unbind(0)
         self.temperature, self.top_p, self.min_p = self._reals.unbind(0)
         self.calibration = torch.ones(seats, gamma, dtype=torch.float32, device=device)
+        self.shift = torch.zeros(seats, gamma, dtype=torch.float32, device=device)
+        """b_k·T_k, added to confidence logits before T_k divides them: σ(x/T + b)."""
         self.history = torch.zeros(gamma, dtype=torch.float32, device=device)
         """Confidence logits of the past, for a drafter without a confidence head."""
         self.rule = torch.tensor([BUDGET, ALL_THAT_FITS], dtype=torch.int32, device=device)
@@ -80,6 +84,7 @@ class RoundState:
         ints = np.zeros((5, self.seats), np.int32)
         reals = np.ones((3, self.seats), np.float32)
         calibration = np.ones((self.seats, self.gamma), np.float32)
+        shift = np.zeros((self.seats, self.gamma), np.float32)
         for i, s in enumerate(taken):
             p = s.sampling
             longs[:, i] = s.position, s.limit, s.slot, p.seed, signed(s.round_key)
@@ -87,11 +92,14 @@ class RoundState:
             reals[:, i] = p.temperature if s.acceptance != "greedy" else 1.0, p.top_p, p.min_p
             fitted = s.temperatures[: self.gamma]
             calibration[i, : len(fitted)] = fitted
+            biases = s.biases[: self.gamma]
+            shift[i, : len(biases)] = biases * calibration[i, : len(biases)]
         for device, host in (
             (self._longs, longs),
             (self._ints, ints),
             (self._reals, reals),
             (self.calibration, calibration),
+            (self.shift, shift),
         ):
             device.copy_(torch.from_numpy(host))
 
