@@ -68,12 +68,14 @@ def last_rows(log: Path) -> int:
 def trend(xs: list[float], ys: list[float]) -> tuple[float, float, float]:
     """Least squares y = a + b·x: a, b and b's standard error."""
     n = len(xs)
+    if n < 3:
+        raise SystemExit("a trend needs three runs at least: give more with --run")
     mx, my = sum(xs) / n, sum(ys) / n
     spread = sum((x - mx) ** 2 for x in xs)
     b = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / spread
     a = my - b * mx
     left = sum((y - a - b * x) ** 2 for x, y in zip(xs, ys, strict=True))
-    return a, b, sqrt(left / max(1, n - 2) / spread)
+    return a, b, sqrt(left / (n - 2) / spread)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main() -> None:
             "drafter": label,
             "drafts": drafts if drafts < MAX_FIXED else "block",
             "streams": streams,
-            "MB": round(size_mb(configs[label, drafts]), 1),
+            "file MB": round(size_mb(configs[label, drafts]), 1),
             "rounds": len(seen),
             "t_draft_ms": round(draft, 2),
             "t_verify_ms": round(verify, 2),

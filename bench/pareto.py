@@ -61,7 +61,7 @@ def main() -> None:
                     for variant in variants:
                         point, _ = measure(
                             engine, local, tokenizer, prompts, variant=variant, streams=streams,
-                            temperature=temperature, tokens=args.tokens, waves=2 if streams < 16 else 1,
+                            temperature=temperature, tokens=args.tokens, waves=3 if streams < 16 else 2,
                         )  # fmt: skip
                         points.append(point)
                         print(

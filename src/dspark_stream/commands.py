@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -302,7 +301,7 @@ def _measure(
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    """Fit a calibration, write it beside the drafter, and show what they do."""
+    """Fit a calibration, write it beside the drafter, and show what it does."""
     from dspark_stream.calibrate import calibrate as run
     from dspark_stream.calibrate import calibration_config, table
     from dspark_stream.engine.build import drafter_folder
@@ -326,13 +325,19 @@ def calibrate(args: argparse.Namespace) -> int:
     engine, tokenizer = _load(calibration_config(config), quiet=_quiet(args))
     if tokenizer is None:
         raise ConfigError("this model has no tokenizer, so prompt files cannot be read")
+    progress = Progress(enabled=not _quiet(args))
     seen: set[tuple[int, ...]] = set()
     if args.unseen_by:
         seen = {a.prompt_ids for a in read_answers(args.unseen_by, engine.info.vocab_size)}
     prompts: list[tuple[int, ...]] = []
-    for asked in files:
-        ids = (tuple(tokenizer.encode_chat([(m.role, m.content) for m in p.messages])) for p in asked)
-        prompts += islice((i for i in ids if i not in seen), args.limit)
+    for path, asked in zip(args.prompts, files, strict=True):
+        ids = [tuple(tokenizer.encode_chat([(m.role, m.content) for m in p.messages])) for p in asked]
+        unseen = [i for i in ids if i not in seen]
+        if args.unseen_by:
+            progress.say(f"{path}: {len(ids) - len(unseen)} of {len(ids)} prompts are in {args.unseen_by}")
+        prompts += unseen[: args.limit]
+    if not prompts:
+        raise ConfigError(f"every prompt is in {args.unseen_by}: none is left to calibrate with", param="unseen_by")
     with LocalEngine(engine) as local:
         calibration, fits = run(
             local,
@@ -342,8 +347,10 @@ def calibrate(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             streams=min(args.streams, config.max_num_seqs),
             seed=args.seed,
-            progress=Progress(enabled=not _quiet(args)),
+            progress=progress,
         )
+    if not fits:
+        raise ConfigError("too few rounds to calibrate with: nothing was written; give more prompts", param="prompts")
     path = save_calibration(calibration, out)
     if args.json:
         print(json.dumps(msgspec.to_builtins({"file": str(path), "calibration": calibration, "fits": fits})))

@@ -72,6 +72,10 @@ class Prompt(msgspec.Struct, frozen=True):
     """The user's next turns, if the conversation goes on."""
 
 
+GOLDEN = 0.618034
+"""Its multiples, less their whole parts, fill 0 … 1 evenly however many there are."""
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """How every prompt is run."""
 
@@ -81,6 +85,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     streams: int
     turns: int = 1
     """Most turns of a conversation; those after the first are the prompt's ``follow_ups``."""
+    spread: float = 0.0
+    """Answers of ``max_tokens`` less or more that share of it, evenly: of equal length, plain streams would all end in
+    the same round, and no other ones do.
+    """
+
+    def sampling_of(self, number: int) -> SamplingParams:
+        """Of one prompt. Each has its own seed, since coupled noise is drawn by (seed, position)."""
+        share = 2.0 * (number * GOLDEN % 1.0) - 1.0
+        return msgspec.structs.replace(
+            self.sampling,
+            seed=(self.sampling.seed or 0) + number,
+            max_tokens=max(1, round(self.sampling.max_tokens * (1.0 + self.spread * share))),
+        )
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -287,8 +304,7 @@ def _run_turn(
             request = GenerationRequest(
                 request_id=f"{label}#{number + 1}",
                 prompt_ids=ids,
-                # each prompt its own: coupled noise is drawn by (seed, position)
-                sampling=msgspec.structs.replace(plan.sampling, seed=(plan.sampling.seed or 0) + number),
+                sampling=plan.sampling_of(number),
                 mode=plan.mode,
                 verification=plan.verification,
                 record_rounds=True,

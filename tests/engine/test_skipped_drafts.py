@@ -139,4 +139,14 @@ def test_drift_follows_a_machine_that_changes_and_not_a_slow_round(caplog):
     assert "2.00 times" in caplog.text
     for _ in range(3 * WINDOW):  # only the large passes do
         drift.see(15, 30.0 / drift.curve.verify_ms[2], None)
-    assert drift.curve.verify_ms == pytest.approx([10.0, 12.0, 30.0])
+    assert drift.curve.verify_ms == pytest.approx([10.0, 14.0, 30.0])  # what was not seen: in the middle
+
+
+def test_drift_is_not_taken_from_ratios_to_a_curve_that_is_gone():
+    """Guards against a size counted twice: as slow as everything, and again against that curve."""
+    curve = CapacityCurve(tokens=[1, 4], verify_ms=[5.0, 8.0], streams=[1], stream_ms=[0.0], draft_ms=[2.0])
+    drift = Drift(curve)
+    for i in range(4 * WINDOW):  # everything takes twice as long, drafting is seen half as often
+        expected = drift.curve.verify_ms[0], drift.curve.draft_ms[0]
+        drift.see(1, 10.0 / expected[0], 4.0 / expected[1] if i % 2 else None)
+    assert drift.curve.draft_ms == pytest.approx([4.0])

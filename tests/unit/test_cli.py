@@ -14,7 +14,7 @@ import pytest
 from dspark_stream import cli, commands
 from dspark_stream.config import Config
 from dspark_stream.errors import InternalError, ModelLoadError
-from dspark_stream.spec.calibration import Calibration, load_calibration
+from dspark_stream.spec.calibration import load_calibration
 from dspark_stream.spec.capacity import CapacityCurve
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 
@@ -363,9 +363,11 @@ def test_calibrate_leaves_out_what_the_drafter_was_trained_on(monkeypatch, confi
 
 def test_calibrate_leaves_alone_what_it_has_seen_too_little_of(loaded, confident, tmp_path, capsys):
     path = write_prompts(tmp_path / "one.jsonl", 2)
-    assert cli.main(["calibrate", "--prompts", str(path), "--drafter", str(tmp_path)]) == 0
-    assert "6 rounds are too few" in capsys.readouterr().err
-    assert load_calibration(tmp_path) == Calibration()
+    assert cli.main(["calibrate", "--prompts", str(path), "--drafter", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "6 rounds are too few" in said
+    assert "nothing was written" in said
+    assert load_calibration(tmp_path) is None
 
 
 def test_calibrate_needs_a_confidence_head(loaded, confident, tmp_path, capsys):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from itertools import cycle
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_stream.engine.profile import SWEEPS, Point, fit, sweep
+from dspark_stream.engine.profile import LONG_STREAMS, SWEEPS, Point, _Bench, fit, sweep
+from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost, convex, ladder, monotone
 from dspark_stream.spec.schedule import (
     Adaptive,
@@ -219,22 +219,63 @@ def test_a_slope_that_was_measured_wrong_makes_nothing_free():
     assert costs.draft_ms(1, 1, 0.0) == pytest.approx(0.5)
 
 
+class Clock:
+    """Points whose runs take what they say, and a clock that knows."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def point(self, size, values, more=0.0):
+        """``more``: milliseconds of a run that it does not report."""
+
+        def run(_):
+            ms = next(values)
+            self.now += (ms + more) / 1e3
+            return ms
+
+        return Point("rows", size, run)
+
+
 def test_points_are_swept_and_the_first_run_does_not_count():
-    times = {n: iter([99.0, 35.0, 39.0 + n, 37.0] + [36.0] * 20) for n in (1, 2)}
-    points = [Point("rows", n, lambda n: next(times[n])) for n in (1, 2)]
-    runs = []
-    assert sweep(points, lambda: runs.append(1)) == {"rows": {1: 36.0, 2: 36.0}}
+    clock, runs = Clock(), []
+    points = [clock.point(n, iter([99.0, 35.0, 39.0 + n, 37.0] + [36.0] * 20)) for n in (1, 2)]
+    assert sweep(points, lambda: runs.append(1), clock) == {"rows": {1: 36.0, 2: 36.0}}
     assert len(runs) == 2 * SWEEPS
-    slow = iter([500.0, 300.0, 1.0])
-    assert sweep([Point("rows", 1, lambda n: next(slow))]) == {"rows": {1: 300.0}}  # twice, no more
+
+
+def test_a_slow_point_is_measured_twice_and_no_more():
+    """Also where most of what it does is not what it reports."""
+    clock = Clock()
+    points = [clock.point(1, iter([500.0, 300.0])), clock.point(2, iter([2.0, 1.0]), more=400.0)]
+    assert sweep(points, clock=clock) == {"rows": {1: 300.0, 2: 1.0}}
 
 
 def test_a_short_point_is_measured_as_the_last_of_some():
     """A service does the same round again and again: what a change of size costs does not count."""
-    alternating = {n: cycle([4.0, 3.0, 2.0, 1.0]) for n in (1, 2)}
-    first = {n: iter([4.0]) for n in (1, 2)}  # the first sweep runs everything once
-    points = [Point("rows", n, lambda n: next(first[n], None) or next(alternating[n])) for n in (1, 2)]
-    assert sweep(points) == {"rows": {1: 1.0, 2: 1.0}}
+    clock = Clock()
+    points = [clock.point(n, itertools.chain([2.5], itertools.cycle([4.0, 3.0, 2.0, 1.0]))) for n in (1, 2)]
+    assert sweep(points, clock=clock) == {"rows": {1: 1.0, 2: 1.0}}
+
+
+class Timed(_Bench):
+    """Streams of a model that is not there."""
+
+    def __init__(self, room, **sizes):
+        super().__init__(None, None, None, None, ExtentAllocator(room), **sizes)
+
+
+def test_measured_streams_have_room_for_what_is_measured_on_them():
+    """Guards against rows that are written into a neighbour's extent, and against streams that share one needlessly."""
+    bench = Timed(1 << 16, max_seqs=6, max_model_len=1024)
+    assert bench.long_streams == LONG_STREAMS
+    assert all(e.size >= bench.long_context + bench.long_rows for e in bench._extents[:LONG_STREAMS])
+    assert len({e.slot for e in bench._extents}) == 6
+    tight = Timed(1024 + 5 * 288, max_seqs=6, max_model_len=1024)  # room for one long text and five short ones
+    assert (tight.long_streams, len(tight._extents)) == (1, 6)
+    assert Timed(512, max_seqs=2, max_model_len=1024)._extents == []
 
 
 def test_fit_separates_what_was_measured_together():

@@ -48,7 +48,7 @@ class Packed(NamedTuple):
 
 def admit(
     confidence: Tensor,  # [R, γ] float32: logits
-    temperature: Tensor,  # [R, γ] float32: by Sequential Temperature Scaling, each stream's own kind
+    temperature: Tensor,  # [R, γ] float32: of the calibration, each stream's own kind
     drafting: Tensor,  # [R] bool
     active: Tensor,  # [R] bool
     rule: Tensor,  # [2] int32: which rule, and its number (THRESHOLD: its bits)

@@ -31,7 +31,7 @@ class Drift:
         """How many times as long passes of each size take; None where none was seen."""
         self._draft: float | None = None
         """The same of drafting."""
-        self._told = 1.0
+        self._told = (1.0, 1.0)
         self._seen: dict[int, list[float]] = {}
 
     @property
@@ -55,6 +55,10 @@ class Drift:
             self._draft = (self._draft or everywhere) * ratio
             changed = True
         if changed:
+            if self.ratio != everywhere:  # what was collected of sizes that go by it was held against the old curve
+                unseen = [i for i, f in enumerate(self._verify) if f is None] + ([-1] if self._draft is None else [])
+                for kind in unseen:
+                    self._seen.pop(kind, None)
             everywhere = self.ratio
             factors = [f or everywhere for f in self._verify]
             self.curve = self._measured.scaled(factors, self._draft or everywhere)
@@ -77,10 +81,11 @@ class Drift:
         return None if 1 / TOLERANCE < middle < TOLERANCE else middle
 
     def _tell(self) -> None:
-        if not 1 / NOTABLE < self.ratio / self._told < NOTABLE:
-            self._told = self.ratio
+        now = (self.ratio, self._draft or self.ratio)
+        if not all(1 / NOTABLE < a / b < NOTABLE for a, b in zip(now, self._told, strict=True)):
+            self._told = now
             log.warning(
-                "rounds drift from the capacity curve: passes take %.2f times what was measured; scheduling goes by "
-                "what they take now (dspark-stream profile --again measures anew)",
-                self.ratio,
+                "rounds drift from the capacity curve: passes take %.2f times what was measured, drafting %.2f times; "
+                "scheduling goes by what they take now (dspark-stream profile --again measures anew)",
+                *now,
             )

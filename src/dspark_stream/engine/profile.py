@@ -18,7 +18,7 @@ from dspark_kernels.cpu.build import library_path
 from dspark_stream import __version__
 from dspark_stream.engine.step import Models, decode_round
 from dspark_stream.engine.stream import Stream
-from dspark_stream.models.cache import Extent, ExtentAllocator, KVStore
+from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator, KVStore
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.native import NativeTarget
 from dspark_stream.models.target import Target
@@ -155,20 +155,26 @@ Times = dict[str, dict[int, float]]
 """Medians in milliseconds: what → size → time."""
 
 
-def sweep(points: Sequence[Point], on_run: Callable[[], None] = lambda: None) -> Times:
+def sweep(
+    points: Sequence[Point], on_run: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.perf_counter
+) -> Times:
     """Time all points in turn, over and over until the budget is spent: a neighbour's burst hits every point alike.
 
     The first run of a point pays for buffers and does not count where there are others; medians of the rest.
     """
     runs: list[list[float]] = [[] for _ in points]
-    begun = time.monotonic()
+    took: list[float] = [inf] * len(points)
+    """What a run takes at least with all that it does before it measures."""
+    begun = clock()
     for number in range(SWEEPS):
-        for point, seen in zip(points, runs, strict=True):
-            if number >= 2 and (time.monotonic() - begun > BUDGET_S or min(seen) > SLOW_MS):
+        for i, (point, seen) in enumerate(zip(points, runs, strict=True)):
+            if number >= 2 and (clock() - begun > BUDGET_S or took[i] > SLOW_MS):
                 continue
-            for _ in range(min(STEADY_RUNS, int(STEADY_MS / min(seen, default=inf)))):
+            for _ in range(min(STEADY_RUNS, int(STEADY_MS / max(took[i], 1e-3)))):
                 point.run(point.size)
+            started = clock()
             seen.append(point.run(point.size))
+            took[i] = min(took[i], 1e3 * (clock() - started))
             on_run()
     times: Times = {}
     for point, seen in zip(points, runs, strict=True):
@@ -237,17 +243,21 @@ class _Bench:
         self.context = max(1, min(CONTEXT, max_model_len // 2))
         widest = max(LONGEST_CHUNK, max_seqs * (1 + self.gamma))
         self.max_tokens = max(1, min(widest, max_model_len - self.context))
-        self.long_context = min(LONG_CONTEXT, max_model_len - self.gamma - 1)
+        self.long_rows = max(2, 1 + self.gamma)
+        self.long_context = min(LONG_CONTEXT, max_model_len - self.long_rows)
         self._extents: list[Extent] = []
-        longest = max(self.context + self.max_tokens, self.long_context + self.gamma + 1)
-        some = min(LONG_STREAMS, max_seqs) - 1
-        short = [self.context + self.gamma + 1] * (max_seqs - 1 - some)
-        for tokens in [longest] + [self.long_context + self.gamma + 1] * some + short:
-            extent = allocator.allocate(tokens)
+        short, long = self.context + self.gamma + 1, self.long_context + self.long_rows
+        for i in range(max_seqs):
+            left = (
+                allocator.total - allocator.used - (max_seqs - 1 - i) * (short + GRAIN)
+            )  # what the others do not need
+            wanted = max(self.context + self.max_tokens, long) if i == 0 else long
+            extent = allocator.allocate(wanted if i == 0 or (i < LONG_STREAMS and left >= long) else short)
             if extent is None:  # a small budget: some streams are then timed on each other's slots
                 break
             self._extents.append(extent)
-        self.long_streams = min(LONG_STREAMS, len(self._extents))
+        fits = [extent.size >= long for extent in self._extents[:LONG_STREAMS]]
+        self.long_streams = (*fits, False).index(False)
 
     def __enter__(self) -> _Bench:
         for store in (self._target_kv, self._drafter_kv):
@@ -270,10 +280,9 @@ class _Bench:
         some = max(n for n in streams if n <= WARM_ROWS)
         points.append(Point("sampled", some, self.sampled_ms))
         points += [Point("rest", n, self.rest_ms) for n in streams]
-        block = min(1 + self.gamma, self.max_tokens)
-        far = self.long_context >= 2 * self.context
+        far = self.long_streams and self.long_context >= 2 * self.context
         if far:
-            points += [Point("long", n, self.long_ms) for n in sorted({1, max(2, block)})]
+            points += [Point("long", n, self.long_ms) for n in (1, self.long_rows)]
         if self._drafter:
             points += [Point("draft", n, self.draft_ms) for n in streams]
             points += [Point("slot", n, self.slot_ms) for n in streams]

@@ -71,6 +71,10 @@ def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
             f"{', '.join(dict.fromkeys(ARCHITECTURES.values()))}",
             param="architectures",
         )
+    if (model_type := raw.get("model_type")) not in ARCHITECTURES:
+        raise ModelLoadError(
+            f"{path}: model_type {model_type!r}; known: {', '.join(ARCHITECTURES)}", param="model_type"
+        )
     rank = fields.markov_rank or 0
     kind = fields.markov_head_type or "vanilla" if rank else "vanilla"
     if kind not in get_args(HeadType):
@@ -78,7 +82,9 @@ def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
             f"{path}: markov_head_type {kind!r}; known: {', '.join(get_args(HeadType))}", param="markov_head_type"
         )
     return DrafterConfig(
-        backbone=geometry_of(raw) if native else backbone_config(_text_config(raw, path), fields.num_hidden_layers),
+        backbone=geometry_of(raw, str(path), "drafter")
+        if native
+        else backbone_config(_text_config(raw, path), fields.num_hidden_layers),
         num_layers=fields.num_hidden_layers,
         block_size=fields.block_size,
         mask_token_id=fields.mask_token_id,
@@ -99,11 +105,7 @@ INHERITED = ("architectures", "layer_types", "sliding_window", "per_layer_config
 def _text_config(raw: dict[str, Any], path: Path) -> Any:
     """The inherited target config as the library reads it, without what is about the target's layers alone."""
     fields = {name: value for name, value in raw.items() if name not in INHERITED}
-    model_type = fields.pop("model_type", None)
-    if model_type not in ARCHITECTURES:
-        raise ModelLoadError(
-            f"{path}: model_type {model_type!r}; known: {', '.join(ARCHITECTURES)}", param="model_type"
-        )
+    model_type = fields.pop("model_type")
     for layer in (raw.get("per_layer_config") or {}).values():
         # newer libraries write the full-attention layers' shape here; older ones, and we, in fields of its own
         fields.setdefault("global_head_dim", layer.get("head_dim"))
@@ -123,7 +125,8 @@ def load_drafter(folder: Path, target: Target) -> Drafter:
         UnsupportedError: the target runs on the CPU's kernels, and these cannot run the drafter.
         ModelLoadError: unreadable, tensors missing, left over or of the wrong shape, or made for another target.
     """
-    native = isinstance(target, NativeTarget)
+    # the kernels refuse other families by themselves; of another one than the target's more is to be said
+    native = isinstance(target, NativeTarget) and _model_type(folder) in (target.config.model_type, None)
     config = read_config(folder, native=native)
     tensors: dict[str, Tensor] = {}
     files = sorted(folder.glob("*.safetensors"))
@@ -177,6 +180,14 @@ def load_drafter(folder: Path, target: Target) -> Drafter:
         raise ModelLoadError(f"{folder}: tensors {said}", param="drafter")
     drafter.load_state_dict(tensors)
     return drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None  # `read_config` says what is wrong
+    return found if isinstance(found, str) else None
 
 
 def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

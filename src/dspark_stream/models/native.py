@@ -1,7 +1,7 @@
 """Targets and drafters on the integer kernels (kernels/dspark_kernels/cpu): Llama-like models on a CPU.
 
-native_loading.py packs targets. Greedy text is the same, token
-for token, alone and in company, plain and speculated: a row's result does not depend on the other rows of a pass.
+native_loading.py packs targets. Greedy text is the same, token for token, alone and in company, plain and speculated: a
+row's result does not depend on the other rows of a pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dspark_stream.models.target import Rows, Target, TargetOutput
 PAST_THE_END = 64
 """Positions past the longest text for which rotary tables are made: a block is drafted whole, wherever it begins."""
 DRAFT_BITS = 8
-"""Of a drafter's weights: its matrices are small, and what 4 bits lose in acceptance is more than they save."""
+"""Of a drafter's weights, unless `draft_quant` says otherwise; what 4 bits lose and save is in docs/drafter.md."""
 
 
 class NativeStore(KVStore):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from dspark_kernels.cpu import Context, Llama, PackedMatrix, Source
 from dspark_kernels.cpu.library import LayerWeights
 from dspark_stream.errors import ModelLoadError
-from dspark_stream.models.geometry import FAMILIES, Geometry, UnsupportedError, geometry_of
+from dspark_stream.models.geometry import KERNEL_FAMILIES, Geometry, UnsupportedError, checked, geometry_of
 from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.native import PAST_THE_END, NativeTarget, rotary_tables
 
@@ -173,7 +173,7 @@ def target_from_gguf(gguf: GgufFile, context: Context, eos_token_ids: tuple[int,
         ModelLoadError: a tensor missing or of the wrong shape.
     """
     family = gguf.fields.get("general.architecture")
-    if family not in FAMILIES:
+    if family not in KERNEL_FAMILIES:
         raise UnsupportedError(f"architecture {family}")
     if "rope_freqs.weight" in gguf.tensors or gguf.fields.get(f"{family}.rope.scaling.type", "none") != "none":
         raise UnsupportedError("scaled rotary positions")
@@ -189,18 +189,21 @@ def target_from_gguf(gguf: GgufFile, context: Context, eos_token_ids: tuple[int,
         raise UnsupportedError(f"{biased[0]}")
     hidden, heads = int(number("embedding_length")), int(number("attention.head_count"))
     tokens = gguf.fields.get("tokenizer.ggml.tokens", ())
-    geometry = Geometry(
-        model_type=family,
-        hidden_size=hidden,
-        heads=heads,
-        kv_heads=int(number("attention.head_count_kv", heads)),
-        head_size=int(number("attention.key_length", hidden // max(1, heads))),
-        inner=int(number("feed_forward_length")),
-        positions=int(number("context_length")),
-        layers=int(number("block_count")),
-        vocab=len(tokens) or gguf.tensor("token_embd.weight").shape[0],
-        eps=float(number("attention.layer_norm_rms_epsilon")),
-        rope_base=float(number("rope.freq_base", 10000.0)),
+    geometry = checked(
+        {
+            "model_type": family,
+            "hidden_size": hidden,
+            "heads": heads,
+            "kv_heads": int(number("attention.head_count_kv", heads)),
+            "head_size": int(number("attention.key_length", hidden // max(1, heads))),
+            "inner": int(number("feed_forward_length")),
+            "positions": int(number("context_length")),
+            "layers": int(number("block_count")),
+            "vocab": len(tokens) or gguf.tensor("token_embd.weight").shape[0],
+            "eps": float(number("attention.layer_norm_rms_epsilon")),
+            "rope_base": float(number("rope.freq_base", 10000.0)),
+        },
+        str(gguf.path),
     )
     if int(number("rope.dimension_count", geometry.head_size)) != geometry.head_size:
         raise UnsupportedError("rotary positions of a part of each head")
@@ -269,12 +272,14 @@ def target_from_folder(folder: Path, bits: int, context: Context) -> NativeTarge
     path = folder / "config.json"
     try:
         raw: dict[str, Any] = json.loads(path.read_text())
-        geometry = geometry_of(raw)
+        geometry = geometry_of(raw, str(path))
+        if raw.get("use_sliding_window"):
+            raise UnsupportedError("sliding windows")
         eos = raw.get("eos_token_id")
         generation = folder / "generation_config.json"
         if generation.exists():
             eos = json.loads(generation.read_text()).get("eos_token_id", eos)
-    except (OSError, ValueError, TypeError, AttributeError, ModelLoadError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelLoadError(f"{path} cannot be used: {error}", param="model") from error
     weights = SafetensorsWeights(folder, context, bits)
     biased = [name for name in weights._file if name.endswith(".bias")]

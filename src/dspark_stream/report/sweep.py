@@ -21,6 +21,7 @@ from dspark_stream.report.prompts import PROMPTS
 from dspark_stream.types import SamplingParams, Verification
 
 PLAIN = "plain"
+LEAST_ANSWERS = 12
 
 
 class Scheduled(Protocol):
@@ -67,15 +68,19 @@ def measure(
     verification: Verification = "rejection",
     waves: int = 2,
 ) -> tuple[Point, Tally]:
-    """Run every prompt of ``waves`` answers for each stream, all of the same length."""
+    """Run every prompt of ``waves`` answers for each stream, of ``tokens`` tokens less or more a half.
+
+    The more answers, the less the half-empty end weighs.
+    """
     if variant != PLAIN:
         engine.use_schedule(variant)
-    asked = [prompts[i % len(prompts)] for i in range(max(4, waves * streams))]
+    asked = [prompts[i % len(prompts)] for i in range(max(LEAST_ANSWERS, waves * streams))]
     plan = Plan(
         sampling=SamplingParams(max_tokens=tokens, temperature=temperature, seed=1, ignore_eos=True),
         mode="plain" if variant == PLAIN else "dspark",
         verification=verification,
         streams=streams,
+        spread=0.5,
     )
     tally = run_prompts(local, tokenizer, asked, plan, SILENT, variant)
     figures = tally.figures()

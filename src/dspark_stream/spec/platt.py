@@ -14,8 +14,9 @@ from dspark_stream.spec.calibration import LARGEST_LOGIT, Scaling
 SEARCHED = [2.0 ** (i / 16) for i in range(-32, 33)]
 """Temperatures that are tried: 1/4 … 4, each 4 % above the one before."""
 PRIOR = 10.0
-"""How strongly T = 1, b = 0 is held to: the weight of log² T / 2 and b² / 2 beside the rounds' log-likelihood. Some 40
-rounds at c = ½ weigh as much, so thousands overrule it and a position that few rounds reach stays near what it was."""
+"""How strongly T = 1, b = 0 is held to: the weight of log² T / 2 and b² / 2 beside the rounds' log-likelihood. For b
+some 40 rounds at c = ½ weigh as much, so thousands overrule it; a position that few rounds reach stays as it was.
+"""
 
 Floats = NDArray[np.float64]
 
@@ -42,11 +43,11 @@ def fit_scaling(rounds: Sequence[Observed], gamma: int) -> Scaling:
 
 
 def _fit_position(logits: Floats, held: NDArray[np.bool_]) -> tuple[float, float]:
-    """T and b of least penalised log-loss: a search over T, for each of which b is the root of a convex function."""
+    """T and b of least penalised log-loss: a search over T, for each of which b is where a convex function is least."""
     y = held.astype(np.float64)
 
     def loss(t: float, b: float) -> float:
-        x = logits / t + b
+        x = np.clip(logits / t + b, -LARGEST_LOGIT, LARGEST_LOGIT)
         return float((np.logaddexp(0, x) - y * x).sum()) + PRIOR * (log(t) ** 2 + b * b) / 2
 
     tried = [(t, _fit_bias(logits / t, y)) for t in SEARCHED]

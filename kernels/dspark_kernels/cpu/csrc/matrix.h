@@ -36,10 +36,11 @@ constexpr size_t PREFETCH = 16384;  // bytes ahead, into the second level: the p
 #endif
 
 template <size_t BYTES>
-inline void prefetch(const uint8_t* at) {
+inline void prefetch(const uint8_t* at, size_t ahead) {  // past the end of everything it does nothing
 #if defined(__GNUC__)
+    const uintptr_t from = reinterpret_cast<uintptr_t>(at) + ahead;
 DSPARK_UNROLL(20)
-    for (size_t i = 0; i < BYTES; i += 64) __builtin_prefetch(at + i, 0, 2);
+    for (size_t i = 0; i < BYTES; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i), 0, 2);
 #endif
 }
 
@@ -226,7 +227,7 @@ DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::G
 DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) total[r] = Floats::zero();
     for (int g = 0; g < groups; g++, at += step, x++) {
-        prefetch<step>(at + PREFETCH);
+        prefetch<step>(at, PREFETCH);
         Bytes chunk[8];
         unpack<BITS>(at, chunk);
         const auto dot = [&](int r) {
@@ -255,7 +256,7 @@ DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) total[r] = Floats::zero();
     for (int i = 0; i < groups + ADDED; i++) {
         if (i < groups) {
-            prefetch<step>(at + PREFETCH);
+            prefetch<step>(at, PREFETCH);
             Bytes chunk[8];
             unpack<BITS>(at, chunk);
 DSPARK_UNROLL(8)

@@ -1,5 +1,6 @@
 // A few threads that work on one thing together. They spin while a pass is under way, because its parts are shorter
-// than a wake-up, and sleep between passes, so that an idle service costs nothing.
+// than a wake-up; after it they look on for some milliseconds, giving way to whoever wants the core, and then sleep, so
+// that an idle service costs nothing.
 #pragma once
 
 #include <algorithm>
