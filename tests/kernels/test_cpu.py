@@ -223,7 +223,7 @@ def models(context, *, heads, kv_heads, size, hidden, inner, layers, norms, seed
 
     def reference():
         return LlamaReference(plain, *map(torch.from_numpy, (final, cosine, sine)), heads=heads, kv_heads=kv_heads,
-                              eps=1e-5)  # fmt: skip
+                              eps=1e-5, bfloat=context.kv_bfloat)  # fmt: skip
 
     return llama, reference
 
@@ -232,6 +232,7 @@ SHAPES = {
     "one key head": {"heads": 3, "kv_heads": 1, "size": 32, "hidden": 96, "inner": 160, "layers": 2, "norms": False},
     "SmolLM2": {"heads": 9, "kv_heads": 3, "size": 64, "hidden": 576, "inner": 192, "layers": 1, "norms": False},
     "all heads": {"heads": 2, "kv_heads": 2, "size": 32, "hidden": 64, "inner": 96, "layers": 3, "norms": False},
+    "many query heads": {"heads": 20, "kv_heads": 1, "size": 32, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
     "Qwen3": {"heads": 10, "kv_heads": 2, "size": 128, "hidden": 64, "inner": 64, "layers": 1, "norms": True},
 }
 
@@ -315,10 +316,11 @@ def test_a_block_sees_its_context_and_all_of_itself(context):
     want, _ = plain.forward(torch.from_numpy(block), torch.arange(21, 28), torch.full((7,), 28))
     assert np.abs(out - want.numpy()).mean() < 5e-3
     # what lies past the block is never looked at, whatever it holds
-    store.keys[:, :, 5:], store.values[:, :, 76:] = np.nan, np.nan
-    poisoned = store.keys.copy()
-    poisoned[:, :, (48 + 28) // 16, :, (48 + 28) % 16 :] = np.nan
-    again, _ = forward(llama, block, 21, 48, Store(poisoned, store.values), visible=28)
+    nan = np.uint16(0x7FFF)  # in float16 and in bfloat16
+    store.keys[:, :, 5:], store.values[:, :, 76:] = nan, nan
+    tile = store.keys[:, :, (48 + 28) // 16]  # [L, Hk, D, 16], or for the matrix unit [L, Hk, D/2, 16, 2]
+    (tile.reshape(1, 3, 32, 16, 2) if context.kv_bfloat else tile)[:, :, :, (48 + 28) % 16 :] = nan
+    again, _ = forward(llama, block, 21, 48, store, visible=28)
     assert (again == out).all()
 
 

@@ -23,14 +23,14 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off
 AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd", "vnni"))
 COMMON = ("-mfma", "-mf16c", "-mbmi2")
 ISA_FLAGS: dict[Isa, tuple[str, ...]] = {
-    "amx": (*AVX512, "-mamx-tile", "-mamx-int8", *COMMON),
+    "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16", *COMMON),
     "avx512": (*AVX512, *COMMON),
     "avx2": ("-mavx2", *COMMON),
     "portable": (),
 }
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni", "f16c"})
 NEEDS: dict[Isa, frozenset[str]] = {
-    "amx": _AVX512 | {"amx_tile", "amx_int8"},
+    "amx": _AVX512 | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
     "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
     "portable": frozenset(),

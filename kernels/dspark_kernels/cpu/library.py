@@ -23,6 +23,7 @@ from dspark_kernels.cpu.build import Isa, NoCompilerError, build
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
+Words = npt.NDArray[np.uint16]
 Ints = npt.NDArray[np.int32]
 
 GROUP = 32
@@ -169,6 +170,12 @@ class Context:
         if not self.handle:
             raise MemoryError(self.library.error().decode())
         _free_with(self, self.library.free_context, self.handle)
+
+    @property
+    def kv_bfloat(self) -> bool:
+        """Keys, values, queries and attention weights in bfloat16, as the matrix unit takes them; else keys and values
+        in float16 and the rest in float32."""
+        return self.isa == "amx"
 
     def read_rate(self, megabytes: int = 256, repeats: int = 5) -> float:
         """Bytes a second that these threads read from memory, the best of some passes over so many MiB."""
@@ -343,10 +350,13 @@ class Pass(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Keys [L, Hk, N/16, D, 16] and values [L, Hk, N, D] of all token slots."""
+    """Keys [L, Hk, N/16, D, 16] and values [L, Hk, N, D] of all token slots, two bytes each.
 
-    keys: Halves
-    values: Halves
+    Float16, or where `Context.kv_bfloat` bfloat16 with the layout inside 16 slots that csrc/attention.h describes.
+    """
+
+    keys: Words
+    values: Words
 
     @staticmethod
     def zeros(layers: int, slots: int, kv_heads: int, head_size: int) -> Store:
@@ -363,7 +373,7 @@ class Store(NamedTuple):
         self.values[:, :, slot : slot + size] = 0
 
 
-def _untouched(*shape: int) -> Halves:
+def _untouched(*shape: int) -> Words:
     """Zeros that take memory page by page as they are written.
 
     Small pages: every head of every layer has a part of its own, and large ones would round each up by megabytes.
@@ -372,7 +382,7 @@ def _untouched(*shape: int) -> Halves:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without large pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype=np.float16, count=math.prod(shape)).reshape(shape)
+    return np.frombuffer(memory, dtype=np.uint16, count=math.prod(shape)).reshape(shape)
 
 
 class Llama:

@@ -46,9 +46,10 @@ class LayerReference(NamedTuple):
 
 
 class LlamaReference:
-    """One stream's layers; its keys and values are kept as lists of rows, in half precision.
+    """One stream's layers; its keys and values are kept as lists of rows, in float16.
 
-    ``cosine`` and ``sine``: [positions, D/2].
+    ``cosine`` and ``sine``: [positions, D/2]. ``bfloat``: attention by a matrix unit, whose factors, the weights before
+    they are divided by their sum among them, are bfloat16.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class LlamaReference:
         heads: int,
         kv_heads: int,
         eps: float,
+        bfloat: bool = False,
     ) -> None:
+        self.bfloat = bfloat
         self.layers, self.final_norm, self.cosine, self.sine = layers, final_norm, cosine, sine
         self.heads, self.kv_heads, self.eps = heads, kv_heads, eps
         self.size = 2 * cosine.shape[1]
@@ -83,8 +86,12 @@ class LlamaReference:
         k = k if layer.k_norm is None else rms_norm(k, layer.k_norm, self.eps)
         k = self._turn(k, positions)
         for row, p in enumerate(positions.tolist()):
-            self.keys[i][p], self.values[i][p] = k[row].half().float(), v[row].half().float()
-        return self._turn(q, positions)
+            self.keys[i][p], self.values[i][p] = self._round(k[row]), self._round(v[row])
+        q = self._turn(q, positions)
+        return self._round(q) if self.bfloat else q
+
+    def _round(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16 if self.bfloat else torch.float16).float()
 
     def append_context(self, features: Tensor, positions: Tensor) -> None:
         """Keys and values of normed context features [T, H]."""
@@ -109,8 +116,10 @@ class LlamaReference:
         keys = torch.stack([self.keys[i][p] for p in range(visible)], 1)  # [Hk, n, D]
         values = torch.stack([self.values[i][p] for p in range(visible)], 1)
         group = q.unflatten(0, (self.kv_heads, -1))  # [Hk, G, D]
-        p = torch.softmax(group @ keys.transpose(1, 2) / self.size**0.5, -1)
-        return (p @ values).flatten()
+        scores = group @ keys.transpose(1, 2) / self.size**0.5
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        total = weights.sum(-1, keepdim=True)
+        return ((self._round(weights) if self.bfloat else weights) @ values / total).flatten()
 
 
 def walk(

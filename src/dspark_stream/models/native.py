@@ -95,7 +95,7 @@ class NativeTarget(Target):
     @property
     def kv_dtype(self) -> torch.dtype:
         """See `Target.kv_dtype`."""
-        return torch.float16
+        return torch.bfloat16 if self.llama.context.kv_bfloat else torch.float16
 
     def make_store(self, slots: int) -> KVStore:
         """See `Target.make_store`."""

@@ -5,46 +5,14 @@
 // A row's result depends on that row and its own past alone, to the bit: see simd.h and matrix.h.
 #pragma once
 
-#include <algorithm>
-
-#include "matrix.h"
+#include "attention.h"
 #include "pool.h"
 
 namespace dspark {
 
-struct Shape {
-    int hidden, heads, kv_heads, head_size, inner, positions;
-    float eps;
-    int qkv() const { return (heads + 2 * kv_heads) * head_size; }
-};
-
 struct Layer {
     Matrix qkv, o, gate, up, down;
     Buffer<float> input_norm, post_norm, q_norm, k_norm;  // the last two: null where the family has none
-};
-
-// Keys and values of all token slots, head by head, so that what attention reads for one head lies in one piece. Keys in
-// tiles of 16 slots with the slot as the innermost index, so that 16 scores are 16 lanes: [Hk][tiles][D][16]; values slot
-// by slot: [Hk][slots][D]. Half precision.
-struct Cache {  // of one layer
-    uint16_t *keys, *values;
-    int64_t slots;  // a multiple of 16
-};
-
-struct Store {
-    uint16_t *keys, *values;
-    int64_t slots;
-    Cache layer(int i, const Shape& s) const {
-        const int64_t size = slots * s.kv_heads * s.head_size;
-        return {keys + i * size, values + i * size, slots};
-    }
-};
-
-// One pass. Row r stands at position[r], its keys and values go to slot[r], and it sees the first visible[r] slots
-// from first_slot[r] on (those of its stream, itself among them).
-struct Pass {
-    int rows;
-    const int32_t *position, *slot, *first_slot, *visible;
 };
 
 inline void rms_norm(const float* x, const float* weight, int size, float eps, float* out) {
@@ -73,8 +41,8 @@ class Llama {
         hq_.reserve(pass.rows, s.inner);
         reserve(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
         const int longest = pass.rows ? *std::max_element(pass.visible, pass.visible + pass.rows) : 0;
-        for (Own& own : own_)
-            reserve(own.scores, own.scores_size, static_cast<size_t>(longest + LANES) * (s.heads / s.kv_heads));
+        for (Own& own : own_) own.attention.reserve(s, longest);
+        put_together(pass);
         pool.run([&](int thread) {
             Own& own = own_[thread];
             for (int l = 0; l < static_cast<int>(layers.size()); l++) {
@@ -83,7 +51,7 @@ class Llama {
                 normalise(x, layer.input_norm.get(), pass.rows, own.input);
                 project(pool, thread, layer, cache, pass, own.input, 0, s.heads + 2 * s.kv_heads);
                 pool.barrier();
-                attend(pool, thread, cache, pass, own.scores.get());
+                attend(pool, thread, cache, pass, own.attention);
                 pool.barrier();
                 add_product(pool, thread, layer.o, aq_, pass.rows, x);
                 pool.barrier();
@@ -124,10 +92,13 @@ class Llama {
    private:
     struct Own {  // a thread's
         Quantised input;
-        Buffer<float> scores;
-        size_t scores_size = 0;
+        Attention attention;
+    };
+    struct Together {  // neighbouring rows of one stream
+        int first, count;
     };
     std::vector<Own> own_;
+    std::vector<Together> together_;
     Quantised aq_, hq_;
     Buffer<float> qkv_;
     size_t qkv_size_ = 0;
@@ -136,6 +107,17 @@ class Llama {
         if (wanted <= size) return;
         buffer = allocate<float>(wanted);
         size = wanted;
+    }
+
+    void put_together(const Pass& pass) {
+        const int most = Attention::rows_at_once(shape);
+        together_.clear();
+        for (int r = 0; r < pass.rows; r++) {
+            if (r && pass.first_slot[r] == pass.first_slot[r - 1] && together_.back().count < most)
+                together_.back().count++;
+            else
+                together_.push_back({r, 1});
+        }
     }
 
     // Every thread norms and quantises all rows for itself: quicker than to wait for one another once more.
@@ -163,8 +145,8 @@ class Llama {
                     float* x = qkv_.get() + static_cast<size_t>(r) * width + head * s.head_size;
                     if (norm) rms_norm(x, norm, s.head_size, s.eps, x);
                     if (is_query || is_key) turn(x, pass.position[r]);
-                    if (is_key) write_key(cache, head - s.heads, pass.slot[r], x);
-                    if (!is_query && !is_key) write_value(cache, head - s.heads - s.kv_heads, pass.slot[r], x);
+                    if (is_key) write_key(s, cache, head - s.heads, pass.slot[r], x);
+                    if (!is_query && !is_key) write_value(s, cache, head - s.heads - s.kv_heads, pass.slot[r], x);
                 }
             }
         });
@@ -182,131 +164,15 @@ class Llama {
         }
     }
 
-    void write_key(const Cache& cache, int head, int64_t slot, const float* x) const {
-        const int64_t tile = slot / LANES, lane = slot % LANES;
-        uint16_t* to = cache.keys + (cache.slots / LANES * head + tile) * shape.head_size * LANES + lane;
-        uint16_t half[LANES];
-        for (int d = 0; d < shape.head_size; d += LANES) {
-            Floats::load(x + d).store_half(half);
-            for (int i = 0; i < LANES; i++) to[static_cast<int64_t>(d + i) * LANES] = half[i];
-        }
-    }
-
-    void write_value(const Cache& cache, int head, int64_t slot, const float* x) const {
-        uint16_t* to = cache.values + (cache.slots * head + slot) * shape.head_size;
-        for (int d = 0; d < shape.head_size; d += LANES) Floats::load(x + d).store_half(to + d);
-    }
-
-    // By key head and row: G query heads read the same keys and values, and so do the rows of a stream.
-    void attend(Pool& pool, int thread, const Cache& cache, const Pass& pass, float* scores) {
-        const Shape& s = shape;
-        pool.each(thread, pass.rows * s.kv_heads, 1, [&](int first, int last) {
+    // By key head and what is attended to together, key head after key head.
+    void attend(Pool& pool, int thread, const Cache& cache, const Pass& pass, Attention& attention) {
+        const int together = static_cast<int>(together_.size());
+        pool.each(thread, together * shape.kv_heads, 1, [&](int first, int last) {
             for (int item = first; item < last; item++) {
-                const int r = item % pass.rows, head = item / pass.rows;
-                switch (s.heads / s.kv_heads) {
-                    case 1: attend_one<1>(cache, pass, r, head, scores); break;
-                    case 2: attend_one<2>(cache, pass, r, head, scores); break;
-                    case 3: attend_one<3>(cache, pass, r, head, scores); break;
-                    case 4: attend_one<4>(cache, pass, r, head, scores); break;
-                    default: attend_any(cache, pass, r, head, scores); break;
-                }
+                const Together& rows = together_[item % together];
+                attention.run(shape, cache, pass, rows.first, rows.count, item / together, qkv_.get(), aq_);
             }
         });
-    }
-
-    template <int G>
-    void attend_one(const Cache& cache, const Pass& pass, int r, int head, float* scores) {
-        attend_heads<G>(cache, pass, r, head, head * G, scores);
-    }
-    void attend_any(const Cache& cache, const Pass& pass, int r, int head, float* scores) {
-        const int group = shape.heads / shape.kv_heads;
-        for (int g = 0; g < group; g++) attend_heads<1>(cache, pass, r, head, head * group + g, scores);
-    }
-
-    // Scores of G queries and the keys of T tiles from p on; T tiles at once, because one sum alone waits for itself.
-    template <int G, int T>
-    void score_tiles(const uint16_t* keys, const float* q, Floats scale, int seen, int p, int stride, float* scores,
-                     Floats* most) const {
-        const int size = shape.head_size;
-        const size_t step = static_cast<size_t>(size) * LANES;
-        const uint16_t* k = keys + p / LANES * step;
-        Floats score[T][G];
-DSPARK_UNROLL(4)
-        for (int t = 0; t < T; t++)
-DSPARK_UNROLL(4)
-            for (int g = 0; g < G; g++) score[t][g] = Floats::zero();
-        for (int d = 0; d < size; d++) {
-DSPARK_UNROLL(4)
-            for (int t = 0; t < T; t++) {
-                const Floats key = Floats::load_half(k + t * step + d * LANES);
-DSPARK_UNROLL(4)
-                for (int g = 0; g < G; g++) score[t][g] = fma(key, Floats::all(q[g * size + d]), score[t][g]);
-            }
-        }
-        for (int t = 0; t < T; t++, p += LANES) {
-            for (int g = 0; g < G; g++) {
-                const Floats kept = (score[t][g] * scale).keep(seen - p, -INFINITY);
-                most[g] = max(most[g], kept);
-                kept.store(scores + g * stride + p);
-            }
-        }
-    }
-
-    // C·16 dimensions of the weighted values for G queries, divided by the sums of their weights.
-    template <int G, int C>
-    void weigh_values(const uint16_t* v, int seen, int stride, const float* weights, const Floats* total,
-                      float* out) const {
-        const size_t step = shape.head_size;
-        Floats sums[G][C];
-DSPARK_UNROLL(4)
-        for (int g = 0; g < G; g++)
-DSPARK_UNROLL(4)
-            for (int c = 0; c < C; c++) sums[g][c] = Floats::zero();
-        for (int p = 0; p < seen; p++, v += step) {
-            Floats value[C];
-DSPARK_UNROLL(4)
-            for (int c = 0; c < C; c++) value[c] = Floats::load_half(v + c * LANES);
-DSPARK_UNROLL(4)
-            for (int g = 0; g < G; g++) {
-                const Floats weight = Floats::all(weights[g * stride + p]);
-DSPARK_UNROLL(4)
-                for (int c = 0; c < C; c++) sums[g][c] = fma(value[c], weight, sums[g][c]);
-            }
-        }
-        for (int g = 0; g < G; g++) {
-            const Floats share_of = Floats::all(1.0f / sum_of(total[g]));
-            for (int c = 0; c < C; c++) (sums[g][c] * share_of).store(out + g * shape.head_size + c * LANES);
-        }
-    }
-
-    template <int G>
-    void attend_heads(const Cache& cache, const Pass& pass, int r, int head, int first_query, float* scores) {
-        const Shape& s = shape;
-        const int size = s.head_size, seen = pass.visible[r];
-        const int64_t base = pass.first_slot[r];  // extents begin at multiples of 16
-        const float* q = qkv_.get() + static_cast<size_t>(r) * s.qkv() + first_query * size;
-        const Floats scale = Floats::all(1.0f / std::sqrt(static_cast<float>(size)));
-        const int stride = (seen + LANES - 1) / LANES * LANES;
-        Floats most[G], total[G];
-        for (int g = 0; g < G; g++) most[g] = Floats::all(-INFINITY), total[g] = Floats::zero();
-        const uint16_t* k = cache.keys + (cache.slots * head + base) * size;
-        int p = 0;
-        for (; p + 4 * LANES <= stride; p += 4 * LANES) score_tiles<G, 4>(k, q, scale, seen, p, stride, scores, most);
-        for (; p < stride; p += LANES) score_tiles<G, 1>(k, q, scale, seen, p, stride, scores, most);
-        for (int g = 0; g < G; g++) {
-            const Floats top = Floats::all(max_of(most[g]));
-            for (int p = 0; p < seen; p += LANES) {
-                const Floats e = exp(Floats::load(scores + g * stride + p) - top).keep(seen - p, 0.0f);
-                total[g] = total[g] + e;
-                e.store(scores + g * stride + p);
-            }
-        }
-        float out[256 * G];
-        const uint16_t* v = cache.values + (cache.slots * head + base) * size;
-        int d = 0;
-        for (; d + 4 * LANES <= size; d += 4 * LANES) weigh_values<G, 4>(v + d, seen, stride, scores, total, out + d);
-        for (; d < size; d += LANES) weigh_values<G, 1>(v + d, seen, stride, scores, total, out + d);
-        for (int i = 0; i < G * size; i += GROUP) aq_.put(r, (first_query * size + i) / GROUP, out + i);
     }
 
     void add_product(Pool& pool, int thread, const Matrix& w, const Quantised& input, int rows, float* x) const {

@@ -114,33 +114,55 @@ constexpr int AMX_ROWS = 8;  // below it the vector unit is as fast
 // The operating system's leave to use the matrix unit, once a process (Linux: arch_prctl ARCH_REQ_XCOMP_PERM of XTILEDATA).
 inline bool allow_matrix_unit() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
-inline thread_local int matrix_unit_rows = 0;
+inline thread_local int matrix_unit_use = 0;  // how its tiles are cut now: 0 not at all
 
-// Tiles of `rows` activations: 0, 1 products [rows][16] of int32; 2, 3 activations [rows][32]; 4, 5 weights [8][16·4].
+struct TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int tile, int count, int bytes) {
+        rows[tile] = static_cast<uint8_t>(count);
+        row_bytes[tile] = static_cast<uint16_t>(bytes);
+    }
+};
+static_assert(sizeof(TileShapes) == 64, "as the processor wants it");
+
+// Tiles for products of `rows` activations: 0, 1 int32 [rows][16]; 2, 3 activations [rows][32]; 4, 5 weights [8][16·4].
 inline void use_matrix_unit(int rows) {
-    if (matrix_unit_rows == rows) return;
-    struct {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 32, 32, 64, 64};
-        uint8_t rows[16] = {};
-    } tiles;
-    static_assert(sizeof(tiles) == 64, "as the processor wants it");
-    for (int i = 0; i < 4; i++) tiles.rows[i] = static_cast<uint8_t>(rows);
-    tiles.rows[4] = tiles.rows[5] = 8;
-    _tile_loadconfig(&tiles);
-    matrix_unit_rows = rows;
+    if (matrix_unit_use == rows) return;
+    TileShapes shapes;
+    for (int tile : {0, 1}) shapes.set(tile, rows, 64);
+    for (int tile : {2, 3}) shapes.set(tile, rows, GROUP);
+    for (int tile : {4, 5}) shapes.set(tile, GROUP / 4, 64);
+    _tile_loadconfig(&shapes);
+    matrix_unit_use = rows;
+}
+
+// Tiles for attention by `queries`: 0 to 3 floats [queries][16]; 4 bfloat16 [queries][32]; 5, 6 bfloat16 [16][16·2].
+inline void use_matrix_unit_for_attention(int queries) {
+    if (matrix_unit_use == -queries) return;
+    TileShapes shapes;
+    for (int tile : {0, 1, 2, 3, 4}) shapes.set(tile, queries, 64);
+    for (int tile : {5, 6}) shapes.set(tile, 16, 64);
+    _tile_loadconfig(&shapes);
+    matrix_unit_use = -queries;
 }
 
 // Gives its 8 KiB of state back: the system saves and restores them with the thread otherwise.
 inline void leave_matrix_unit() {
-    if (!matrix_unit_rows) return;
+    if (!matrix_unit_use) return;
     _tile_release();
-    matrix_unit_rows = 0;
+    matrix_unit_use = 0;
 }
+
+// Compilers do not know that a tile is read from memory: what was written before has to be there.
+inline void written() { __asm__ volatile("" ::: "memory"); }
 
 // out [rows][16] = x [rows][32] signed by weights [8 chunks][16 channels][4] unsigned; WHICH of two independent sets.
 template <int WHICH>
 inline void matrix_product(const uint8_t* weights, const int8_t* x, int32_t* out) {
+    written();
     if constexpr (WHICH == 0) {
         _tile_zero(0);
         _tile_loadd(4, weights, 64);
@@ -154,6 +176,46 @@ inline void matrix_product(const uint8_t* weights, const int8_t* x, int32_t* out
         _tile_dpbsud(1, 3, 5);
         _tile_stored(1, out, 64);
     }
+}
+
+// Tiles 0 to 3, as many as `tiles`: nothing; plus a [queries][32] · b [16][16·2], bfloat16; written out, `apart` floats
+// from one another. Strides are bytes from row to row; b's tiles are `apart` elements from one another.
+inline void clear_tiles() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+inline void multiply_tiles(const uint16_t* a, size_t a_stride, const uint16_t* b, size_t apart, size_t b_stride, int tiles) {
+    written();
+    _tile_loadd(4, a, a_stride);
+    _tile_loadd(5, b, b_stride);
+    _tile_dpbf16ps(0, 4, 5);
+    if (tiles < 2) return;
+    _tile_loadd(6, b + apart, b_stride);
+    _tile_dpbf16ps(1, 4, 6);
+    if (tiles < 3) return;
+    _tile_loadd(5, b + 2 * apart, b_stride);
+    _tile_dpbf16ps(2, 4, 5);
+    if (tiles < 4) return;
+    _tile_loadd(6, b + 3 * apart, b_stride);
+    _tile_dpbf16ps(3, 4, 6);
+}
+inline void store_tiles(float* out, size_t apart, size_t stride, int tiles) {
+    _tile_stored(0, out, stride);
+    if (tiles > 1) _tile_stored(1, out + apart, stride);
+    if (tiles > 2) _tile_stored(2, out + 2 * apart, stride);
+    if (tiles > 3) _tile_stored(3, out + 3 * apart, stride);
+}
+
+// a's lanes and then b's, to the nearest bfloat16
+inline void store_bfloat(Floats a, Floats b, void* to) {
+    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+}
+// a's lanes to every second element from `to` on, or from the one after it: the others stay
+inline void store_bfloat_every_second(Floats a, uint16_t* to, bool after) {
+    const __m512i wide = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+    _mm512_mask_storeu_epi16(to, after ? 0xaaaaaaaa : 0x55555555, after ? _mm512_slli_epi32(wide, 16) : wide);
 }
 
 #endif

@@ -1,0 +1,319 @@
+// Attention over what each row of a ragged batch sees, and the keys and values it reads.
+//
+// Symbols: D head size, Hq query heads, Hk key heads, G = Hq / Hk query heads to a key head.
+//
+// Two forms. With a matrix unit that multiplies bfloat16: up to 16 queries at once, those of the query heads that share a
+// key head and of neighbouring rows of one stream. Without: a row and key head at a time in half precision. Either way
+// scores are written out whole before the softmax, sums go over slots in order, and a row's result does not depend on
+// which rows it is computed with.
+#pragma once
+
+#include <algorithm>
+
+#include "matrix.h"
+
+namespace dspark {
+
+struct Shape {
+    int hidden, heads, kv_heads, head_size, inner, positions;
+    float eps;
+    int qkv() const { return (heads + 2 * kv_heads) * head_size; }
+    int group() const { return heads / kv_heads; }
+};
+
+// Keys and values of all token slots, two bytes each, head by head, so that what attention reads for one head lies in one
+// piece. Keys in tiles of 16 slots with the slot as the innermost index, so that 16 scores are 16 lanes: [Hk][tiles][D][16];
+// values slot by slot: [Hk][slots][D]. For the matrix unit pairs of what is summed over lie together: [Hk][tiles][D/2][16][2]
+// and [Hk][slots/2][D][2].
+struct Cache {  // of one layer
+    uint16_t *keys, *values;
+    int64_t slots;  // a multiple of 16
+
+    uint16_t* keys_from(const Shape& s, int head, int64_t slot) const {  // the tile of `slot`
+        return keys + (slots / LANES * head + slot / LANES) * s.head_size * LANES;
+    }
+};
+
+struct Store {
+    uint16_t *keys, *values;
+    int64_t slots;
+    Cache layer(int i, const Shape& s) const {
+        const int64_t size = slots * s.kv_heads * s.head_size;
+        return {keys + i * size, values + i * size, slots};
+    }
+};
+
+// One pass. Row r stands at position[r], its keys and values go to slot[r], and it sees the first visible[r] slots
+// from first_slot[r] on (those of its stream, itself among them; extents begin at multiples of 16).
+struct Pass {
+    int rows;
+    const int32_t *position, *slot, *first_slot, *visible;
+};
+
+inline float score_scale(const Shape& s) { return 1.0f / std::sqrt(static_cast<float>(s.head_size)); }
+
+#if defined(DSPARK_AMX)
+
+inline void write_key(const Shape& s, const Cache& cache, int head, int64_t slot, const float* x) {
+    uint16_t* to = cache.keys_from(s, head, slot) + slot % LANES * 2;
+    alignas(64) uint32_t pairs[LANES];
+    for (int d = 0; d < s.head_size; d += 2 * LANES, to += 2 * LANES * LANES) {
+        store_bfloat(Floats::load(x + d), Floats::load(x + d + LANES), pairs);
+        for (int i = 0; i < LANES; i++) std::memcpy(to + i * 2 * LANES, pairs + i, 4);
+    }
+}
+
+inline void write_value(const Shape& s, const Cache& cache, int head, int64_t slot, const float* x) {
+    uint16_t* to = cache.values + (cache.slots * head + slot / 2 * 2) * s.head_size;
+    for (int d = 0; d < s.head_size; d += LANES) store_bfloat_every_second(Floats::load(x + d), to + 2 * d, slot % 2);
+}
+
+class Attention {  // of one thread
+   public:
+    static int rows_at_once(const Shape& s) { return std::max(1, QUERIES / s.group()); }
+
+    void reserve(const Shape& s, int longest) {
+        stride_ = (longest + BLOCK - 1) / BLOCK * BLOCK + LANES;  // no power of two: rows would share lines of the cache
+        const size_t wanted = static_cast<size_t>(QUERIES) * stride_;
+        if (wanted > size_) scores_ = allocate<float>(size_ = wanted);
+        if (s.head_size <= head_size_) return;
+        head_size_ = s.head_size;
+        queries_ = allocate<uint16_t>(static_cast<size_t>(QUERIES) * head_size_);
+        tail_ = allocate<uint16_t>(static_cast<size_t>(BLOCK) * head_size_);
+        sums_ = allocate<float>(static_cast<size_t>(QUERIES) * head_size_);
+    }
+
+    // Rows first…first+rows-1, all of one stream, and the queries of one key head: quantised, into `out`.
+    void run(const Shape& s, const Cache& cache, const Pass& pass, int first, int rows, int head, const float* qkv,
+             Quantised& out) {
+        const int group = s.group();
+        for (int g = 0; g < group; g += QUERIES)
+            run_queries(s, cache, pass, first, rows, head, head * group + g, std::min(QUERIES, group - g), qkv, out);
+    }
+
+   private:
+    static constexpr int QUERIES = 16;  // rows of a tile
+    static constexpr int BLOCK = 32;    // slots that one instruction sums over
+
+    Buffer<float> scores_, sums_;
+    Buffer<uint16_t> queries_, tail_;
+    size_t size_ = 0;
+    int stride_ = 0, head_size_ = 0;
+
+    void run_queries(const Shape& s, const Cache& cache, const Pass& pass, int first, int rows, int head,
+                     int first_query, int heads, const float* qkv, Quantised& out) {
+        const int size = s.head_size, count = rows * heads;
+        const int64_t base = pass.first_slot[first];
+        int longest = 0;
+        for (int i = 0; i < count; i++) {
+            const float* q = qkv + static_cast<size_t>(first + i / heads) * s.qkv() + (first_query + i % heads) * size;
+            for (int d = 0; d < size; d += 2 * LANES)
+                store_bfloat(Floats::load(q + d), Floats::load(q + d + LANES), queries_.get() + i * size + d);
+            longest = std::max(longest, pass.visible[first + i / heads]);
+        }
+        use_matrix_unit_for_attention(count);
+        score(cache.keys_from(s, head, base), size, longest);
+        Floats share_of[QUERIES];
+        for (int i = 0; i < count; i++)
+            share_of[i] = weigh(scores_.get() + static_cast<size_t>(i) * stride_, pass.visible[first + i / heads], longest,
+                                score_scale(s));
+        sum_values(cache.values + (cache.slots * head + base) * size, size, longest);
+        for (int i = 0; i < count; i++) {
+            alignas(64) float part[GROUP];
+            for (int d = 0; d < size; d += GROUP) {
+                const float* at = sums_.get() + i * size + d;
+                (Floats::load(at) * share_of[i]).store(part);
+                (Floats::load(at + LANES) * share_of[i]).store(part + LANES);
+                out.put(first + i / heads, ((first_query + i % heads) * size + d) / GROUP, part);
+            }
+        }
+    }
+
+    // scores [queries][stride] of the first `longest` slots, whole tiles of 16: query · key.
+    void score(const uint16_t* keys, int size, int longest) const {
+        const size_t tile = static_cast<size_t>(size) * LANES;
+        for (int p = 0; p < longest; p += 4 * LANES, keys += 4 * tile) {
+            const int tiles = std::min(4, (longest - p + LANES - 1) / LANES);
+            clear_tiles();
+            for (int d = 0; d < size; d += BLOCK)
+                multiply_tiles(queries_.get() + d, size * 2, keys + d * LANES, tile, 64, tiles);
+            store_tiles(scores_.get() + p, LANES, stride_ * 4, tiles);
+        }
+    }
+
+    // One query's scores become weights, exp(score - greatest), in bfloat16 where they stand; those of slots that it does
+    // not see, to the end of the block, are nothing. What to divide by, as its inverse.
+    static Floats weigh(float* scores, int seen, int longest, float scale) {
+        Floats most = Floats::all(-INFINITY), total = Floats::zero();
+        for (int p = 0; p < seen; p += LANES) most = max(most, Floats::load(scores + p).keep(seen - p, -INFINITY));
+        const Floats top = Floats::all(max_of(most)), by = Floats::all(scale);
+        uint16_t* weights = reinterpret_cast<uint16_t*>(scores);
+        for (int p = 0; p < longest; p += BLOCK) {  // behind what is read: two bytes a slot instead of four
+            const Floats a = exp((Floats::load(scores + p) - top) * by).keep(seen - p, 0.0f);
+            const Floats b = exp((Floats::load(scores + p + LANES) - top) * by).keep(seen - p - LANES, 0.0f);
+            total = total + a + b;
+            store_bfloat(a, b, weights + p);
+        }
+        return Floats::all(1.0f / sum_of(total));
+    }
+
+    // sums [queries][D] of weight · value. The last block may reach beyond what is seen, and even beyond the extent: what
+    // stands there is not a number for all we know, so it is read from a copy.
+    void sum_values(const uint16_t* values, int size, int longest) const {
+        const uint16_t* weights = reinterpret_cast<const uint16_t*>(scores_.get());
+        const int whole = longest / BLOCK * BLOCK;
+        if (whole < longest) copy_tail(values + static_cast<size_t>(whole) * size, size, longest - whole);
+        for (int d = 0; d < size; d += 4 * LANES) {
+            const int tiles = std::min(4, (size - d) / LANES);
+            clear_tiles();
+            for (int p = 0; p < longest; p += BLOCK) {
+                const uint16_t* from = p < whole ? values + static_cast<size_t>(p) * size : tail_.get();
+                multiply_tiles(weights + p, stride_ * 4, from + 2 * d, 2 * LANES, size * 4, tiles);
+            }
+            store_tiles(sums_.get() + d, LANES, size * 4, tiles);
+        }
+    }
+
+    void copy_tail(const uint16_t* from, int size, int slots) const {
+        uint16_t* to = tail_.get();
+        std::memset(to, 0, sizeof(uint16_t) * BLOCK * size);
+        std::memcpy(to, from, sizeof(uint16_t) * (slots / 2 * 2) * size);
+        if (slots % 2)
+            for (int d = 0; d < size; d++) to[(slots - 1) * size + 2 * d] = from[(slots - 1) * size + 2 * d];
+    }
+};
+
+#else
+
+inline void write_key(const Shape& s, const Cache& cache, int head, int64_t slot, const float* x) {
+    uint16_t* to = cache.keys_from(s, head, slot) + slot % LANES;
+    uint16_t half[LANES];
+    for (int d = 0; d < s.head_size; d += LANES) {
+        Floats::load(x + d).store_half(half);
+        for (int i = 0; i < LANES; i++) to[static_cast<int64_t>(d + i) * LANES] = half[i];
+    }
+}
+
+inline void write_value(const Shape& s, const Cache& cache, int head, int64_t slot, const float* x) {
+    uint16_t* to = cache.values + (cache.slots * head + slot) * s.head_size;
+    for (int d = 0; d < s.head_size; d += LANES) Floats::load(x + d).store_half(to + d);
+}
+
+class Attention {  // of one thread
+   public:
+    static int rows_at_once(const Shape&) { return 1; }
+
+    void reserve(const Shape& s, int longest) {
+        const size_t wanted = static_cast<size_t>(longest + LANES) * s.group();
+        if (wanted > size_) scores_ = allocate<float>(size_ = wanted);
+    }
+
+    // Row `first` and the queries of one key head: quantised, into `out`.
+    void run(const Shape& s, const Cache& cache, const Pass& pass, int first, int /*rows*/, int head, const float* qkv,
+             Quantised& out) {
+        const int group = s.group();
+        switch (group) {
+            case 1: return attend<1>(s, cache, pass, first, head, head, qkv, out);
+            case 2: return attend<2>(s, cache, pass, first, head, head * 2, qkv, out);
+            case 3: return attend<3>(s, cache, pass, first, head, head * 3, qkv, out);
+            case 4: return attend<4>(s, cache, pass, first, head, head * 4, qkv, out);
+            default:
+                for (int g = 0; g < group; g++) attend<1>(s, cache, pass, first, head, head * group + g, qkv, out);
+        }
+    }
+
+   private:
+    Buffer<float> scores_;
+    size_t size_ = 0;
+
+    // Scores of G queries and the keys of T tiles from p on; T tiles at once, because one sum alone waits for itself.
+    template <int G, int T>
+    static void score_tiles(const uint16_t* keys, const float* q, int size, Floats scale, int seen, int p, int stride,
+                            float* scores, Floats* most) {
+        const size_t step = static_cast<size_t>(size) * LANES;
+        const uint16_t* k = keys + p / LANES * step;
+        Floats score[T][G];
+DSPARK_UNROLL(4)
+        for (int t = 0; t < T; t++)
+DSPARK_UNROLL(4)
+            for (int g = 0; g < G; g++) score[t][g] = Floats::zero();
+        for (int d = 0; d < size; d++) {
+DSPARK_UNROLL(4)
+            for (int t = 0; t < T; t++) {
+                const Floats key = Floats::load_half(k + t * step + d * LANES);
+DSPARK_UNROLL(4)
+                for (int g = 0; g < G; g++) score[t][g] = fma(key, Floats::all(q[g * size + d]), score[t][g]);
+            }
+        }
+        for (int t = 0; t < T; t++, p += LANES) {
+            for (int g = 0; g < G; g++) {
+                const Floats kept = (score[t][g] * scale).keep(seen - p, -INFINITY);
+                most[g] = max(most[g], kept);
+                kept.store(scores + g * stride + p);
+            }
+        }
+    }
+
+    // C·16 dimensions of the weighted values for G queries, divided by the sums of their weights.
+    template <int G, int C>
+    static void weigh_values(const uint16_t* v, int size, int seen, int stride, const float* weights, const Floats* total,
+                             float* out) {
+        Floats sums[G][C];
+DSPARK_UNROLL(4)
+        for (int g = 0; g < G; g++)
+DSPARK_UNROLL(4)
+            for (int c = 0; c < C; c++) sums[g][c] = Floats::zero();
+        for (int p = 0; p < seen; p++, v += size) {
+            Floats value[C];
+DSPARK_UNROLL(4)
+            for (int c = 0; c < C; c++) value[c] = Floats::load_half(v + c * LANES);
+DSPARK_UNROLL(4)
+            for (int g = 0; g < G; g++) {
+                const Floats weight = Floats::all(weights[g * stride + p]);
+DSPARK_UNROLL(4)
+                for (int c = 0; c < C; c++) sums[g][c] = fma(value[c], weight, sums[g][c]);
+            }
+        }
+        for (int g = 0; g < G; g++) {
+            const Floats share_of = Floats::all(1.0f / sum_of(total[g]));
+            for (int c = 0; c < C; c++) (sums[g][c] * share_of).store(out + g * size + c * LANES);
+        }
+    }
+
+    template <int G>
+    void attend(const Shape& s, const Cache& cache, const Pass& pass, int r, int head, int first_query, const float* qkv,
+                Quantised& to) const {
+        const int size = s.head_size, seen = pass.visible[r];
+        const int64_t base = pass.first_slot[r];
+        const float* q = qkv + static_cast<size_t>(r) * s.qkv() + first_query * size;
+        const Floats scale = Floats::all(score_scale(s));
+        const int stride = (seen + LANES - 1) / LANES * LANES;
+        float* const scores = scores_.get();
+        Floats most[G], total[G];
+        for (int g = 0; g < G; g++) most[g] = Floats::all(-INFINITY), total[g] = Floats::zero();
+        const uint16_t* k = cache.keys_from(s, head, base);
+        int p = 0;
+        for (; p + 4 * LANES <= stride; p += 4 * LANES)
+            score_tiles<G, 4>(k, q, size, scale, seen, p, stride, scores, most);
+        for (; p < stride; p += LANES) score_tiles<G, 1>(k, q, size, scale, seen, p, stride, scores, most);
+        for (int g = 0; g < G; g++) {
+            const Floats top = Floats::all(max_of(most[g]));
+            for (int p = 0; p < seen; p += LANES) {
+                const Floats e = exp(Floats::load(scores + g * stride + p) - top).keep(seen - p, 0.0f);
+                total[g] = total[g] + e;
+                e.store(scores + g * stride + p);
+            }
+        }
+        float out[256 * G];
+        const uint16_t* v = cache.values + (cache.slots * head + base) * size;
+        int d = 0;
+        for (; d + 4 * LANES <= size; d += 4 * LANES)
+            weigh_values<G, 4>(v + d, size, seen, stride, scores, total, out + d);
+        for (; d < size; d += LANES) weigh_values<G, 1>(v + d, size, seen, stride, scores, total, out + d);
+        for (int i = 0; i < G * size; i += GROUP) to.put(r, (first_query * size + i) / GROUP, out + i);
+    }
+};
+
+#endif
+
+}  // namespace dspark
