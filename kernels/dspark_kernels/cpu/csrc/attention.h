@@ -118,15 +118,14 @@ class Attention {  // of one thread
             share_of[i] = weigh(scores_.get() + static_cast<size_t>(i) * stride_, pass.visible[first + i / heads], longest,
                                 score_scale(s));
         sum_values(cache.values + (cache.slots * head + base) * size, size, longest);
-        for (int i = 0; i < count; i++) {
-            alignas(64) float part[GROUP];
-            for (int d = 0; d < size; d += GROUP) {
-                const float* at = sums_.get() + i * size + d;
-                (Floats::load(at) * share_of[i]).store(part);
-                (Floats::load(at + LANES) * share_of[i]).store(part + LANES);
-                out.put(first + i / heads, ((first_query + i % heads) * size + d) / GROUP, part);
-            }
-        }
+        for (int i = 0; i < count; i++)
+            for (float* at = sums_.get() + i * size; at < sums_.get() + (i + 1) * size; at += LANES)
+                (Floats::load(at) * share_of[i]).store(at);
+        const int groups = size / GROUP;  // of a head
+        out.put_each(count * groups, sums_.get(), [&](int k) {
+            const int i = k / groups;
+            return std::pair(first + i / heads, (first_query + i % heads) * groups + k % groups);
+        });
     }
 
     // scores [queries][stride] of the first `longest` slots, whole tiles of 16: query · key.
@@ -144,17 +143,26 @@ class Attention {  // of one thread
     // One query's scores become weights, exp(score - greatest), in bfloat16 where they stand; those of slots that it does
     // not see, to the end of the block, are nothing. What to divide by, as its inverse.
     static Floats weigh(float* scores, int seen, int longest, float scale) {
-        Floats most = Floats::all(-INFINITY), total = Floats::zero();
-        for (int p = 0; p < seen; p += LANES) most = max(most, Floats::load(scores + p).keep(seen - p, -INFINITY));
-        const Floats top = Floats::all(max_of(most)), by = Floats::all(scale);
-        uint16_t* weights = reinterpret_cast<uint16_t*>(scores);
-        for (int p = 0; p < longest; p += BLOCK) {  // behind what is read: two bytes a slot instead of four
-            const Floats a = exp((Floats::load(scores + p) - top) * by).keep(seen - p, 0.0f);
-            const Floats b = exp((Floats::load(scores + p + LANES) - top) * by).keep(seen - p - LANES, 0.0f);
-            total = total + a + b;
-            store_bfloat(a, b, weights + p);
+        const int whole = seen / BLOCK * BLOCK;
+        Floats most[2] = {Floats::all(-INFINITY), Floats::all(-INFINITY)}, total[2] = {Floats::zero(), Floats::zero()};
+        for (int p = 0; p < whole; p += BLOCK) {
+            most[0] = max(most[0], Floats::load(scores + p));
+            most[1] = max(most[1], Floats::load(scores + p + LANES));
         }
-        return Floats::all(1.0f / sum_of(total));
+        for (int p = whole; p < seen; p += LANES) most[0] = max(most[0], Floats::load(scores + p).keep(seen - p, -INFINITY));
+        const Floats top = Floats::all(max_of(max(most[0], most[1]))), by = Floats::all(scale);
+        uint16_t* weights = reinterpret_cast<uint16_t*>(scores);  // behind what is read: two bytes a slot instead of four
+        const auto weigh_block = [&](int p, int left) {
+            Floats part[2];
+            for (int i : {0, 1}) {
+                part[i] = exp((Floats::load(scores + p + i * LANES) - top) * by).keep(left - i * LANES, 0.0f);
+                total[i] = total[i] + part[i];
+            }
+            store_bfloat(part[0], part[1], weights + p);
+        };
+        for (int p = 0; p < whole; p += BLOCK) weigh_block(p, BLOCK);
+        for (int p = whole; p < longest; p += BLOCK) weigh_block(p, seen - p);
+        return Floats::all(1.0f / sum_of(total[0] + total[1]));
     }
 
     // sums [queries][D] of weight · value. The last block may reach beyond what is seen, and even beyond the extent: what
@@ -310,7 +318,7 @@ DSPARK_UNROLL(4)
         for (; d + 4 * LANES <= size; d += 4 * LANES)
             weigh_values<G, 4>(v + d, size, seen, stride, scores, total, out + d);
         for (; d < size; d += LANES) weigh_values<G, 1>(v + d, size, seen, stride, scores, total, out + d);
-        for (int i = 0; i < G * size; i += GROUP) to.put(r, (first_query * size + i) / GROUP, out + i);
+        to.put_each(G * size / GROUP, out, [&](int i) { return std::pair(r, first_query * size / GROUP + i); });
     }
 };
 

@@ -1,5 +1,9 @@
-// A Llama-like decoder over a ragged batch, whole layers at a time: norm and quantise, QKV with rotary and cache
-// write, attention over what is there, output projection into the residual stream, gate·up with SiLU, down.
+// A Llama-like decoder over a ragged batch, whole layers at a time: QKV with rotary and cache write, attention over what is
+// there, output projection into the residual stream, gate·up with SiLU, down.
+//
+// Norms have no step of their own. Rounding to bytes does not see a row's scale, so whoever adds the last to 32 columns of
+// the residual stream rounds them for the next product at once, before others ask for them, and keeps the sum of their
+// squares; what they come to, the row's 1/rms, is multiplied onto that product's results.
 //
 // Symbols: T rows of all streams, H hidden size, D head size, Hq query heads, Hk key heads, G = Hq / Hk.
 // A row's result depends on that row and its own past alone, to the bit: see simd.h and matrix.h.
@@ -36,29 +40,35 @@ class Llama {
              float* tap_out) {
         const Shape& s = shape;
         own_.resize(pool.size());
-        for (Own& own : own_) own.input.reserve(pass.rows, s.hidden);
+        input_.reserve(pass.rows, s.hidden);
         aq_.reserve(pass.rows, s.heads * s.head_size);
         hq_.reserve(pass.rows, s.inner);
         reserve(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
+        squares_.resize(static_cast<size_t>(pass.rows) * input_.groups);
         const int longest = pass.rows ? *std::max_element(pass.visible, pass.visible + pass.rows) : 0;
         for (Own& own : own_) own.attention.reserve(s, longest);
         put_together(pass);
         pool.run([&](int thread) {
             Own& own = own_[thread];
+            pool.each(thread, input_.groups, 1, [&](int first, int last) {
+                for (int g = first; g < last; g++) settle(x, layers[0].input_norm.get(), pass.rows, g);
+            });
+            pool.barrier();
             for (int l = 0; l < static_cast<int>(layers.size()); l++) {
                 const Layer& layer = layers[l];
                 const Cache cache = store.layer(l, s);
-                normalise(x, layer.input_norm.get(), pass.rows, own.input);
-                project(pool, thread, layer, cache, pass, own.input, 0, s.heads + 2 * s.kv_heads);
+                const bool last_layer = l + 1 == static_cast<int>(layers.size());
+                norm_rows(pass.rows, own);
+                project(pool, thread, layer, cache, pass, input_, own.norm.data(), 0, s.heads + 2 * s.kv_heads);
                 pool.barrier();
                 attend(pool, thread, cache, pass, own.attention);
                 pool.barrier();
-                add_product(pool, thread, layer.o, aq_, pass.rows, x);
+                add_product(pool, thread, layer.o, aq_, pass.rows, x, layer.post_norm.get());
                 pool.barrier();
-                normalise(x, layer.post_norm.get(), pass.rows, own.input);
-                gate_up(pool, thread, layer, own.input, pass.rows);
+                norm_rows(pass.rows, own);
+                gate_up(pool, thread, layer, pass.rows, own.norm.data());
                 pool.barrier();
-                add_product(pool, thread, layer.down, hq_, pass.rows, x);
+                add_product(pool, thread, layer.down, hq_, pass.rows, x, last_layer ? nullptr : layers[l + 1].input_norm.get());
                 pool.barrier();
                 for (int i = 0; i < taps; i++) {
                     if (tap_layers[i] != l) continue;
@@ -75,15 +85,16 @@ class Llama {
     // Keys and values of `features` [T, H] (normed already), every layer, without attention: a drafter's context.
     void write_context(Pool& pool, const Pass& pass, const Store& store, const float* features) {
         const Shape& s = shape;
-        own_.resize(pool.size());
+        input_.reserve(pass.rows, s.hidden);
         reserve(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
         pool.run([&](int thread) {
-            Quantised& input = own_[thread].input;
-            input.reserve(pass.rows, s.hidden);
-            for (int r = 0; r < pass.rows; r++) input.put_row(r, features + static_cast<size_t>(r) * s.hidden);
+            int first, last;
+            share(pass.rows, 1, thread, pool.size(), &first, &last);
+            for (int r = first; r < last; r++) input_.put_row(r, features + static_cast<size_t>(r) * s.hidden);
+            pool.barrier();
             for (const Layer& layer : layers) {
                 const Cache cache = store.layer(static_cast<int>(&layer - layers.data()), s);
-                project(pool, thread, layer, cache, pass, input, s.heads, s.heads + 2 * s.kv_heads);
+                project(pool, thread, layer, cache, pass, input_, nullptr, s.heads, s.heads + 2 * s.kv_heads);
                 pool.barrier();
             }
         });
@@ -91,7 +102,7 @@ class Llama {
 
    private:
     struct Own {  // a thread's
-        Quantised input;
+        std::vector<float> norm;  // 1/rms of each row
         Attention attention;
     };
     struct Together {  // neighbouring rows of one stream
@@ -99,7 +110,8 @@ class Llama {
     };
     std::vector<Own> own_;
     std::vector<Together> together_;
-    Quantised aq_, hq_;
+    Quantised input_, aq_, hq_;
+    std::vector<float> squares_;  // [groups][rows] of the residual stream
     Buffer<float> qkv_;
     size_t qkv_size_ = 0;
 
@@ -120,30 +132,48 @@ class Llama {
         }
     }
 
-    // Every thread norms and quantises all rows for itself: quicker than to wait for one another once more.
-    void normalise(const float* x, const float* weight, int rows, Quantised& out) const {
-        float normed[16384];
-        for (int r = 0; r < rows; r++) {
-            rms_norm(x + static_cast<size_t>(r) * shape.hidden, weight, shape.hidden, shape.eps, normed);
-            out.put_row(r, normed);
+    // Columns of group g of x are what they are to be for now: rounded for the next product, under its norm's weight.
+    void settle(const float* x, const float* weight, int rows, int g) {
+        const Floats low = Floats::load(weight + g * GROUP), high = Floats::load(weight + g * GROUP + LANES);
+        for (int from = 0; from < rows; from += ROWS) {
+            const int some = std::min(ROWS, rows - from);
+            alignas(64) float weighted[ROWS][GROUP];
+            for (int r = 0; r < some; r++) {
+                const float* at = x + static_cast<size_t>(from + r) * shape.hidden + g * GROUP;
+                const Floats a = Floats::load(at), b = Floats::load(at + LANES);
+                squares_[static_cast<size_t>(g) * rows + from + r] = sum_of(fma(a, a, b * b));
+                (a * low).store(weighted[r]);
+                (b * high).store(weighted[r] + LANES);
+            }
+            input_.put_each(some, weighted[0], [&](int r) { return std::pair(from + r, g); });
         }
     }
 
-    // Heads first_head…last_head-1 of Q, K and V, counted through; whoever takes one turns it too.
+    void norm_rows(int rows, Own& own) const {
+        own.norm.assign(rows, 0.0f);
+        for (int g = 0; g < input_.groups; g++)
+            for (int r = 0; r < rows; r++) own.norm[r] += squares_[static_cast<size_t>(g) * rows + r];
+        for (float& n : own.norm) n = 1.0f / std::sqrt(n / static_cast<float>(shape.hidden) + shape.eps);
+    }
+
+    // Heads first_head…last_head-1 of Q, K and V, counted through; whoever takes one turns it too. norm: what to multiply
+    // each row's by, or null.
     void project(Pool& pool, int thread, const Layer& layer, const Cache& cache, const Pass& pass,
-                 const Quantised& input, int first_head, int last_head) {
+                 const Quantised& input, const float* norm, int first_head, int last_head) {
         const Shape& s = shape;
         const int tiles = s.head_size / LANES, width = s.qkv();
         pool.each(thread, last_head - first_head, 1, [&](int first, int last) {
             for (int head = first_head + first; head < first_head + last; head++) {
                 for (int t = head * tiles; t < (head + 1) * tiles; t++)
-                    product(layer.qkv, t, input, pass.rows,
-                            [&](int r, Floats v) { v.store(qkv_.get() + static_cast<size_t>(r) * width + t * LANES); });
+                    product(layer.qkv, t, input, pass.rows, [&](int r, Floats v) {
+                        const Floats by = Floats::all(norm ? norm[r] : 1.0f);
+                        (v * by).store(qkv_.get() + static_cast<size_t>(r) * width + t * LANES);
+                    });
                 const bool is_query = head < s.heads, is_key = !is_query && head < s.heads + s.kv_heads;
-                const float* norm = is_query ? layer.q_norm.get() : is_key ? layer.k_norm.get() : nullptr;
+                const float* own_norm = is_query ? layer.q_norm.get() : is_key ? layer.k_norm.get() : nullptr;
                 for (int r = 0; r < pass.rows; r++) {
                     float* x = qkv_.get() + static_cast<size_t>(r) * width + head * s.head_size;
-                    if (norm) rms_norm(x, norm, s.head_size, s.eps, x);
+                    if (own_norm) rms_norm(x, own_norm, s.head_size, s.eps, x);
                     if (is_query || is_key) turn(x, pass.position[r]);
                     if (is_key) write_key(s, cache, head - s.heads, pass.slot[r], x);
                     if (!is_query && !is_key) write_value(s, cache, head - s.heads - s.kv_heads, pass.slot[r], x);
@@ -175,36 +205,40 @@ class Llama {
         });
     }
 
-    void add_product(Pool& pool, int thread, const Matrix& w, const Quantised& input, int rows, float* x) const {
-        pool.each(thread, w.tiles(), 1, [&](int first, int last) {
-            for (int t = first; t < last; t++)
+    // x += w · input; next: the weight of the norm that x goes through after that, or null.
+    void add_product(Pool& pool, int thread, const Matrix& w, const Quantised& input, int rows, float* x, const float* next) {
+        constexpr int grain = GROUP / LANES;
+        pool.each(thread, w.tiles(), grain, [&](int first, int last) {
+            for (int t = first; t < last; t++) {
                 product(w, t, input, rows, [&](int r, Floats v) {
                     float* at = x + static_cast<size_t>(r) * shape.hidden + t * LANES;
                     (Floats::load(at) + v).store(at);
                 });
+                if (next && t % grain == grain - 1) settle(x, next, rows, t / grain);
+            }
         });
     }
 
     // silu(gate)·up, quantised for `down` where it arises: two tiles are one group.
-    void gate_up(Pool& pool, int thread, const Layer& layer, const Quantised& input, int rows) {
+    void gate_up(Pool& pool, int thread, const Layer& layer, int rows, const float* norm) {
         pool.each(thread, layer.gate.tiles(), GROUP / LANES, [&](int first, int last) {
             for (int t = first; t < last; t += GROUP / LANES)
-                for (int from = 0; from < rows; from += ROWS) gate_up_group(layer, t, input, from, std::min(ROWS, rows - from));
+                for (int from = 0; from < rows; from += ROWS) gate_up_group(layer, t, from, std::min(ROWS, rows - from), norm);
         });
     }
 
-    void gate_up_group(const Layer& layer, int t, const Quantised& input, int from, int rows) {
+    void gate_up_group(const Layer& layer, int t, int from, int rows, const float* norm) {
         float inner[ROWS][GROUP];
         for (int half = 0; half < GROUP / LANES; half++) {
             Floats gate[ROWS], up[ROWS];
-            tiles(layer.gate, t + half, input, from, rows, gate);
-            tiles(layer.up, t + half, input, from, rows, up);
+            tiles(layer.gate, t + half, input_, from, rows, gate);
+            tiles(layer.up, t + half, input_, from, rows, up);
             for (int r = 0; r < rows; r++) {
-                const Floats silu = gate[r] / (Floats::all(1.0f) + exp(Floats::zero() - gate[r]));
-                (silu * up[r]).store(inner[r] + half * LANES);
+                const Floats by = Floats::all(norm[from + r]), x = gate[r] * by;
+                (x / (Floats::all(1.0f) + exp(Floats::zero() - x)) * (up[r] * by)).store(inner[r] + half * LANES);
             }
         }
-        for (int r = 0; r < rows; r++) hq_.put(from + r, t * LANES / GROUP, inner[r]);
+        hq_.put_each(rows, inner[0], [&](int r) { return std::pair(from + r, t * LANES / GROUP); });
     }
 
     static void tiles(const Matrix& w, int t, const Quantised& x, int first, int rows, Floats* out) {

@@ -16,6 +16,7 @@
 #include <mutex>
 #include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -187,9 +188,31 @@ struct Quantised {
         to.scale[row] = most / 127.0f;
         to.sum[row] = to.scale[row] * sum_of(qa + qb);
     }
-    void put_row(int r, const float* x) {
-        for (int g = 0; g < groups; g++) put(r, g, x + g * GROUP);
+    // Groups 0…count-1 of x, each to the row and group that where(i) says.
+    template <typename Where>
+    void put_each(int count, const float* x, Where where) {
+        int i = 0;
+#if defined(DSPARK_AVX512)
+        for (; i + 4 <= count; i += 4) {
+            int8_t* q[4];
+            float *scale[4], *sum[4];
+            for (int j = 0; j < 4; j++) {
+                const auto [r, g] = where(i + j);
+                Group& to = data.get()[static_cast<size_t>(r / ROWS) * groups + g];
+                q[j] = to.q[r % ROWS], scale[j] = to.scale + r % ROWS, sum[j] = to.sum + r % ROWS;
+            }
+            if (quantise_four(x + i * GROUP, q, scale, sum)) continue;
+            for (int j = i; j < i + 4; j++) put_one(where(j), x + j * GROUP);
+        }
+#endif
+        for (; i < count; i++) put_one(where(i), x + i * GROUP);
     }
+    void put_row(int r, const float* x) {
+        put_each(groups, x, [r](int g) { return std::pair(r, g); });
+    }
+
+   private:
+    void put_one(std::pair<int, int> at, const float* x) { put(at.first, at.second, x); }
 };
 
 // The eight chunks of one group of a tile, a byte a weight.
