@@ -150,12 +150,12 @@ class Attention {  // of one thread
             most[1] = max(most[1], Floats::load(scores + p + LANES));
         }
         for (int p = whole; p < seen; p += LANES) most[0] = max(most[0], Floats::load(scores + p).keep(seen - p, -INFINITY));
-        const Floats top = Floats::all(max_of(max(most[0], most[1]))), by = Floats::all(scale);
+        const Floats top = Floats::all(max_of(max(most[0], most[1]))), by = Floats::all(scale * 1.44269504f);
         uint16_t* weights = reinterpret_cast<uint16_t*>(scores);  // behind what is read: two bytes a slot instead of four
         const auto weigh_block = [&](int p, int left) {
             Floats part[2];
             for (int i : {0, 1}) {
-                part[i] = exp((Floats::load(scores + p + i * LANES) - top) * by).keep(left - i * LANES, 0.0f);
+                part[i] = power_for_weights((Floats::load(scores + p + i * LANES) - top) * by).keep(left - i * LANES, 0.0f);
                 total[i] = total[i] + part[i];
             }
             store_bfloat(part[0], part[1], weights + p);

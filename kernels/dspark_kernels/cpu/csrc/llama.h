@@ -124,11 +124,13 @@ class Llama {
     void put_together(const Pass& pass) {
         const int most = Attention::rows_at_once(shape);
         together_.clear();
-        for (int r = 0; r < pass.rows; r++) {
-            if (r && pass.first_slot[r] == pass.first_slot[r - 1] && together_.back().count < most)
-                together_.back().count++;
-            else
-                together_.push_back({r, 1});
+        for (int r = 0, end; r < pass.rows; r = end) {
+            for (end = r + 1; end < pass.rows && pass.first_slot[end] == pass.first_slot[r];) end++;
+            const int parts = (end - r + most - 1) / most;  // of one size, that no thread has more to do than another
+            for (int i = 0; i < parts; i++) {
+                const int first = r + (end - r) * i / parts;
+                together_.push_back({first, r + (end - r) * (i + 1) / parts - first});
+            }
         }
     }
 

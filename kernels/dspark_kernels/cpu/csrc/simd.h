@@ -210,6 +210,18 @@ inline void store_tiles(float* out, size_t apart, size_t stride, int tiles) {
     if (tiles > 3) _tile_stored(3, out + 3 * apart, stride);
 }
 
+// 2^y for y ≤ 0, to 3e-6 of itself: more than a weight in bfloat16 keeps. 2^floor(y) by the exponent, the rest by a polynomial
+// that is 1 at 0.
+inline Floats power_for_weights(Floats y) {
+    const Floats most = max(y, Floats::all(-126.0f));
+    const Floats r{_mm512_reduce_ps(most.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+    Floats p = fma(r, Floats::all(1.342668806e-2f), Floats::all(5.224246566e-2f));
+    p = fma(p, r, Floats::all(2.412802108e-1f));
+    p = fma(p, r, Floats::all(6.930448436e-1f));
+    p = fma(p, r, Floats::all(1.0f));
+    return {_mm512_scalef_ps(p.v, most.v)};
+}
+
 // a's lanes and then b's, to the nearest bfloat16
 inline void store_bfloat(Floats a, Floats b, void* to) {
     _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
