@@ -256,7 +256,7 @@ def test_a_slow_point_is_measured_twice_and_no_more():
 def test_a_short_point_is_measured_as_the_last_of_some():
     """A service does the same round again and again: what a change of size costs does not count."""
     clock = Clock()
-    points = [clock.point(n, itertools.chain([2.5], itertools.cycle([4.0, 3.0, 2.0, 1.0]))) for n in (1, 2)]
+    points = [clock.point(n, itertools.chain([2.5], itertools.cycle([6.0, 5.0, 4.0, 3.0, 2.0, 1.0]))) for n in (1, 2)]
     assert sweep(points, clock=clock) == {"rows": {1: 1.0, 2: 1.0}}
 
 
@@ -283,8 +283,9 @@ def test_fit_separates_what_was_measured_together():
         "rows": {1: 10.0, 2: 9.0, 4: 14.0, 8: 20.0},
         "streams": {1: 9.5, 2: 12.5, 4: 18.0},
         "rest": {1: 0.5, 2: 0.7, 4: 0.6},
-        "draft": {1: 2.5, 2: 3.7, 4: 5.65},
-        "slot": {1: 1.3, 2: 1.9, 4: 2.65},
+        "draft": {1: 12.0, 2: 16.2, 4: 23.65},  # whole rounds
+        "slot": {1: 10.8, 2: 14.4, 4: 20.65},
+        "short draft": {1: 2.5},
         "long": {1: 9.5 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
         "long draft": {1: 2.5 + 0.25},
         "sampled": {4: 20.0},

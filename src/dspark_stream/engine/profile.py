@@ -39,7 +39,7 @@ LONGEST_CHUNK = 512
 """Rows of one stream up to which passes are measured: prompts are cut into chunks by this curve, too."""
 BUDGET_S = 6.0
 """After so long no sweep over the points begins; two are always made."""
-STEADY_RUNS, STEADY_MS = 3, 12.0
+STEADY_RUNS, STEADY_MS = 5, 16.0
 """Before a run that counts the same is run so often, or for so long: a service does the same round again and again, and
 then finds weights in the processor's caches that another size's run would have driven out."""
 SWEEPS = 9
@@ -47,7 +47,7 @@ WARM_ROWS = 16
 """Passes up to so many rows are timed right after another one."""
 SLOW_MS = 80.0
 """Points that take this long are measured twice only: what is left of the noise is small beside them."""
-FORMAT = "curve 5"
+FORMAT = "curve 6"
 
 
 class _Stored(msgspec.Struct):
@@ -151,6 +151,12 @@ class Point(NamedTuple):
     """Milliseconds of one run at a size."""
 
 
+class _Round(NamedTuple):
+    ms: float
+    rest_ms: float
+    """Of these, all but the pass."""
+
+
 Times = dict[str, dict[int, float]]
 """Medians in milliseconds: what → size → time."""
 
@@ -214,11 +220,11 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int, long_strea
     if "draft" not in times:
         return msgspec.structs.replace(curve, draft_ms=[0.0] * len(streams))
     whole, first = times["draft"], times["slot"]
-    draft_ms = monotone([max(0.0, whole[r] - rest[r]) for r in streams])
+    draft_ms = monotone([max(0.0, whole[r] - rest[r] - plain[r]) for r in streams])
     slot_ms = [max(0.0, whole[r] - first[r]) / max(1, gamma - 1) for r in streams]
     curve = msgspec.structs.replace(curve, draft_ms=draft_ms, slot_ms=monotone(slot_ms))
     if "long draft" in times:
-        slope = 1e3 * (times["long draft"][1] - whole[1]) / spread
+        slope = 1e3 * (times["long draft"][1] - times["short draft"][1]) / spread
         curve = msgspec.structs.replace(curve, draft_read_us=max(0.0, slope))
     return curve
 
@@ -287,8 +293,11 @@ class _Bench:
             points += [Point("draft", n, self.draft_ms) for n in streams]
             points += [Point("slot", n, self.slot_ms) for n in streams]
             if far:
+                points.append(Point("short draft", 1, self.short_draft_ms))
                 points.append(Point("long draft", 1, self.long_draft_ms))
-        return points
+        # large ones first: what a pass of 512 rows leaves in the processor's caches would cost a small one after it a
+        # quarter of its time, for longer than it is run before it counts
+        return sorted(points, key=lambda point: -point.size)
 
     def _streams(self, count: int, context: int = 0, temperature: float = 0.0) -> list[Stream]:
         request = GenerationRequest(
@@ -310,10 +319,8 @@ class _Bench:
         return (time.perf_counter() - begun) * 1e3
 
     def rows_ms(self, tokens: int) -> float:
-        """One stream with that many rows, after what comes before such a pass in a round, where that is cheap."""
-        if 1 < tokens <= WARM_ROWS and self._drafter:
-            self._round(1, self.gamma)
-        elif tokens <= WARM_ROWS:
+        """One stream with that many rows, after a pass of the same kind where that is cheap."""
+        if tokens <= WARM_ROWS:
             self._verify_ms(self._streams(1), tokens - 1)
         return self._verify_ms(self._streams(1), tokens - 1)
 
@@ -334,22 +341,27 @@ class _Bench:
 
     def rest_ms(self, count: int) -> float:
         """A plain round of that many streams, without its pass."""
-        return self._round(count, 0)
+        return self._round(count, 0).rest_ms
 
     def draft_ms(self, count: int) -> float:
-        """A round that drafts whole blocks for that many streams and verifies nothing, without its pass."""
-        return self._round(count, self.gamma)
+        """A round that drafts whole blocks for that many streams and verifies nothing, its pass included: what drafting
+        leaves in the processor's caches, and drives out of them, is part of what it costs."""
+        return self._round(count, self.gamma).ms
 
     def slot_ms(self, count: int) -> float:
         """The same with the first token of each block only."""
-        return self._round(count, 1)
+        return self._round(count, 1).ms
+
+    def short_draft_ms(self, count: int) -> float:
+        """As `draft_ms`, without the pass."""
+        return self._round(count, self.gamma).rest_ms
 
     def long_draft_ms(self, count: int) -> float:
-        """As `draft_ms`, deep in a long context."""
-        return self._round(count, self.gamma, self.long_context)
+        """As `short_draft_ms`, deep in a long context."""
+        return self._round(count, self.gamma, self.long_context).rest_ms
 
-    def _round(self, count: int, slots: int, context: int = 0) -> float:
-        """A real round after a pass, which leaves in the processor's caches what it leaves."""
+    def _round(self, count: int, slots: int, context: int = 0) -> _Round:
+        """A real round after a pass."""
         models = Models(
             target=self._target,
             target_kv=self._target_kv,
@@ -371,7 +383,7 @@ class _Bench:
         committed = decode_round(models, streams)
         took_ms = (time.perf_counter() - begun) * 1e3
         assert committed[0].round is not None
-        return took_ms - committed[0].round.t_verify_ms
+        return _Round(took_ms, took_ms - committed[0].round.t_verify_ms)
 
 
 class _DraftOnly:
