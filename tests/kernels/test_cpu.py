@@ -233,6 +233,7 @@ SHAPES = {
     "SmolLM2": {"heads": 9, "kv_heads": 3, "size": 64, "hidden": 576, "inner": 192, "layers": 1, "norms": False},
     "all heads": {"heads": 2, "kv_heads": 2, "size": 32, "hidden": 64, "inner": 96, "layers": 3, "norms": False},
     "many query heads": {"heads": 20, "kv_heads": 1, "size": 32, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
+    "size 96": {"heads": 2, "kv_heads": 1, "size": 96, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
     "Qwen3": {"heads": 10, "kv_heads": 2, "size": 128, "hidden": 64, "inner": 64, "layers": 1, "norms": True},
 }
 
@@ -254,7 +255,7 @@ def test_layers_are_the_references(context, shape):
     store = Store.zeros(shape["layers"], 256, shape["kv_heads"], shape["size"])
     plain = reference()
     taps = list(range(shape["layers"] - 1))
-    for start, count in ((0, 19), (19, 1), (20, 5), (25, 17)):
+    for start, count in ((0, 19), (19, 1), (20, 5), (25, 17), (42, 71)):
         x = random(count, hidden, seed=start)
         out, kept = forward(llama, x, start, 32, store, taps)
         positions = torch.arange(start, start + count)
@@ -296,7 +297,29 @@ def test_a_row_does_not_know_its_neighbours(context, shape):
     assert (x[11:21] == whole[30:]).all()
 
 
-def test_a_block_sees_its_context_and_all_of_itself(context):
+def test_a_row_that_is_no_number_spoils_no_row_before_it(context):
+    llama, _ = models(context, **SHAPES["SmolLM2"])
+    rows, new_store = random(9, 576, seed=9), lambda: Store.zeros(1, 128, 3, 64)
+    clean, _ = forward(llama, rows[:8], 0, 16, new_store())
+    for bad in (np.nan, np.inf):
+        rows[8] = bad
+        out, _ = forward(llama, rows, 0, 16, new_store())
+        assert (out[:8] == clean).all()
+        assert not np.isfinite(out[8]).any()
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_row_without_end_is_rounded_alike_wherever_it_stands(context, bad):
+    matrix, x = packed(context, random(32, 64, seed=1)), random(7, 64, seed=2)
+    x[[0, 5], 3] = bad
+    x[5] = x[0]
+    out = matrix.product(x)
+    np.testing.assert_array_equal(out[0], out[5])
+    np.testing.assert_array_equal(out[[1, 6]], matrix.product(x[[1, 6]]))
+
+
+@pytest.mark.parametrize("seen", [27, 28])
+def test_a_block_sees_its_context_and_all_of_itself(context, seen):
     """What a drafter does: context keys and values from features, then rows without a mask among them."""
     shape = SHAPES["SmolLM2"]
     llama, reference = models(context, **shape)
@@ -312,16 +335,21 @@ def test_a_block_sees_its_context_and_all_of_itself(context):
         )
         plain.append_context(normed, torch.arange(start, stop))
     block = random(7, hidden, seed=6)
-    out, _ = forward(llama, block, 21, 48, store, visible=28)
-    want, _ = plain.forward(torch.from_numpy(block), torch.arange(21, 28), torch.full((7,), 28))
+    out, _ = forward(llama, block, 21, 48, store, visible=seen)
+    want, _ = plain.forward(torch.from_numpy(block), torch.arange(21, 28), torch.full((7,), seen))
     assert np.abs(out - want.numpy()).mean() < 5e-3
-    # what lies past the block is never looked at, whatever it holds
-    nan = np.uint16(0x7FFF)  # in float16 and in bfloat16
+    # what lies past it is never looked at, whatever it holds (slot 75 is the block's own to write)
+    nan, end = np.uint16(0x7FFF), 48 + seen  # in float16 and in bfloat16
     store.keys[:, :, 5:], store.values[:, :, 76:] = nan, nan
-    tile = store.keys[:, :, (48 + 28) // 16]  # [L, Hk, D, 16], or for the matrix unit [L, Hk, D/2, 16, 2]
-    (tile.reshape(1, 3, 32, 16, 2) if context.kv_bfloat else tile)[:, :, :, (48 + 28) % 16 :] = nan
-    again, _ = forward(llama, block, 21, 48, store, visible=28)
-    assert (again == out).all()
+    tile = store.keys[:, :, 76 // 16]  # [L, Hk, D, 16], or for the matrix unit [L, Hk, D/2, 16, 2]
+    slots = tile.reshape(1, 3, 32, 16, 2) if context.kv_bfloat else tile
+    assert np.shares_memory(slots, store.keys)
+    slots[:, :, :, 76 % 16 :] = nan
+    last = block.copy()
+    if end == 75:
+        last[6] = np.nan  # nobody sees the last row, itself neither
+    again, _ = forward(llama, last, 21, 48, store, visible=seen)
+    assert (again[:6] == out[:6]).all()
 
 
 # --- the sequential head -------------------------------------------------------------------------------------

@@ -369,8 +369,9 @@ class Store(NamedTuple):
 
     def clear(self, slot: int, size: int) -> None:
         """Zero whole tiles from ``slot`` on."""
-        self.keys[:, :, slot // LANES : -(-(slot + size) // LANES)] = 0
-        self.values[:, :, slot : slot + size] = 0
+        first, last = slot // LANES, -(-(slot + size) // LANES)
+        self.keys[:, :, first:last] = 0
+        self.values[:, :, first * LANES : last * LANES] = 0
 
 
 def _untouched(*shape: int) -> Words:
@@ -408,12 +409,14 @@ class Llama:
         sine: npt.NDArray[Any],
         layers: Sequence[LayerWeights],
     ) -> None:
+        if not layers:
+            raise ValueError("no layers")
         first = layers[0]
         self.context, self.hidden, self.num_layers = context, first.qkv.inputs, len(layers)
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, first.qkv.outputs // (heads + 2 * kv_heads)
         self.inner, self.positions = first.gate.outputs, len(cosine)
         d, h = self.head_size, self.hidden
-        if d % 32 or d > 256 or h % GROUP or h > 16384 or self.inner % GROUP or heads % kv_heads:
+        if d % 32 or d > 256 or h % GROUP or self.inner % GROUP or heads % kv_heads:
             raise ValueError(f"heads of {d}, hidden size {h}, inner size {self.inner} are not for these kernels")
         final, cosine, sine = _floats(final_norm, h), _floats(cosine), _floats(sine)
         if cosine.shape != sine.shape or cosine.shape[1:] != (d // 2,):

@@ -30,7 +30,7 @@ DRAFT_BITS = 8
 
 
 class NativeStore(KVStore):
-    """Half-precision keys and values in the kernels' layout."""
+    """Keys and values of two bytes in the kernels' layout."""
 
     def __init__(self, shapes: Sequence[KVShape], slots: int) -> None:
         self.arrays = Store.zeros(len(shapes), slots, shapes[0].heads, shapes[0].key_dim)

@@ -36,8 +36,7 @@ OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
 WORTHWHILE = 1.12
 """Drafting must promise so many times the throughput of plain decoding: less is within the curve's error, and plain rounds
-among rounds that draft find less of their weights in the processor's caches, which no curve says. Replays of recorded
-rounds lose nothing by it between 1.04 and 1.16."""
+after one that drafted find less of their weights in the processor's caches, which the curve does not charge for."""
 PLAN_HOLDS, REST_HOLDS = 8, 32
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
 WHOLE_EVERY = 12

@@ -75,12 +75,12 @@ class Attention {  // of one thread
     void reserve(const Shape& s, int longest) {
         stride_ = (longest + BLOCK - 1) / BLOCK * BLOCK + LANES;  // no power of two: rows would share lines of the cache
         const size_t wanted = static_cast<size_t>(QUERIES) * stride_;
-        if (wanted > size_) scores_ = allocate<float>(size_ = wanted);
+        make_room(scores_, size_, wanted);
         if (s.head_size <= head_size_) return;
+        queries_ = allocate<uint16_t>(static_cast<size_t>(QUERIES) * s.head_size);
+        tail_ = allocate<uint16_t>(static_cast<size_t>(BLOCK) * s.head_size);
+        sums_ = allocate<float>(static_cast<size_t>(QUERIES) * s.head_size);
         head_size_ = s.head_size;
-        queries_ = allocate<uint16_t>(static_cast<size_t>(QUERIES) * head_size_);
-        tail_ = allocate<uint16_t>(static_cast<size_t>(BLOCK) * head_size_);
-        sums_ = allocate<float>(static_cast<size_t>(QUERIES) * head_size_);
     }
 
     // Rows first…first+rows-1, all of one stream, and the queries of one key head: quantised, into `out`.
@@ -118,6 +118,12 @@ class Attention {  // of one thread
             share_of[i] = weigh(scores_.get() + static_cast<size_t>(i) * stride_, pass.visible[first + i / heads], longest,
                                 score_scale(s));
         sum_values(cache.values + (cache.slots * head + base) * size, size, longest);
+        if (rows > 1 && !all_finite(sums_.get(), static_cast<size_t>(count) * size)) {
+            // what a row does not see counts nothing, but nothing times no number is no number: each for itself
+            for (int r = first; r < first + rows; r++)
+                run_queries(s, cache, pass, r, 1, head, first_query, heads, qkv, out);
+            return;
+        }
         for (int i = 0; i < count; i++)
             for (float* at = sums_.get() + i * size; at < sums_.get() + (i + 1) * size; at += LANES)
                 (Floats::load(at) * share_of[i]).store(at);
@@ -126,6 +132,12 @@ class Attention {  // of one thread
             const int i = k / groups;
             return std::pair(first + i / heads, (first_query + i % heads) * groups + k % groups);
         });
+    }
+
+    static bool all_finite(const float* x, size_t count) {
+        Floats nothing = Floats::zero();  // 0 · x is 0 where x is a number
+        for (size_t i = 0; i < count; i += LANES) nothing = fma(Floats::load(x + i), Floats::zero(), nothing);
+        return sum_of(nothing) == 0.0f;
     }
 
     // scores [queries][stride] of the first `longest` slots, whole tiles of 16: query · key.
@@ -212,8 +224,7 @@ class Attention {  // of one thread
     static int rows_at_once(const Shape&) { return 1; }
 
     void reserve(const Shape& s, int longest) {
-        const size_t wanted = static_cast<size_t>(longest + LANES) * s.group();
-        if (wanted > size_) scores_ = allocate<float>(size_ = wanted);
+        make_room(scores_, size_, static_cast<size_t>(longest + LANES) * s.group());
     }
 
     // Row `first` and the queries of one key head: quantised, into `out`.

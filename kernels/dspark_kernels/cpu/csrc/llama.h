@@ -43,10 +43,13 @@ class Llama {
         input_.reserve(pass.rows, s.hidden);
         aq_.reserve(pass.rows, s.heads * s.head_size);
         hq_.reserve(pass.rows, s.inner);
-        reserve(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
+        make_room(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
         squares_.resize(static_cast<size_t>(pass.rows) * input_.groups);
         const int longest = pass.rows ? *std::max_element(pass.visible, pass.visible + pass.rows) : 0;
-        for (Own& own : own_) own.attention.reserve(s, longest);
+        for (Own& own : own_) {
+            own.norm.resize(pass.rows);
+            own.attention.reserve(s, longest);
+        }
         put_together(pass);
         pool.run([&](int thread) {
             Own& own = own_[thread];
@@ -86,7 +89,7 @@ class Llama {
     void write_context(Pool& pool, const Pass& pass, const Store& store, const float* features) {
         const Shape& s = shape;
         input_.reserve(pass.rows, s.hidden);
-        reserve(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
+        make_room(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
         pool.run([&](int thread) {
             int first, last;
             share(pass.rows, 1, thread, pool.size(), &first, &last);
@@ -114,12 +117,6 @@ class Llama {
     std::vector<float> squares_;  // [groups][rows] of the residual stream
     Buffer<float> qkv_;
     size_t qkv_size_ = 0;
-
-    static void reserve(Buffer<float>& buffer, size_t& size, size_t wanted) {
-        if (wanted <= size) return;
-        buffer = allocate<float>(wanted);
-        size = wanted;
-    }
 
     void put_together(const Pass& pass) {
         const int most = Attention::rows_at_once(shape);
@@ -152,10 +149,11 @@ class Llama {
     }
 
     void norm_rows(int rows, Own& own) const {
-        own.norm.assign(rows, 0.0f);
+        std::fill_n(own.norm.begin(), rows, 0.0f);
         for (int g = 0; g < input_.groups; g++)
             for (int r = 0; r < rows; r++) own.norm[r] += squares_[static_cast<size_t>(g) * rows + r];
-        for (float& n : own.norm) n = 1.0f / std::sqrt(n / static_cast<float>(shape.hidden) + shape.eps);
+        for (int r = 0; r < rows; r++)
+            own.norm[r] = 1.0f / std::sqrt(own.norm[r] / static_cast<float>(shape.hidden) + shape.eps);
     }
 
     // Heads first_head…last_head-1 of Q, K and V, counted through; whoever takes one turns it too. norm: what to multiply

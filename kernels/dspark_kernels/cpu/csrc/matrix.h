@@ -59,6 +59,13 @@ Buffer<T> allocate(size_t count) {
     return Buffer<T>(static_cast<T*>(p));
 }
 
+template <typename T>
+void make_room(Buffer<T>& buffer, size_t& size, size_t wanted) {
+    if (wanted <= size) return;
+    buffer = allocate<T>(wanted);
+    size = wanted;
+}
+
 // Memory for weights, many matrices to a piece, in large pages where the system has them: a pass walks through all of
 // it, and with pages of 4 KiB every 64th cache line would wait for a page walk. A piece goes with its last matrix.
 struct Piece {
@@ -287,8 +294,10 @@ DSPARK_UNROLL(8)
         }
         const int j = i - LOADED;
         if (j >= 0 && j < groups) {
-          if (j&1) matrix_product<0>(weights[j % RING], x[j].q[0], dots[j % RING][0]);
-          else matrix_product<1>(weights[j % RING], x[j].q[0], dots[j % RING][0]);
+            if (j % 2)
+                matrix_product<0>(weights[j % RING], x[j].q[0], dots[j % RING][0]);
+            else
+                matrix_product<1>(weights[j % RING], x[j].q[0], dots[j % RING][0]);
         }
         const int k = i - ADDED;
         if (k >= 0) {

@@ -1,6 +1,6 @@
-// Sixteen lanes of float or int32 and what the kernels do with them, for three instruction sets; the
-// fourth, AMX, is AVX-512 with a matrix unit. Which one is
-// compiled is decided by the compiler's flags; which library is loaded is decided at run time (build.py).
+// Sixteen lanes of float or int32 and what the kernels do with them, for three instruction sets; the fourth, AMX, is
+// AVX-512 with a matrix unit. Which one is compiled is decided by the compiler's flags, which library is loaded at run
+// time (build.py).
 //
 // Every path adds in the same order for every batch, so a row's result never depends on its neighbours. Paths differ
 // from each other in the last bits.
@@ -13,7 +13,7 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define DSPARK_AVX512 1
 #include <immintrin.h>
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define DSPARK_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -140,6 +140,7 @@ inline void use_matrix_unit(int rows) {
     for (int tile : {4, 5}) shapes.set(tile, GROUP / 4, 64);
     written(&shapes);
     _tile_loadconfig(&shapes);
+    written(&shapes);
     matrix_unit_use = rows;
 }
 
@@ -151,6 +152,7 @@ inline void use_matrix_unit_for_attention(int queries) {
     for (int tile : {5, 6}) shapes.set(tile, 16, 64);
     written(&shapes);
     _tile_loadconfig(&shapes);
+    written(&shapes);
     matrix_unit_use = -queries;
 }
 
@@ -180,14 +182,15 @@ inline void matrix_product(const uint8_t* weights, const int8_t* x, int32_t* out
     }
 }
 
-// Tiles 0 to 3, as many as `tiles`: nothing; plus a [queries][32] · b [16][16·2], bfloat16; written out, `apart` floats
-// from one another. Strides are bytes from row to row; b's tiles are `apart` elements from one another.
+// Attention's tiles 0 to 3 become nothing.
 inline void clear_tiles() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
 }
+// The first `tiles` of them get a [queries][32] · b [16][16·2] more, bfloat16, b's tiles `apart` elements from one another.
+// Strides are bytes from row to row.
 inline void multiply_tiles(const uint16_t* a, size_t a_stride, const uint16_t* b, size_t apart, size_t b_stride, int tiles) {
     written(a);
     _tile_loadd(4, a, a_stride);
@@ -203,6 +206,7 @@ inline void multiply_tiles(const uint16_t* a, size_t a_stride, const uint16_t* b
     _tile_loadd(6, b + 3 * apart, b_stride);
     _tile_dpbf16ps(3, 4, 6);
 }
+// The first `tiles` of them written out, `apart` floats from one another.
 inline void store_tiles(float* out, size_t apart, size_t stride, int tiles) {
     _tile_stored(0, out, stride);
     if (tiles > 1) _tile_stored(1, out + apart, stride);
@@ -213,7 +217,7 @@ inline void store_tiles(float* out, size_t apart, size_t stride, int tiles) {
 // 2^y for y ≤ 0, to 3e-6 of itself: more than a weight in bfloat16 keeps. 2^floor(y) by the exponent, the rest by a polynomial
 // that is 1 at 0.
 inline Floats power_for_weights(Floats y) {
-    const Floats most = max(y, Floats::all(-126.0f));
+    const Floats most = max(Floats::all(-126.0f), y);  // what is no number stays none
     const Floats r{_mm512_reduce_ps(most.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
     Floats p = fma(r, Floats::all(1.342668806e-2f), Floats::all(5.224246566e-2f));
     p = fma(p, r, Floats::all(2.412802108e-1f));
@@ -517,7 +521,7 @@ inline __m128 fold_four(const __m512* x, Two two) {
 }
 
 // Four times 32 floats in signed bytes with a scale each, as `Quantised::put` does one, to the bit, at less than half the
-// cost. q, scale, sum: where each goes. False, and nothing done, where one of them is nothing or no number.
+// cost. q, scale, sum: where each goes. False, and nothing done, where one of them is nothing, endless or no number.
 inline bool quantise_four(const float* x, int8_t* const* q, float* const* scale, float* const* sum) {
     __m512 v[8], most[4];
     __mmask16 unordered = 0;
@@ -529,7 +533,8 @@ DSPARK_UNROLL(4)
         most[i] = _mm512_max_ps(_mm512_abs_ps(v[2 * i]), _mm512_abs_ps(v[2 * i + 1]));
     }
     const __m128 top = fold_four(most, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
-    const __mmask8 usable = _mm_cmp_ps_mask(top, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
+    const __mmask8 usable =
+        _mm_cmp_ps_mask(top, _mm_set1_ps(1e-30f), _CMP_GT_OQ) & _mm_cmp_ps_mask(top, _mm_set1_ps(INFINITY), _CMP_LT_OQ);
     if (unordered || (usable & 15) != 15) return false;
     alignas(16) float up[4], down[4], sums[4];
     _mm_store_ps(up, _mm_div_ps(_mm_set1_ps(127.0f), top));
