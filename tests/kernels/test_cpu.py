@@ -232,7 +232,7 @@ SHAPES = {
     "one key head": {"heads": 3, "kv_heads": 1, "size": 32, "hidden": 96, "inner": 160, "layers": 2, "norms": False},
     "SmolLM2": {"heads": 9, "kv_heads": 3, "size": 64, "hidden": 576, "inner": 192, "layers": 1, "norms": False},
     "all heads": {"heads": 2, "kv_heads": 2, "size": 32, "hidden": 64, "inner": 96, "layers": 3, "norms": False},
-    "many query heads": {"heads": 20, "kv_heads": 1, "size": 32, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
+    "20 query heads": {"heads": 20, "kv_heads": 1, "size": 32, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
     "size 96": {"heads": 2, "kv_heads": 1, "size": 96, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
     "Qwen3": {"heads": 10, "kv_heads": 2, "size": 128, "hidden": 64, "inner": 64, "layers": 1, "norms": True},
 }

@@ -48,8 +48,8 @@ class LayerReference(NamedTuple):
 class LlamaReference:
     """One stream's layers; its keys and values are kept as lists of rows, in float16 or bfloat16.
 
-    ``cosine`` and ``sine``: [positions, D/2]. ``bfloat``: attention by a matrix unit, all of whose factors are bfloat16,
-    the weights too, before they are divided by their sum.
+    ``cosine`` and ``sine``: [positions, D/2]. ``bfloat``: attention by a matrix unit, its factors all bfloat16, the
+    weights too, before they are divided by their sum.
     """
 
     def __init__(

@@ -35,8 +35,8 @@ are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
 WORTHWHILE = 1.12
-"""Drafting must promise so many times the throughput of plain decoding: less is within the curve's error, and plain rounds
-after one that drafted find less of their weights in the processor's caches, which the curve does not charge for."""
+"""Drafting must promise so many times the throughput of plain decoding: less is within the curve's error, and plain
+rounds after one that drafted find less of their weights in the processor's caches, which the curve does not charge."""
 PLAN_HOLDS, REST_HOLDS = 8, 32
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
 WHOLE_EVERY = 12
