@@ -283,9 +283,9 @@ def test_fit_separates_what_was_measured_together():
         "rows": {1: 10.0, 2: 9.0, 4: 14.0, 8: 20.0},
         "streams": {1: 9.5, 2: 12.5, 4: 18.0},
         "rest": {1: 0.5, 2: 0.7, 4: 0.6},
-        "draft": {1: 12.0, 2: 16.2, 4: 23.65},  # whole rounds
-        "slot": {1: 10.8, 2: 14.4, 4: 20.65},
-        "short draft": {1: 2.5},
+        "draft": {1: 2.5, 2: 3.7, 4: 5.65},
+        "after": {1: 9.9, 2: 13.5, 4: 19.0},
+        "slot": {1: 1.3, 2: 1.9, 4: 2.65},
         "long": {1: 9.5 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
         "long draft": {1: 2.5 + 0.25},
         "sampled": {4: 20.0},
@@ -296,6 +296,7 @@ def test_fit_separates_what_was_measured_together():
     assert curve.stream_ms == pytest.approx([0.0, 3.0, 4.0])
     assert curve.rest_ms == pytest.approx([0.5, 0.65, 0.65])
     assert curve.draft_ms == pytest.approx([2.0, 3.0, 5.05])
+    assert curve.after_draft_ms == pytest.approx([0.4, 1.0, 1.0])
     assert curve.slot_ms == pytest.approx([0.4, 0.6, 1.0])
     assert curve.attend_us == pytest.approx(1.0)
     assert curve.read_us == pytest.approx(2.0)
@@ -305,5 +306,8 @@ def test_fit_separates_what_was_measured_together():
     together = fit(times, gamma=4, context=100, long_context=600, long_streams=4)
     assert (together.attend_us, together.read_us) == pytest.approx((1.0, 2.0))
     costs = Costs(curve)
+    cost = costs.round_cost(2, 100.0, 2, 4)  # what drafting adds to a pass counts as the pass's time, not as drafting's
+    assert cost.draft_ms == pytest.approx(3.0, abs=0.2)
+    assert cost(4) - cost.draft_ms - cost.rest_ms == pytest.approx(float(costs.verify_ms(4, 2, 96.0)) + 1.0)
     assert costs.sampling(0.1) is costs
     assert costs.sampling(0.5).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)

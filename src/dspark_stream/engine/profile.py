@@ -47,7 +47,7 @@ WARM_ROWS = 16
 """Passes up to so many rows are timed right after another one."""
 SLOW_MS = 80.0
 """Points that take this long are measured twice only: what is left of the noise is small beside them."""
-FORMAT = "curve 6"
+FORMAT = "curve 7"
 
 
 class _Stored(msgspec.Struct):
@@ -152,9 +152,9 @@ class Point(NamedTuple):
 
 
 class _Round(NamedTuple):
-    ms: float
+    pass_ms: float
     rest_ms: float
-    """Of these, all but the pass."""
+    """All but the pass."""
 
 
 Times = dict[str, dict[int, float]]
@@ -220,11 +220,12 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int, long_strea
     if "draft" not in times:
         return msgspec.structs.replace(curve, draft_ms=[0.0] * len(streams))
     whole, first = times["draft"], times["slot"]
-    draft_ms = monotone([max(0.0, whole[r] - rest[r] - plain[r]) for r in streams])
+    draft_ms = monotone([max(0.0, whole[r] - rest[r]) for r in streams])
+    after_ms = monotone([max(0.0, times["after"][r] - plain[r]) for r in streams])
     slot_ms = [max(0.0, whole[r] - first[r]) / max(1, gamma - 1) for r in streams]
-    curve = msgspec.structs.replace(curve, draft_ms=draft_ms, slot_ms=monotone(slot_ms))
+    curve = msgspec.structs.replace(curve, draft_ms=draft_ms, after_draft_ms=after_ms, slot_ms=monotone(slot_ms))
     if "long draft" in times:
-        slope = 1e3 * (times["long draft"][1] - times["short draft"][1]) / spread
+        slope = 1e3 * (times["long draft"][1] - whole[1]) / spread
         curve = msgspec.structs.replace(curve, draft_read_us=max(0.0, slope))
     return curve
 
@@ -291,9 +292,9 @@ class _Bench:
             points += [Point("long", n, self.long_ms) for n in (1, self.long_rows)]
         if self._drafter:
             points += [Point("draft", n, self.draft_ms) for n in streams]
+            points += [Point("after", n, self.after_ms) for n in streams]
             points += [Point("slot", n, self.slot_ms) for n in streams]
             if far:
-                points.append(Point("short draft", 1, self.short_draft_ms))
                 points.append(Point("long draft", 1, self.long_draft_ms))
         # large ones first: what a pass of 512 rows leaves in the processor's caches would cost a small one after it a
         # quarter of its time, for longer than it is run before it counts
@@ -344,20 +345,19 @@ class _Bench:
         return self._round(count, 0).rest_ms
 
     def draft_ms(self, count: int) -> float:
-        """A round that drafts whole blocks for that many streams and verifies nothing, its pass included: what drafting
-        leaves in the processor's caches, and drives out of them, is part of what it costs."""
-        return self._round(count, self.gamma).ms
-
-    def slot_ms(self, count: int) -> float:
-        """The same with the first token of each block only."""
-        return self._round(count, 1).ms
-
-    def short_draft_ms(self, count: int) -> float:
-        """As `draft_ms`, without the pass."""
+        """A round that drafts whole blocks for that many streams and verifies nothing, without its pass."""
         return self._round(count, self.gamma).rest_ms
 
+    def after_ms(self, count: int) -> float:
+        """That round's pass."""
+        return self._round(count, self.gamma).pass_ms
+
+    def slot_ms(self, count: int) -> float:
+        """As `draft_ms` with the first token of each block only."""
+        return self._round(count, 1).rest_ms
+
     def long_draft_ms(self, count: int) -> float:
-        """As `short_draft_ms`, deep in a long context."""
+        """As `draft_ms`, deep in a long context."""
         return self._round(count, self.gamma, self.long_context).rest_ms
 
     def _round(self, count: int, slots: int, context: int = 0) -> _Round:
@@ -383,7 +383,8 @@ class _Bench:
         committed = decode_round(models, streams)
         took_ms = (time.perf_counter() - begun) * 1e3
         assert committed[0].round is not None
-        return _Round(took_ms, took_ms - committed[0].round.t_verify_ms)
+        pass_ms = committed[0].round.t_verify_ms
+        return _Round(pass_ms, took_ms - pass_ms)
 
 
 class _DraftOnly:

@@ -34,6 +34,9 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     """What the same pass costs more when its tokens belong to that many ``streams``."""
     draft_ms: list[float]
     """Drafting whole blocks for that many ``streams``."""
+    after_draft_ms: list[float] = []
+    """What drafting for that many ``streams`` adds to the pass that follows: it drives weights out of the processor's
+    caches."""
     slot_ms: list[float] = []
     """Of ``draft_ms``, what every slot after the first takes."""
     rest_ms: list[float] = []
@@ -134,12 +137,17 @@ class Costs:
         return np.maximum(base + context_ms, LEAST_OF_BASE * base)
 
     def draft_ms(self, drafting: Any, slots: Any, position: float) -> Any:
-        """Drafting ``slots`` tokens for so many streams, at least one; both may be arrays."""
+        """Drafting ``slots`` tokens for so many streams, at least one, with what it adds to the pass after it; both may
+        be arrays."""
         c = self.curve
         whole = interpolated(c.streams, c.draft_ms, drafting)
         spared = interpolated(c.streams, c.slot_ms, drafting) * (c.gamma - np.asarray(slots))
         context_ms = 1e-3 * (position - c.context) * c.draft_read_us * np.asarray(drafting)
-        return np.maximum(whole - spared + context_ms, LEAST_OF_BASE * whole)
+        return np.maximum(whole - spared + context_ms, LEAST_OF_BASE * whole) + self.after_draft_ms(drafting)
+
+    def after_draft_ms(self, drafting: Any) -> Any:
+        """Of `draft_ms`, what falls to the pass."""
+        return interpolated(self.curve.streams, self.curve.after_draft_ms, drafting)
 
     def rest_ms(self, streams: int) -> float:
         """The rest of a round of R streams."""
@@ -154,6 +162,8 @@ class Costs:
         rest_ms = self.rest_ms(streams)
         draft_ms = float(self.draft_ms(drafting, slots, position)) if drafting else 0.0
         ms = self.verify_ms(np.arange(streams, most + 1), streams, position) + (draft_ms + rest_ms)
+        if drafting:
+            draft_ms -= float(self.after_draft_ms(drafting))
         return RoundCost(streams, ms.tolist(), draft_ms=draft_ms, rest_ms=rest_ms)
 
 
