@@ -6,6 +6,7 @@ import queue
 import random
 import threading
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_coupled_text_is_a_function_of_target_and_seed(options, draft_vocab):
     plain, _ = collect(engine_with(), [ask(str(s), s, "plain") for s in range(4)], streams=1)
     for schedule in (Adaptive(), Fixed(GAMMA), Fixed(2)):
         for head in ("vanilla", "rnn"):
-            make = lambda: engine_with(head, schedule, draft_vocab=draft_vocab)  # noqa: B023, E731
+            make = partial(engine_with, head, schedule, draft_vocab=draft_vocab)
             alone, _ = collect(make(), [ask(str(s), s, "dspark") for s in range(4)], streams=1)
             crowd = [ask(str(s), s, "dspark") for s in range(4)] + [request("x", (9, 9), mode="plain")]
             company, _ = collect(make(), crowd)
@@ -318,11 +319,15 @@ def test_hold_keeps_the_stream_and_release_goes_on():
     engine.close(1.0)
 
 
+def _keep_ends(ends, batch):
+    ends.extend(event for event in batch if isinstance(event, FinishedEvent))
+
+
 def test_close_lets_streams_finish_and_cancels_the_rest():
     for timeout_s, reason in ((5.0, "length"), (0.0, "cancelled")):
         engine = engine_with(schedule=Fixed(0))
         ends = []
-        engine.start(lambda batch: ends.extend(e for e in batch if isinstance(e, FinishedEvent)))  # noqa: B023
+        engine.start(partial(_keep_ends, ends))
         engine.submit(request("a", max_tokens=60, ignore_eos=True))
         engine.close(timeout_s)
         assert [e.reason for e in ends] == [reason]

@@ -279,7 +279,10 @@ def test_a_row_does_not_know_its_neighbours(context, shape):
     llama, _ = models(context, **shape)
     rows = random(40, shape["hidden"], seed=7)
     strangers = random(11, shape["hidden"], seed=8)
-    new_store = lambda: Store.zeros(shape["layers"], 256, shape["kv_heads"], shape["size"])  # noqa: E731
+
+    def new_store():
+        return Store.zeros(shape["layers"], 256, shape["kv_heads"], shape["size"])
+
     whole, _ = forward(llama, rows, 0, 16, new_store())
     for sizes in ([1] * 40, [3, 17, 20], [16, 16, 8]):
         store, at = new_store(), 0

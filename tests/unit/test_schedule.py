@@ -54,7 +54,10 @@ def test_ties_never_break_a_prefix():
 @given(rows)
 def test_without_early_stop_the_maximum_is_found(survival):
     """On a staircase, admission by falling survival and the best prefix of it is the global optimum."""
-    sps = lambda b: 1.0 / (4 + (b + 1) // 2)  # noqa: E731
+
+    def sps(b):
+        return 1.0 / (4 + (b + 1) // 2)
+
     best = max(
         theta(survival, lengths, sps) for lengths in itertools.product(*(range(len(row) + 1) for row in survival))
     )
@@ -64,7 +67,10 @@ def test_without_early_stop_the_maximum_is_found(survival):
 @given(rows, st.integers(0, 5))
 def test_later_confidences_do_not_move_earlier_admissions(survival, cut):
     """What losslessness rests on: whether (r, j) is admitted depends on survivals ≥ a_{r,j} alone."""
-    cost = lambda b: 3 + b  # noqa: E731
+
+    def cost(b):
+        return 3 + b
+
     lengths = admit(survival, cost)
     for r, row in enumerate(survival):
         for j in range(len(row)):

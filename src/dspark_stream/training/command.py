@@ -104,10 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             told = {"metavar": "N"} | given if "choices" not in given else dict(given)
             flag = told.pop("flag", "--" + name.replace("_", "-"))
             default: Any = [] if told.get("action") == "append" else defaults[name]
+            described = help_text
             if default not in (None, (), []) and "default:" not in help_text:
                 shown = f"{default // 2**30}GiB" if told.get("type") is _size else default
-                help_text = f"{help_text} (default: {shown})"  # noqa: PLW2901
-            group.add_argument(flag, dest=name, default=default, help=help_text, **told)
+                described = f"{help_text} (default: {shown})"
+            group.add_argument(flag, dest=name, default=default, help=described, **told)
     group = parser.add_argument_group("places")
     group.add_argument(
         "--run-dir",
