@@ -23,6 +23,7 @@ from dspark_stream.models.loading import load_target
 from dspark_stream.models.native import NativeDrafter, NativeTarget
 from dspark_stream.models.target import Rows
 from dspark_stream.progress import SILENT
+from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import walk
 from dspark_stream.spec.schedule import parse_schedule
@@ -207,22 +208,50 @@ def test_the_walk_in_one_call_is_the_walk_slot_by_slot(tmp_path, context, monkey
     save_drafter(tiny_drafter(torch_target, draft_vocab=40, head=head, rank=rank), tmp_path / "drafter", torch.float32)
     drafter = load_drafter(tmp_path / "drafter", load_target(str(path), kernels=context).target)
     drafter.pack()
-    streams = [View(anchor) for anchor in (5, 9, 33, 60, 2)]
+    streams = [View(anchor, t) for anchor, t in ((5, 0.0), (9, 1.0), (33, 0.7), (60, 0.0), (2, 1.5))]
     hidden = torch.randn(len(streams), slots, HIDDEN, generator=torch.Generator().manual_seed(rank))
     one_call = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(drafter.gamma))
-    monkeypatch.setattr(NativeDrafter, "walk_greedily", lambda *_: None)
+    native_q = [[b.q.probabilities(k).clone() for k in range(slots)] if b.q else None for b in one_call]
+    monkeypatch.setattr(NativeDrafter, "walk_at_once", lambda *_: None)
     by_slot = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(drafter.gamma))
     assert [b.tokens for b in one_call] == [b.tokens for b in by_slot]
-    for fast, slow in zip(one_call, by_slot, strict=True):
+    for fast, slow, q in zip(one_call, by_slot, native_q, strict=True):
         assert fast.confidence == pytest.approx(slow.confidence, abs=2e-3)
+        assert list(fast.indices) == list(slow.indices)
+        for k, row in enumerate(q or ()):
+            torch.testing.assert_close(row, slow.q.probabilities(k), atol=1e-6, rtol=1e-3)
+
+
+def test_acceptance_by_the_kernels_is_acceptance_by_torch(tmp_path, context):
+    """Rounds of all kinds of streams, the same uniforms: accepted drafts and bonus tokens are the same."""
+    path = write_model(tmp_path / "model.gguf", KIND.Q8_0)
+    torch_target = load_target(str(path), dtype="float32", device="cpu").target
+    save_drafter(tiny_drafter(torch_target, draft_vocab=40, head="vanilla", rank=32), tmp_path / "d", torch.float32)
+    target = load_target(str(path), kernels=context).target
+    drafter = load_drafter(tmp_path / "d", target)
+    drafter.pack()
+    store = target.make_store(64)
+    seen = set()
+    for position in range(40):
+        streams = [View(9, 1.0, position), View(7, 0.0, position), View(5, 1.3, position), View(3, 1.0, position)]
+        hidden = torch.randn(len(streams), 3, HIDDEN, generator=torch.Generator().manual_seed(position))
+        blocks = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(drafter.gamma))
+        lengths = [3, 2, 1, 0]
+        batch = [Rows(Extent(0, 64), 3, [b.tokens[0]] * (1 + n)) for b, n in zip(blocks, lengths, strict=True)]
+        output = target.forward(batch, store)
+        output = output._replace(logits=output.logits.clone())
+        by_torch = accept(output._replace(weigh=None), streams, blocks, lengths, drafter.draft_ids)
+        assert accept(output, streams, blocks, lengths, drafter.draft_ids) == by_torch
+        seen |= {(r, outcome.accepted) for r, outcome in enumerate(by_torch)}
+    assert {(0, 0), (0, 1), (2, 0), (2, 1)} <= seen  # both ways of ending a round were among them
 
 
 class View:
-    """As much of a stream as drafting looks at."""
+    """As much of a stream as drafting and acceptance look at."""
 
-    def __init__(self, anchor):
-        self.anchor, self.position = anchor, 3
-        self.sampling, self.verification = SamplingParams(max_tokens=1, temperature=0.0), "rejection"
+    def __init__(self, anchor, temperature=0.0, position=3):
+        self.anchor, self.position, self.round_key = anchor, position, anchor
+        self.sampling, self.verification = SamplingParams(max_tokens=1, temperature=temperature), "rejection"
 
 
 @pytest.mark.parametrize("way", ["truncated", "missing tensor", "wrong shape"])

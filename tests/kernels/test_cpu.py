@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Source, supported_isas
+from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Source, Weights, supported_isas
 from dspark_kernels.cpu import build as building
 from dspark_kernels.cpu.library import LayerWeights, Store
-from dspark_kernels.cpu.reference import LayerReference, LlamaReference, product, rms_norm, walk
+from dspark_kernels.cpu.reference import LayerReference, LlamaReference, draw, product, rest, rms_norm, walk
 
 SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
@@ -360,23 +360,41 @@ def test_a_block_sees_its_context_and_all_of_itself(context, seen):
 
 @pytest.mark.parametrize("streams", [1, 2, 5, 17, 40])
 @pytest.mark.parametrize("reduced", [True, False], ids=["draft vocabulary", "all"])
-def test_the_walk(context, streams, reduced):
+@pytest.mark.parametrize("sampled", [0, 0.5, 1], ids=["greedy", "mixed", "sampled"])
+def test_the_walk(context, streams, reduced, sampled):
     gamma, vocabulary, target_vocabulary, rank, hidden = 5, 83, 83 if not reduced else 200, 32, 48
-    ids = np.sort(np.random.default_rng(1).permutation(target_vocabulary)[:vocabulary]).astype(np.int32)
+    generator = np.random.default_rng(1)
+    ids = np.sort(generator.permutation(target_vocabulary)[:vocabulary]).astype(np.int32)
     w1 = random(target_vocabulary, rank, seed=2).astype(np.float16)
     w2 = packed(context, random(vocabulary, rank, seed=3))
     confidence = random(hidden + rank, seed=4)
     base, h = random(streams, gamma, vocabulary, seed=5), random(streams, gamma, hidden, seed=6)
-    anchors = np.random.default_rng(7).integers(0, target_vocabulary, streams).astype(np.int32)
+    anchors = generator.integers(0, target_vocabulary, streams).astype(np.int32)
+    temperatures = np.where(generator.random(streams) < sampled, generator.uniform(0.3, 2, streams), 0).tolist()
+    uniforms = generator.random((streams, gamma))
     head = Head(w1, w2, confidence, 0.25, ids if reduced else None)
-    tokens, logits = head.walk(context, base, h, anchors)
     draft_ids = torch.from_numpy(ids).long() if reduced else None
     table = torch.from_numpy(w1).float()
-    want = walk(torch.from_numpy(base), table, dequantised(w2), draft_ids, torch.from_numpy(anchors))
-    np.testing.assert_array_equal(tokens, want)
+    want, q = walk(
+        torch.from_numpy(base.copy()),
+        table,
+        dequantised(w2),
+        draft_ids,
+        torch.from_numpy(anchors),
+        torch.tensor(temperatures),
+        torch.from_numpy(uniforms),
+    )
+    got = head.walk(context, base, h, anchors, temperatures, uniforms)
+    np.testing.assert_array_equal(got.tokens, want)
+    np.testing.assert_array_equal(ids[got.indices] if reduced else got.indices, want)
     previous = torch.cat((torch.from_numpy(anchors).long().unsqueeze(1), want[:, :-1]), 1)
     e = torch.cat((torch.from_numpy(h), table[previous]), -1)
-    np.testing.assert_allclose(logits, e @ torch.from_numpy(confidence) + 0.25, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got.logits, e @ torch.from_numpy(confidence) + 0.25, rtol=1e-4, atol=1e-4)
+    assert (got.weights is None) == (not any(temperatures))
+    for r, temperature in enumerate(temperatures):
+        for k in range(gamma if temperature else 0):
+            row = got.weights.probabilities(r * gamma + k)
+            np.testing.assert_allclose(row, q[r, k], rtol=0.05, atol=1e-4)  # an activation may round the other way
 
 
 def test_the_walk_without_heads_is_an_argmax_and_ties_go_to_the_first(context):
@@ -385,9 +403,70 @@ def test_the_walk_without_heads_is_an_argmax_and_ties_go_to_the_first(context):
     base[2, 3] = -np.inf
     base[2, 3, 69] = -1e30
     head = Head(None, None, None, 0.0, None)
-    tokens, logits = head.walk(context, base, np.zeros((3, 4, 16), dtype=np.float32), np.zeros(3, dtype=np.int32))
-    assert tokens.tolist() == [[0, 0, 0, 0], [0, 0, 50, 0], [0, 0, 0, 69]]
-    assert not logits.any()
+    hidden, anchors = np.zeros((3, 4, 16), dtype=np.float32), np.zeros(3, dtype=np.int32)
+    got = head.walk(context, base, hidden, anchors)
+    assert got.tokens.tolist() == [[0, 0, 0, 0], [0, 0, 50, 0], [0, 0, 0, 69]]
+    assert not got.logits.any()
+    assert got.weights is None
+    with pytest.raises(ValueError, match="uniforms"):
+        head.walk(context, base, hidden, anchors, [1.0] * 3)
+    with pytest.raises(ValueError, match="temperatures"):
+        head.walk(context, base, hidden, anchors, [1.0], np.zeros((3, 4)))
+
+
+# --- sampling ------------------------------------------------------------------------------------------------
+
+
+UNIFORMS = [0.0, 1e-9, 0.1, 0.25, 0.5, 0.9, 0.999999, 1 - 2**-53]
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 83, 4099])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_weights_are_the_distribution_and_draws_go_by_it(context, width, rows):
+    scores, temperatures = 4 * random(rows, width), np.linspace(0.4, 2, rows)
+    want = torch.softmax(torch.from_numpy(scores).double() / torch.from_numpy(temperatures).unsqueeze(1), -1)
+    weights = Weights.of(context, scores, temperatures.tolist())
+    for r in range(rows):
+        p = torch.from_numpy(weights.probabilities(r))
+        np.testing.assert_allclose(p, want[r], rtol=1e-5, atol=1e-9)
+        assert weights.probability(r, width // 2) == pytest.approx(float(p[width // 2]), rel=1e-6)
+        for uniform in UNIFORMS[:-2]:
+            assert weights.draw(r, uniform) == draw(p, uniform)
+        assert all(0 <= weights.draw(r, u) < width for u in UNIFORMS)
+
+
+@pytest.mark.parametrize("reduced", [True, False], ids=["draft vocabulary", "all"])
+def test_what_is_left_after_a_rejection(context, reduced):
+    width = 1003
+    ids = np.sort(np.random.default_rng(3).permutation(width)[:371]).astype(np.int32) if reduced else None
+    weights = Weights.of(context, 3 * random(1, width), [0.8])
+    q = torch.softmax(3 * torch.from_numpy(random(371 if reduced else width, seed=1)), 0)
+    p = torch.from_numpy(weights.probabilities(0))
+    left = rest(p, q, None if ids is None else torch.from_numpy(ids).long())
+    drawn = {weights.draw_rest(0, u, q.numpy(), ids) for u in np.linspace(0, 1, 4001)[:-1]}
+    wanted = {draw(left, u) for u in np.linspace(0, 1, 4001)[:-1]}
+    assert drawn == wanted
+    assert all(left[token] > 0 for token in drawn)
+    # nothing left but rounding: any draw from p is right
+    alone = Weights.of(context, np.array([[0.0, -np.inf, 0.0]], dtype=np.float32), [1.0])
+    assert {alone.draw_rest(0, u, alone.probabilities(0), None) for u in UNIFORMS} == {0, 2}
+
+
+def test_tokens_of_no_weight_are_never_drawn(context):
+    scores = np.full((3, 40), -np.inf, dtype=np.float32)
+    scores[0, 17] = 0.0
+    scores[1, [3, 39]] = 5.0, 5.0 - 200.0  # further away than any weight reaches
+    scores[2] = np.nan
+    weights = Weights.of(context, scores, [1.0, 1.0, 1.0])
+    assert {weights.draw(0, u) for u in UNIFORMS} == {17}
+    assert {weights.draw(1, u) for u in UNIFORMS} == {3}
+    assert all(0 <= weights.draw(2, u) < 40 for u in UNIFORMS)  # any token will do, so long as it is one
+    with pytest.raises(ValueError, match="temperature"):
+        Weights.of(context, np.zeros((2, 4), dtype=np.float32), [1.0, 0.0])
+    with pytest.raises(ValueError, match="vocabulary"):
+        weights.draw_rest(0, 0.5, np.zeros(4, dtype=np.float32), np.array([0, 1, 2, 40], dtype=np.int32))
+    with pytest.raises(ValueError, match="vocabulary"):
+        weights.draw_rest(0, 0.5, np.zeros(4, dtype=np.float32), None)
 
 
 # --- builds --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 The real `walk`, `admit` and `accept` run on a tiny vocabulary with scripted uniforms. Each random choice is a
 partition of [0, 1) whose borders the test computes on its own from p_t and p_d; the code is run just inside both
-ends of every cell, so a threshold that is off by more than EDGE changes the result.
+ends of every cell, so a threshold that is off by more than EDGE of it changes the result.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import torch
 
 import dspark_stream.spec.accept as accept_module
 import dspark_stream.spec.draft as draft_module
+from dspark_kernels.cpu import Context, Weights, best_isa
+from dspark_kernels.cpu.build import compiler
 from dspark_stream.engine.stream import round_key
 from dspark_stream.models.cache import Extent
+from dspark_stream.models.distributions import NativeDistributions
 from dspark_stream.models.target import TargetOutput
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
@@ -31,6 +34,8 @@ from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, SamplingParams
 
 EDGE = 1e-5
+ROUNDING = 1e-6
+"""Of probabilities near 1 in single precision, and of a few operations on them."""
 
 
 @dataclass
@@ -55,6 +60,9 @@ class TableDrafter:
             initial_state=lambda streams: None, embed=lambda t: t, step=self._step, bias=self._bias
         )
         self.confidence_head = self._confidence
+
+    def walk_at_once(self, *_: object) -> None:
+        return None
 
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.zeros(*hidden.shape[:2], self.p_d.shape[2])
@@ -100,7 +108,7 @@ def scheduled(schedule, sps, earlier=()):
     return choose
 
 
-def run_round(drafter, p_t, streams, script, choose, *, monkeypatch):
+def run_round(drafter, p_t, streams, script, choose, *, monkeypatch, weigh=None):
     """One real round; ``p_t(stream, prefix)`` is the target's table. Returns blocks, lengths and outcomes."""
     made = iter(script)
     for module in (draft_module, accept_module):
@@ -114,7 +122,8 @@ def run_round(drafter, p_t, streams, script, choose, *, monkeypatch):
         for r, (block, length) in enumerate(zip(blocks, lengths, strict=True))
         for j in range(length + 1)
     ]
-    outcomes = accept(TargetOutput(torch.stack(rows), torch.empty(0)), streams, blocks, lengths, drafter.draft_ids)
+    output = TargetOutput(torch.stack(rows), torch.empty(0), weigh=weigh)
+    outcomes = accept(output, streams, blocks, lengths, drafter.draft_ids)
     return blocks, lengths, outcomes
 
 
@@ -128,7 +137,8 @@ def cells(weights: list[float]):
 
 
 def ends(lo: float, hi: float):
-    return (lo + EDGE * (hi - lo), hi - EDGE * (hi - lo))
+    inset = min((hi - lo) / 2, max(EDGE * (hi - lo), ROUNDING))
+    return (lo + inset, hi - inset)
 
 
 def joint(p_t, tokens: tuple[int, ...]) -> float:
@@ -136,7 +146,7 @@ def joint(p_t, tokens: tuple[int, ...]) -> float:
     return math.prod(float(p_t(0, tokens[:i])[t]) for i, t in enumerate(tokens))
 
 
-def law_of_round(drafter, p_t, choose, *, monkeypatch, company=()):
+def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), weigh=None):
     """Exact law of the first γ+1 tokens: the round's commits, continued by the target where they are shorter."""
     gamma, vocab = drafter.gamma, p_t(0, ()).shape[0]
     ids = list(range(vocab)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
@@ -199,6 +209,7 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=()):
                     [mine, *[other] * drawn],
                     choose,
                     monkeypatch=monkeypatch,
+                    weigh=weigh,
                 )
                 assert blocks[0].tokens == tokens
                 assert lengths[0] == length
@@ -246,10 +257,21 @@ SCHEDULES = {
 }
 
 
+@pytest.fixture(params=["torch", "kernels"])
+def weigh(request):
+    """What acceptance draws with: torch, or the CPU kernels."""
+    if request.param == "torch":
+        return None
+    if compiler() is None:
+        pytest.skip("no C++ compiler: apt-get install g++")
+    context = Context(2, best_isa())
+    return lambda logits, temperatures: NativeDistributions(Weights.of(context, logits.numpy(), temperatures))
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("company", [(), ("rejection",), ("coupled",)])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name, monkeypatch):
+def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name, weigh, monkeypatch):
     """Guards against bias in draw, schedule, acceptance or residual: the joint law of γ+1 tokens is the target's.
 
     In mixed company the coupled stream's lengths may depend on all that is drafted, and its own drafts move the cost
@@ -265,7 +287,7 @@ def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name,
         chosen.add(lengths[0])
         return lengths
 
-    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, company=company)
+    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, company=company, weigh=weigh)
     assert company or len(chosen) > (name in ("adaptive", "early-stop", "threshold"))
     assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
     for tokens, probability in law.items():
@@ -316,10 +338,10 @@ def test_two_streams_with_one_seed_do_not_decide_for_each_other():
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_reduced_draft_vocabulary_is_lossless(seed, monkeypatch):
+def test_a_reduced_draft_vocabulary_is_lossless(seed, weigh, monkeypatch):
     """Guards against a p_d that is not widened with zeros: tokens outside the draft vocabulary keep their mass."""
     drafter, p_t = random_tables(seed, vocab=4, draft_vocab=2)
-    law = law_of_round(drafter, p_t, searched(STAIRCASE.__getitem__), monkeypatch=monkeypatch)
+    law = law_of_round(drafter, p_t, searched(STAIRCASE.__getitem__), monkeypatch=monkeypatch, weigh=weigh)
     for tokens, probability in law.items():
         assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
 

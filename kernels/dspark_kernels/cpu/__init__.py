@@ -1,7 +1,7 @@
 """Integer kernels for CPUs: whole Llama-like layers over 4- and 8-bit weights, in C++ built on the machine."""
 
 from dspark_kernels.cpu.build import Isa, NoCompilerError, best_isa, supported_isas
-from dspark_kernels.cpu.library import Context, Head, Llama, PackedMatrix, Pass, Source
+from dspark_kernels.cpu.library import Context, Head, Llama, PackedMatrix, Pass, Source, Walked, Weights
 
 __all__ = [
     "Context",
@@ -12,6 +12,8 @@ __all__ = [
     "PackedMatrix",
     "Pass",
     "Source",
+    "Walked",
+    "Weights",
     "best_isa",
     "supported_isas",
 ]

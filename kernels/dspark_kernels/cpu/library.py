@@ -25,6 +25,7 @@ Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 Words = npt.NDArray[np.uint16]
 Ints = npt.NDArray[np.int32]
+Doubles = npt.NDArray[np.float64]
 
 GROUP = 32
 """Weights that share a scale; inputs of every matrix are a multiple of it."""
@@ -79,7 +80,7 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
     except OSError as error:
         raise NoCompilerError(f"{path} cannot be loaded: {error}; remove it to have it built anew") from error
     pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    done = ctypes.c_bool
+    double, done = ctypes.c_double, ctypes.c_bool
     two, three = [integer] * 2, [pointer] * 3
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "isa": (ctypes.c_char_p, []),
@@ -99,13 +100,29 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "forward": (done, [pointer, pointer, integer, *[pointer] * 7, long, pointer, integer, pointer]),
         "walk": (
             done,
-            [*three, integer, pointer, integer, pointer, integer, pointer, real, integer, pointer, *two, *three],
+            [
+                *three,
+                integer,
+                pointer,
+                integer,
+                pointer,
+                integer,
+                pointer,
+                real,
+                integer,
+                pointer,
+                *two,
+                *[pointer] * 7,
+            ],
         ),
+        "weigh": (done, [pointer, pointer, *two, pointer, pointer]),
+        "draw": (integer, [pointer, integer, double, double]),
+        "draw_rest": (integer, [pointer, integer, double, pointer, pointer, integer, double]),
         "append_context": (done, [*[pointer] * 4, integer, *[pointer] * 6, long]),
     }
     signatures |= {
-        "read_rate": (ctypes.c_double, [pointer, pointer, long]),
-        "multiply_rate": (ctypes.c_double, [pointer, integer]),
+        "read_rate": (double, [pointer, pointer, long]),
+        "multiply_rate": (double, [pointer, integer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, f"dspark_{name}")
@@ -268,6 +285,68 @@ class PackedMatrix:
         return int(self.handle)
 
 
+class Weights(NamedTuple):
+    """N rows that tokens are drawn from: probabilities before they are divided by their sums."""
+
+    context: Context
+    values: Floats  # [N, V]
+    totals: Doubles  # [N]
+
+    @classmethod
+    def of(cls, context: Context, scores: Floats, temperatures: Sequence[float]) -> Weights:
+        """exp(score/temperature), up to a factor, in place of scores [N, V]; temperatures [N] above 0."""
+        rows, width = scores.shape
+        by = np.array(temperatures, dtype=np.float32)
+        _must(scores.dtype == np.float32 and scores.flags.c_contiguous and width > 0, "scores of another kind")
+        _must(by.shape == (rows,) and (by > 0).all(), "a temperature above 0 is needed for every row")
+        totals = np.empty(rows)
+        _done(context, context.library.weigh(context.handle, _at(scores), rows, width, _at(by), _at(totals)))
+        return cls(context, scores, totals)
+
+    def probability(self, row: int, token: int) -> float:
+        """Of one token of one row."""
+        return float(self.values[row, token] / self.totals[row])
+
+    def probabilities(self, row: int) -> Floats:
+        """Of one row [V], adding up to 1."""
+        out: Floats = self.values[row] * np.float32(1.0 / self.totals[row])
+        return out
+
+    def draw(self, row: int, uniform: float) -> int:
+        """A token of one row by inverse transform; never one of probability 0. ``uniform``: in [0, 1)."""
+        values = self.values[row]
+        return int(self.context.library.draw(_at(values), len(values), self.totals[row], uniform))
+
+    def draw_rest(self, row: int, uniform: float, q: Floats, ids: Ints | None) -> int:
+        """A token of max(p - q, 0) of one row, of p where rounding leaves nothing of that.
+
+        Args:
+            q: probabilities [Vd].
+            ids: the tokens that they are of [Vd], ascending; None: all of them.
+        """
+        values = self.values[row]
+        _must(q.dtype == np.float32 and q.flags.c_contiguous, "probabilities of another kind")
+        if ids is None:
+            _must(q.shape == values.shape, "probabilities of another vocabulary")
+        else:
+            _must(
+                ids.dtype == np.int32 and ids.flags.c_contiguous and ids.shape == q.shape, "ids of other probabilities"
+            )
+            _must(len(ids) == 0 or 0 <= ids[0] <= ids[-1] < len(values), "ids outside the vocabulary")
+        total = self.totals[row]
+        return int(self.context.library.draw_rest(_at(values), len(values), total, _at(q), _at(ids), len(q), uniform))
+
+
+class Walked(NamedTuple):
+    """What a walk through R blocks of γ slots drafted."""
+
+    tokens: Ints  # [R, γ], target ids
+    indices: Ints  # [R, γ], draft vocabulary
+    logits: Floats  # [R, γ], of confidence; 0 without a confidence head
+    weights: Weights | None
+    """Where anybody sampled: R·γ rows that sampled tokens were drawn from; others' rows hold scores."""
+
+
 class Head(NamedTuple):
     """A drafter's sequential and confidence head: rank r, draft vocabulary Vd."""
 
@@ -277,13 +356,23 @@ class Head(NamedTuple):
     confidence_bias: float
     draft_ids: Ints | None  # [Vd], ascending; None: all of the target's
 
-    def walk(self, context: Context, base: Floats, hidden: Floats, anchors: Ints) -> tuple[Ints, Floats]:
-        """Greedy drafts [R, γ] and their confidence logits [R, γ] (0 without a confidence head).
+    def walk(
+        self,
+        context: Context,
+        base: Floats,
+        hidden: Floats,
+        anchors: Ints,
+        temperatures: Sequence[float] = (),
+        uniforms: Doubles | None = None,
+    ) -> Walked:
+        """Drafts of R streams, slot after slot.
 
         Args:
-            base: logits before any bias [R, γ, Vd].
+            base: logits before any bias [R, γ, Vd]; written over where a stream samples.
             hidden: [R, γ, H].
             anchors: [R].
+            temperatures: [R], 0 for greedy drafts; empty: all are.
+            uniforms: [R, γ] in [0, 1), for those that sample.
         """
         streams, gamma, vocabulary = base.shape
         rank = 0 if self.w1 is None else self.w1.shape[1]
@@ -301,8 +390,15 @@ class Head(NamedTuple):
         with_markov = self.confidence is not None and len(self.confidence) > size
         if self.confidence is not None:
             _must(len(self.confidence) == size + rank * with_markov, "confidence weights of another size")
-        tokens = np.empty((streams, gamma), dtype=np.int32)
+        sampled = any(t > 0 for t in temperatures)
+        by = np.array(temperatures, dtype=np.float32) if sampled else None
+        if by is not None:
+            _must(by.shape == (streams,), "temperatures of other streams")
+            _must(uniforms is not None and uniforms.shape == (streams, gamma), "uniforms of other streams")
+            _must(uniforms is not None and uniforms.dtype == np.float64 and uniforms.flags.c_contiguous, "uniforms")
+        tokens, indices = np.empty((2, streams, gamma), dtype=np.int32)
         logits = np.zeros((streams, gamma), dtype=np.float32)
+        totals = np.ones(streams * gamma)
         done = context.library.walk(
             context.handle,
             None if self.w2 is None else self.w2.handle,
@@ -319,11 +415,16 @@ class Head(NamedTuple):
             streams,
             gamma,
             _at(anchors),
+            _at(by),
+            _at(uniforms) if sampled else None,
             _at(tokens),
+            _at(indices),
+            _at(totals),
             _at(logits),
         )
         _done(context, done)
-        return tokens, logits
+        weights = Weights(context, base.reshape(-1, vocabulary), totals) if sampled else None
+        return Walked(tokens, indices, logits, weights)
 
 
 class LayerWeights(NamedTuple):

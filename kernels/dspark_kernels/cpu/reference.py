@@ -122,20 +122,40 @@ class LlamaReference:
         return ((self._round(weights) if self.bfloat else weights) @ values / total).flatten()
 
 
+def draw(weights: Tensor, uniform: float) -> int:
+    """The first index of weights [V] at which their running sum lies above ``uniform`` of the whole."""
+    sums = weights.double().cumsum(0)
+    return int(torch.searchsorted(sums, uniform * sums[-1], right=True).clamp(max=len(weights) - 1))
+
+
+def rest(p: Tensor, q: Tensor, draft_ids: Tensor | None) -> Tensor:
+    """max(p - q, 0) [V]; q [Vd] stands at ``draft_ids``, None: everywhere."""
+    wide = q if draft_ids is None else torch.zeros_like(p).scatter(0, draft_ids, q)
+    return (p - wide).clamp(min=0)
+
+
 def walk(
     base: Tensor,
     w1: Tensor | None,
     w2: Tensor | None,
     draft_ids: Tensor | None,
     anchors: Tensor,
-) -> Tensor:
-    """Greedy drafts [R, γ], target ids, of base logits [R, γ, Vd] under bias w2 [Vd, r] · w1 [V, r]."""
-    previous, tokens = anchors.long(), []
+    temperatures: Tensor,
+    uniforms: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Drafts [R, γ], target ids, of base logits [R, γ, Vd] under bias w2 [Vd, r] · w1 [V, r], and what they were drawn
+    from [R, γ, Vd]. Temperatures [R]: 0 takes the likeliest. Uniforms [R, γ].
+    """
+    previous, tokens, drawn_from = anchors.long(), [], []
     for k in range(base.shape[1]):
         scores = base[:, k]
         if w1 is not None and w2 is not None:
             scores = scores + product(w1[previous], w2)
-        index = scores.argmax(-1)
+        index, q = scores.argmax(-1), torch.softmax(scores / temperatures.clamp(min=1e-6).unsqueeze(1), -1)
+        for r, temperature in enumerate(temperatures.tolist()):
+            if temperature > 0:
+                index[r] = draw(q[r], float(uniforms[r, k]))
         previous = index if draft_ids is None else draft_ids[index]
         tokens.append(previous)
-    return torch.stack(tokens, 1)
+        drawn_from.append(q)
+    return torch.stack(tokens, 1), torch.stack(drawn_from, 1)

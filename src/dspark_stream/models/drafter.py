@@ -21,6 +21,7 @@ from dspark_kernels.weight_only import GROUP, WeightOnlyLinear
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.attention import ATTENTION_NAME, Attend, StoreAttend, int_tensor
 from dspark_stream.models.cache import Extent, KVShape, KVStore
+from dspark_stream.models.distributions import Walk
 from dspark_stream.models.heads import ConfidenceHead, HeadType, make_head
 from dspark_stream.models.target import Target
 
@@ -273,10 +274,22 @@ class Drafter(nn.Module):
         if type(own) is nn.Linear and own.in_features % GROUP == 0:
             self._head = (WeightOnlyLinear(own, 8),)
 
-    def walk_greedily(self, hidden: Tensor, anchors: Sequence[int]) -> tuple[Tensor, Tensor | None] | None:
-        """Greedy drafts [R, γ] as target ids and their confidence logits [R, γ] in one go, where a runner can.
+    def walk_at_once(
+        self,
+        hidden: Tensor,
+        anchors: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms: Sequence[Sequence[float]],
+    ) -> Walk | None:
+        """The sequential head over whole blocks in one go, where a runner can.
 
-        ``hidden`` [R, γ, H] is `draft_hidden`'s. None: the walk goes slot by slot (spec/draft.py).
+        None: the walk goes slot by slot (spec/draft.py).
+
+        Args:
+            hidden: `draft_hidden`'s [R, g, H].
+            anchors: [R].
+            temperatures: [R]; 0 takes the likeliest token.
+            uniforms: [R, g] in [0, 1), by which the others are drawn.
         """
         return None
 

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Source
+from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Source, Weights
 from dspark_kernels.cpu.library import GROUP, LANES, LARGEST_RANK, LayerWeights, Store
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.cache import Extent, KVShape, KVStore
+from dspark_stream.models.distributions import NativeDistributions, Walk
 from dspark_stream.models.drafter import Drafter, DrafterConfig
 from dspark_stream.models.geometry import Geometry, UnsupportedError
 from dspark_stream.models.target import Rows, Target, TargetOutput
@@ -131,7 +132,10 @@ class NativeTarget(Target):
             best = torch.from_numpy(self.head.argmax(wanted)).long()
             return TargetOutput(torch.empty(0, self.vocab_size), torch.from_numpy(taps), best)
         logits = self.head.product(wanted, self._rooms.get("logits", len(wanted), self.vocab_size))
-        return TargetOutput(torch.from_numpy(logits), torch.from_numpy(taps))
+        return TargetOutput(torch.from_numpy(logits), torch.from_numpy(taps), weigh=self._weigh)
+
+    def _weigh(self, logits: Tensor, temperatures: Sequence[float]) -> NativeDistributions:
+        return NativeDistributions(Weights.of(self.llama.context, logits.numpy(), temperatures))
 
 
 def _causal(batch: Sequence[Rows]) -> Pass:
@@ -267,7 +271,7 @@ class NativeDrafter(Drafter):
         del self.fc
 
     def _pack_heads(self, context: Context) -> Head | None:
-        """The greedy walk in one call, for the heads that it knows; of the others only W2 is packed."""
+        """The walk in one call, for the heads that it knows; of the others only W2 is packed."""
         markov, confidence = self.markov_head, self.confidence_head
         rank = self.config.markov_rank
         if rank % GROUP or rank > LARGEST_RANK or (confidence is not None and self.target.hidden_size % LANES):
@@ -288,15 +292,28 @@ class NativeDrafter(Drafter):
             None if ids is None else ids.numpy().astype(np.int32),
         )
 
-    def walk_greedily(self, hidden: Tensor, anchors: Sequence[int]) -> tuple[Tensor, Tensor | None] | None:
-        """See `Drafter.walk_greedily`."""
+    def walk_at_once(
+        self,
+        hidden: Tensor,
+        anchors: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms: Sequence[Sequence[float]],
+    ) -> Walk | None:
+        """See `Drafter.walk_at_once`."""
         if self._walk is None:
             return None
         assert self._native is not None
         base = self.base_logits(hidden).numpy()
-        context = self._native[0].context
-        tokens, logits = self._walk.walk(context, base, hidden.numpy(), np.array(anchors, dtype=np.int32))
-        return torch.from_numpy(tokens), None if self.confidence_head is None else torch.from_numpy(logits)
+        walked = self._walk.walk(
+            self._native[0].context,
+            base,
+            hidden.numpy(),
+            np.array(anchors, dtype=np.int32),
+            temperatures,
+            np.array(uniforms, dtype=np.float64),
+        )
+        logits = torch.from_numpy(walked.logits) if self.confidence_head else None
+        return Walk(torch.from_numpy(walked.tokens), logits, walked)
 
     def _layer(self, context: Context, layer: Any, bits: int) -> LayerWeights:
         a, mlp = layer.self_attn, layer.mlp

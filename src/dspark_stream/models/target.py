@@ -5,6 +5,7 @@ T rows of all streams together, V vocabulary, H hidden size, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from dspark_kernels.ragged_attention import Segment
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.attention import Attend, ProbeAttend, StoreAttend, int_tensor
 from dspark_stream.models.cache import Extent, KVShape, KVStore
+from dspark_stream.models.distributions import Distributions
 
 
 class Rows(NamedTuple):
@@ -29,12 +31,14 @@ class TargetOutput(NamedTuple):
     """``logits`` [n, V] of the rows asked for; ``taps`` [T, taps·H], empty where there is no drafter.
 
     ``best`` [n]: their argmax, where only that was asked for and the target has a quicker way to it; ``logits`` are
-    then empty.
+    then empty. ``weigh``: distributions of some logits by their rows' temperatures, where the target has a quicker way
+    than torch's; the logits are gone then.
     """
 
     logits: Tensor
     taps: Tensor
     best: Tensor | None = None
+    weigh: Callable[[Tensor, Sequence[float]], Distributions] | None = None
 
 
 class Target:

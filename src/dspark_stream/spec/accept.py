@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dspark_stream.models.distributions import Distributions
 from dspark_stream.models.target import TargetOutput
 from dspark_stream.spec.draft import Block, StreamView, acceptance_of, is_greedy
 from dspark_stream.spec.noise import RoundUniforms
-from dspark_stream.spec.sampling import distributions, race, sample
+from dspark_stream.spec.sampling import Dense, distributions, is_cut, race
+from dspark_stream.types import SamplingParams
 
 
 class Outcome(NamedTuple):
@@ -55,16 +57,24 @@ def accept(
     if drawn:
         rows = [first[r] + j for r in drawn for j in range(lengths[r] + 1)]
         params = [streams[r].sampling for r in drawn for _ in range(lengths[r] + 1)]
-        p = distributions(_rows(logits, rows), params)
-        parts = p.split([lengths[r] + 1 for r in drawn])
-        for r, outcome in zip(drawn, rejection(parts, streams, blocks, lengths, drawn, draft_ids), strict=True):
-            outcomes[r] = outcome
+        p = _distributions(output, rows, params)
+        row = 0
+        for r in drawn:
+            outcomes[r] = rejection(p, row, streams[r], blocks[r], lengths[r], draft_ids)
+            row += lengths[r] + 1
     return [o for o in outcomes if o is not None]
 
 
 def _rows(logits: Tensor, rows: list[int]) -> Tensor:
     """Those rows; all of them, as nearly always, without a copy of the vocabulary's width."""
     return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _distributions(output: TargetOutput, rows: list[int], params: Sequence[SamplingParams]) -> Distributions:
+    logits = _rows(output.logits, rows)
+    if output.weigh is None or any(is_cut(p) for p in params):
+        return Dense(distributions(logits, params))
+    return output.weigh(logits, [p.temperature for p in params])
 
 
 def match(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> Outcome:
@@ -94,44 +104,18 @@ def _target_tokens(logits: Tensor, streams: Sequence[StreamView], lengths: Seque
 
 
 def rejection(
-    p: Sequence[Tensor],  # a part [1 + ℓ_r, V] for each of `chosen`
-    streams: Sequence[StreamView],
-    blocks: Sequence[Block],
-    lengths: Sequence[int],
-    chosen: Sequence[int],
+    p: Distributions,  # rows `first` … `first` + `length` are this stream's
+    first: int,
+    stream: StreamView,
+    block: Block,
+    length: int,
     draft_ids: Tensor | None,
-) -> list[Outcome]:
+) -> Outcome:
     """Accept x_k with probability min(1, p_t(x_k)/p_d(x_k)); then draw from max(p_t - p_d, 0), or from the next p_t."""
-    outcomes = []
-    for part, r in zip(p, chosen, strict=True):
-        block, length = blocks[r], lengths[r]
-        uniforms = block.uniforms or RoundUniforms(streams[r].round_key, streams[r].position, 0)
-        accepted = 0
-        if length:
-            assert block.q is not None
-            assert block.indices is not None
-            index = block.indices[:length].unsqueeze(1)
-            at_x = torch.tensor(block.tokens[:length], device=part.device).unsqueeze(1)
-            p_x = part[:length].gather(1, at_x).squeeze(1).tolist()
-            q_x = block.q[:length].gather(1, index).squeeze(1).tolist()
-            while accepted < length and uniforms.accept[accepted] * q_x[accepted] < p_x[accepted]:
-                accepted += 1
-        weights = part[accepted]
-        if accepted < length:
-            assert block.q is not None
-            weights = residual(weights, block.q[accepted], draft_ids)
-        u = torch.tensor([uniforms.bonus], dtype=torch.float64)
-        outcomes.append(Outcome(accepted, int(sample(weights.unsqueeze(0), u)[0])))
-    return outcomes
-
-
-def residual(p: Tensor, q: Tensor, draft_ids: Tensor | None) -> Tensor:
-    """max(p_t - p_d, 0), unnormalised, [V]; q [Vd] is widened with zeros to the target's vocabulary."""
-    rest = p.clone()
-    if draft_ids is None:
-        rest -= q
-    else:
-        rest[draft_ids] -= q
-    rest.clamp_(min=0.0)
-    # p = q up to rounding: a rejection had probability zero, and any draw from p is right
-    return rest if bool(rest.sum() > 0) else p
+    uniforms = block.uniforms or RoundUniforms(stream.round_key, stream.position, 0)
+    for k in range(length):
+        assert block.q is not None
+        p_x, q_x = p.probability(first + k, block.tokens[k]), block.q.probability(k, block.indices[k])
+        if not uniforms.accept[k] * q_x < p_x:
+            return Outcome(k, p.draw_rest(first + k, uniforms.bonus, block.q.probabilities(k), draft_ids))
+    return Outcome(length, p.draw(first + length, uniforms.bonus))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dspark_stream.models.cache import Extent, KVStore
+from dspark_stream.models.distributions import Distributions
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.noise import NoiseCache, RoundUniforms
-from dspark_stream.spec.sampling import distributions, race, sample
+from dspark_stream.spec.sampling import Dense, distributions, is_cut, race, sample
 from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.types import Acceptance, SamplingParams, Verification
 
@@ -77,10 +78,10 @@ class Block:
     """x_1 … x_g as target ids, g ≤ γ; empty for a stream that did not draft."""
     confidence: list[float] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)
-    indices: Tensor | None = None
-    """Rejection only: x_1 … x_g as draft vocabulary indices, [g]."""
-    q: Tensor | None = None
-    """Rejection only: the distributions x_k were drawn from, [g, Vd]."""
+    indices: Sequence[int] = ()
+    """Rejection only: x_1 … x_g as draft vocabulary indices."""
+    q: Distributions | None = None
+    """Rejection only: g rows over the draft vocabulary that x_k were drawn from. Valid until the next draft."""
     uniforms: RoundUniforms | None = None
     """Rejection only: the randomness of this round."""
 
@@ -113,14 +114,17 @@ def walk(
     history: AcceptanceHistory,
 ) -> list[Block]:
     """The sequential head, left to right: hidden [R, g, H] of the first g ≤ γ slots → one block a stream."""
-    if all(is_greedy(s) for s in streams):
-        fast = drafter.walk_greedily(hidden, [s.anchor for s in streams])
-        if fast is not None:
-            return _blocks(streams, *fast, calibration, history)
+    uniforms = [
+        RoundUniforms(s.round_key, s.position, drafter.gamma) if acceptance_of(s) == "rejection" else None
+        for s in streams
+    ]
+    blocks = _walk_at_once(drafter, hidden, streams, uniforms, calibration, history)
+    if blocks is not None:
+        return blocks
     device = hidden.device
     slots = hidden.shape[1]
     base = drafter.base_logits(hidden)  # [R, g, Vd]
-    choose = _Chooser(drafter, streams, slots, device)
+    choose = _Chooser(drafter, streams, uniforms, slots, device)
     head, confidence_head = drafter.markov_head, drafter.confidence_head
     previous = torch.tensor([s.anchor for s in streams], device=device)
     state = head.initial_state(len(streams)) if head else None
@@ -139,6 +143,33 @@ def walk(
     blocks = _blocks(streams, torch.stack(tokens, 1), torch.stack(logits, 1) if logits else None, calibration, history)
     for r, block in enumerate(blocks):
         choose.fill(r, block)
+    return blocks
+
+
+def _walk_at_once(
+    drafter: Drafter,
+    hidden: Tensor,
+    streams: Sequence[StreamView],
+    uniforms: Sequence[RoundUniforms | None],
+    calibration: Calibration,
+    history: AcceptanceHistory,
+) -> list[Block] | None:
+    """`walk` in one call, where the runner has one and nobody asks for more than a temperature."""
+    if any(not is_greedy(s) and (u is None or is_cut(s.sampling)) for s, u in zip(streams, uniforms, strict=True)):
+        return None
+    slots = hidden.shape[1]
+    walked = drafter.walk_at_once(
+        hidden,
+        [s.anchor for s in streams],
+        [0.0 if u is None else s.sampling.temperature for s, u in zip(streams, uniforms, strict=True)],
+        [[0.0] * slots if u is None else u.draft[:slots] for u in uniforms],
+    )
+    if walked is None:
+        return None
+    blocks = _blocks(streams, walked.tokens, walked.logits, calibration, history)
+    for r, (block, own) in enumerate(zip(blocks, uniforms, strict=True)):
+        if own is not None:
+            block.uniforms, block.indices, block.q = own, walked.indices(r), walked.q(r)
     return blocks
 
 
@@ -164,11 +195,18 @@ def _blocks(
 class _Chooser:
     """Draws slot k's token for every stream: greedy, by inverse transform, or by the race with shared noise."""
 
-    def __init__(self, drafter: Drafter, streams: Sequence[StreamView], slots: int, device: torch.device) -> None:
-        self.sampled = [r for r, s in enumerate(streams) if acceptance_of(s) == "rejection"]
+    def __init__(
+        self,
+        drafter: Drafter,
+        streams: Sequence[StreamView],
+        uniforms: Sequence[RoundUniforms | None],
+        slots: int,
+        device: torch.device,
+    ) -> None:
+        self.sampled = [r for r, u in enumerate(uniforms) if u is not None]
         self.coupled = [r for r, s in enumerate(streams) if acceptance_of(s) == "coupled"]
         self.params = [s.sampling for s in streams]
-        self.uniforms = [RoundUniforms(streams[r].round_key, streams[r].position, drafter.gamma) for r in self.sampled]
+        self.uniforms = [u for u in uniforms if u is not None]
         self.u = torch.tensor([u.draft for u in self.uniforms], dtype=torch.float64, device=device)  # [Rs, γ]
         self.q: list[Tensor] = []
         self.indices: list[Tensor] = []
@@ -195,6 +233,6 @@ class _Chooser:
         """Hand stream r what its verification will ask for."""
         if r in self.sampled:
             i = self.sampled.index(r)
-            block.q = torch.stack([q[i] for q in self.q])
-            block.indices = torch.stack([index[r] for index in self.indices])
+            block.q = Dense(torch.stack([q[i] for q in self.q]))
+            block.indices = [int(index[r]) for index in self.indices]
             block.uniforms = self.uniforms[i]

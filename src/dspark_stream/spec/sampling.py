@@ -13,6 +13,38 @@ from torch import Tensor
 from dspark_stream.types import SamplingParams
 
 
+class Dense:
+    """`Distributions` (models/distributions.py) as a tensor of probabilities [N, V]."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def probability(self, row: int, token: int) -> float:
+        """See `Distributions.probability`."""
+        return float(self._rows[row, token])
+
+    def probabilities(self, row: int) -> Tensor:
+        """See `Distributions.probabilities`."""
+        return self._rows[row]
+
+    def draw(self, row: int, uniform: float) -> int:
+        """See `Distributions.draw`."""
+        return _draw(self._rows[row], uniform)
+
+    def draw_rest(self, row: int, uniform: float, q: Tensor, draft_ids: Tensor | None) -> int:
+        """See `Distributions.draw_rest`."""
+        return _draw(residual(self._rows[row], q, draft_ids), uniform)
+
+
+def _draw(weights: Tensor, uniform: float) -> int:
+    return int(sample(weights.unsqueeze(0), torch.tensor([uniform], dtype=torch.float64))[0])
+
+
+def is_cut(params: SamplingParams) -> bool:
+    """Whether some tokens are left out of the distribution, and not only its temperature set."""
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
 def distributions(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Temperature, then top-k, top-p and min-p: logits [N, V] → probabilities [N, V] float32.
 
@@ -23,7 +55,7 @@ def distributions(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=logits.device)
     probs = torch.softmax(logits.float() / temperature.unsqueeze(1), -1)
     for row, p in enumerate(params):
-        if p.top_k or p.top_p < 1.0 or p.min_p > 0.0:
+        if is_cut(p):
             probs[row] = truncate(probs[row], p)
     return probs
 
@@ -69,3 +101,15 @@ def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
 def race(probs: Tensor, exponentials: Tensor) -> Tensor:
     """argmin E/p: one token a row from probabilities [N, V] and exponentials [N, V]; never one of probability 0."""
     return (exponentials / probs.double()).argmin(-1)
+
+
+def residual(p: Tensor, q: Tensor, draft_ids: Tensor | None) -> Tensor:
+    """max(p_t - p_d, 0), unnormalised, [V]; q [Vd] is widened with zeros to the target's vocabulary."""
+    rest = p.clone()
+    if draft_ids is None:
+        rest -= q
+    else:
+        rest[draft_ids] -= q
+    rest.clamp_(min=0.0)
+    # p = q up to rounding: a rejection had probability zero, and any draw from p is right
+    return rest if bool(rest.sum() > 0) else p

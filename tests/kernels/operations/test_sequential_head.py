@@ -48,8 +48,10 @@ def test_with_every_token_a_candidate_it_is_the_engines_walk(load, device, head,
     torch.testing.assert_close(got.confidence.cpu(), confidence, atol=1e-3, rtol=1e-4)
     for r, block in enumerate(blocks):
         if block.q is not None:
-            torch.testing.assert_close(got.drafts.q[r].cpu(), block.q, atol=1e-6, rtol=1e-4)
-            q_x = block.q.gather(1, block.indices.unsqueeze(1)).squeeze(1)
+            rows = range(len(block.tokens))
+            q = torch.stack([block.q.probabilities(k) for k in rows])
+            torch.testing.assert_close(got.drafts.q[r].cpu(), q, atol=1e-6, rtol=1e-4)
+            q_x = torch.tensor([block.q.probability(k, block.indices[k]) for k in rows])
             torch.testing.assert_close(got.drafts.q_x[r].cpu(), q_x, atol=1e-6, rtol=1e-4)
 
 

@@ -9,6 +9,7 @@
 #include "blocks.h"
 #include "llama.h"
 #include "measure.h"
+#include "sampling.h"
 
 using namespace dspark;
 
@@ -43,6 +44,7 @@ struct Context {  // a pool, and room for what products need
     Pool pool;
     Quantised input;
     std::vector<Found> found;  // [threads, rows]
+    std::vector<double> sums;  // likewise, of weights
     Buffer<Best> best;         // likewise
     size_t best_size = 0;
     explicit Context(int threads) : pool(threads) {}
@@ -56,13 +58,6 @@ struct Context {  // a pool, and room for what products need
 };
 
 constexpr int TILES = 16;  // of a large product that a thread takes at a time
-
-void store_some(Floats v, int lanes, float* to) {
-    if (lanes == LANES) return v.store(to);
-    alignas(64) float some[LANES];
-    v.store(some);
-    std::memcpy(to, some, lanes * sizeof(float));
-}
 
 float dot(const float* a, const float* b, int size) {  // size: a multiple of 16
     Floats sum = Floats::zero();
@@ -279,23 +274,39 @@ bool dspark_append_context(Context* context, Llama* model, const Matrix* fc, con
     });
 }
 
-// The sequential head, greedily, for R streams at once: token k of stream r is the argmax of base [R, γ, Vd] plus
-// W2·W1[token k-1]; its confidence logit is w·[h; W1[token k-1]] + b. Without a head (w2 null) there is no bias, without
-// confidence (confidence null) no logit. Tokens and anchors are target ids; draft_ids (null: all) are ascending.
-bool dspark_walk(Context* context, const Matrix* w2, const uint16_t* w1, int rank, const float* base, int vocabulary,
+// The sequential head for R streams at once: token k of stream r is drawn from base [R, γ, Vd] plus W2·W1[token k-1];
+// its confidence logit is w·[h; W1[token k-1]] + b. Without a head (w2 null) there is no bias, without confidence
+// (confidence null) no logit. Tokens and anchors are target ids; draft_ids (null: all) are ascending, indices are theirs.
+// Temperature 0 (temperature null: everybody's) takes the greatest. Else base becomes weights where it stands, with their
+// sums in `totals` [R, γ], and `uniforms` [R, γ] draws among them.
+bool dspark_walk(Context* context, const Matrix* w2, const uint16_t* w1, int rank, float* base, int vocabulary,
                  const float* hidden, int hidden_size, const float* confidence, float confidence_bias, int with_markov,
-                 const int32_t* draft_ids, int streams, int gamma, const int32_t* anchors, int32_t* tokens,
-                 float* logits) {
+                 const int32_t* draft_ids, int streams, int gamma, const int32_t* anchors, const float* temperature,
+                 const double* uniforms, int32_t* tokens, int32_t* indices, double* totals, float* logits) {
     return guarded([&] {
         const int threads = context->pool.size(), tiles = (vocabulary + LANES - 1) / LANES;
+        const auto scores = [&](int r, int k) { return base + (static_cast<size_t>(r) * gamma + k) * vocabulary; };
+        const auto sampled = [&](int r) { return temperature && temperature[r] > 0.0f; };
+        bool any_sampled = false;
+        for (int r = 0; r < streams; r++) any_sampled |= sampled(r);
         if (w2) context->input.reserve(streams, rank);
         context->found.resize(static_cast<size_t>(threads) * streams);
+        context->sums.resize(context->found.size());
         context->pool.run([&](int thread) {
             alignas(64) float e[4096];
             int first_row, last_row, first, last;
             share(streams, 1, thread, threads, &first_row, &last_row);
             share(tiles, 1, thread, threads, &first, &last);
-            Found* const found = context->found.data() + static_cast<size_t>(thread) * streams;
+            const size_t own = static_cast<size_t>(thread) * streams;
+            Found* const found = context->found.data() + own;
+            const auto greatest = [&](int r) {
+                Found most = context->found[r];
+                for (int other = 1; other < threads; other++) {
+                    const Found theirs = context->found[static_cast<size_t>(other) * streams + r];
+                    if (theirs.score > most.score) most = theirs;
+                }
+                return most;
+            };
             for (int k = 0; k < gamma; k++) {
                 for (int r = first_row; r < last_row; r++) {
                     const int64_t previous = k ? tokens[r * gamma + k - 1] : anchors[r];
@@ -319,10 +330,10 @@ bool dspark_walk(Context* context, const Matrix* w2, const uint16_t* w1, int ran
                         if (w2) tile_rows<8>(*w2, t, context->input, from, some, bias);
                         const int lanes = std::min(LANES, vocabulary - t * LANES);
                         for (int r = 0; r < some; r++) {
-                            const float* at = base + (static_cast<size_t>(from + r) * gamma + k) * vocabulary + t * LANES;
-                            alignas(64) float score[LANES] = {};
-                            if (lanes < LANES) std::memcpy(score, at, sizeof(float) * lanes), at = score;
-                            best[r].see((Floats::load(at) + bias[r]).keep(lanes, -INFINITY), t);
+                            float* at = scores(from + r, k) + t * LANES;
+                            const Floats score = load_some(at, lanes) + bias[r];
+                            if (w2 && sampled(from + r)) store_some(score, lanes, at);
+                            best[r].see(score.keep(lanes, -INFINITY), t);
                         }
                     }
                     for (int r = 0; r < some; r++) {
@@ -331,20 +342,64 @@ bool dspark_walk(Context* context, const Matrix* w2, const uint16_t* w1, int ran
                     }
                 }
                 context->pool.barrier();
+                if (any_sampled) {
+                    for (int r = 0; r < streams; r++)
+                        if (sampled(r))
+                            context->sums[own + r] = weigh(scores(r, k), first * LANES, std::min(last * LANES, vocabulary),
+                                                           greatest(r).score, temperature[r]);
+                    context->pool.barrier();
+                }
                 for (int r = first_row; r < last_row; r++) {  // whoever drafts on for a stream says what it has come to
-                    Found most = context->found[r];
-                    for (int other = 1; other < threads; other++) {
-                        const Found theirs = context->found[static_cast<size_t>(other) * streams + r];
-                        if (theirs.score > most.score) most = theirs;
+                    const int at = r * gamma + k;
+                    int32_t index = greatest(r).index;
+                    if (index >= vocabulary) index = 0;  // nothing but NaN
+                    if (sampled(r)) {
+                        totals[at] = 0;
+                        for (int other = 0; other < threads; other++)
+                            totals[at] += context->sums[static_cast<size_t>(other) * streams + r];
+                        index = draw(scores(r, k), vocabulary, uniforms[at] * totals[at]);
                     }
-                    const int32_t index = most.index < vocabulary ? most.index : 0;  // nothing but NaN
-                    tokens[r * gamma + k] = draft_ids ? draft_ids[index] : index;
+                    indices[at] = index;
+                    tokens[at] = draft_ids ? draft_ids[index] : index;
                 }
                 context->pool.barrier();
             }
         });
         return true;
     });
+}
+
+// Scores [rows, width] to weights where they stand, by each row's temperature > 0; totals [rows]: their sums.
+bool dspark_weigh(Context* context, float* scores, int rows, int width, const float* temperature, double* totals) {
+    return guarded([&] {
+        const auto some = [&](int first, int last) {
+            for (int r = first; r < last; r++) {
+                float* const row = scores + static_cast<size_t>(r) * width;
+                totals[r] = weigh(row, 0, width, greatest(row, width), temperature[r]);
+            }
+        };
+        if (rows == 1) return some(0, 1), true;  // done before another thread has woken up
+        context->pool.run([&](int thread) {
+            int first, last;
+            share(rows, 1, thread, context->pool.size(), &first, &last);
+            some(first, last);
+        });
+        return true;
+    });
+}
+
+// A token of weights [width] with their sum, by a uniform in [0, 1).
+int32_t dspark_draw(const float* weights, int width, double total, double uniform) {
+    return draw(weights, width, uniform * total);
+}
+
+// A token of max(p - q, 0); of p where rounding has left nothing of that. p: weights [width] with their sum; q [drafts]:
+// probabilities of the tokens `ids`, ascending (null: all).
+int32_t dspark_draw_rest(const float* weights, int width, double total, const float* q, const int32_t* ids, int drafts,
+                         double uniform) {
+    const Rest rest{weights, width, static_cast<float>(1.0 / total), q, ids, drafts};
+    const double left = rest.sum();
+    return left > 0 ? rest.draw(uniform * left) : draw(weights, width, uniform * total);
 }
 
 // --- what the machine can do ---

@@ -1,0 +1,127 @@
+// Drawing tokens: rows of scores become weights in place, exp((score - greatest)/temperature), not yet divided by their
+// sum; a uniform in [0, 1) times the sum is looked up among them. A row's result depends on that row alone.
+#pragma once
+
+#include "simd.h"
+
+namespace dspark {
+
+inline Floats load_some(const float* from, int lanes) {  // the rest are zeros
+    if (lanes >= LANES) return Floats::load(from);
+    alignas(64) float some[LANES] = {};
+    std::memcpy(some, from, sizeof(float) * lanes);
+    return Floats::load(some);
+}
+
+inline void store_some(Floats v, int lanes, float* to) {
+    if (lanes >= LANES) return v.store(to);
+    alignas(64) float some[LANES];
+    v.store(some);
+    std::memcpy(to, some, sizeof(float) * lanes);
+}
+
+inline float greatest(const float* row, int count) {
+    Floats most = Floats::all(-INFINITY);
+    for (int i = 0; i < count; i += LANES) most = max(most, load_some(row + i, count - i).keep(count - i, -INFINITY));
+    return max_of(most);
+}
+
+// Scores of row[first…last-1] into weights, zero where exp would no longer be a normal number; their sum. `first` is a
+// multiple of 16.
+inline double weigh(float* row, int first, int last, float most, float temperature) {
+    const Floats top = Floats::all(most), by = Floats::all(1.0f / temperature), low = Floats::all(-87.0f);
+    double sum = 0;
+    for (int i = first; i < last; i += LANES) {
+        const int lanes = last - i;
+        const Floats x = (load_some(row + i, lanes) - top) * by;
+        const Floats w = pick(low, x, Floats::zero(), exp(x)).keep(lanes, 0.0f);
+        sum += sum_of(w);
+        store_some(w, lanes, row + i);
+    }
+    return sum;
+}
+
+// The first index at which the running sum of weights lies above `at`: one whose weight is positive. Where rounding has
+// left `at` to the end, the last positive one; where no weight is (a row of NaN), 0.
+class Draw {
+   public:
+    explicit Draw(double at) : at_(at) {}
+
+    // The weights of i…i+15, in order; whether it is one of them.
+    bool see(int i, Floats weights) {
+        const float here = sum_of(weights);
+        if (!(here > 0.0f)) return false;
+        first_ = i, last_ = weights;
+        if (!(sum_ + here > at_)) {
+            sum_ += here;
+            return false;
+        }
+        return true;
+    }
+    int32_t index() const {
+        alignas(64) float weight[LANES];
+        last_.store(weight);
+        double sum = sum_;
+        int32_t index = first_;
+        for (int lane = 0; lane < LANES; lane++) {
+            if (!(weight[lane] > 0.0f)) continue;
+            index = first_ + lane;
+            sum += weight[lane];
+            if (sum > at_) break;
+        }
+        return index;
+    }
+
+   private:
+    double at_, sum_ = 0;  // of all seen before `last_`
+    int first_ = 0;
+    Floats last_ = Floats::zero();
+};
+
+inline int32_t draw(const float* row, int count, double at) {
+    Draw token(at);
+    for (int i = 0; i < count && !token.see(i, load_some(row + i, count - i)); i += LANES) {}
+    return token.index();
+}
+
+// max(p - q, 0) of one row, as weights that add up to at most 1; q [drafts] stands at ids, ascending (null: all).
+struct Rest {
+    const float* p;  // weights [count]
+    int count;
+    float up;  // 1 / their sum
+    const float* q;
+    const int32_t* ids;
+    int drafts;
+
+    double sum() const {
+        double sum = 0;
+        each([&](int, Floats rest) { return sum += sum_of(rest), false; });
+        return sum;
+    }
+    int32_t draw(double at) const {
+        Draw token(at);
+        each([&](int i, Floats rest) { return token.see(i, rest); });
+        return token.index();
+    }
+
+   private:
+    template <typename Use>  // use(i, 16 of them) until it says true
+    void each(Use use) const {
+        int next = 0;
+        for (int i = 0; i < count; i += LANES) {
+            alignas(64) float rest[LANES];
+            (load_some(p + i, count - i) * Floats::all(up)).store(rest);
+            if (ids) {
+                for (; next < drafts && ids[next] < i + LANES; next++) {
+                    float& at = rest[ids[next] - i];
+                    at = at > q[next] ? at - q[next] : 0.0f;
+                }
+            } else {
+                max(Floats::load(rest) - load_some(q + i, count - i), Floats::zero()).store(rest);
+            }
+            if (use(i, Floats::load(rest))) return;
+        }
+    }
+};
+
+}  // namespace dspark

@@ -1,0 +1,79 @@
+"""What tokens are drawn from: torch's tensors (`spec/sampling.py`), or rows of weights on the CPU kernels (here).
+
+Symbols: N rows, V vocabulary, Vd draft vocabulary. Uniforms are in [0, 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_kernels.cpu import Walked, Weights
+
+
+class Distributions(Protocol):
+    """Distributions of some rows."""
+
+    def probability(self, row: int, token: int) -> float:
+        """Of one token of a row."""
+
+    def probabilities(self, row: int) -> Tensor:
+        """Of a row [V], float32."""
+
+    def draw(self, row: int, uniform: float) -> int:
+        """A token of a row, by inverse transform; never one of probability 0."""
+
+    def draw_rest(self, row: int, uniform: float, q: Tensor, draft_ids: Tensor | None) -> int:
+        """A token of max(p - q, 0), of p where rounding leaves nothing of that.
+
+        Args:
+            row: p.
+            uniform: what decides.
+            q: probabilities [Vd], taken to be 0 for all other tokens.
+            draft_ids: the tokens that they are of [Vd], ascending; None: all.
+        """
+
+
+class NativeDistributions:
+    """`Distributions` on the CPU kernels; some rows of `Weights` from ``first`` on."""
+
+    def __init__(self, weights: Weights, first: int = 0) -> None:
+        self._weights, self._first = weights, first
+
+    def probability(self, row: int, token: int) -> float:
+        """See `Distributions.probability`."""
+        return self._weights.probability(self._first + row, token)
+
+    def probabilities(self, row: int) -> Tensor:
+        """See `Distributions.probabilities`."""
+        return torch.from_numpy(self._weights.probabilities(self._first + row))
+
+    def draw(self, row: int, uniform: float) -> int:
+        """See `Distributions.draw`."""
+        return self._weights.draw(self._first + row, uniform)
+
+    def draw_rest(self, row: int, uniform: float, q: Tensor, draft_ids: Tensor | None) -> int:
+        """See `Distributions.draw_rest`."""
+        ids = None if draft_ids is None else draft_ids.numpy().astype(np.int32)
+        return self._weights.draw_rest(self._first + row, uniform, q.numpy(), ids)
+
+
+class Walk(NamedTuple):
+    """Whole blocks of R streams, g slots each, drafted in one call."""
+
+    tokens: Tensor  # [R, g], target ids
+    logits: Tensor | None  # [R, g], of confidence
+    walked: Walked
+
+    def indices(self, r: int) -> list[int]:
+        """A stream's drafts as draft vocabulary indices."""
+        own: list[int] = self.walked.indices[r].tolist()
+        return own
+
+    def q(self, r: int) -> NativeDistributions:
+        """What a stream that sampled drew from, a row a slot."""
+        assert self.walked.weights is not None
+        return NativeDistributions(self.walked.weights, r * self.tokens.shape[1])
