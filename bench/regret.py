@@ -201,6 +201,7 @@ def engine_like(
         took = [min(length, r.accepted) for length, r in zip(lengths, now, strict=True)]
         spent = true(streams + sum(lengths))
         skipping.learn(pasts, drafted, lengths, took, spent)
+        skipping.handicap.see(streams, n > 0, spent, believed(streams + sum(lengths)))
         if step >= steps:
             tokens, ms = tokens + streams + sum(took), ms + spent
     return tokens / ms

@@ -179,7 +179,8 @@ def test_a_draft_of_fewer_bits(tmp_path, context):
     assert 0.9 < similar.min() < 0.9999
 
 
-def test_a_drafter_drafts_the_same(tmp_path, context):
+@pytest.mark.parametrize("slots", [None, 2])
+def test_a_drafter_drafts_the_same(tmp_path, context, slots):
     path = write_model(tmp_path / "model.gguf", KIND.Q8_0)
     plain = load_target(str(path), dtype="float32", device="cpu").target
     native = load_target(str(path), kernels=context).target
@@ -194,7 +195,7 @@ def test_a_drafter_drafts_the_same(tmp_path, context):
         store, kv = target.make_store(64), drafter.make_store(64)
         taps = target.forward([Rows(Extent(16, 48), 0, ids)], store).taps.clone()
         drafter.append_context(taps[:20], list(range(20)), list(range(16, 36)), kv)
-        hidden.append(drafter.draft_hidden([(Extent(16, 48), 20, ids[20])], kv).clone())
+        hidden.append(drafter.draft_hidden([(Extent(16, 48), 20, ids[20])], kv, slots).clone())
         walked.append(drafter.base_logits(hidden[-1]).clone())
     assert torch.nn.functional.cosine_similarity(hidden[0], hidden[1], dim=-1).min() > 0.99
     assert torch.nn.functional.cosine_similarity(walked[0], walked[1], dim=-1).min() > 0.99

@@ -9,14 +9,15 @@ from dspark_stream.engine.backlog import ROOM, Backlog
 from dspark_stream.engine.drift import WINDOW, Drift
 from dspark_stream.local import LocalEngine
 from dspark_stream.spec.capacity import CapacityCurve
-from dspark_stream.spec.schedule import Adaptive, Fixed, Lagged, Threshold
+from dspark_stream.spec.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.types import TokensEvent
 from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 
 
-def engine_with(schedule, *, head="vanilla", capacity=FLAT):
+def engine_with(schedule, *, head="vanilla", capacity=FLAT, gamma=GAMMA):
     target = tiny_target()
-    return tiny_engine(tiny_models(target, tiny_drafter(target, head=head), schedule=schedule, capacity=capacity))
+    drafter = tiny_drafter(target, head=head, gamma=gamma)
+    return tiny_engine(tiny_models(target, drafter, schedule=schedule, capacity=capacity))
 
 
 def rounds_of(engine, requests):
@@ -67,18 +68,18 @@ def test_drafts_after_skipped_rounds_are_the_drafts_of_a_stream_that_never_skipp
 
 @pytest.mark.parametrize("slots", range(1, GAMMA + 1))
 @pytest.mark.parametrize(("temperature", "verification"), [(0.0, "rejection"), (0.8, "rejection"), (0.8, "coupled")])
-def test_fewer_slots_are_the_first_ones_of_the_block(slots, temperature, verification):
-    """Guards against another draft, another confidence or other uniforms where only part of a block is wanted."""
+def test_fewer_slots_are_the_block_of_a_drafter_that_has_no_more(slots, temperature, verification):
+    """Guards against slots that are left out and still looked at, other confidences and other uniforms."""
     asked = request(
         "a", (5, 6, 7), temperature=temperature, verification=verification, record_rounds=True, ignore_eos=True, seed=3
     )
-    (whole,) = rounds_of(engine_with(Threshold(2.0)), [asked]).values()  # drafts all, verifies none
+    (short,) = rounds_of(engine_with(EveryRound(slots), gamma=slots), [asked]).values()
     (part,) = rounds_of(engine_with(EveryRound(slots)), [asked]).values()
-    assert len(whole) == len(part) == 23
-    for one, other in zip(whole, part, strict=True):
-        assert len(one.draft_tokens) == GAMMA
-        assert other.draft_tokens == one.draft_tokens[:slots]
-        assert other.confidence == pytest.approx(one.confidence[:slots])
+    assert len(short) == len(part) == 23
+    for one, other in zip(short, part, strict=True):
+        assert len(one.draft_tokens) == slots
+        assert other.draft_tokens == one.draft_tokens
+        assert other.confidence == pytest.approx(one.confidence)
         assert other.bonus == one.bonus
 
 

@@ -96,7 +96,10 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     outcomes = accept(output, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
     clock.append(time.perf_counter())
     _learn(models, streams, cost, blocks, lengths, outcomes, clock)
-    return _commit(models, streams, blocks, lengths, outcomes, output.taps, clock)
+    committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock)
+    took_ms = (time.perf_counter() - clock[0]) * 1e3
+    models.skipping.handicap.see(len(streams), any(plan.drafting), took_ms, cost(len(streams) + sum(lengths)))
+    return committed
 
 
 def _position(streams: Sequence[Stream]) -> float:

@@ -237,25 +237,27 @@ class Drafter(nn.Module):
         return normed
 
     @torch.inference_mode()
-    def draft_hidden(self, anchors: list[tuple[Extent, int, int]], store: KVStore) -> Tensor:
-        """Hidden states of R streams' blocks, [R, γ, H].
+    def draft_hidden(self, anchors: list[tuple[Extent, int, int]], store: KVStore, slots: int | None = None) -> Tensor:
+        """Hidden states of R streams' blocks, [R, g, H].
 
         Args:
             anchors: each stream's extent, anchor position p and anchor token. The context keys and values of
-                positions 0 … p-1 must be in ``store``; the block's own are scratch at p … p+γ-1.
+                positions 0 … p-1 must be in ``store``; the block's own are scratch at p … p+g-1.
             store: this drafter's context keys and values.
+            slots: g ≤ γ; None: γ. The slots see each other, so fewer are another block, not the first slots of the
+                whole one (docs/decisions/013-shorter-blocks.md).
         """
-        gamma, device = self.gamma, self.target.device
+        gamma, device = slots or self.gamma, self.target.device
         ids: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
+        where: list[int] = []
         segments: list[Segment] = []
         for extent, p, token in anchors:
             segments.append(Segment(len(ids), gamma, extent.slot, p))
             ids += [token] + [self.config.mask_token_id] * (gamma - 1)
             positions += range(p, p + gamma)
-            slots += range(extent.slot + p, extent.slot + p + gamma)
-        attend = StoreAttend(store, int_tensor(slots, device), segments, causal=False)
+            where += range(extent.slot + p, extent.slot + p + gamma)
+        attend = StoreAttend(store, int_tensor(where, device), segments, causal=False)
         hidden = self.block_hidden(int_tensor(ids, device), int_tensor(positions, device), attend)
         return hidden.view(len(anchors), gamma, -1)
 

@@ -337,12 +337,13 @@ class NativeDrafter(Drafter):
         where = np.array(positions, dtype=np.int32), np.array(slots, dtype=np.int32)
         llama.append_context(fc, self._hidden_norm, taps.numpy(), *where, store.arrays)
 
-    def draft_hidden(self, anchors: list[tuple[Extent, int, int]], store: KVStore) -> Tensor:
+    def draft_hidden(self, anchors: list[tuple[Extent, int, int]], store: KVStore, slots: int | None = None) -> Tensor:
         """See `Drafter.draft_hidden`."""
         assert isinstance(store, NativeStore)
         assert self._native is not None
         assert isinstance(self.target, NativeTarget)
-        gamma, masks = self.gamma, [self.config.mask_token_id] * (self.gamma - 1)
+        gamma = slots or self.gamma
+        masks = [self.config.mask_token_id] * (gamma - 1)
         x = self.target.embed([token for _, _, anchor in anchors for token in (anchor, *masks)], "block")
         start = np.repeat(np.array([p for _, p, _ in anchors], dtype=np.int32), gamma)
         first_slot = np.repeat(np.array([extent.slot for extent, _, _ in anchors], dtype=np.int32), gamma)

@@ -94,14 +94,8 @@ def draft(
     history: AcceptanceHistory,
     slots: int | None = None,
 ) -> list[Block]:
-    """Propose ``slots`` ≤ γ tokens for each of R streams, with the confidence that each will be accepted.
-
-    Fewer than γ are the first ones of the block: the backbone always runs over all of it, since its slots see each
-    other; LM head and sequential head stop early.
-    """
-    hidden = drafter.draft_hidden([(s.extent, s.position, s.anchor) for s in streams], store)  # [R, γ, H]
-    if slots is not None and slots < drafter.gamma:
-        hidden = hidden[:, :slots].contiguous()
+    """Propose ``slots`` tokens, None: γ of them, for each of R streams, with their confidences."""
+    hidden = drafter.draft_hidden([(s.extent, s.position, s.anchor) for s in streams], store, slots)  # [R, g, H]
     return walk(drafter, hidden, streams, calibration, history)
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dspark_stream.spec.capacity import Array, Costs
+from dspark_stream.spec.handicap import Handicap
 from dspark_stream.types import Acceptance
 
 THRESHOLDS: Array = np.array([0.0, 0.03, 0.07, 0.12, 0.18, 0.25, 0.33, 0.42, 0.52, 0.64, 0.78])
@@ -34,22 +35,18 @@ POOL_TAKES = 16
 are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
-WORTHWHILE = 1.12
-"""Drafting must promise so many times the throughput of plain decoding: less is within the curve's error, and plain
-rounds after one that drafted find less of their weights in the processor's caches, which the curve does not charge."""
-PLAN_HOLDS, REST_HOLDS = 8, 32
-"""Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
+WORTHWHILE = 1.02
+"""Drafting must promise so many times the throughput of plain decoding: less is within what can be known, and plain
+rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
+PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 32, 4
+"""Rounds between two decisions while the streams are the same ones: with drafts to learn from, without, and without
+only to see what plain rounds take."""
 WHOLE_EVERY = 12
 """Of so many decisions for shorter blocks one drafts whole blocks, so that later slots stay known."""
 PROBE_SHARE = 0.005
 """Of all decoding time, what probing may lose."""
 PROBE_MOST = 0.25
 """Of a round's time, what one probe of several streams may lose; one stream alone is probed whatever it takes."""
-FORESIGHT_KEEPS, FORESIGHT_PRIOR, LEAST_FORESIGHT = 0.995, 30.0, 0.8
-"""What is foreseen is held against what is then accepted, over some 200 rounds: of many estimates the best are taken,
-and those are likely to be too good. But they are not worthless, and without drafts nothing new would be learnt."""
-FIRST_GUESSES = 64
-"""Drafts of which nothing was foreseen but what `OPTIMISM` says."""
 FIRST_WAIT, LONGEST_WAIT = 4, 512
 """Rounds until a stream that is not drafted for is due for a probe; doubled by every probe that changes nothing."""
 
@@ -157,8 +154,7 @@ class Skipping:
         self._age = self._holds = 0
         self._plan = Plan((), 0, 0.0)
         self._decisions = 0
-        self._gain = 0.0  # accepted tokens that the plan foresees for each stream that drafts
-        self._foreseen = self._brought = FORESIGHT_PRIOR
+        self.handicap = Handicap()
         self.probes = 0
         """Rounds that drafted for a stream only to look."""
 
@@ -176,6 +172,9 @@ class Skipping:
         self._for, self._age = present, 0
         self._plan = self._decide(pasts, position, costs)
         self._holds = PLAN_HOLDS if any(self._plan.drafting) else REST_HOLDS
+        if any(self._plan.drafting) and self.handicap.wants_plain(len(pasts)):
+            self._plan, self._holds = self._plan._replace(drafting=[False] * len(pasts)), LOOK_HOLDS
+            return self._plan
         due = [
             r
             for r, past in enumerate(pasts)
@@ -199,14 +198,6 @@ class Skipping:
         """What a round showed: promises of those that drafted (else empty), verified and accepted tokens, its time."""
         if any(past is not None for past in pasts):
             self._credit_ms = min(self._credit_ms + PROBE_SHARE * ms, PROBE_MOST * ms)
-        planned = [
-            took
-            for past, took, survival, drafts in zip(pasts, accepted, survivals, self._plan.drafting, strict=True)
-            if past is not None and drafts and survival and self._pools[past.acceptance].rounds > FIRST_GUESSES
-        ]
-        if planned:
-            self._foreseen = FORESIGHT_KEEPS * self._foreseen + len(planned) * self._gain
-            self._brought = FORESIGHT_KEEPS * self._brought + sum(planned)
         for past, survival, length, took in zip(pasts, survivals, lengths, accepted, strict=True):
             if past is None:
                 continue
@@ -234,14 +225,10 @@ class Skipping:
         if not may:
             return nobody
         outlook = self._outlook([past for past in pasts if past is not None], streams, position, costs)
-        foresight = min(1.0, max(LEAST_FORESIGHT, self._brought / self._foreseen))
-        rate = (streams + foresight * (outlook.tokens - streams)) / outlook.ms
+        rate = outlook.tokens / outlook.ms
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
-        if rate[n, t, g] <= WORTHWHILE * plain:
-            self._foreseen += 0.01 * (FORESIGHT_PRIOR - self._foreseen)
-            self._brought += 0.01 * (FORESIGHT_PRIOR - self._brought)
+        if rate[n, t, g] <= WORTHWHILE * self.handicap.factor(streams) * plain:
             return nobody
-        self._gain = float(outlook.tokens[n, t, g] - streams) / (int(n) + 1)
         drafting = [False] * streams
         for i in outlook.order[: n + 1, t, g]:
             drafting[may[i]] = True

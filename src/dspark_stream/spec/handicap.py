@@ -1,0 +1,72 @@
+"""How much longer rounds with drafts take than the capacity curve says, against rounds without: learnt from rounds.
+
+Whether drafting pays hangs on a few percent, and a curve that was measured in seconds, on streams that nobody reads, is
+not that exact: committing accepted tokens takes longer than committing none, other passes leave other things in the
+processor's caches, and how much of that a measurement meets is chance. What counts is one ratio at the number of
+streams of the moment. A machine that slows down as a whole does not move it.
+"""
+
+from __future__ import annotations
+
+from math import exp, log
+
+MEMORY = 32
+"""Rounds of a kind after which what was seen counts half as much (e-fold)."""
+SURPRISE = 0.15
+"""Of one round's deviation, as a logarithm, so much is believed: a round that was interrupted moves little."""
+MOST = 0.25
+"""A handicap beyond this, as a logarithm, is not believed: it would end drafting, and with it what could correct it."""
+PLAIN_AFTER = 256
+"""Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against."""
+ELSEWHERE_COUNTS_AS = 8.0
+"""Rounds with drafts from which on a number of streams is judged more by its own than by all numbers together."""
+
+
+class _Mean:
+    """A mean that forgets and that single values move little."""
+
+    def __init__(self) -> None:
+        self.value, self.count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        step = max(-SURPRISE, min(SURPRISE, value - self.value))
+        self.value += step / min(self.count, MEMORY)
+
+
+class Handicap:
+    """One for an engine."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, _Mean] = {}
+        """Measured over expected time of plain rounds, as logarithms, by number of streams."""
+        self._drafted: dict[int, _Mean] = {}
+        """The same of rounds with drafts, less what plain ones take longer at the time."""
+        self._anywhere = _Mean()
+        self._last_drafted = False
+        self._since_plain: dict[int, int] = {}
+
+    def see(self, streams: int, drafted: bool, ms: float, expected_ms: float) -> None:
+        """A whole round's measured and expected milliseconds."""
+        deviation = log(ms / expected_ms)
+        if drafted:
+            self._since_plain[streams] = self._since_plain.get(streams, 0) + 1
+            known = self._plain.get(streams)
+            if known is not None:
+                self._drafted.setdefault(streams, _Mean()).add(deviation - known.value)
+                self._anywhere.add(deviation - known.value)
+        elif not self._last_drafted:  # else it still pays for what drafting drove out of the caches
+            self._plain.setdefault(streams, _Mean()).add(deviation)
+            self._since_plain[streams] = 0
+        self._last_drafted = drafted
+
+    def wants_plain(self, streams: int) -> bool:
+        """Whether a few plain rounds of so many streams would tell more than they cost."""
+        return streams not in self._plain or self._since_plain[streams] >= PLAIN_AFTER
+
+    def factor(self, streams: int) -> float:
+        """By what a round with drafts takes longer than expected where a plain one takes what is expected."""
+        own = self._drafted.get(streams)
+        weight = 0.0 if own is None else own.count / (own.count + ELSEWHERE_COUNTS_AS)
+        mine = weight * own.value if own is not None else 0.0
+        return exp(max(-MOST, min(MOST, mine + (1 - weight) * self._anywhere.value)))
