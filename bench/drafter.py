@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--drafter", action="append", metavar="[NAME=]FOLDER", help="default: auto")
     parser.add_argument("--quant", nargs="+", default=["none"], choices=get_args(Quant))
+    parser.add_argument("--slots", type=int, nargs="+", default=[MAX_FIXED], help="of blocks (default: whole ones)")
     parser.add_argument("--cpu-kernels", default="auto", choices=["auto", "off"], help="off: both models on torch")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--tokens", type=int, default=128)
@@ -61,16 +63,17 @@ def main() -> None:
     bins: Bins = {}
     for text in args.drafter or ["auto"]:
         name, _, folder = text.rpartition("=")
-        for quant in args.quant:
+        for quant, slots in itertools.product(args.quant, args.slots):
             config = Config(
                 model=args.model,
                 drafter=folder,
                 draft_quant=quant,
                 cpu_kernels=args.cpu_kernels,
-                schedule=f"fixed:{MAX_FIXED}",
+                schedule=f"fixed:{slots}",
                 max_num_seqs=args.streams,
             )
             label = (name or Path(folder).name) + ("" if quant == "none" else f", {quant}")
+            label += "" if slots == MAX_FIXED else f", {slots} slots"
             rows += measure(config, label, files, args, bins if not rows else {})
             write_csv(args.out, rows)
     stems = [path.stem for path in files]

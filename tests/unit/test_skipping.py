@@ -7,7 +7,16 @@ import pytest
 
 from dspark_stream.spec.capacity import CapacityCurve, Costs
 from dspark_stream.spec.handicap import Handicap
-from dspark_stream.spec.skipping import LONGEST_WAIT, LOOK_HOLDS, PLAN_HOLDS, POOL_COUNTS_AS, REST_HOLDS, DraftPast, Skipping, Tally
+from dspark_stream.spec.skipping import (
+    LONGEST_WAIT,
+    LOOK_HOLDS,
+    PLAN_HOLDS,
+    POOL_COUNTS_AS,
+    REST_HOLDS,
+    DraftPast,
+    Skipping,
+    Tally,
+)
 
 GAMMA = 4
 GOOD, BAD = [0.9, 0.8, 0.7, 0.6], [0.1, 0.02, 0.01, 0.01]

@@ -7,7 +7,7 @@ stay as they are: the LM head is shared between target and drafter, and a packed
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -62,6 +62,8 @@ def _by_bitsandbytes(module: nn.Module, quant: Quant) -> int:
                 child.in_features, child.out_features, bias=child.bias is not None, has_fp16_weights=False
             )
             new.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+        elif weight.device.type == "cpu":
+            new = _nf4_unpacked(child, bnb)
         else:
             new = bnb.nn.Linear4bit(
                 child.in_features,
@@ -83,6 +85,19 @@ def _by_bitsandbytes(module: nn.Module, quant: Quant) -> int:
                 dtype = like.dtype if like is not None else getattr(layer, "compute_dtype", None) or torch.float32
                 layer(torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device))
     return count
+
+
+def _nf4_unpacked(layer: nn.Linear, bnb: Any) -> nn.Linear:
+    """On a CPU: a plain layer of the numbers that its nf4 weights stand for.
+
+    bitsandbytes would unpack all of them for every pass, which takes seconds. So nf4 saves no memory there; it shows
+    what it does to a draft. w4a8 is what is fast.
+    """
+    weight = layer.weight.detach()
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
+    new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    new.weight = nn.Parameter(bnb.functional.dequantize_4bit(packed, state).to(weight.dtype), requires_grad=False)
+    return new
 
 
 def _weight_only(module: nn.Module, bits: int) -> int:
