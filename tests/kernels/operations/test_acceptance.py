@@ -11,6 +11,7 @@ from dspark_stream.models.target import TargetOutput
 from dspark_stream.spec.accept import accept as engine_accept
 from dspark_stream.spec.draft import Block
 from dspark_stream.spec.noise import RoundUniforms
+from dspark_stream.spec.sampling import Dense
 from kernel_cases import GAMMA, Case, make, sampling_of
 
 
@@ -24,7 +25,7 @@ def by_the_engine(case: Case) -> list[tuple[int, int]]:
         q = torch.zeros(GAMMA, vocab).scatter_(1, case.drafts.candidates[r].long(), case.drafts.q[r])
         tokens = case.drafts.tokens[r].tolist()
         uniforms = RoundUniforms(views[r].round_key, views[r].position, GAMMA)
-        blocks.append(Block(tokens=tokens, indices=case.drafts.tokens[r].long(), q=q, uniforms=uniforms))
+        blocks.append(Block(tokens=tokens, indices=tokens, q=Dense(q), uniforms=uniforms))
         rows += range(int(case.first[r]), int(case.first[r]) + length + 1)
     outcomes = engine_accept(
         TargetOutput(case.logits[rows], torch.empty(0)),
