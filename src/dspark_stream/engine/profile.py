@@ -47,7 +47,7 @@ WARM_ROWS = 16
 """Passes up to so many rows are timed right after another one."""
 SLOW_MS = 80.0
 """Points that take this long are measured twice only: what is left of the noise is small beside them."""
-FORMAT = "curve 7"
+FORMAT = "curve 8"
 
 
 class _Stored(msgspec.Struct):

@@ -210,7 +210,7 @@ class _Layer(torch.nn.Module):
 
 
 class NativeDrafter(Drafter):
-    """A drafter whose backbone, context and LM head run on the kernels; its heads are small and stay with torch."""
+    """A drafter whose backbone, context and LM head run on the kernels; gated and RNN heads stay with torch."""
 
     def __init__(self, config: DrafterConfig, target: Target, draft_ids: Tensor | None = None) -> None:
         assert isinstance(target, NativeTarget)

@@ -3,7 +3,7 @@
 Whether drafting pays hangs on a few percent, and a curve that was measured in seconds, on streams that nobody reads, is
 not that exact: committing accepted tokens takes longer than committing none, other passes leave other things in the
 processor's caches, and how much of that a measurement meets is chance. What counts is one ratio at the number of
-streams of the moment. A machine that slows down as a whole does not move it.
+streams of the moment. A machine that is slow as a whole does not move it, once plain rounds have shown that.
 """
 
 from __future__ import annotations
