@@ -69,6 +69,7 @@ def main() -> None:
                 lengths = Adaptive().lengths([Candidate(p, exact) for p in promises], cost, plan.price)
                 clock.append(time.perf_counter())
                 skipping.learn(pasts, promises, lengths, [n // 2 for n in lengths], 10.0)
+                skipping.handicap.see(streams, any(plan.drafting), 10.0, 10.0)
                 clock.append(time.perf_counter())
                 rounds_ms.append(cost(streams + sum(lengths)))
                 for name, a, b in zip(spent, clock, clock[1:], strict=False):
