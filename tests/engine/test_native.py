@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -26,6 +27,7 @@ from dspark_stream.progress import SILENT
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import walk
+from dspark_stream.spec.sampling import Dense
 from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
@@ -237,11 +239,14 @@ def test_acceptance_by_the_kernels_is_acceptance_by_torch(tmp_path, context):
         streams = [View(9, 1.0, position), View(7, 0.0, position), View(5, 1.3, position), View(3, 1.0, position)]
         hidden = torch.randn(len(streams), 3, HIDDEN, generator=torch.Generator().manual_seed(position))
         blocks = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(drafter.gamma))
+        by_torch_too = [
+            replace(b, q=Dense(torch.stack([b.q.probabilities(k) for k in range(3)]))) if b.q else b for b in blocks
+        ]
         lengths = [3, 2, 1, 0]
         batch = [Rows(Extent(0, 64), 3, [b.tokens[0]] * (1 + n)) for b, n in zip(blocks, lengths, strict=True)]
         output = target.forward(batch, store)
         output = output._replace(logits=output.logits.clone())
-        by_torch = accept(output._replace(weigh=None), streams, blocks, lengths, drafter.draft_ids)
+        by_torch = accept(output._replace(weigh=None), streams, by_torch_too, lengths, drafter.draft_ids)
         assert accept(output, streams, blocks, lengths, drafter.draft_ids) == by_torch
         seen |= {(r, outcome.accepted) for r, outcome in enumerate(by_torch)}
     assert {(0, 0), (0, 1), (2, 0), (2, 1)} <= seen  # both ways of ending a round were among them

@@ -179,6 +179,8 @@ PLAIN = [(2, False, 1.0)] * 20
 def test_rounds_with_drafts_are_held_against_plain_ones():
     assert Handicap().factor(2) == 1.0
     assert seen([*PLAIN, *[(2, True, 1.1)] * 60]).factor(2) == pytest.approx(1.1, rel=0.02)
+    at_first_not = seen([(2, False, 1.0), *[(2, True, 1.3)] * 20, *[(2, False, 1.3)] * 60, *[(2, True, 1.3)] * 200])
+    assert at_first_not.factor(2) == pytest.approx(1.0, abs=0.03)  # the machine was slow: plain rounds tell
     slow = seen([*[(2, False, 1.3)] * 60, *[(2, True, 1.3)] * 60])  # the whole machine slowed down
     assert slow.factor(2) == pytest.approx(1.0, abs=0.02)
     assert seen([(2, True, 1.2)] * 20).factor(2) == 1.0  # nothing to hold it against
@@ -203,6 +205,26 @@ def test_one_interrupted_round_moves_little_and_nothing_moves_it_out_of_reach():
 def test_a_plain_round_right_after_drafts_is_not_the_measure():
     handicap = seen([*PLAIN, *[(2, True, 1.0), (2, False, 1.5)] * 40])
     assert handicap.factor(2) == pytest.approx(1.0, abs=0.01)
+
+
+def test_looks_end_where_groups_of_two_sizes_take_turns():
+    handicap = seen([(4, True, 1.0), (2, False, 1.0)] * 2)
+    assert not handicap.wants_plain(2)
+
+
+def test_after_long_without_drafts_a_few_probes_tell():
+    for plain, low, high in ((1, 1.15, 1.2), (2000, 1.0, 1.12)):
+        handicap = seen([*PLAIN, *[(2, True, 1.2)] * 60, *[(2, False, 1.0)] * plain])
+        assert handicap.factor(2) == pytest.approx(1.2, abs=0.01)
+        seen([(2, True, 1.0)] * 4, handicap)
+        assert low < handicap.factor(2) < high
+
+
+def test_a_handicap_is_forgotten_with_the_curve():
+    handicap = seen([*PLAIN, *[(2, True, 1.2)] * 60])
+    handicap.forget()
+    assert handicap.factor(2) == 1.0
+    assert handicap.wants_plain(2)
 
 
 def test_drafting_ends_where_its_rounds_take_longer_than_they_should():

@@ -171,6 +171,7 @@ def _learn(
         tokens, verify_ms / expected_ms, draft_ms / cost.draft_ms if cost.draft_ms else None
     ):
         models.costs = Costs(models.drift.curve)
+        models.skipping.handicap.forget()
 
 
 def _commit(

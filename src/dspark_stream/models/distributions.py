@@ -62,7 +62,7 @@ class NativeDistributions:
 
 
 class Walk(NamedTuple):
-    """Whole blocks of R streams, g slots each, drafted in one call."""
+    """Blocks of R streams, g ≤ γ slots each, drafted in one call."""
 
     tokens: Tensor  # [R, g], target ids
     logits: Tensor | None  # [R, g], of confidence

@@ -283,7 +283,7 @@ class Drafter(nn.Module):
         temperatures: Sequence[float],
         uniforms: Sequence[Sequence[float]],
     ) -> Walk | None:
-        """The sequential head over whole blocks in one go, where a runner can.
+        """The sequential head over all slots in one go, where a runner can.
 
         None: the walk goes slot by slot (spec/draft.py).
 

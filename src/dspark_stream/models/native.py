@@ -25,7 +25,7 @@ from dspark_stream.models.geometry import Geometry, UnsupportedError
 from dspark_stream.models.target import Rows, Target, TargetOutput
 
 PAST_THE_END = 64
-"""Positions past the longest text for which rotary tables are made: a block is drafted whole, wherever it begins."""
+"""Positions past the longest text for which rotary tables are made: drafts may go on past its end."""
 DRAFT_BITS = 8
 """Of a drafter's weights, unless `draft_quant` says otherwise; what 4 bits lose and save is in docs/drafter.md."""
 

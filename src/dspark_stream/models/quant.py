@@ -1,4 +1,6 @@
-"""int8 and nf4 weights through bitsandbytes, on CPU and GPU; 8- and 4-bit weights on kernels of our own, for GPUs.
+"""int8 and nf4 weights as bitsandbytes rounds them; 8- and 4-bit weights on kernels of our own, for GPUs.
+
+On a CPU nf4 weights are unpacked once, and torch multiplies.
 
 Only the decoder layers' matrices (and the drafter's `fc`) are quantised. Embedding, LM head, norms and the small heads
 stay as they are: the LM head is shared between target and drafter, and a packed one cannot be shared.

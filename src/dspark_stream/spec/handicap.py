@@ -18,6 +18,10 @@ MOST = 0.25
 """A handicap beyond this, as a logarithm, is not believed: it would end drafting, and with it what could correct it."""
 PLAIN_AFTER = 256
 """Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against."""
+FADES_IN, LEAST_COUNT = 512, 4
+"""Plain rounds in which what is known of rounds with drafts counts less by the factor e, down to so many rounds: only
+probes, which are rare, tell of a machine that has changed meanwhile.
+"""
 ELSEWHERE_COUNTS_AS = 8.0
 """Rounds with drafts from which on a number of streams is judged more by its own than by all numbers together."""
 
@@ -26,28 +30,37 @@ class _Mean:
     """A mean that forgets and that single values move little."""
 
     def __init__(self) -> None:
-        self.value, self.count = 0.0, 0
+        self.value, self.count = 0.0, 0.0
 
     def add(self, value: float) -> None:
-        self.count += 1
+        self.count = min(self.count + 1.0, MEMORY)
         step = max(-SURPRISE, min(SURPRISE, value - self.value))
-        self.value += step / min(self.count, MEMORY)
+        self.value += step / self.count
+
+    def fade(self) -> None:
+        self.count = max(self.count * (1.0 - 1.0 / FADES_IN), min(self.count, LEAST_COUNT))
 
 
 class Handicap:
     """One for an engine."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is known any more: what was expected has changed, as after a drift of the curve."""
         self._plain: dict[int, _Mean] = {}
         """Measured over expected time of plain rounds, as logarithms, by number of streams."""
         self._drafted: dict[int, _Mean] = {}
         """The same of rounds with drafts, less what plain ones take longer at the time."""
         self._anywhere = _Mean()
-        self._last_drafted = False
+        self._just_drafted: set[int] = set()
         self._since_plain: dict[int, int] = {}
 
     def see(self, streams: int, drafted: bool, ms: float, expected_ms: float) -> None:
         """A whole round's measured and expected milliseconds."""
+        if ms <= 0 or expected_ms <= 0:
+            return
         deviation = log(ms / expected_ms)
         if drafted:
             self._since_plain[streams] = self._since_plain.get(streams, 0) + 1
@@ -55,10 +68,16 @@ class Handicap:
             if known is not None:
                 self._drafted.setdefault(streams, _Mean()).add(deviation - known.value)
                 self._anywhere.add(deviation - known.value)
-        elif not self._last_drafted:  # else it still pays for what drafting drove out of the caches
-            self._plain.setdefault(streams, _Mean()).add(deviation)
-            self._since_plain[streams] = 0
-        self._last_drafted = drafted
+            self._just_drafted.add(streams)
+            return
+        for fading in (self._drafted.get(streams), self._anywhere):
+            if fading is not None:
+                fading.fade()
+        if streams in self._just_drafted:  # it still pays for what drafting drove out of the caches
+            self._just_drafted.remove(streams)
+            return
+        self._plain.setdefault(streams, _Mean()).add(deviation)
+        self._since_plain[streams] = 0
 
     def wants_plain(self, streams: int) -> bool:
         """Whether a few plain rounds of so many streams would tell more than they cost."""

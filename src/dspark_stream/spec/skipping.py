@@ -170,10 +170,8 @@ class Skipping:
             self._for, self._plan = present, self._plan._replace(drafting=[past in chosen for past in present])
             return self._plan
         self._for, self._age = present, 0
-        self._plan = self._decide(pasts, position, costs)
-        self._holds = PLAN_HOLDS if any(self._plan.drafting) else REST_HOLDS
-        if any(self._plan.drafting) and self.handicap.wants_plain(len(pasts)):
-            self._plan, self._holds = self._plan._replace(drafting=[False] * len(pasts)), LOOK_HOLDS
+        self._plan, self._holds = self._decide(pasts, position, costs)
+        if self._holds == LOOK_HOLDS:  # probes would spoil the look
             return self._plan
         due = [
             r
@@ -216,19 +214,22 @@ class Skipping:
 
     # --- deciding ----------------------------------------------------------------------------------------
 
-    def _decide(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
+    def _decide(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> tuple[Plan, int]:
+        """A plan, and the rounds for which it holds."""
         streams = len(pasts)
         plain_ms = float(costs.verify_ms(streams, streams, position)) + costs.rest_ms(streams)
         plain = streams / plain_ms
         may = [r for r, past in enumerate(pasts) if past is not None]
         nobody = Plan([False] * streams, 0, plain)
         if not may:
-            return nobody
+            return nobody, REST_HOLDS
         outlook = self._outlook([past for past in pasts if past is not None], streams, position, costs)
         rate = outlook.tokens / outlook.ms
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
         if rate[n, t, g] <= WORTHWHILE * self.handicap.factor(streams) * plain:
-            return nobody
+            return nobody, REST_HOLDS
+        if self.handicap.wants_plain(streams):
+            return nobody, LOOK_HOLDS
         drafting = [False] * streams
         for i in outlook.order[: n + 1, t, g]:
             drafting[may[i]] = True
@@ -237,7 +238,7 @@ class Skipping:
             past.wait = FIRST_WAIT
         self._decisions += 1
         slots = self._gamma if self._decisions % WHOLE_EVERY == 0 else int(g) + 1
-        return Plan(drafting, slots, float(rate[n, t, g]))
+        return Plan(drafting, slots, float(rate[n, t, g])), PLAN_HOLDS
 
     def _outlook(self, pasts: Sequence[DraftPast], streams: int, position: float, costs: Costs) -> _Outlook:
         expected = self._expected(pasts)  # [2, m, T, G]

@@ -22,11 +22,11 @@ inline void store_some(Floats v, int lanes, float* to) {
 
 inline float greatest(const float* row, int count) {
     Floats most = Floats::all(-INFINITY);
-    for (int i = 0; i < count; i += LANES) most = max(most, load_some(row + i, count - i).keep(count - i, -INFINITY));
+    for (int i = 0; i < count; i += LANES) most = max(load_some(row + i, count - i).keep(count - i, -INFINITY), most);
     return max_of(most);
 }
 
-// Scores of row[first…last-1] into weights, zero where exp would no longer be a normal number; their sum. `first` is a
+// Scores of row[first…last-1] into weights, zero where exp would no longer be a normal number and for NaN; their sum. `first` is a
 // multiple of 16.
 inline double weigh(float* row, int first, int last, float most, float temperature) {
     const Floats top = Floats::all(most), by = Floats::all(1.0f / temperature), low = Floats::all(-87.0f);
@@ -34,7 +34,7 @@ inline double weigh(float* row, int first, int last, float most, float temperatu
     for (int i = first; i < last; i += LANES) {
         const int lanes = last - i;
         const Floats x = (load_some(row + i, lanes) - top) * by;
-        const Floats w = pick(low, x, Floats::zero(), exp(x)).keep(lanes, 0.0f);
+        const Floats w = pick(x, low, exp(x), Floats::zero()).keep(lanes, 0.0f);
         sum += sum_of(w);
         store_some(w, lanes, row + i);
     }
@@ -51,7 +51,7 @@ class Draw {
     bool see(int i, Floats weights) {
         const float here = sum_of(weights);
         if (!(here > 0.0f)) return false;
-        first_ = i, last_ = weights;
+        first_ = i, last_ = weights, before_ = sum_;
         if (!(sum_ + here > at_)) {
             sum_ += here;
             return false;
@@ -61,7 +61,7 @@ class Draw {
     int32_t index() const {
         alignas(64) float weight[LANES];
         last_.store(weight);
-        double sum = sum_;
+        double sum = before_;
         int32_t index = first_;
         for (int lane = 0; lane < LANES; lane++) {
             if (!(weight[lane] > 0.0f)) continue;
@@ -73,7 +73,7 @@ class Draw {
     }
 
    private:
-    double at_, sum_ = 0;  // of all seen before `last_`
+    double at_, sum_ = 0, before_ = 0;  // of all that was seen, and of what came before `last_`
     int first_ = 0;
     Floats last_ = Floats::zero();
 };
