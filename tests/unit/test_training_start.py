@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
+from dspark_stream.errors import ConfigError
 from dspark_stream.models.cache import Extent, KVStore
 from dspark_stream.models.families import ATTENTION_NAME
 from dspark_stream.models.loading import LoadedTarget
@@ -55,6 +56,16 @@ def test_the_first_layer_starts_with_the_targets_own_context(layers, taps):
         context = drafter.context_kv(0, drafter.context_features(tapped.clone()), *drafter.rope(positions))
     for got, want in zip(context, recorder.seen[target.num_layers - layers], strict=True):
         assert torch.allclose(got, want, atol=1e-4)
+
+
+def test_layers_of_noise_can_be_asked_for():
+    target = tiny_target()
+    drafter = pipeline.new_drafter(plan(start="random"), loaded(target), ANSWERS)
+    assert drafter.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert drafter.fc.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert torch.equal(drafter.layers[0].input_layernorm.weight, torch.ones(target.hidden_size))
+    with pytest.raises(ConfigError, match="start 'other'"):
+        plan(start="other")
 
 
 def test_later_layers_keep_their_function_under_the_shared_norm():

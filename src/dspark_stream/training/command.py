@@ -17,7 +17,7 @@ from typing import Any
 from dspark_stream.config import parse_bytes
 from dspark_stream.errors import ConfigError, DsparkError
 from dspark_stream.progress import Progress
-from dspark_stream.training.plan import HEADS, TrainPlan, settle, shaped
+from dspark_stream.training.plan import HEADS, STARTS, TrainPlan, settle, shaped
 
 EXIT_INTERRUPTED = 130
 
@@ -70,6 +70,11 @@ SHAPE: list[Option] = [
         "init",
         "folder of a drafter to go on from, with its shape: the options below do not count",
         {"metavar": "DRAFTER"},
+    ),
+    (
+        "start",
+        "what layers start from: the target's last ones where shapes allow, or noise, to compare",
+        {"choices": STARTS},
     ),
     ("layers", "layers of the backbone", {"type": int}),
     ("block_size", "draft block γ", {"type": int}),

@@ -51,15 +51,15 @@ def pick_mask_token(
 
 
 @torch.no_grad()
-def start_from_target(drafter: Drafter, target: Target, seed: int) -> None:
-    """Initialise a new drafter (float32) in place."""
+def start_from_target(drafter: Drafter, target: Target, seed: int, layers_too: bool = True) -> None:
+    """Initialise a new drafter (float32) in place; without ``layers_too`` its backbone is noise."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in drafter.named_parameters():
         if parameter.ndim == 2 and not name.startswith("markov_head.markov_w"):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
         elif "bias" in name:
             parameter.zero_()
-    copied = _copy_layers(drafter, target)
+    copied = layers_too and _copy_layers(drafter, target)
     _copy_matching(drafter.norm, target.decoder.norm)
     h = target.hidden_size
     if copied:

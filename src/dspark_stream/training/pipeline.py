@@ -198,7 +198,7 @@ def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) ->
         draft_vocab_size=None if ids is None else size,
     )
     drafter = Drafter(config, target, ids).to(device=target.device, dtype=torch.float32)
-    start_from_target(drafter, target, plan.seed)
+    start_from_target(drafter, target, plan.seed, layers_too=plan.start == "target")
     return drafter.requires_grad_(True)
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from dspark_stream.errors import ConfigError
 
 HeadChoice = Literal["markov", "gated", "rnn", "none"]
+Start = Literal["target", "random"]
+STARTS: tuple[Start, ...] = ("target", "random")
 HEADS: tuple[HeadChoice, ...] = ("markov", "gated", "rnn", "none")
 FILE = "train.json"
 OWN_PROMPTS = 2000
@@ -42,6 +44,7 @@ class TrainPlan:
     # drafter
     init: str | None = None
     """Folder of a drafter to go on from; the shape is its."""
+    start: Start = "target"
     layers: int = 2
     block_size: int = 7
     head: HeadChoice = "markov"
@@ -78,6 +81,8 @@ class TrainPlan:
                 raise ConfigError(f"{name} {getattr(self, name)} is not in {low} … {high}", param=name)
         if self.head not in HEADS:
             raise ConfigError(f"head {self.head!r}; known: {', '.join(HEADS)}", param="head")
+        if self.start not in STARTS:
+            raise ConfigError(f"start {self.start!r}; known: {', '.join(STARTS)}", param="start")
         if not 0 <= self.follow_ups <= 1:
             raise ConfigError(f"follow_ups {self.follow_ups} is not in 0 … 1", param="follow_ups")
         if not self.steps and not self.minutes:
@@ -139,7 +144,8 @@ def settle(plan: TrainPlan, folder: Path) -> None:
     raw: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
     try:
         if path.exists():
-            earlier = json.loads(path.read_text())
+            # settings that are newer than that run had their defaults in it
+            earlier = {f.name: f.default for f in fields(plan)} | json.loads(path.read_text())
             names = [f.name for f in fields(plan) if f.name not in MAY_CHANGE]
             differing = [f"{n}: {earlier.get(n)} → {raw[n]}" for n in names if earlier.get(n) != raw[n]]
             if differing:
