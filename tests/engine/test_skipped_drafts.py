@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dspark_stream.engine.backlog import ROOM, Backlog
+from dspark_stream.engine import backlog as backlogs
+from dspark_stream.engine.backlog import PIECE, ROOM, TOGETHER, Backlog, hand_over, room
 from dspark_stream.engine.drift import WINDOW, Drift
 from dspark_stream.local import LocalEngine
+from dspark_stream.models.cache import Extent
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.types import TokensEvent
@@ -45,14 +47,16 @@ class EveryNth:
         return [min(1, len(c.survival)) for c in candidates]
 
 
+@pytest.mark.parametrize("together", [0, TOGETHER])
 @pytest.mark.parametrize("n", [3, 3 * ROOM // 4])
 @pytest.mark.parametrize("head", ["vanilla", "rnn"])
-def test_drafts_after_skipped_rounds_are_the_drafts_of_a_stream_that_never_skipped(n, head):
+def test_drafts_after_skipped_rounds_are_the_drafts_of_a_stream_that_never_skipped(n, head, together, monkeypatch):
     """Guards against context features that are lost, doubled or out of place while nobody drafts.
 
     Greedy text is the same, so a draft at a position must be the same too, whether or not rounds before it drafted.
-    The longer gap fills the backlog in between.
+    The longer gap fills the backlog in between, where it has no more than its own room.
     """
+    monkeypatch.setattr(backlogs, "TOGETHER", together)
     asked = [request(str(i), (5, 6, 7 + i), max_tokens=3 * ROOM, ignore_eos=True, record_rounds=True) for i in range(3)]
     always = rounds_of(engine_with(Fixed(GAMMA), head=head), asked)
     skipping = rounds_of(engine_with(EveryNth(n), head=head), asked)
@@ -119,7 +123,45 @@ def test_backlog_keeps_order_and_room():
     assert torch.equal(torch.cat(backlog.take()), taps[[3, 4, 0]])
     assert backlog.count == 0
     backlog.add(taps, 0, 1, 40)
-    assert (backlog.first, backlog.fits(ROOM - 1), backlog.fits(ROOM)) == (40, True, False)
+    assert backlog.first == 40
+
+
+def test_where_there_are_few_streams_each_keeps_more():
+    taps = torch.zeros(3, 1024)  # 4 KiB a position
+    assert room(1, taps) == TOGETHER // 4096
+    assert room(8, taps) == TOGETHER // 4096 // 8
+    assert room(10**6, taps) == ROOM
+
+
+class Recorder:
+    """A drafter that keeps what it is given."""
+
+    def __init__(self):
+        self.given, self.most = {}, 0
+
+    def append_context(self, taps, positions, slots, store):
+        assert len(taps) == len(positions) == len(slots)
+        self.most = max(self.most, len(taps))
+        self.given |= {
+            slot: (position, float(tap[0])) for tap, position, slot in zip(taps, positions, slots, strict=True)
+        }
+
+
+def test_long_backlogs_are_handed_over_in_pieces_that_lack_nothing():
+    sizes, owed = (2 * PIECE + 3, 1, 0, 70), []
+    for i, size in enumerate(sizes):
+        backlog = Backlog()
+        for at in range(0, size, 100):  # a prompt's chunks, say
+            some = min(100, size - at)
+            backlog.add(torch.arange(1000.0 * i + at, 1000.0 * i + at + some).view(-1, 1), 0, some, 5 + at)
+        if size:
+            owed.append((Extent(1000 * i, 900), backlog))
+    drafter = Recorder()
+    hand_over(owed, drafter, None)
+    wanted = {1000 * i + 5 + n: (5 + n, 1000.0 * i + n) for i, size in enumerate(sizes) for n in range(size)}
+    assert drafter.given == wanted
+    assert drafter.most <= PIECE
+    assert not any(backlog.count for _, backlog in owed)
 
 
 def test_drift_follows_a_machine_that_changes_and_not_a_slow_round(caplog):

@@ -295,6 +295,9 @@ def test_fit_separates_what_was_measured_together():
         "long": {1: 9.5 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
         "long draft": {1: 2.5 + 0.25},
         "sampled": {4: 20.0},
+        "coupled": {4: 22.0},
+        "coupled draft": {4: 13.55},
+        "features": {100: 0.7},
     }
     curve = fit(times, gamma=4, context=100, long_context=600)
     assert curve.tokens == [1, 2, 4, 8]
@@ -311,9 +314,15 @@ def test_fit_separates_what_was_measured_together():
     times["long"] = {1: 18.0 + 4 * 3.0 * 0.5, 2: 24.0 + 4 * (2.0 + 2.0) * 0.5}  # four streams of one and of two rows
     together = fit(times, gamma=4, context=100, long_context=600, long_streams=4)
     assert (together.attend_us, together.read_us) == pytest.approx((1.0, 2.0))
+    assert (curve.coupled_us, curve.draft_coupled_us, curve.feature_us) == pytest.approx((1000.0, 493.75, 7.0))
     costs = Costs(curve)
     cost = costs.round_cost(2, 100.0, 2, 4)  # what drafting adds to a pass counts as the pass's time, not as drafting's
     assert cost.draft_ms == pytest.approx(3.0, abs=0.2)
     assert cost(4) - cost.draft_ms - cost.rest_ms == pytest.approx(float(costs.verify_ms(4, 2, 96.0)) + 1.0)
-    assert costs.sampling(0.1) is costs
-    assert costs.sampling(0.5).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)
+    assert costs.drawing(0.1, 0.0) is costs
+    assert not costs.drawing(0.5, 0.0).rough
+    coupled = costs.drawing(0.0, 0.5)
+    assert coupled.rough
+    assert coupled.draft_ms(2, 3, 100.0) == pytest.approx(costs.draft_ms(2, 3, 100.0) + 2 * 3 * 0.493750 / 2)
+    assert coupled.verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 3.0)
+    assert costs.drawing(0.5, 0.0).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)

@@ -1,8 +1,8 @@
 """Context features that the drafter has not been given yet.
 
-The drafter reads the features of every committed position, but only when it drafts. So what a pass leaves of a
+The drafter reads the features of every position, the prompt's too, but only when it drafts. So what a pass leaves of a
 stream's taps is kept here and handed over in one go: before the stream is drafted for, or when its room is full. A
-stream that is not drafted for costs next to nothing, and a probe catches up in one product instead of many.
+stream that is never drafted for costs no more than a copy, and a probe catches up in a few products instead of many.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from torch import Tensor
 from dspark_stream.models.cache import Extent, KVStore
 from dspark_stream.models.drafter import Drafter
 
-ROOM = 64
-"""Positions kept of a stream: 0.7 MB of SmolLM2-135M's taps."""
+ROOM, TOGETHER = 64, 128 * 2**20
+"""Positions that may be kept of every stream, and bytes of all together: where there are few streams, more of each.
+64 positions of SmolLM2-135M's taps are 0.7 MB."""
+PIECE = 256
+"""Positions of one product: of more, what one step of it writes would be out of the caches before the next reads it."""
+
+
+def room(streams: int, taps: Tensor) -> int:
+    """Positions that each of so many streams may keep of ``taps`` like these [B, taps·H]."""
+    return max(ROOM, TOGETHER // (streams * taps.shape[1] * taps.element_size()))
 
 
 class Backlog:
-    """Where the taps of one stream's last positions are: rows of its last rounds' taps, n ≤ `ROOM` of them."""
+    """Where the taps of one stream's last positions are: rows of its last passes' taps."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, int, int]] = []
@@ -28,14 +36,10 @@ class Backlog:
         """Position of the first row."""
         self.count = 0
 
-    def fits(self, rows: int) -> bool:
-        """Whether so many more rows have a place."""
-        return self.count + rows <= ROOM
-
     def add(self, taps: Tensor, row: int, count: int, position: int) -> None:
-        """Append rows ``row`` … of a round's ``taps`` [B, taps·H]: ``count`` positions from ``position`` on.
+        """Append rows ``row`` … of a pass's ``taps`` [B, taps·H]: ``count`` positions from ``position`` on.
 
-        They follow the positions that are here. The tensor is kept, not copied, and shared by the round's streams.
+        They follow the positions that are here. The tensor is kept, not copied, and shared by the pass's streams.
         """
         if not self.count:
             self.first = position
@@ -49,13 +53,20 @@ class Backlog:
 
 
 def hand_over(owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: KVStore) -> None:
-    """Give the drafter all that these streams' backlogs keep, in one product."""
+    """Give the drafter all that these streams' backlogs keep, in as few products as go well."""
     positions: list[int] = []
     slots: list[int] = []
     parts: list[Tensor] = []
     for extent, backlog in owed:
-        positions += range(backlog.first, backlog.first + backlog.count)
-        slots += range(extent.slot + backlog.first, extent.slot + backlog.first + backlog.count)
-        parts += backlog.take()
+        at = backlog.first
+        for part in backlog.take():
+            for piece in part.split(PIECE):
+                if len(positions) + len(piece) > PIECE:
+                    drafter.append_context(torch.cat(parts), positions, slots, store)
+                    positions, slots, parts = [], [], []
+                parts.append(piece)
+                positions += range(at, at + len(piece))
+                slots += range(extent.slot + at, extent.slot + at + len(piece))
+                at += len(piece)
     if parts:
         drafter.append_context(torch.cat(parts), positions, slots, store)

@@ -16,6 +16,7 @@ import torch
 
 from dspark_kernels.cpu.build import library_path
 from dspark_stream import __version__
+from dspark_stream.engine.backlog import PIECE
 from dspark_stream.engine.step import Models, decode_round
 from dspark_stream.engine.stream import Stream
 from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator, KVStore
@@ -30,7 +31,7 @@ from dspark_stream.spec.draft import Block
 from dspark_stream.spec.schedule import Candidate
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
-from dspark_stream.types import GenerationRequest, SamplingParams
+from dspark_stream.types import GenerationRequest, SamplingParams, Verification
 
 CONTEXT, LONG_CONTEXT, LONG_STREAMS = 256, 1024, 4
 """Positions that a measured stream already holds, and that so many streams hold to see what context costs; where the
@@ -47,7 +48,7 @@ WARM_ROWS = 16
 """Passes up to so many rows are timed right after another one."""
 SLOW_MS = 80.0
 """Points that take this long are measured twice only: what is left of the noise is small beside them."""
-FORMAT = "curve 8"
+FORMAT = "curve 9"
 
 
 class _Stored(msgspec.Struct):
@@ -205,7 +206,8 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int, long_strea
         rest_ms=monotone([rest[r] for r in streams]),
         gamma=gamma,
         context=context,
-        sample_us=max([0.0, *(1e3 * (ms - plain[n]) / n for n, ms in times.get("sampled", {}).items())]),
+        sample_us=_each_us(times.get("sampled", {}), plain),
+        coupled_us=_each_us(times.get("coupled", {}), plain),
     )
     spread = max(1, long_context - context)
     if "long" in times:  # one row a stream, and a block of them: what a position costs once, and for every row
@@ -223,11 +225,23 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int, long_strea
     draft_ms = monotone([max(0.0, whole[r] - rest[r]) for r in streams])
     after_ms = monotone([max(0.0, times["after"][r] - plain[r]) for r in streams])
     slot_ms = [max(0.0, whole[r] - first[r]) / max(1, gamma - 1) for r in streams]
-    curve = msgspec.structs.replace(curve, draft_ms=draft_ms, after_draft_ms=after_ms, slot_ms=monotone(slot_ms))
+    curve = msgspec.structs.replace(
+        curve,
+        draft_ms=draft_ms,
+        after_draft_ms=after_ms,
+        slot_ms=monotone(slot_ms),
+        draft_coupled_us=_each_us(times.get("coupled draft", {}), whole) / gamma,
+        feature_us=_each_us(times.get("features", {}), {}),
+    )
     if "long draft" in times:
         slope = 1e3 * (times["long draft"][1] - whole[1]) / spread
         curve = msgspec.structs.replace(curve, draft_read_us=max(0.0, slope))
     return curve
+
+
+def _each_us(times: dict[int, float], less: dict[int, float]) -> float:
+    """Microseconds of each of so many, beyond what the same takes otherwise."""
+    return max([0.0, *(1e3 * (ms - less.get(n, 0.0)) / n for n, ms in times.items())])
 
 
 class _Bench:
@@ -252,6 +266,7 @@ class _Bench:
         self.max_tokens = max(1, min(widest, max_model_len - self.context))
         self.long_rows = max(2, 1 + self.gamma)
         self.long_context = min(LONG_CONTEXT, max_model_len - self.long_rows)
+        self._models: dict[int, Models] = {}
         self._extents: list[Extent] = []
         short, long = self.context + self.gamma + 1, self.long_context + self.long_rows
         for i in range(max_seqs):
@@ -285,26 +300,34 @@ class _Bench:
         streams = [n for n in streams if n in rows]
         points += [Point("streams", n, self.streams_ms) for n in streams]
         some = max(n for n in streams if n <= WARM_ROWS)
-        points.append(Point("sampled", some, self.sampled_ms))
+        points += [Point("sampled", some, self.sampled_ms), Point("coupled", some, self.coupled_ms)]
         points += [Point("rest", n, self.rest_ms) for n in streams]
         far = self.long_streams and self.long_context >= 2 * self.context
         if far:
             points += [Point("long", n, self.long_ms) for n in (1, self.long_rows)]
         if self._drafter:
+            features = min(PIECE, self._extents[0].size, self.context + self.max_tokens)
             points += [Point("draft", n, self.draft_ms) for n in streams]
             points += [Point("after", n, self.after_ms) for n in streams]
             points += [Point("slot", n, self.slot_ms) for n in streams]
+            points += [
+                Point("coupled draft", some, self.coupled_draft_ms),
+                Point("features", features, self.features_ms),
+            ]
             if far:
                 points.append(Point("long draft", 1, self.long_draft_ms))
         # large ones first: what a pass of 512 rows leaves in the processor's caches would cost a small one after it a
         # quarter of its time, for longer than it is run before it counts
         return sorted(points, key=lambda point: -point.size)
 
-    def _streams(self, count: int, context: int = 0, temperature: float = 0.0) -> list[Stream]:
+    def _streams(
+        self, count: int, context: int = 0, temperature: float = 0.0, verification: Verification = "rejection"
+    ) -> list[Stream]:
         request = GenerationRequest(
             request_id="profile",
             prompt_ids=(0,) * ((context or self.context) + 1),
             sampling=SamplingParams(max_tokens=1 << 20, temperature=temperature),
+            verification=verification,
         )
         streams = [Stream(request, self._target.vocab_size, self.gamma, frozenset(), None) for _ in range(count)]
         for i, stream in enumerate(streams):
@@ -340,6 +363,10 @@ class _Bench:
         self._verify_ms(self._streams(count, temperature=1.0), 0)
         return self._verify_ms(self._streams(count, temperature=1.0), 0)
 
+    def coupled_ms(self, count: int) -> float:
+        """As `sampled_ms`, under coupled verification."""
+        return self._verify_ms(self._streams(count, temperature=1.0, verification="coupled"), 0)
+
     def rest_ms(self, count: int) -> float:
         """A plain round of that many streams, without its pass."""
         return self._round(count, 0).rest_ms
@@ -356,13 +383,32 @@ class _Bench:
         """As `draft_ms` with the first token of each block only."""
         return self._round(count, 1).rest_ms
 
+    def coupled_draft_ms(self, count: int) -> float:
+        """As `draft_ms`, under coupled verification."""
+        return self._round(count, self.gamma, verification="coupled").rest_ms
+
+    def features_ms(self, count: int) -> float:
+        """Context features of so many positions of one stream."""
+        assert self._drafter is not None
+        assert self._drafter_kv is not None
+        positions = list(range(count))
+        slots = [self._extents[0].slot + p for p in positions]
+        taps = self._taps(count)
+        begun = time.perf_counter()
+        self._drafter.append_context(taps, positions, slots, self._drafter_kv)
+        return (time.perf_counter() - begun) * 1e3
+
+    def _taps(self, count: int) -> torch.Tensor:
+        width = len(self._target.tap_layers) * self._target.hidden_size
+        return torch.zeros(count, width, dtype=self._target.dtype, device=self._target.device)
+
     def long_draft_ms(self, count: int) -> float:
         """As `draft_ms`, deep in a long context."""
         return self._round(count, self.gamma, self.long_context).rest_ms
 
-    def _round(self, count: int, slots: int, context: int = 0) -> _Round:
-        """A real round after a pass."""
-        models = Models(
+    def _drafting(self, slots: int) -> Models:
+        """For rounds that draft so many tokens: the same ones every time, so that what they remember is there."""
+        return Models(
             target=self._target,
             target_kv=self._target_kv,
             drafter=self._drafter,
@@ -372,10 +418,13 @@ class _Bench:
             schedule=_DraftOnly(slots),
             capacity=CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0]),
         )
-        streams = self._streams(count, context)
+
+    def _round(self, count: int, slots: int, context: int = 0, verification: Verification = "rejection") -> _Round:
+        """A real round after a pass."""
+        models = self._models.get(slots) or self._models.setdefault(slots, self._drafting(slots))
+        streams = self._streams(count, context, 1.0 if verification == "coupled" else 0.0, verification)
         if slots:  # what the drafter is handed in a round
-            width = len(self._target.tap_layers) * self._target.hidden_size
-            taps = torch.zeros(count, width, dtype=self._target.dtype, device=self._target.device)
+            taps = self._taps(count)
             for i, stream in enumerate(streams):
                 stream.backlog.add(taps, i, 1, stream.position - 1)
         self._verify_ms(self._streams(min(count, WARM_ROWS)), 0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from dspark_stream.engine.backlog import hand_over
+from dspark_stream.engine.backlog import hand_over, room
 from dspark_stream.engine.drift import Drift
 from dspark_stream.engine.stream import Stream
 from dspark_stream.models.cache import KVStore
@@ -24,6 +24,7 @@ from dspark_stream.spec.accept import Outcome, accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
 from dspark_stream.spec.draft import Block, acceptance_of, draft, is_greedy
+from dspark_stream.spec.sampling import is_cut
 from dspark_stream.spec.schedule import Candidate, Schedule
 from dspark_stream.spec.skipping import Plan, Skipping
 from dspark_stream.spec.survival import AcceptanceHistory
@@ -32,6 +33,10 @@ from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 
 if TYPE_CHECKING:
     from dspark_stream.engine.gpu.runner import GraphRounds
+
+
+HANDED_A_ROUND = 512
+"""Positions whose context features a round hands over for want of room; the rest waits for the next round."""
 
 
 @dataclass
@@ -56,8 +61,12 @@ class Models:
         self.drift = Drift(self.capacity)
 
     def costs_of(self, streams: Sequence[Stream]) -> Costs:
-        """What rounds of these streams cost: those with a temperature take longer to accept."""
-        return self.costs.sampling(sum(not is_greedy(s) for s in streams) / len(streams))
+        """What rounds of these streams cost: those with a temperature take longer to draw for."""
+        drawn = [s for s in streams if not is_greedy(s)]
+        if not drawn:
+            return self.costs
+        by_torch = sum(s.verification == "coupled" or is_cut(s.sampling) for s in drawn)
+        return self.costs.drawing((len(drawn) - by_torch) / len(streams), by_torch / len(streams))
 
     @property
     def gamma(self) -> int:
@@ -87,6 +96,7 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     plan = _plan(models, streams, slowest_ms)
     costs = models.costs_of(streams)
     cost = costs.round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
+    usual = not costs.rough and _owed(streams, plan) <= 2 * (1 + models.gamma) * sum(plan.drafting)
     clock.append(time.perf_counter())
     blocks = _draft(models, streams, plan)
     clock.append(time.perf_counter())
@@ -95,11 +105,17 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     output = verify(models.target, models.target_kv, streams, blocks, lengths)
     outcomes = accept(output, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
     clock.append(time.perf_counter())
-    _learn(models, streams, cost, blocks, lengths, outcomes, clock)
+    _learn(models, streams, cost if usual else None, blocks, lengths, outcomes, clock)
     committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock)
     took_ms = (time.perf_counter() - clock[0]) * 1e3
-    models.skipping.handicap.see(len(streams), any(plan.drafting), took_ms, cost(len(streams) + sum(lengths)))
+    if usual:
+        models.skipping.handicap.see(len(streams), any(plan.drafting), took_ms, cost(len(streams) + sum(lengths)))
     return committed
+
+
+def _owed(streams: Sequence[Stream], plan: Plan) -> int:
+    """Positions whose context features the drafter is to be given first."""
+    return sum(s.backlog.count for s, drafts in zip(streams, plan.drafting, strict=True) if drafts)
 
 
 def _position(streams: Sequence[Stream]) -> float:
@@ -115,8 +131,10 @@ def _plan(models: Models, streams: Sequence[Stream], slowest_ms: float) -> Plan:
     else:
         plan = Plan([s.drafts and slots > 0 for s in streams], slots, 0.0)
     if any(plan.drafting) and slowest_ms < inf:
-        cost = models.costs_of(streams).round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
-        if cost.ms[0] > slowest_ms:  # drafting alone would take too long, with nothing verified
+        costs = models.costs_of(streams)
+        cost = costs.round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
+        owed_ms = 1e-3 * costs.curve.feature_us * _owed(streams, plan)
+        if owed_ms + cost.ms[0] > slowest_ms:  # drafting alone would take too long, with nothing verified
             return Plan([False] * len(streams), 0, plan.price)
     return plan
 
@@ -150,13 +168,13 @@ def _schedule(
 def _learn(
     models: Models,
     streams: Sequence[Stream],
-    cost: RoundCost,
+    cost: RoundCost | None,
     blocks: Sequence[Block],
     lengths: Sequence[int],
     outcomes: Sequence[Outcome],
     clock: Sequence[float],
 ) -> None:
-    """What this round showed goes into the decisions of later ones."""
+    """What this round showed goes into the decisions of later ones; without ``cost`` its time tells nothing."""
     _, planned, drafted, scheduled, verified = clock
     draft_ms, verify_ms = (drafted - planned) * 1e3, (verified - scheduled) * 1e3
     survivals, accepted = [b.survival for b in blocks], [o.accepted for o in outcomes]
@@ -165,6 +183,8 @@ def _learn(
     for block, length, outcome in zip(blocks, lengths, outcomes, strict=True):
         if block.tokens:
             models.history.record(length, outcome.accepted)
+    if cost is None:
+        return
     tokens = len(streams) + sum(lengths)
     expected_ms = cost(tokens) - cost.draft_ms - cost.rest_ms
     if expected_ms > 0 and models.drift.see(
@@ -228,8 +248,6 @@ def _keep_context(
         for s, row, o, b in zip(streams, first_rows, outcomes, blocks, strict=True)
         if s.drafts
     ]
-    full = [(s.extent, s.backlog) for s, _, count, _ in kept if not s.backlog.fits(count)]
-    hand_over(full, models.drafter, models.drafter_kv)
     # two copies, since a runner may write its next pass's taps over these: what is soon handed over, and what waits
     for soon in (True, False):
         mine = [(s, row, count) for s, row, count, drafted in kept if drafted is soon]
@@ -239,29 +257,48 @@ def _keep_context(
         copy = taps.clone() if len(rows) == len(taps) else taps[rows]
         at = 0
         for stream, _, count in mine:
-            stream.backlog.add(copy, at, count, stream.position)
+            _owe(stream, copy, at, count, stream.position)
             at += count
+    _make_room(models, [s for s, _, _, _ in kept], room(len(streams), taps), HANDED_A_ROUND)
 
 
-def _append_prompt(models: Models, taps: torch.Tensor, chunks: Iterable[tuple[Stream, int, int, int]]) -> None:
-    """Give the drafter the context features of prompts: (stream, first row, first position, count)."""
-    if models.drafter is None or models.drafter_kv is None:
+def _keep_prompt(
+    models: Models, taps: torch.Tensor, chunks: Sequence[tuple[Stream, int, int, int]], company: int
+) -> None:
+    """The same of prompts: (stream, first row, first position, count); of so many streams in all."""
+    if models.drafter is None or not any(stream.drafts for stream, _, _, _ in chunks):
         return
-    rows: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
+    copy = taps.clone()
     for stream, row, start, count in chunks:
         if stream.drafts:
-            rows += range(row, row + count)
-            positions += range(start, start + count)
-            slots += range(stream.extent.slot + start, stream.extent.slot + start + count)
-    if rows:
-        taps = taps if len(rows) == len(taps) else taps[rows]
-        models.drafter.append_context(taps, positions, slots, models.drafter_kv)
+            _owe(stream, copy, row, count, start)
+    most = 0 if models.rounds is not None else room(company, taps)  # captured rounds know of no backlog
+    _make_room(models, [stream for stream, _, _, _ in chunks], most)
 
 
-def prefill(models: Models, streams: Sequence[Stream], budget: int) -> list[Committed]:
+def _owe(stream: Stream, taps: torch.Tensor, row: int, count: int, position: int) -> None:
+    """Keep rows of ``taps`` for when the stream is drafted for."""
+    stream.backlog.add(taps, row, count, position)
+    if stream.past is not None:
+        stream.past.owed = stream.backlog.count
+
+
+def _make_room(models: Models, streams: Iterable[Stream], most: int, enough: float = inf) -> None:
+    """Hand over what streams keep beyond so many positions; once it is ``enough``, the others' have time."""
+    if models.drafter is None or models.drafter_kv is None:
+        return
+    full, count = [], 0
+    for stream in streams:
+        if stream.backlog.count > most and count < enough:
+            full.append(stream)
+            count += stream.backlog.count
+    hand_over([(s.extent, s.backlog) for s in full], models.drafter, models.drafter_kv)
+
+
+def prefill(models: Models, streams: Sequence[Stream], budget: int, company: int) -> list[Committed]:
     """Up to ``budget`` prompt tokens, streams in order, as one ragged pass; who completes gets its first token.
+
+    ``company``: all streams that run, these among them.
 
     That token is an ordinary acceptance with ℓ = 0 whose anchor is the last prompt token.
     """
@@ -279,7 +316,7 @@ def prefill(models: Models, streams: Sequence[Stream], budget: int) -> list[Comm
         if stream.prefilled + len(ids) == len(stream.request.prompt_ids):
             completed.append((stream, row - 1))
     output = models.target.forward(batch, models.target_kv, [last for _, last in completed])
-    _append_prompt(models, output.taps, chunks)
+    _keep_prompt(models, output.taps, chunks, company)
     for stream, _, _, count in chunks:
         stream.prefilled += count
     if not completed:

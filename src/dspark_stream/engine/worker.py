@@ -274,7 +274,8 @@ class EngineThread:
         decoding = [s for s in active if s.phase is Phase.DECODE]
         joining = [s for s in active if s.phase is Phase.PREFILL]
         if joining:
-            self._publish(prefill(self._models, joining, self._chunk(decoding) if decoding else PREFILL_ALONE))
+            budget = self._chunk(decoding) if decoding else PREFILL_ALONE
+            self._publish(prefill(self._models, joining, budget, len(active)))
         if decoding:
             self._counters.rounds += 1
             together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())

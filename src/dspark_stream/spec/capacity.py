@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import ceil
 from typing import Any
 
 import msgspec
@@ -51,6 +52,12 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     """Microseconds that it costs in drafting a block."""
     sample_us: float = 0.0
     """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one."""
+    coupled_us: float = 0.0
+    """The same of a stream whose tokens torch draws: under coupled verification, or cut by top-k, top-p or min-p."""
+    draft_coupled_us: float = 0.0
+    """Microseconds that every draft token costs more for such a stream."""
+    feature_us: float = 0.0
+    """Microseconds that a position takes whose context features are handed over late."""
 
     def round_ms(
         self, batch_tokens: int, streams: int, drafting: int, *, slots: int | None = None, position: float | None = None
@@ -73,6 +80,7 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
             draft_ms=[draft * ms for ms in self.draft_ms],
             slot_ms=[draft * ms for ms in self.slot_ms],
             draft_read_us=draft * self.draft_read_us,
+            feature_us=draft * self.feature_us,
         )
 
 
@@ -109,25 +117,33 @@ class RoundCost:
 
 
 class Costs:
-    """A capacity curve that answers for whole arrays, and remembers what it was asked."""
+    """A capacity curve that answers for whole arrays, and remembers what it was asked.
 
-    def __init__(self, curve: CapacityCurve) -> None:
-        self.curve = curve
+    ``rough``: some of it is not known well enough to tell from it whether the machine has changed.
+    """
+
+    def __init__(self, curve: CapacityCurve, *, rough: bool = False) -> None:
+        self.curve, self.rough = curve, rough
         self.table = lru_cache(maxsize=256)(self._table)
-        self._sampling: dict[int, Costs] = {}
+        self._drawing: dict[tuple[int, int], Costs] = {}
 
-    def sampling(self, share: float) -> Costs:
-        """The same where that share of the rows is sampled; to a quarter."""
-        quarters = round(4 * share)
-        if not quarters or not self.curve.sample_us:
+    def drawing(self, sampled: float, coupled: float) -> Costs:
+        """The same where those shares of the streams are drawn for, ``coupled`` ones by torch; to a quarter."""
+        quarters = round(4 * sampled), ceil(4 * coupled)
+        if quarters == (0, 0):
             return self
-        if quarters not in self._sampling:
+        if quarters not in self._drawing:
             c = self.curve
-            verify_ms = [
-                ms + 1e-3 * c.sample_us * n * quarters / 4 for n, ms in zip(c.tokens, c.verify_ms, strict=True)
-            ]
-            self._sampling[quarters] = Costs(msgspec.structs.replace(c, verify_ms=verify_ms))
-        return self._sampling[quarters]
+            row_ms = 1e-3 * (c.sample_us * quarters[0] + c.coupled_us * quarters[1]) / 4
+            slot_ms = [1e-3 * c.draft_coupled_us * r * quarters[1] / 4 for r in c.streams]
+            dearer = msgspec.structs.replace(
+                c,
+                verify_ms=[ms + row_ms * n for n, ms in zip(c.tokens, c.verify_ms, strict=True)],
+                draft_ms=[ms + c.gamma * more for ms, more in zip(c.draft_ms, slot_ms, strict=False)],
+                slot_ms=[ms + more for ms, more in zip(c.slot_ms, slot_ms, strict=False)],
+            )
+            self._drawing[quarters] = Costs(dearer, rough=quarters[1] > 0)
+        return self._drawing[quarters]
 
     def verify_ms(self, batch_tokens: Any, streams: int, position: float) -> Any:
         """A target pass over B tokens of R streams at mean position p̄; B may be an array."""

@@ -111,6 +111,8 @@ class DraftPast:
         self.wait = 1
         """Rounds until the next probe is due, from the last draft on."""
         self.waited = 0
+        self.owed = 0
+        """Positions whose context features the drafter would be given first."""
         self.drafted = 0
         """Rounds in which it was drafted for."""
 
@@ -226,9 +228,10 @@ class Skipping:
         outlook = self._outlook([past for past in pasts if past is not None], streams, position, costs)
         rate = outlook.tokens / outlook.ms
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
-        if rate[n, t, g] <= WORTHWHILE * self.handicap.factor(streams) * plain:
+        factor = 1.0 if costs.rough else self.handicap.factor(streams)
+        if rate[n, t, g] <= WORTHWHILE * factor * plain:
             return nobody, REST_HOLDS
-        if self.handicap.wants_plain(streams):
+        if not costs.rough and self.handicap.wants_plain(streams):
             return nobody, LOOK_HOLDS
         drafting = [False] * streams
         for i in outlook.order[: n + 1, t, g]:
@@ -302,6 +305,7 @@ class Skipping:
         gain, count = self._expected([_of(pasts, r) for r in chosen])[:, :, :, -1].sum(axis=1)  # [T] each
         streams = len(pasts)
         more_ms = costs.draft_ms(drafting + len(chosen), self._gamma, position)
+        more_ms = more_ms + 1e-3 * costs.curve.feature_us * sum(_of(pasts, r).owed for r in chosen)
         if drafting:
             more_ms = more_ms - costs.draft_ms(drafting, plan.slots, position)
         verified = costs.verify_ms(streams + count, streams, position) - costs.verify_ms(streams, streams, position)
