@@ -49,6 +49,8 @@ WARM_ROWS = 16
 SLOW_MS = 80.0
 """Points that take this long are measured twice only: what is left of the noise is small beside them."""
 FORMAT = "curve 9"
+ANY_CURVE = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0])
+"""Rounds that are measured need one to go by."""
 
 
 class _Stored(msgspec.Struct):
@@ -266,7 +268,7 @@ class _Bench:
         self.max_tokens = max(1, min(widest, max_model_len - self.context))
         self.long_rows = max(2, 1 + self.gamma)
         self.long_context = min(LONG_CONTEXT, max_model_len - self.long_rows)
-        self._models: dict[int, Models] = {}
+        self._any_costs = Costs(ANY_CURVE)
         self._extents: list[Extent] = []
         short, long = self.context + self.gamma + 1, self.long_context + self.long_rows
         for i in range(max_seqs):
@@ -406,9 +408,9 @@ class _Bench:
         """As `draft_ms`, deep in a long context."""
         return self._round(count, self.gamma, self.long_context).rest_ms
 
-    def _drafting(self, slots: int) -> Models:
-        """For rounds that draft so many tokens: the same ones every time, so that what they remember is there."""
-        return Models(
+    def _round(self, count: int, slots: int, context: int = 0, verification: Verification = "rejection") -> _Round:
+        """A real round, the one before it being one of the same kind where it is cheap: see `STEADY_RUNS`."""
+        models = Models(
             target=self._target,
             target_kv=self._target_kv,
             drafter=self._drafter,
@@ -416,18 +418,14 @@ class _Bench:
             calibration=Calibration(),
             history=AcceptanceHistory(self.gamma),
             schedule=_DraftOnly(slots),
-            capacity=CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0]),
+            capacity=ANY_CURVE,
         )
-
-    def _round(self, count: int, slots: int, context: int = 0, verification: Verification = "rejection") -> _Round:
-        """A real round after a pass."""
-        models = self._models.get(slots) or self._models.setdefault(slots, self._drafting(slots))
+        models.costs = self._any_costs  # a service remembers its tables, too
         streams = self._streams(count, context, 1.0 if verification == "coupled" else 0.0, verification)
         if slots:  # what the drafter is handed in a round
             taps = self._taps(count)
             for i, stream in enumerate(streams):
                 stream.backlog.add(taps, i, 1, stream.position - 1)
-        self._verify_ms(self._streams(min(count, WARM_ROWS)), 0)
         begun = time.perf_counter()
         committed = decode_round(models, streams)
         took_ms = (time.perf_counter() - begun) * 1e3

@@ -105,11 +105,11 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     output = verify(models.target, models.target_kv, streams, blocks, lengths)
     outcomes = accept(output, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
     clock.append(time.perf_counter())
-    _learn(models, streams, cost if usual else None, blocks, lengths, outcomes, clock)
+    _learn(models, streams, blocks, lengths, outcomes, clock)
     committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock)
-    took_ms = (time.perf_counter() - clock[0]) * 1e3
     if usual:
-        models.skipping.handicap.see(len(streams), any(plan.drafting), took_ms, cost(len(streams) + sum(lengths)))
+        clock.append(time.perf_counter())
+        _watch(models, len(streams), len(streams) + sum(lengths), any(plan.drafting), cost, clock)
     return committed
 
 
@@ -168,13 +168,12 @@ def _schedule(
 def _learn(
     models: Models,
     streams: Sequence[Stream],
-    cost: RoundCost | None,
     blocks: Sequence[Block],
     lengths: Sequence[int],
     outcomes: Sequence[Outcome],
     clock: Sequence[float],
 ) -> None:
-    """What this round showed goes into the decisions of later ones; without ``cost`` its time tells nothing."""
+    """What this round's drafts were worth goes into the decisions of later ones."""
     _, planned, drafted, scheduled, verified = clock
     draft_ms, verify_ms = (drafted - planned) * 1e3, (verified - scheduled) * 1e3
     survivals, accepted = [b.survival for b in blocks], [o.accepted for o in outcomes]
@@ -183,13 +182,19 @@ def _learn(
     for block, length, outcome in zip(blocks, lengths, outcomes, strict=True):
         if block.tokens:
             models.history.record(length, outcome.accepted)
-    if cost is None:
-        return
-    tokens = len(streams) + sum(lengths)
-    expected_ms = cost(tokens) - cost.draft_ms - cost.rest_ms
-    if expected_ms > 0 and models.drift.see(
-        tokens, verify_ms / expected_ms, draft_ms / cost.draft_ms if cost.draft_ms else None
-    ):
+
+
+def _watch(
+    models: Models, streams: int, batch_tokens: int, drafted: bool, cost: RoundCost, clock: Sequence[float]
+) -> None:
+    """What the round took against what it should have: of B tokens, with drafts or without."""
+    begun, _, _, scheduled, verified, ended = clock
+    round_ms, verify_ms = (ended - begun) * 1e3, (verified - scheduled) * 1e3
+    models.skipping.handicap.see(streams, drafted, round_ms, cost(batch_tokens))
+    pass_ms = cost(batch_tokens) - cost.draft_ms - cost.rest_ms
+    # drafting is all that such a round takes longer but for its pass, committing blocks included: as it was measured
+    draft = (round_ms - verify_ms - cost.rest_ms) / cost.draft_ms if cost.draft_ms else None
+    if pass_ms > 0 and models.drift.see(batch_tokens, verify_ms / pass_ms, draft):
         models.costs = Costs(models.drift.curve)
         models.skipping.handicap.forget()
 
