@@ -60,7 +60,7 @@ def hand_over(owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: K
     for extent, backlog in owed:
         at = backlog.first
         for part in backlog.take():
-            for piece in part.split(PIECE):
+            for piece in (part,) if len(part) <= PIECE else part.split(PIECE):
                 if len(positions) + len(piece) > PIECE:
                     drafter.append_context(torch.cat(parts), positions, slots, store)
                     positions, slots, parts = [], [], []

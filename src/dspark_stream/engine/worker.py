@@ -6,6 +6,7 @@ The loop's thread and this one share an inbox of commands and the event sink, no
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import queue
 import threading
@@ -105,6 +106,9 @@ class EngineThread:
         """See `boundary.Engine`."""
         self._sink = sink
         self._beat = time.perf_counter()
+        # what is there now lives as long as the engine: looking through it for garbage would hold up rounds for long
+        gc.collect()
+        gc.freeze()
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> None:
@@ -192,6 +196,7 @@ class EngineThread:
         self._inbox.put(set_deadline)
         if self._thread.is_alive():
             self._thread.join()
+            gc.unfreeze()
 
     # --- the thread ----------------------------------------------------------------------------------------
 

@@ -35,15 +35,15 @@ POOL_TAKES = 16
 are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
-WORTHWHILE = 1.02
+WORTHWHILE = 1.05
 """Drafting must promise so many times the throughput of plain decoding: less is within what can be known, and plain
 rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
-PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 32, 4
+PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, without, and without
 only to see what plain rounds take."""
 WHOLE_EVERY = 12
 """Of so many decisions for shorter blocks one drafts whole blocks, so that later slots stay known."""
-PROBE_SHARE = 0.005
+PROBE_SHARE = 0.0025
 """Of all decoding time, what probing may lose."""
 PROBE_MOST = 0.25
 """Of a round's time, what one probe of several streams may lose; one stream alone is probed whatever it takes."""
