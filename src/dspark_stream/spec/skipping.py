@@ -43,10 +43,11 @@ PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
 only to see what plain rounds take."""
 WHOLE_EVERY = 12
 """Of so many decisions for shorter blocks one drafts whole blocks, so that later slots stay known."""
-PROBE_SHARE = 0.0025
-"""Of all decoding time, what probing may lose."""
+PROBE_SHARE = 0.005
+"""Of all decoding time, what probes may take to draft. What their tokens bring is not set off: that is in doubt where
+probes are made, and the drafter is out of the caches there."""
 PROBE_MOST = 0.25
-"""Of a round's time, what one probe of several streams may lose; one stream alone is probed whatever it takes."""
+"""Of a round's time, what one probe of several streams may take; one stream alone is probed whatever it takes."""
 FIRST_WAIT, LONGEST_WAIT = 4, 512
 """Rounds until a stream that is not drafted for is due for a probe; doubled by every probe that changes nothing."""
 
@@ -282,11 +283,11 @@ class Skipping:
         """The plan with the ``due`` streams, or with the one that waited longest; the budget may go below zero."""
         plan = self._plan
         chosen = sorted(due, key=lambda r: -_of(pasts, r).waited)
-        loss_ms = self._loss_ms(plan, chosen, pasts, position, costs)
-        if loss_ms > PROBE_MOST * len(pasts) / plan.price:
+        took_ms = self._probe_ms(plan, chosen, pasts, position, costs)
+        if took_ms > PROBE_MOST * len(pasts) / plan.price:
             chosen = chosen[:1]
-            loss_ms = self._loss_ms(plan, chosen, pasts, position, costs)
-        self._credit_ms -= max(loss_ms, 0.0)
+            took_ms = self._probe_ms(plan, chosen, pasts, position, costs)
+        self._credit_ms -= took_ms
         self.probes += 1
         for r in chosen:
             past = _of(pasts, r)
@@ -294,22 +295,16 @@ class Skipping:
         probed = set(chosen)
         return Plan([drafts or r in probed for r, drafts in enumerate(plan.drafting)], self._gamma, plan.price)
 
-    def _loss_ms(
+    def _probe_ms(
         self, plan: Plan, chosen: Sequence[int], pasts: Sequence[DraftPast | None], position: float, costs: Costs
     ) -> float:
-        """Time that drafting for ``chosen`` as well is expected to cost, less what the tokens are worth that it brings.
-
-        They are taken to be verified at the threshold that suits them best.
-        """
+        """Time that drafting for ``chosen`` as well takes, what they have missed included."""
         drafting = sum(plan.drafting)
-        gain, count = self._expected([_of(pasts, r) for r in chosen])[:, :, :, -1].sum(axis=1)  # [T] each
-        streams = len(pasts)
         more_ms = costs.draft_ms(drafting + len(chosen), self._gamma, position)
-        more_ms = more_ms + 1e-3 * costs.curve.feature_us * sum(_of(pasts, r).owed for r in chosen)
         if drafting:
             more_ms = more_ms - costs.draft_ms(drafting, plan.slots, position)
-        verified = costs.verify_ms(streams + count, streams, position) - costs.verify_ms(streams, streams, position)
-        return float(more_ms + np.minimum(verified - gain / plan.price, 0.0).min())
+        missed = sum(_of(pasts, r).owed for r in chosen)
+        return max(0.0, float(more_ms)) + 1e-3 * costs.curve.feature_us * missed
 
 
 def _of(pasts: Sequence[DraftPast | None], r: int) -> DraftPast:
