@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from dspark_stream.engine.drift import WINDOW, Drift
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.spec.handicap import Handicap
 from dspark_stream.spec.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.types import TokensEvent
 from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
@@ -56,9 +59,13 @@ def test_drafts_after_skipped_rounds_are_the_drafts_of_a_stream_that_never_skipp
     Greedy text is the same, so a draft at a position must be the same too, whether or not rounds before it drafted.
     The longer gap fills the backlog in between, where it has no more than its own room.
     """
-    monkeypatch.setattr(backlogs, "TOGETHER", together)
-    asked = [request(str(i), (5, 6, 7 + i), max_tokens=3 * ROOM, ignore_eos=True, record_rounds=True) for i in range(3)]
+    asked = [
+        request(str(i), (5, 6, 7 + i) * (1 + 12 * i), max_tokens=2 * ROOM, ignore_eos=True, record_rounds=True)
+        for i in range(3)
+    ]
+    monkeypatch.setattr(backlogs, "TOGETHER", 0)  # prompts are handed over at once where they are longer than ROOM
     always = rounds_of(engine_with(Fixed(GAMMA), head=head), asked)
+    monkeypatch.setattr(backlogs, "TOGETHER", together)
     skipping = rounds_of(engine_with(EveryNth(n), head=head), asked)
     compared = 0
     for name, rounds in skipping.items():
@@ -100,6 +107,27 @@ class EveryRound(EveryNth):
         return [0] * len(candidates)
 
 
+def test_what_late_features_take_is_not_taken_for_slow_drafting(monkeypatch):
+    """Guards against probes that nothing is learnt from, and against learning their catching up."""
+    seen = []
+    monkeypatch.setattr(Handicap, "see", lambda self, streams, drafted, ms, expected_ms: seen.append((drafted, ms)))
+    slow_ms = 40.0
+
+    class Slow(type(tiny_drafter(tiny_target()))):
+        def append_context(self, taps, positions, slots, store):
+            time.sleep(1e-3 * slow_ms * (len(taps) > 2 * (1 + GAMMA)))
+            super().append_context(taps, positions, slots, store)
+
+    engine = engine_with(EveryNth(12))
+    engine._models.drafter.__class__ = Slow
+    asked = request("a", (5, 6, 7), max_tokens=100, ignore_eos=True, record_rounds=True)
+    (rounds,) = rounds_of(engine, [asked]).values()
+    drafted = [ms for is_drafted, ms in seen if is_drafted]
+    assert len(drafted) == sum(bool(r.draft_tokens) for r in rounds) >= 4
+    assert max(drafted) < slow_ms  # some of these began with 22 rounds' features
+    assert max(r.t_draft_ms for r in rounds) > slow_ms
+
+
 STEEP = CapacityCurve(
     tokens=[1, 64], verify_ms=[1.0, 64.0], streams=[1, 16], stream_ms=[0.0, 0.1], draft_ms=[5.0, 80.0], gamma=GAMMA
 )
@@ -120,8 +148,10 @@ def test_backlog_keeps_order_and_room():
     backlog.add(taps, 3, 2, 7)
     backlog.add(taps, 0, 1, 9)
     assert (backlog.first, backlog.count) == (7, 3)
-    assert torch.equal(torch.cat(backlog.take()), taps[[3, 4, 0]])
-    assert backlog.count == 0
+    assert torch.equal(torch.cat(backlog.take(1)), taps[[3]])
+    assert (backlog.first, backlog.count) == (8, 2)
+    assert torch.equal(torch.cat(backlog.take(9)), taps[[4, 0]])
+    assert (backlog.count, backlog.take(1)) == (0, [])
     backlog.add(taps, 0, 1, 40)
     assert backlog.first == 40
 
@@ -137,14 +167,12 @@ class Recorder:
     """A drafter that keeps what it is given."""
 
     def __init__(self):
-        self.given, self.most = {}, 0
+        self.given, self.most = [], 0
 
     def append_context(self, taps, positions, slots, store):
         assert len(taps) == len(positions) == len(slots)
         self.most = max(self.most, len(taps))
-        self.given |= {
-            slot: (position, float(tap[0])) for tap, position, slot in zip(taps, positions, slots, strict=True)
-        }
+        self.given += zip(slots, positions, taps[:, 0].tolist(), strict=True)
 
 
 def test_long_backlogs_are_handed_over_in_pieces_that_lack_nothing():
@@ -157,8 +185,10 @@ def test_long_backlogs_are_handed_over_in_pieces_that_lack_nothing():
         if size:
             owed.append((Extent(1000 * i, 900), backlog))
     drafter = Recorder()
+    hand_over(owed, drafter, None, 70)
+    assert len(drafter.given) == 70
     hand_over(owed, drafter, None)
-    wanted = {1000 * i + 5 + n: (5 + n, 1000.0 * i + n) for i, size in enumerate(sizes) for n in range(size)}
+    wanted = [(1000 * i + 5 + n, 5 + n, 1000.0 * i + n) for i, size in enumerate(sizes) for n in range(size)]
     assert drafter.given == wanted
     assert drafter.most <= PIECE
     assert not any(backlog.count for _, backlog in owed)

@@ -319,7 +319,7 @@ def test_fit_separates_what_was_measured_together():
     cost = costs.round_cost(2, 100.0, 2, 4)  # what drafting adds to a pass counts as the pass's time, not as drafting's
     assert cost.draft_ms == pytest.approx(3.0, abs=0.2)
     assert cost(4) - cost.draft_ms - cost.rest_ms == pytest.approx(float(costs.verify_ms(4, 2, 96.0)) + 1.0)
-    assert costs.drawing(0.1, 0.0) is costs
+    assert costs.drawing(0.03, 0.0) is costs
     assert not costs.drawing(0.5, 0.0).rough
     coupled = costs.drawing(0.0, 0.5)
     assert coupled.rough

@@ -23,7 +23,7 @@ from dspark_stream.progress import SILENT
 from dspark_stream.spec.calibration import load_calibration
 from dspark_stream.training import command, pipeline
 from dspark_stream.training.answers import read_answers, split_answers
-from dspark_stream.training.plan import TrainPlan
+from dspark_stream.training.plan import TrainPlan, settle
 from dspark_stream.training.validate import Walked, walk
 from dspark_stream.training.workers import Workers
 from tiny import tiny_target
@@ -307,6 +307,17 @@ def test_the_command_says_what_is_wrong(target_folder, run_folder, tmp_path, cap
     given = ["--answers", str(run_folder / "answers.jsonl"), "--steps", "1"]
     other = str(run_folder)
     assert "other settings" in refused(*given, "--run-dir", other)
+
+
+def test_a_run_from_before_a_setting_had_its_default(tmp_path):
+    plan = TrainPlan(steps=1, answers="a.jsonl")
+    settle(plan, tmp_path)
+    saved = json.loads((tmp_path / "train.json").read_text())
+    del saved["start"]
+    (tmp_path / "train.json").write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="start: target → random"):
+        settle(replace(plan, start="random"), tmp_path)
+    settle(plan, tmp_path)
 
 
 def test_the_same_command_again_has_nothing_left_to_do(run_folder, target_folder, prompts, capsys):

@@ -7,6 +7,8 @@ stream that is never drafted for costs no more than a copy, and a probe catches 
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Iterable
 
 import torch
@@ -31,7 +33,7 @@ class Backlog:
     """Where the taps of one stream's last positions are: rows of its last passes' taps."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, int, int]] = []
+        self._parts: deque[tuple[Tensor, int, int]] = deque()
         self.first = 0
         """Position of the first row."""
         self.count = 0
@@ -46,20 +48,31 @@ class Backlog:
         self._parts.append((taps, row, count))
         self.count += count
 
-    def take(self) -> list[Tensor]:
-        """Everything that is here, in order; nothing is left."""
-        parts, self._parts, self.count = self._parts, [], 0
-        return [taps[row : row + count] for taps, row, count in parts]
+    def take(self, most: int) -> list[Tensor]:
+        """The first positions that are here, in order, at most so many; the others stay."""
+        taken: list[Tensor] = []
+        while self._parts and most > 0:
+            taps, row, count = self._parts.popleft()
+            some = min(count, most)
+            if some < count:
+                self._parts.appendleft((taps, row + some, count - some))
+            taken.append(taps[row : row + some])
+            most, self.first, self.count = most - some, self.first + some, self.count - some
+        return taken
 
 
-def hand_over(owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: KVStore) -> None:
-    """Give the drafter all that these streams' backlogs keep, in as few products as go well."""
+def hand_over(
+    owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: KVStore, most: int = sys.maxsize
+) -> None:
+    """Give the drafter what these streams' backlogs keep, ``most`` positions of it, in as few products as go well."""
     positions: list[int] = []
     slots: list[int] = []
     parts: list[Tensor] = []
     for extent, backlog in owed:
         at = backlog.first
-        for part in backlog.take():
+        parts_of_stream = backlog.take(most)
+        most -= backlog.first - at
+        for part in parts_of_stream:
             for piece in (part,) if len(part) <= PIECE else part.split(PIECE):
                 if len(positions) + len(piece) > PIECE:
                     drafter.append_context(torch.cat(parts), positions, slots, store)

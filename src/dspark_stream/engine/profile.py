@@ -398,6 +398,8 @@ class _Bench:
         taps = self._taps(count)
         begun = time.perf_counter()
         self._drafter.append_context(taps, positions, slots, self._drafter_kv)
+        if taps.is_cuda:
+            torch.cuda.synchronize()
         return (time.perf_counter() - begun) * 1e3
 
     def _taps(self, count: int) -> torch.Tensor:

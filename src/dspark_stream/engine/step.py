@@ -5,8 +5,9 @@ This file is the algorithm's table of contents; the words are design/algorithm.m
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from dspark_stream.engine.backlog import hand_over, room
+from dspark_stream.engine.backlog import ROOM, hand_over, room
 from dspark_stream.engine.drift import Drift
 from dspark_stream.engine.stream import Stream
 from dspark_stream.models.cache import KVStore
@@ -55,6 +56,9 @@ class Models:
     rounds: GraphRounds | None = None
     """Captured rounds, on a GPU; they take the place of `decode_round`'s own steps."""
 
+    late_ms: float = 0.0
+    """Of this round's time, what was spent on context features of earlier ones."""
+
     def __post_init__(self) -> None:
         self.costs = Costs(self.capacity)
         self.skipping = Skipping(self.gamma)
@@ -92,22 +96,22 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     """
     if models.rounds is not None:
         return models.rounds.decode_round(streams, slowest_ms)
+    models.late_ms = 0.0
     clock = [time.perf_counter()]
     plan = _plan(models, streams, slowest_ms)
     costs = models.costs_of(streams)
     cost = costs.round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
-    usual = not costs.rough and _owed(streams, plan) <= 2 * (1 + models.gamma) * sum(plan.drafting)
     clock.append(time.perf_counter())
     blocks = _draft(models, streams, plan)
     clock.append(time.perf_counter())
-    lengths = _schedule(models, streams, plan, blocks, cost.within(slowest_ms))
+    lengths = _schedule(models, streams, plan, blocks, cost.within(slowest_ms - models.late_ms))
     clock.append(time.perf_counter())
     output = verify(models.target, models.target_kv, streams, blocks, lengths)
     outcomes = accept(output, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
     clock.append(time.perf_counter())
     _learn(models, streams, blocks, lengths, outcomes, clock)
-    committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock)
-    if usual:
+    committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock, slowest_ms < inf)
+    if not costs.rough:
         clock.append(time.perf_counter())
         _watch(models, len(streams), len(streams) + sum(lengths), any(plan.drafting), cost, clock)
     return committed
@@ -144,7 +148,11 @@ def _draft(models: Models, streams: Sequence[Stream], plan: Plan) -> list[Block]
     drafting = [s for s, drafts in zip(streams, plan.drafting, strict=True) if drafts]
     if not drafting or models.drafter is None or models.drafter_kv is None:
         return [Block() for _ in streams]
-    hand_over([(s.extent, s.backlog) for s in drafting], models.drafter, models.drafter_kv)
+    owed = [s.backlog.count for s in drafting]
+    begun = time.perf_counter()
+    _hand_over(models, drafting)
+    late = sum(max(0, count - 1 - models.gamma) for count in owed)  # more than the last round can have left
+    models.late_ms += (time.perf_counter() - begun) * 1e3 * late / max(1, sum(owed))
     drafted = iter(draft(models.drafter, models.drafter_kv, drafting, models.calibration, models.history, plan.slots))
     return [next(drafted) if drafts else Block() for drafts in plan.drafting]
 
@@ -189,11 +197,11 @@ def _watch(
 ) -> None:
     """What the round took against what it should have: of B tokens, with drafts or without."""
     begun, _, _, scheduled, verified, ended = clock
-    round_ms, verify_ms = (ended - begun) * 1e3, (verified - scheduled) * 1e3
+    round_ms, verify_ms = (ended - begun) * 1e3 - models.late_ms, (verified - scheduled) * 1e3
     models.skipping.handicap.see(streams, drafted, round_ms, cost(batch_tokens))
     pass_ms = cost(batch_tokens) - cost.draft_ms - cost.rest_ms
-    # drafting is all that such a round takes longer but for its pass, committing blocks included: as it was measured
-    draft = (round_ms - verify_ms - cost.rest_ms) / cost.draft_ms if cost.draft_ms else None
+    draft_ms = round_ms - verify_ms - cost.rest_ms  # all that such a round takes longer but for its pass, as profiled
+    draft = draft_ms / cost.draft_ms if cost.draft_ms and draft_ms > 0 else None
     if pass_ms > 0 and models.drift.see(batch_tokens, verify_ms / pass_ms, draft):
         models.costs = Costs(models.drift.curve)
         models.skipping.handicap.forget()
@@ -207,10 +215,11 @@ def _commit(
     outcomes: Sequence[Outcome],
     taps: torch.Tensor,
     clock: Sequence[float],
+    bounded: bool,
 ) -> list[Committed]:
     """Accepted tokens and the bonus token leave for the client; context features of what stands are kept."""
     *first_rows, batch_tokens = [0, *accumulate(1 + length for length in lengths)]
-    _keep_context(models, streams, first_rows, blocks, outcomes, taps)
+    _keep_context(models, streams, first_rows, blocks, outcomes, taps, bounded)
     committed = []
     for stream, block, length, (accepted, bonus) in zip(streams, blocks, lengths, outcomes, strict=True):
         record = RoundRecord(
@@ -240,6 +249,7 @@ def _keep_context(
     blocks: Sequence[Block],
     outcomes: Sequence[Outcome],
     taps: torch.Tensor,
+    bounded: bool,
 ) -> None:
     """Context features of the anchor and the accepted tokens, for when the stream is next drafted for.
 
@@ -264,21 +274,25 @@ def _keep_context(
         for stream, _, count in mine:
             _owe(stream, copy, at, count, stream.position)
             at += count
-    _make_room(models, [s for s, _, _, _ in kept], room(len(streams), taps), HANDED_A_ROUND)
+    most = ROOM if bounded else room(len(streams), taps)  # where rounds are, nobody should have much to catch up with
+    begun = time.perf_counter()
+    _hand_over(models, [s for s, _, _, _ in kept if s.backlog.count > most], HANDED_A_ROUND)
+    models.late_ms += (time.perf_counter() - begun) * 1e3
 
 
 def _keep_prompt(
-    models: Models, taps: torch.Tensor, chunks: Sequence[tuple[Stream, int, int, int]], company: int
+    models: Models, taps: torch.Tensor, chunks: Sequence[tuple[Stream, int, int, int]], company: Sequence[Stream]
 ) -> None:
-    """The same of prompts: (stream, first row, first position, count); of so many streams in all."""
+    """The same of prompts: (stream, first row, first position, count)."""
     if models.drafter is None or not any(stream.drafts for stream, _, _, _ in chunks):
         return
     copy = taps.clone()
     for stream, row, start, count in chunks:
         if stream.drafts:
             _owe(stream, copy, row, count, start)
-    most = 0 if models.rounds is not None else room(company, taps)  # captured rounds know of no backlog
-    _make_room(models, [stream for stream, _, _, _ in chunks], most)
+    bounded = any(s.max_chunk_gap_ms < inf for s in company)
+    most = 0 if models.rounds is not None else ROOM if bounded else room(len(company), taps)
+    _hand_over(models, [stream for stream, _, _, _ in chunks if stream.backlog.count > most])
 
 
 def _owe(stream: Stream, taps: torch.Tensor, row: int, count: int, position: int) -> None:
@@ -288,22 +302,25 @@ def _owe(stream: Stream, taps: torch.Tensor, row: int, count: int, position: int
         stream.past.owed = stream.backlog.count
 
 
-def _make_room(models: Models, streams: Iterable[Stream], most: int, enough: float = inf) -> None:
-    """Hand over what streams keep beyond so many positions; once it is ``enough``, the others' have time."""
+def _hand_over(models: Models, streams: Sequence[Stream], most: int = sys.maxsize) -> None:
+    """Give the drafter what these streams' backlogs keep, at most so many positions."""
     if models.drafter is None or models.drafter_kv is None:
         return
-    full, count = [], 0
+    hand_over([(s.extent, s.backlog) for s in streams], models.drafter, models.drafter_kv, most)
     for stream in streams:
-        if stream.backlog.count > most and count < enough:
-            full.append(stream)
-            count += stream.backlog.count
-    hand_over([(s.extent, s.backlog) for s in full], models.drafter, models.drafter_kv)
+        if stream.past is not None:
+            stream.past.owed = stream.backlog.count
 
 
-def prefill(models: Models, streams: Sequence[Stream], budget: int, company: int) -> list[Committed]:
+def set_aside(models: Models, stream: Stream) -> None:
+    """The stream is held: what it keeps would take the room of others for who knows how long."""
+    _hand_over(models, [stream])
+
+
+def prefill(models: Models, streams: Sequence[Stream], budget: int, company: Sequence[Stream]) -> list[Committed]:
     """Up to ``budget`` prompt tokens, streams in order, as one ragged pass; who completes gets its first token.
 
-    ``company``: all streams that run, these among them.
+    ``company``: all streams that have slots, these among them.
 
     That token is an ordinary acceptance with ℓ = 0 whose anchor is the last prompt token.
     """

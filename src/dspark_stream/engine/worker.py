@@ -19,7 +19,7 @@ import torch
 
 from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.pacing import SAFE, pace
-from dspark_stream.engine.step import Committed, Models, decode_round, prefill
+from dspark_stream.engine.step import Committed, Models, decode_round, prefill, set_aside
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, InternalError, InvalidRequestError
 from dspark_stream.models.cache import ExtentAllocator
@@ -196,7 +196,7 @@ class EngineThread:
         self._inbox.put(set_deadline)
         if self._thread.is_alive():
             self._thread.join()
-            gc.unfreeze()
+        gc.unfreeze()
 
     # --- the thread ----------------------------------------------------------------------------------------
 
@@ -280,7 +280,8 @@ class EngineThread:
         joining = [s for s in active if s.phase is Phase.PREFILL]
         if joining:
             budget = self._chunk(decoding) if decoding else PREFILL_ALONE
-            self._publish(prefill(self._models, joining, budget, len(active)))
+            company = [s for s in self._streams.values() if s.phase is not Phase.WAITING]
+            self._publish(prefill(self._models, joining, budget, company))
         if decoding:
             self._counters.rounds += 1
             together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())
@@ -327,6 +328,8 @@ class EngineThread:
     def _set_held(self, request_id: str, held: bool) -> None:
         if (stream := self._streams.get(request_id)) is not None:
             stream.held = held
+            if held:
+                set_aside(self._models, stream)
             stream.last_chunk_s = time.perf_counter()  # what its reader missed was not for us to send
 
     def _fail(self, streams: Sequence[Stream], error: Exception) -> None:

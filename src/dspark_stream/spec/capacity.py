@@ -80,6 +80,7 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
             draft_ms=[draft * ms for ms in self.draft_ms],
             slot_ms=[draft * ms for ms in self.slot_ms],
             draft_read_us=draft * self.draft_read_us,
+            draft_coupled_us=draft * self.draft_coupled_us,
             feature_us=draft * self.feature_us,
         )
 
@@ -128,22 +129,22 @@ class Costs:
         self._drawing: dict[tuple[int, int], Costs] = {}
 
     def drawing(self, sampled: float, coupled: float) -> Costs:
-        """The same where those shares of the streams are drawn for, ``coupled`` ones by torch; to a quarter."""
-        quarters = round(4 * sampled), ceil(4 * coupled)
-        if quarters == (0, 0):
+        """The same where those shares of the streams are drawn for, ``coupled`` ones by torch; to a sixteenth."""
+        shares = round(16 * sampled), ceil(16 * coupled)
+        if shares == (0, 0):
             return self
-        if quarters not in self._drawing:
+        if shares not in self._drawing:
             c = self.curve
-            row_ms = 1e-3 * (c.sample_us * quarters[0] + c.coupled_us * quarters[1]) / 4
-            slot_ms = [1e-3 * c.draft_coupled_us * r * quarters[1] / 4 for r in c.streams]
+            row_ms = 1e-3 * (c.sample_us * shares[0] + c.coupled_us * shares[1]) / 16
+            slot_ms = [1e-3 * c.draft_coupled_us * r * shares[1] / 16 for r in c.streams]
             dearer = msgspec.structs.replace(
                 c,
                 verify_ms=[ms + row_ms * n for n, ms in zip(c.tokens, c.verify_ms, strict=True)],
                 draft_ms=[ms + c.gamma * more for ms, more in zip(c.draft_ms, slot_ms, strict=False)],
                 slot_ms=[ms + more for ms, more in zip(c.slot_ms, slot_ms, strict=False)],
             )
-            self._drawing[quarters] = Costs(dearer, rough=quarters[1] > 0)
-        return self._drawing[quarters]
+            self._drawing[shares] = Costs(dearer, rough=shares[1] > 0)
+        return self._drawing[shares]
 
     def verify_ms(self, batch_tokens: Any, streams: int, position: float) -> Any:
         """A target pass over B tokens of R streams at mean position p̄; B may be an array."""

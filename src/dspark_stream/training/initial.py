@@ -52,7 +52,7 @@ def pick_mask_token(
 
 @torch.no_grad()
 def start_from_target(drafter: Drafter, target: Target, seed: int, layers_too: bool = True) -> None:
-    """Initialise a new drafter (float32) in place; without ``layers_too`` its backbone is noise."""
+    """Initialise a new drafter (float32) in place; without ``layers_too`` its layers' matrices and `fc` are noise."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in drafter.named_parameters():
         if parameter.ndim == 2 and not name.startswith("markov_head.markov_w"):

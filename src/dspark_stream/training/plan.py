@@ -145,7 +145,7 @@ def settle(plan: TrainPlan, folder: Path) -> None:
     try:
         if path.exists():
             # settings that are newer than that run had their defaults in it
-            earlier = {f.name: f.default for f in fields(plan)} | json.loads(path.read_text())
+            earlier = json.loads(json.dumps({f.name: f.default for f in fields(plan)})) | json.loads(path.read_text())
             names = [f.name for f in fields(plan) if f.name not in MAY_CHANGE]
             differing = [f"{n}: {earlier.get(n)} → {raw[n]}" for n in names if earlier.get(n) != raw[n]]
             if differing:

@@ -26,8 +26,8 @@ inline float greatest(const float* row, int count) {
     return max_of(most);
 }
 
-// Scores of row[first…last-1] into weights, zero where exp would no longer be a normal number and for NaN; their sum. `first` is a
-// multiple of 16.
+// Scores of row[first…last-1] into weights, zero where exp would no longer be a normal number and for NaN; their sum.
+// `first` is a multiple of 16.
 inline double weigh(float* row, int first, int last, float most, float temperature) {
     const Floats top = Floats::all(most), by = Floats::all(1.0f / temperature), low = Floats::all(-87.0f);
     double sum = 0;
