@@ -238,21 +238,24 @@ DSPARK_UNROLL(4)
     }
 }
 
-// A group's integer dot products, scaled, onto the totals of M rows. Every path ends here, so they agree to the bit.
-template <int M, typename Dot>
-inline void add_group(const uint16_t* scales, const Quantised::Group& x, Dot dot, Floats* total) {
-    const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
-DSPARK_UNROLL(16)
-    for (int r = 0; r < M; r++) {
-        total[r] = fma(Floats::from(dot(r)), d * Floats::all(x.scale[r]), total[r]);
-        total[r] = fma(m, Floats::all(x.sum[r]), total[r]);
-    }
+// Integer dot products of a group onto the total of one row. Every path ends here, so they agree to the bit.
+inline Floats add_group(Ints dots, Floats d, Floats m, const Quantised::Group& x, int r, Floats total) {
+    total = fma(Floats::from(dots), d * Floats::all(x.scale[r]), total);
+    return fma(m, Floats::all(x.sum[r]), total);
+}
+
+// Rows whose dot products are formed side by side, of M in pieces of one size: each is a chain of eight instructions that
+// wait for one another, and a processor that is given one chain after the other does not look far enough ahead.
+constexpr int side_by_side(int rows) {
+    const int pieces = (rows + CHAINS - 1) / CHAINS;
+    return (rows + pieces - 1) / pieces;
 }
 
 // One tile of 16 channels times the first M rows of x: out[r] gets 16 floats.
 template <int BITS, int M>
 DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::Group* x, Floats* out) {
     constexpr size_t step = BITS * LANES * GROUP / 8 + 4 * LANES;
+    constexpr int SOME = side_by_side(M);
     Floats total[M];
 DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) total[r] = Floats::zero();
@@ -260,13 +263,20 @@ DSPARK_UNROLL(16)
         prefetch<step>(at, PREFETCH);
         Bytes chunk[8];
         unpack<BITS>(at, chunk);
-        const auto dot = [&](int r) {
-            Ints sum = no_ints();
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + step - 4 * LANES);
+        const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
+DSPARK_UNROLL(16)
+        for (int first = 0; first < M; first += SOME) {
+            Ints dots[SOME];
 DSPARK_UNROLL(8)
-            for (int c = 0; c < 8; c++) sum = dot4<BITS>(sum, chunk[c], x->q[r] + 4 * c);
-            return sum;
-        };
-        add_group<M>(reinterpret_cast<const uint16_t*>(at + step - 4 * LANES), *x, dot, total);
+            for (int c = 0; c < 8; c++)
+DSPARK_UNROLL(16)
+                for (int i = 0; i < SOME; i++)
+                    if (first + i < M) dots[i] = dot4<BITS>(c ? dots[i] : no_ints(), chunk[c], x->q[first + i] + 4 * c);
+DSPARK_UNROLL(16)
+            for (int i = 0; i < SOME; i++)
+                if (const int r = first + i; r < M) total[r] = add_group(dots[i], d, m, *x, r, total[r]);
+        }
     }
 DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) out[r] = total[r];
@@ -301,8 +311,11 @@ DSPARK_UNROLL(8)
         }
         const int k = i - ADDED;
         if (k >= 0) {
-            const auto dot = [&](int r) { return Ints{_mm512_load_si512(dots[k % RING][r])}; };
-            add_group<M>(reinterpret_cast<const uint16_t*>(at - ADDED * step + step - 4 * LANES), x[k], dot, total);
+            const uint16_t* scales = reinterpret_cast<const uint16_t*>(at - ADDED * step + step - 4 * LANES);
+            const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
+DSPARK_UNROLL(16)
+            for (int r = 0; r < M; r++)
+                total[r] = add_group(Ints{_mm512_load_si512(dots[k % RING][r])}, d, m, x[k], r, total[r]);
         }
         at += step;
     }

@@ -44,6 +44,7 @@ constexpr const char* ISA = "amx";
 #else
 constexpr const char* ISA = "avx512-vnni";
 #endif
+constexpr int CHAINS = 8;  // of dot products at once, as registers allow: see matrix.h
 
 struct Ints {
     __m512i v;
@@ -241,6 +242,7 @@ inline void store_bfloat_every_second(Floats a, uint16_t* to, bool after) {
 #elif defined(DSPARK_AVX2)
 
 constexpr const char* ISA = "avx2";
+constexpr int CHAINS = 1;
 
 struct Ints {
     __m256i lo, hi;
@@ -350,6 +352,7 @@ inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
 #else
 
 constexpr const char* ISA = "portable";
+constexpr int CHAINS = 1;
 
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
