@@ -26,7 +26,7 @@ from dspark_stream.models.target import Rows
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.draft import walk
+from dspark_stream.spec.draft import draft
 from dspark_stream.spec.sampling import Dense
 from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
@@ -212,11 +212,11 @@ def test_the_walk_in_one_call_is_the_walk_slot_by_slot(tmp_path, context, monkey
     drafter = load_drafter(tmp_path / "drafter", load_target(str(path), kernels=context).target)
     drafter.pack()
     streams = [View(anchor, t) for anchor, t in ((5, 0.0), (9, 1.0), (33, 0.7), (60, 0.0), (2, 1.5))]
-    hidden = torch.randn(len(streams), slots, HIDDEN, generator=torch.Generator().manual_seed(rank))
-    one_call = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(drafter.gamma))
+    store = drafter.make_store(64 * 64)
+    one_call = draft(drafter, store, streams, Calibration(), AcceptanceHistory(drafter.gamma), slots)
     native_q = [[b.q.probabilities(k).clone() for k in range(slots)] if b.q else None for b in one_call]
-    monkeypatch.setattr(NativeDrafter, "walk_at_once", lambda *_: None)
-    by_slot = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(drafter.gamma))
+    monkeypatch.setattr(NativeDrafter, "draft_at_once", lambda *_: None)
+    by_slot = draft(drafter, store, streams, Calibration(), AcceptanceHistory(drafter.gamma), slots)
     assert [b.tokens for b in one_call] == [b.tokens for b in by_slot]
     for fast, slow, q in zip(one_call, by_slot, native_q, strict=True):
         assert fast.confidence == pytest.approx(slow.confidence, abs=2e-3)
@@ -233,12 +233,11 @@ def test_acceptance_by_the_kernels_is_acceptance_by_torch(tmp_path, context):
     target = load_target(str(path), kernels=context).target
     drafter = load_drafter(tmp_path / "d", target)
     drafter.pack()
-    store = target.make_store(64)
+    store, kv = target.make_store(64), drafter.make_store(64 * 16)
     seen = set()
     for position in range(40):
         streams = [View(9, 1.0, position), View(7, 0.0, position), View(5, 1.3, position), View(3, 1.0, position)]
-        hidden = torch.randn(len(streams), 3, HIDDEN, generator=torch.Generator().manual_seed(position))
-        blocks = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(drafter.gamma))
+        blocks = draft(drafter, kv, streams, Calibration(), AcceptanceHistory(drafter.gamma), 3)
         by_torch_too = [
             replace(b, q=Dense(torch.stack([b.q.probabilities(k) for k in range(3)]))) if b.q else b for b in blocks
         ]
@@ -257,6 +256,7 @@ class View:
 
     def __init__(self, anchor, temperature=0.0, position=3):
         self.anchor, self.position, self.round_key = anchor, position, anchor
+        self.extent = Extent(64 * anchor, 64)  # everybody has slots of their own
         self.sampling, self.verification = SamplingParams(max_tokens=1, temperature=temperature), "rejection"
 
 

@@ -1,7 +1,7 @@
 """Integer kernels for CPUs: whole Llama-like layers over 4- and 8-bit weights, in C++ built on the machine."""
 
 from dspark_kernels.cpu.build import Isa, NoCompilerError, best_isa, supported_isas
-from dspark_kernels.cpu.library import Context, Head, Llama, PackedMatrix, Pass, Source, Walked, Weights
+from dspark_kernels.cpu.library import Context, Head, Llama, PackedMatrix, Pass, Room, Source, Walked, Weights
 
 __all__ = [
     "Context",
@@ -11,6 +11,7 @@ __all__ = [
     "NoCompilerError",
     "PackedMatrix",
     "Pass",
+    "Room",
     "Source",
     "Walked",
     "Weights",

@@ -85,6 +85,7 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "isa": (ctypes.c_char_p, []),
         "error": (ctypes.c_char_p, []),
+        "refused": (done, []),
         "context": (pointer, [integer]),
         "free_context": (None, [pointer]),
         "matrix": (pointer, [integer] * 3),
@@ -98,27 +99,16 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "free_llama": (None, [pointer]),
         "add_layer": (done, [pointer] * 10),
         "forward": (done, [pointer, pointer, integer, *[pointer] * 7, long, pointer, integer, pointer]),
-        "walk": (
+        "walk": (done, [*[pointer] * 4, *two, *[pointer] * 7]),
+        "draft": (done, [*[pointer] * 5, *[integer] * 3, *[pointer] * 4, long, *[pointer] * 7]),
+        "run": (
             done,
-            [
-                *three,
-                integer,
-                pointer,
-                integer,
-                pointer,
-                integer,
-                pointer,
-                real,
-                integer,
-                pointer,
-                *two,
-                *[pointer] * 7,
-            ],
+            [*[pointer] * 4, integer, *[pointer] * 4, long, pointer, integer, *[pointer] * 2, integer, *[pointer] * 2],
         ),
         "weigh": (done, [pointer, pointer, *two, pointer, pointer]),
         "draw": (integer, [pointer, integer, double, double]),
         "draw_rest": (integer, [pointer, integer, double, pointer, pointer, integer, double]),
-        "append_context": (done, [*[pointer] * 4, integer, *[pointer] * 6, long]),
+        "append_context": (done, [*[pointer] * 4, integer, *[pointer] * 5, long]),
     }
     signatures |= {
         "read_rate": (double, [pointer, pointer, long]),
@@ -146,9 +136,28 @@ def _must(holds: object, what: str) -> None:
 
 
 def _done(context: Context, ok: bool) -> None:
-    """What a call that can run out of memory says."""
+    """What a call that can run out of memory, or be asked for rows that cannot be, says."""
     if not ok:
-        raise MemoryError(context.library.error().decode())
+        message = context.library.error().decode()
+        raise ValueError(message) if context.library.refused() else MemoryError(message)
+
+
+class Room:
+    """An array that is used again and again: fresh memory costs more than what is written to it, and asking numpy where
+    an array lies costs a microsecond, several when a pass has just driven the interpreter out of the caches.
+    """
+
+    def __init__(self, dtype: type[np.generic] = np.float32) -> None:
+        self._array = np.empty(0, dtype=dtype)
+        self.address = 0
+
+    def get(self, *shape: int) -> npt.NDArray[Any]:
+        """The room as an array of that shape; what was in it stands somewhere else then, or nowhere."""
+        size = math.prod(shape)
+        if len(self._array) < size:
+            self._array = np.empty(size, dtype=self._array.dtype)
+            self.address = self._array.ctypes.data
+        return self._array[:size].reshape(shape)
 
 
 def _room(out: npt.NDArray[Any] | None, rows: int, width: int) -> Floats:
@@ -347,14 +356,59 @@ class Walked(NamedTuple):
     """Where anybody sampled: R·γ rows that sampled tokens were drawn from; others' rows hold scores."""
 
 
-class Head(NamedTuple):
-    """A drafter's sequential and confidence head: rank r, draft vocabulary Vd."""
+class _Heads(ctypes.Structure):
+    """`Heads` of csrc/api.cpp."""
 
-    w1: Halves | None  # [V, r]; None without a sequential head
-    w2: PackedMatrix | None  # [Vd, r], 8 bits
-    confidence: Floats | None  # [H] or [H + r]
-    confidence_bias: float
-    draft_ids: Ints | None  # [Vd], ascending; None: all of the target's
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("w2", "w1", "confidence", "draft_ids")),
+        *((name, ctypes.c_int32) for name in ("rank", "vocabulary", "hidden_size", "with_markov")),
+        ("confidence_bias", ctypes.c_float),
+    )
+
+
+class Head:
+    """A drafter's sequential and confidence head: rank r, hidden size H, draft vocabulary Vd.
+
+    Args:
+        w1: [V, r]; None without a sequential head.
+        w2: [Vd, r], 8 bits.
+        confidence: [H] or [H + r]; None without a confidence head.
+        draft_ids: [Vd], ascending; None: all of the target's.
+
+    Raises:
+        ValueError: sizes that the kernels cannot do, or that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        w1: Halves | None,
+        w2: PackedMatrix | None,
+        confidence: Floats | None,
+        confidence_bias: float,
+        draft_ids: Ints | None,
+        *,
+        vocabulary: int,
+        hidden_size: int,
+    ) -> None:
+        rank = 0 if w1 is None else w1.shape[1]
+        _must(hidden_size % LANES == 0 and rank % GROUP == 0 and rank <= LARGEST_RANK, f"sizes {hidden_size}, {rank}")
+        _must(draft_ids is None or len(draft_ids) == vocabulary, f"not {vocabulary} draft ids")
+        if w2 is not None:
+            _must((w2.outputs, w2.inputs, w2.bits) == (vocabulary, rank, 8), "W2 of another size")
+        with_markov = confidence is not None and len(confidence) > hidden_size
+        if confidence is not None:
+            _must(len(confidence) == hidden_size + rank * with_markov, "confidence weights of another size")
+        for array, dtype in ((w1, np.float16), (confidence, np.float32), (draft_ids, np.int32)):
+            _must(array is None or (array.dtype == dtype and array.flags.c_contiguous), "types")
+        self.w1, self.w2, self.confidence, self.draft_ids = w1, w2, confidence, draft_ids
+        self.vocabulary, self.hidden_size = vocabulary, hidden_size
+        self._struct = _Heads(
+            None if w2 is None else w2.handle,
+            *map(_at, (w1, confidence, draft_ids)),
+            *(rank, vocabulary, hidden_size, with_markov),
+            confidence_bias,
+        )
+        self.address = ctypes.addressof(self._struct)
 
     def walk(
         self,
@@ -375,56 +429,68 @@ class Head(NamedTuple):
             uniforms: [R, γ] in [0, 1), for those that sample.
         """
         streams, gamma, vocabulary = base.shape
-        rank = 0 if self.w1 is None else self.w1.shape[1]
-        size = hidden.shape[2]
-        vocabularies = {vocabulary} | ({len(self.draft_ids)} if self.draft_ids is not None else set())
+        _must(vocabulary == self.vocabulary, "another draft vocabulary")
+        _must(hidden.shape == (streams, gamma, self.hidden_size), "hidden states of other streams")
+        _must(base.dtype == hidden.dtype == np.float32, "types")
+        _must(base.flags.c_contiguous and hidden.flags.c_contiguous, "arrays that are not contiguous")
         if self.w1 is not None and len(anchors):
             _must(0 <= int(anchors.min()) <= int(anchors.max()) < len(self.w1), "anchors outside the vocabulary")
-        _must(hidden.shape == (streams, gamma, size) and anchors.shape == (streams,), "hidden states of other streams")
-        _must(base.dtype == hidden.dtype == np.float32 and anchors.dtype == np.int32, "types")
-        _must(all(a.flags.c_contiguous for a in (base, hidden, anchors)), "arrays that are not contiguous")
-        _must(size % LANES == 0 and rank % GROUP == 0 and rank <= LARGEST_RANK, f"sizes {size} and {rank}")
-        _must(len(vocabularies) == 1, f"draft vocabularies of {vocabularies}")
-        if self.w2 is not None:
-            _must((self.w2.outputs, self.w2.inputs, self.w2.bits) == (vocabulary, rank, 8), "W2 of another size")
-        with_markov = self.confidence is not None and len(self.confidence) > size
-        if self.confidence is not None:
-            _must(len(self.confidence) == size + rank * with_markov, "confidence weights of another size")
-        sampled = any(t > 0 for t in temperatures)
-        by = np.array(temperatures, dtype=np.float32) if sampled else None
-        if by is not None:
+        out = _Drafted(context, self, anchors, gamma, temperatures, uniforms)
+        library = context.library
+        done = library.walk(
+            context.handle, self.address, _at(base), _at(hidden), streams, gamma, out.anchors, *out.drawn, *out.places
+        )
+        _done(context, done)
+        return out.walked(base)
+
+
+class _Drafted:
+    """Where R streams' drafts are to be written, and what they are drawn by."""
+
+    def __init__(
+        self,
+        context: Context,
+        head: Head,
+        anchors: Ints,
+        gamma: int,
+        temperatures: Sequence[float],
+        uniforms: Doubles | None,
+    ) -> None:
+        streams = len(anchors)
+        _must(anchors.dtype == np.int32 and anchors.flags.c_contiguous and anchors.ndim == 1, "anchors")
+        self._context, self._sampled = context, any(t > 0 for t in temperatures)
+        self._keep: list[npt.NDArray[Any]] = [anchors]
+        self.anchors = _at(anchors)
+        self.drawn: tuple[int | None, int | None] = (None, None)
+        """Addresses of temperatures and uniforms."""
+        self._totals: Doubles | None = None
+        if self._sampled:
+            by = np.array(temperatures, dtype=np.float32)
             _must(by.shape == (streams,), "temperatures of other streams")
             _must(uniforms is not None and uniforms.shape == (streams, gamma), "uniforms of other streams")
             _must(uniforms is not None and uniforms.dtype == np.float64 and uniforms.flags.c_contiguous, "uniforms")
-        tokens, indices = np.empty((2, streams, gamma), dtype=np.int32)
-        logits = np.zeros((streams, gamma), dtype=np.float32)
-        totals = np.ones(streams * gamma)
-        done = context.library.walk(
-            context.handle,
-            None if self.w2 is None else self.w2.handle,
-            _at(self.w1),
-            rank,
-            _at(base),
-            vocabulary,
-            _at(hidden),
-            size,
-            _at(self.confidence),
-            self.confidence_bias,
-            with_markov,
-            _at(self.draft_ids),
-            streams,
-            gamma,
-            _at(anchors),
-            _at(by),
-            _at(uniforms) if sampled else None,
-            _at(tokens),
-            _at(indices),
-            _at(totals),
-            _at(logits),
+            assert uniforms is not None
+            self._keep += [by, uniforms]
+            self.drawn = _at(by), _at(uniforms)
+            self._totals = np.ones(streams * gamma)
+        # tokens, indices and confidence logits of four bytes each lie together: one address to ask for
+        self._out = np.zeros((3, streams, gamma), dtype=np.int32)
+        size, first = self._out.nbytes // 3, self._out.ctypes.data
+        self.places = (
+            first,
+            first + size,
+            _at(self._totals),
+            first + 2 * size if head.confidence is not None else None,
         )
-        _done(context, done)
-        weights = Weights(context, base.reshape(-1, vocabulary), totals) if sampled else None
-        return Walked(tokens, indices, logits, weights)
+        """Addresses of tokens, indices, totals and logits."""
+
+    def walked(self, base: Floats) -> Walked:
+        """What has come of it; ``base`` [R, γ, Vd]."""
+        weights = None
+        if self._totals is not None:
+            weights = Weights(self._context, base.reshape(len(self._totals), -1), self._totals)
+        tokens, indices, logits = self._out
+        return Walked(tokens, indices, logits.view(np.float32), weights)
 
 
 class LayerWeights(NamedTuple):
@@ -467,6 +533,11 @@ class Store(NamedTuple):
             _untouched(layers, kv_heads, tiles, head_size, LANES),
             _untouched(layers, kv_heads, tiles * LANES, head_size),
         )
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Addresses of keys and values, and the token slots that they have."""
+        return self.keys.ctypes.data, self.values.ctypes.data, self.values.shape[2]
 
     def clear(self, slot: int, size: int) -> None:
         """Zero whole tiles from ``slot`` on."""
@@ -561,23 +632,146 @@ class Llama:
             len(x),
             _at(x),
             *map(_at, where),
-            _at(store.keys),
-            _at(store.values),
-            store.values.shape[2],
+            *store.place,
             _at(tap_layers),
             len(tap_layers),
             _at(taps),
         )
         _done(self.context, done)
 
+    def run(
+        self,
+        embedding: PackedMatrix,
+        lm_head: PackedMatrix,
+        where: Sequence[int],
+        ids: Sequence[int],
+        place: tuple[int, int, int],
+        tap_layers: Ints,
+        taps: Room,
+        wanted: Sequence[int] | None = None,
+        logits: Room | None = None,
+    ) -> tuple[Floats, Floats | Ints]:
+        """A whole pass in one call, in which every row sees what comes before it in its stream, and itself.
+
+        Args:
+            where: of R streams, one after the other: first slot, position of its first row, its rows.
+            ids: tokens of all rows [T].
+            place: `Store.place`; the store's sizes are trusted.
+            tap_layers: -1 is the embedding.
+            taps: where tapped states go.
+            wanted: rows whose logits are wanted [n]; None: all.
+            logits: where they go; None: only the best token of each wanted row is.
+
+        Returns:
+            Taps [T, taps·H], and logits [n, V] or best tokens [n].
+
+        Raises:
+            ValueError: tokens, positions or slots that are not there.
+        """
+        rows, streams = len(ids), len(where) // 3
+        count = rows if wanted is None else len(wanted)
+        words = np.array([*where, *ids, *(wanted or ()), *[0] * count], dtype=np.int32)  # the last: for the best
+        _must(sum(where[2::3]) == rows, "ids of other rows")
+        at = words.ctypes.data
+        at_ids = at + 12 * streams
+        at_wanted = at_ids + 4 * rows
+        tapped = taps.get(rows, len(tap_layers) * self.hidden)
+        scores = None if logits is None else logits.get(count, lm_head.outputs)
+        done = self.context.library.run(
+            self.context.handle,
+            self.handle,
+            embedding.handle,
+            lm_head.handle,
+            streams,
+            at,
+            at_ids,
+            *place,
+            tap_layers.ctypes.data if len(tap_layers) else None,
+            len(tap_layers),
+            taps.address,
+            None if wanted is None else at_wanted,
+            count,
+            None if logits is None else logits.address,
+            at_wanted + (0 if wanted is None else 4 * count) if logits is None else None,
+        )
+        _done(self.context, done)
+        best: Ints = words[len(words) - count :]
+        return tapped, best if scores is None else scores
+
+    def draft(
+        self,
+        embedding: PackedMatrix,
+        lm_head: PackedMatrix,
+        head: Head,
+        mask: int,
+        gamma: int,
+        where: Sequence[int],
+        anchors: Sequence[int],
+        place: tuple[int, int, int],
+        base: Room,
+        temperatures: Sequence[float] = (),
+        uniforms: Doubles | None = None,
+    ) -> Walked:
+        """Blocks of γ drafts for R streams in one call: anchor and masks through layers, LM head and `Head.walk`.
+
+        Args:
+            mask: the token of all slots but the first.
+            where: of R streams, one after the other: first slot, the anchor's position, γ.
+            anchors: [R].
+            place: `Store.place`; the store's sizes are trusted.
+            base: where base logits go.
+            temperatures: see `Head.walk`; ``uniforms`` likewise.
+
+        Raises:
+            ValueError: tokens, positions or slots that are not there.
+        """
+        _must(len(where) == 3 * len(anchors) and all(rows == gamma for rows in where[2::3]), "other streams")
+        _must(lm_head.outputs == head.vocabulary and head.hidden_size == self.hidden, "heads of another drafter")
+        streams = len(anchors)
+        words = np.array([*anchors, *where], dtype=np.int32)
+        out = _Drafted(self.context, head, words[:streams], gamma, temperatures, uniforms)
+        scores = base.get(streams, gamma, lm_head.outputs)
+        done = self.context.library.draft(
+            self.context.handle,
+            self.handle,
+            embedding.handle,
+            lm_head.handle,
+            head.address,
+            mask,
+            streams,
+            gamma,
+            (out.anchors or 0) + 4 * streams,
+            out.anchors,
+            *place,
+            base.address,
+            *out.drawn,
+            *out.places,
+        )
+        _done(self.context, done)
+        return out.walked(scores)
+
     def append_context(
-        self, fc: PackedMatrix, norm: Floats, taps: Floats, position: Ints, slot: Ints, store: Store
+        self,
+        fc: PackedMatrix,
+        norm: Floats,
+        taps: Floats,
+        positions: Sequence[int],
+        slots: Sequence[int],
+        place: tuple[int, int, int],
     ) -> None:
-        """Keys and values of context features, every layer, at ``slot`` [T], from taps [T, fc.inputs]."""
-        features = np.empty((len(taps), self.hidden), dtype=np.float32)
+        """Keys and values of context features, every layer, at ``slots`` [T], from taps [T, fc.inputs].
+
+        Args:
+            place: `Store.place`; the store's sizes are trusted.
+
+        Raises:
+            ValueError: positions or slots that are not there.
+        """
         taps = _floats(taps, len(taps), fc.inputs)
-        self._check(features, Pass(position, slot, slot * 0, slot * 0 + 1), store)
+        _must(len(positions) == len(slots) == len(taps), "rows")
         _must(norm.dtype == np.float32 and norm.shape == (self.hidden,), "norm")
+        words = np.array([*positions, *slots], dtype=np.int32)
+        at = words.ctypes.data
         done = self.context.library.append_context(
             self.context.handle,
             self.handle,
@@ -585,26 +779,16 @@ class Llama:
             _at(norm),
             len(taps),
             _at(taps),
-            _at(features),
-            _at(position),
-            _at(slot),
-            _at(store.keys),
-            _at(store.values),
-            store.values.shape[2],
+            at,
+            at + 4 * len(taps),
+            *place,
         )
         _done(self.context, done)
 
     def _check(self, x: Floats, where: Pass, store: Store) -> None:
-        slots = store.values.shape[2]
         _must(x.dtype == np.float32 and x.shape[1:] == (self.hidden,) and x.flags.c_contiguous, "rows")
         for name, array in where._asdict().items():
             _must(array.dtype == np.int32 and array.shape == (len(x),) and array.flags.c_contiguous, name)
+        slots = store.values.shape[2]
         _must(store.values.shape == (self.num_layers, self.kv_heads, slots, self.head_size), "a store of another model")
         _must(store.keys.shape == (self.num_layers, self.kv_heads, slots // LANES, self.head_size, LANES), "keys")
-        if not len(x):
-            return
-        for name, array, limit in (("positions", where.position, self.positions), ("slots", where.slot, slots)):
-            _must(0 <= int(array.min()) <= int(array.max()) < limit, f"{name} outside 0 … {limit - 1}")
-        _must(int(where.visible.min()) >= 1 and int(where.first_slot.min()) >= 0, "rows that see nothing")
-        _must(int((where.first_slot + where.visible).max()) <= slots, f"rows that see past slot {slots - 1}")
-        _must(not int((where.first_slot % LANES).max()), f"a stream that begins within a tile of {LANES}")

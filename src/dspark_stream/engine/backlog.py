@@ -75,11 +75,15 @@ def hand_over(
         for part in parts_of_stream:
             for piece in (part,) if len(part) <= PIECE else part.split(PIECE):
                 if len(positions) + len(piece) > PIECE:
-                    drafter.append_context(torch.cat(parts), positions, slots, store)
+                    drafter.append_context(_joined(parts), positions, slots, store)
                     positions, slots, parts = [], [], []
                 parts.append(piece)
                 positions += range(at, at + len(piece))
                 slots += range(extent.slot + at, extent.slot + at + len(piece))
                 at += len(piece)
     if parts:
-        drafter.append_context(torch.cat(parts), positions, slots, store)
+        drafter.append_context(_joined(parts), positions, slots, store)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

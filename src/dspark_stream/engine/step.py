@@ -263,15 +263,19 @@ def _keep_context(
         for s, row, o, b in zip(streams, first_rows, outcomes, blocks, strict=True)
         if s.drafts
     ]
-    # two copies, since a runner may write its next pass's taps over these: what is soon handed over, and what waits
-    for soon in (True, False):
-        mine = [(s, row, count) for s, row, count, drafted in kept if drafted is soon]
-        if not mine:
-            continue
-        rows = [r for _, row, count in mine for r in range(row, row + count)]
+    # copies, since a runner may write its next pass's taps over these: of all that is soon handed over, and, so that it
+    # takes no more memory than it is said to, of exactly what waits
+    soon = [k for k in kept if k[3]]
+    if soon:
+        copy = taps.clone()
+        for stream, row, count, _ in soon:
+            _owe(stream, copy, row, count, stream.position)
+    if len(soon) < len(kept):
+        waiting = [k for k in kept if not k[3]]
+        rows = [r for _, row, count, _ in waiting for r in range(row, row + count)]
         copy = taps.clone() if len(rows) == len(taps) else taps[rows]
         at = 0
-        for stream, _, count in mine:
+        for stream, _, count, _ in waiting:
             _owe(stream, copy, at, count, stream.position)
             at += count
     most = ROOM if bounded else room(len(streams), taps)  # where rounds are, nobody should have much to catch up with

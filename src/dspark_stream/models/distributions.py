@@ -64,8 +64,8 @@ class NativeDistributions:
 class Walk(NamedTuple):
     """Blocks of R streams, g ≤ γ slots each, drafted in one call."""
 
-    tokens: Tensor  # [R, g], target ids
-    logits: Tensor | None  # [R, g], of confidence
+    tokens: list[list[int]]  # [R, g], target ids
+    logits: list[list[float]] | None  # [R, g], of confidence
     walked: Walked
 
     def indices(self, r: int) -> list[int]:
@@ -76,4 +76,4 @@ class Walk(NamedTuple):
     def q(self, r: int) -> NativeDistributions:
         """What a stream that sampled drew from, a row a slot."""
         assert self.walked.weights is not None
-        return NativeDistributions(self.walked.weights, r * self.tokens.shape[1])
+        return NativeDistributions(self.walked.weights, r * len(self.tokens[r]))

@@ -276,20 +276,21 @@ class Drafter(nn.Module):
         if type(own) is nn.Linear and own.in_features % GROUP == 0:
             self._head = (WeightOnlyLinear(own, 8),)
 
-    def walk_at_once(
+    def draft_at_once(
         self,
-        hidden: Tensor,
-        anchors: Sequence[int],
+        anchors: list[tuple[Extent, int, int]],
+        store: KVStore,
+        slots: int,
         temperatures: Sequence[float],
         uniforms: Sequence[Sequence[float]],
     ) -> Walk | None:
-        """The sequential head over all slots in one go, where a runner can.
+        """Backbone and sequential head over all slots in one go, where a runner can.
 
-        None: the walk goes slot by slot (spec/draft.py).
+        None: `draft_hidden` and a walk slot by slot (spec/draft.py) do the same.
 
         Args:
-            hidden: `draft_hidden`'s [R, g, H].
-            anchors: [R].
+            anchors: as `draft_hidden` takes them, R streams; ``store`` likewise.
+            slots: g.
             temperatures: [R]; 0 takes the likeliest token.
             uniforms: [R, g] in [0, 1), by which the others are drawn.
         """

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Source, Weights
+from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Room, Source, Weights
 from dspark_kernels.cpu.library import GROUP, LANES, LARGEST_RANK, LayerWeights, Store
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.cache import Extent, KVShape, KVStore
@@ -35,23 +35,11 @@ class NativeStore(KVStore):
 
     def __init__(self, shapes: Sequence[KVShape], slots: int) -> None:
         self.arrays = Store.zeros(len(shapes), slots, shapes[0].heads, shapes[0].key_dim)
+        self.place = self.arrays.place
 
     def clear(self, extent: Extent) -> None:
         """See `KVStore.clear`."""
         self.arrays.clear(extent.slot, extent.size)
-
-
-class _Rooms:
-    """Arrays that are used again by every pass: fresh memory costs more than what is written to it."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, npt.NDArray[np.float32]] = {}
-
-    def get(self, name: str, rows: int, width: int) -> npt.NDArray[np.float32]:
-        array = self._arrays.get(name)
-        if array is None or len(array) < rows or array.shape[1] != width:
-            array = self._arrays[name] = np.empty((max(rows, 16), width), dtype=np.float32)
-        return array[:rows]
 
 
 class NativeTarget(Target):
@@ -81,7 +69,9 @@ class NativeTarget(Target):
         self.max_positions, self.softcap = max_positions, None
         self.tap_layers: tuple[int, ...] = ()
         self.kv_shapes = [KVShape(llama.kv_heads, llama.head_size, llama.head_size)] * llama.num_layers
-        self._rooms = _Rooms()
+        self._tap_room, self._logit_room = Room(), Room()
+        self._own_layers = np.empty(0, dtype=np.int32)
+        self._no_logits = torch.empty(0, self.vocab_size)
 
     def set_taps(self, tap_layers: tuple[int, ...]) -> None:
         """See `Target.set_taps`."""
@@ -91,7 +81,7 @@ class NativeTarget(Target):
                     f"target_layer_ids names layer {layer}; this target allows -1 … {self.num_layers - 2}",
                     param="target_layer_ids",
                 )
-        self.tap_layers = tap_layers
+        self.tap_layers, self._own_layers = tap_layers, np.array(tap_layers, dtype=np.int32)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -109,42 +99,33 @@ class NativeTarget(Target):
     def pack(self, bits: int | None = None) -> None:
         """Nothing is left to do."""
 
-    def embed(self, ids: Sequence[int], name: str = "x") -> npt.NDArray[np.float32]:
-        """Embeddings of tokens [T, H], in a room of that name."""
-        return self.embedding.rows(ids, self._rooms.get(name, len(ids), self.hidden_size))
-
     def forward(
         self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None, *, greedy: bool = False
     ) -> TargetOutput:
         """See `Target.forward`."""
         assert isinstance(store, NativeStore)
-        ids = [token for rows in batch for token in rows.token_ids]
-        x = self.embed(ids)
-        own = np.array([layer for layer in self.tap_layers if layer >= 0], dtype=np.int32)
-        taps = self._rooms.get("taps", len(ids), len(own) * self.hidden_size)
-        embedded = None if len(own) == len(self.tap_layers) else x.copy()
-        self.llama.forward(x, _causal(batch), store.arrays, own, taps)
-        if embedded is not None:  # tapped as well, as layer -1
-            layers = iter(np.split(taps, max(1, len(own)), axis=1))
-            taps = np.concatenate([embedded if layer < 0 else next(layers) for layer in self.tap_layers], axis=1)
-        wanted = x if logit_rows is None else x[logit_rows]
+        where: list[int] = []
+        ids: list[int] = []
+        for extent, start, tokens in batch:
+            where += (extent.slot, start, len(tokens))
+            ids += tokens
+        taps, out = self.llama.run(
+            self.embedding,
+            self.head,
+            where,
+            ids,
+            store.place,
+            self._own_layers,
+            self._tap_room,
+            logit_rows,
+            None if greedy else self._logit_room,
+        )
         if greedy:
-            best = torch.from_numpy(self.head.argmax(wanted)).long()
-            return TargetOutput(torch.empty(0, self.vocab_size), torch.from_numpy(taps), best)
-        logits = self.head.product(wanted, self._rooms.get("logits", len(wanted), self.vocab_size))
-        return TargetOutput(torch.from_numpy(logits), torch.from_numpy(taps), weigh=self._weigh)
+            return TargetOutput(self._no_logits, torch.from_numpy(taps), out.tolist())
+        return TargetOutput(torch.from_numpy(out), torch.from_numpy(taps), weigh=self._weigh)
 
     def _weigh(self, logits: Tensor, temperatures: Sequence[float]) -> NativeDistributions:
         return NativeDistributions(Weights.of(self.llama.context, logits.numpy(), temperatures))
-
-
-def _causal(batch: Sequence[Rows]) -> Pass:
-    counts = [len(rows.token_ids) for rows in batch]
-    start = np.repeat(np.array([rows.start for rows in batch], dtype=np.int32), counts)
-    first_slot = np.repeat(np.array([rows.extent.slot for rows in batch], dtype=np.int32), counts)
-    inside = np.concatenate([np.arange(n, dtype=np.int32) for n in counts]) if counts else start
-    position = start + inside
-    return Pass(position, first_slot + position, first_slot, position + 1)
 
 
 class _PackedLinear(torch.nn.Module):
@@ -218,7 +199,7 @@ class NativeDrafter(Drafter):
         self._native: tuple[Llama, PackedMatrix, PackedMatrix] | None = None
         self._walk: Head | None = None
         self._hidden_norm = np.empty(0, dtype=np.float32)
-        self._rooms = _Rooms()
+        self._logit_room = Room()
 
     def _make_backbone(self, hidden_size: int) -> None:
         g = self._geometry
@@ -265,16 +246,16 @@ class NativeDrafter(Drafter):
             raise UnsupportedError(str(error)) from error
         head = target.head if self.draft_ids is None else target.head.take(self.draft_ids.numpy().astype(np.int32))
         self._native = (llama, _pack(context, [self.fc.weight], bits or DRAFT_BITS), head)
-        self._walk = self._pack_heads(context)
+        self._walk = self._pack_heads(context, head.outputs)
         self._hidden_norm = _array(self.hidden_norm.weight)
         self.layers, self._head = torch.nn.ModuleList(), ()
         del self.fc
 
-    def _pack_heads(self, context: Context) -> Head | None:
+    def _pack_heads(self, context: Context, vocabulary: int) -> Head | None:
         """The walk in one call, for the heads that it knows; of the others only W2 is packed."""
         markov, confidence = self.markov_head, self.confidence_head
         rank = self.config.markov_rank
-        if rank % GROUP or rank > LARGEST_RANK or (confidence is not None and self.target.hidden_size % LANES):
+        if rank % GROUP or rank > LARGEST_RANK or self.target.hidden_size % LANES:
             return None
         w1 = w2 = None
         if markov is not None:
@@ -290,30 +271,42 @@ class NativeDrafter(Drafter):
             None if confidence is None else np.ascontiguousarray(_array(confidence.proj.weight)[0]),
             0.0 if confidence is None or confidence.proj.bias is None else float(confidence.proj.bias),
             None if ids is None else ids.numpy().astype(np.int32),
+            vocabulary=vocabulary,
+            hidden_size=self.target.hidden_size,
         )
 
-    def walk_at_once(
+    def draft_at_once(
         self,
-        hidden: Tensor,
-        anchors: Sequence[int],
+        anchors: list[tuple[Extent, int, int]],
+        store: KVStore,
+        slots: int,
         temperatures: Sequence[float],
         uniforms: Sequence[Sequence[float]],
     ) -> Walk | None:
-        """See `Drafter.walk_at_once`."""
+        """See `Drafter.draft_at_once`."""
         if self._walk is None:
             return None
+        assert isinstance(store, NativeStore)
+        assert isinstance(self.target, NativeTarget)
         assert self._native is not None
-        base = self.base_logits(hidden).numpy()
-        walked = self._walk.walk(
-            self._native[0].context,
-            base,
-            hidden.numpy(),
-            np.array(anchors, dtype=np.int32),
+        llama, _, head = self._native
+        where: list[int] = []
+        for extent, p, _ in anchors:
+            where += (extent.slot, p, slots)
+        walked = llama.draft(
+            self.target.embedding,
+            head,
+            self._walk,
+            self.config.mask_token_id,
+            slots,
+            where,
+            [token for _, _, token in anchors],
+            store.place,
+            self._logit_room,
             temperatures,
-            np.array(uniforms, dtype=np.float64),
+            np.array(uniforms, dtype=np.float64) if any(temperatures) else None,
         )
-        logits = torch.from_numpy(walked.logits) if self.confidence_head else None
-        return Walk(torch.from_numpy(walked.tokens), logits, walked)
+        return Walk(walked.tokens.tolist(), walked.logits.tolist() if self.confidence_head else None, walked)
 
     def _layer(self, context: Context, layer: Any, bits: int) -> LayerWeights:
         a, mlp = layer.self_attn, layer.mlp
@@ -334,8 +327,7 @@ class NativeDrafter(Drafter):
         assert isinstance(store, NativeStore)
         assert self._native is not None
         llama, fc, _ = self._native
-        where = np.array(positions, dtype=np.int32), np.array(slots, dtype=np.int32)
-        llama.append_context(fc, self._hidden_norm, taps.numpy(), *where, store.arrays)
+        llama.append_context(fc, self._hidden_norm, taps.numpy(), positions, slots, store.place)
 
     def draft_hidden(self, anchors: list[tuple[Extent, int, int]], store: KVStore, slots: int | None = None) -> Tensor:
         """See `Drafter.draft_hidden`."""
@@ -344,13 +336,12 @@ class NativeDrafter(Drafter):
         assert isinstance(self.target, NativeTarget)
         gamma = slots or self.gamma
         masks = [self.config.mask_token_id] * (gamma - 1)
-        x = self.target.embed([token for _, _, anchor in anchors for token in (anchor, *masks)], "block")
+        x = self.target.embedding.rows([token for _, _, anchor in anchors for token in (anchor, *masks)])
         start = np.repeat(np.array([p for _, p, _ in anchors], dtype=np.int32), gamma)
         first_slot = np.repeat(np.array([extent.slot for extent, _, _ in anchors], dtype=np.int32), gamma)
         position = start + np.tile(np.arange(gamma, dtype=np.int32), len(anchors))
         where = Pass(position, first_slot + position, first_slot, start + gamma)
-        nothing = np.empty(0, dtype=np.int32)
-        self._native[0].forward(x, where, store.arrays, nothing, self._rooms.get("taps", len(x), 0))
+        self._native[0].forward(x, where, store.arrays, np.empty(0, dtype=np.int32), np.empty((len(x), 0), np.float32))
         return torch.from_numpy(x).view(len(anchors), gamma, -1)
 
     def base_logits(self, hidden: Tensor) -> Tensor:
@@ -358,7 +349,7 @@ class NativeDrafter(Drafter):
         assert self._native is not None
         head = self._native[2]
         flat = hidden.reshape(-1, hidden.shape[-1]).numpy()
-        out = head.product(flat, self._rooms.get("logits", len(flat), head.outputs))
+        out = head.product(flat, self._logit_room.get(len(flat), head.outputs))
         return torch.from_numpy(out).view(*hidden.shape[:-1], -1)
 
 

@@ -37,7 +37,7 @@ class TargetOutput(NamedTuple):
 
     logits: Tensor
     taps: Tensor
-    best: Tensor | None = None
+    best: list[int] | None = None
     weigh: Callable[[Tensor, Sequence[float]], Distributions] | None = None
 
 

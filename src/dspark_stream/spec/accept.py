@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from dspark_stream.models.distributions import Distributions
@@ -28,7 +27,6 @@ class Outcome(NamedTuple):
     bonus: int
 
 
-@torch.inference_mode()
 def accept(
     output: TargetOutput,  # of B rows
     streams: Sequence[StreamView],
@@ -37,17 +35,15 @@ def accept(
     draft_ids: Tensor | None,  # [Vd]
 ) -> list[Outcome]:
     """Both verifications over one ragged batch of target rows. ℓ = 0 is plain decoding: the bonus token alone."""
-    logits = output.logits
     first = [0, *accumulate(1 + length for length in lengths)]
     outcomes: list[Outcome | None] = [None] * len(streams)
 
     exact = [r for r, s in enumerate(streams) if acceptance_of(s) != "rejection"]
     if exact:
-        rows = [first[r] + j for r in exact for j in range(lengths[r] + 1)]
-        if output.best is None:
-            own = _target_tokens(_rows(logits, rows), [streams[r] for r in exact], [lengths[r] for r in exact])
-        else:
-            own = output.best.tolist()
+        own = output.best  # of all rows: then everybody is greedy
+        if own is None:
+            rows = [first[r] + j for r in exact for j in range(lengths[r] + 1)]
+            own = _target_tokens(_rows(output.logits, rows), [streams[r] for r in exact], [lengths[r] for r in exact])
         tokens = iter(own)
         for r in exact:
             mine = [next(tokens) for _ in range(lengths[r] + 1)]

@@ -95,8 +95,21 @@ def draft(
     slots: int | None = None,
 ) -> list[Block]:
     """Propose ``slots`` tokens, None: γ of them, for each of R streams, with their confidences."""
-    hidden = drafter.draft_hidden([(s.extent, s.position, s.anchor) for s in streams], store, slots)  # [R, g, H]
+    anchors = [(s.extent, s.position, s.anchor) for s in streams]
+    uniforms = _uniforms(drafter, streams)
+    blocks = _at_once(drafter, store, anchors, slots or drafter.gamma, streams, uniforms, calibration, history)
+    if blocks is not None:
+        return blocks
+    hidden = drafter.draft_hidden(anchors, store, slots)  # [R, g, H]
     return walk(drafter, hidden, streams, calibration, history)
+
+
+def _uniforms(drafter: Drafter, streams: Sequence[StreamView]) -> list[RoundUniforms | None]:
+    """What this round's tokens are drawn by; None for streams that are greedy or draw by shared noise."""
+    return [
+        RoundUniforms(s.round_key, s.position, drafter.gamma) if acceptance_of(s) == "rejection" else None
+        for s in streams
+    ]
 
 
 @torch.inference_mode()
@@ -108,15 +121,9 @@ def walk(
     history: AcceptanceHistory,
 ) -> list[Block]:
     """The sequential head, left to right: hidden [R, g, H] of the first g ≤ γ slots → one block a stream."""
-    uniforms = [
-        RoundUniforms(s.round_key, s.position, drafter.gamma) if acceptance_of(s) == "rejection" else None
-        for s in streams
-    ]
-    blocks = _walk_at_once(drafter, hidden, streams, uniforms, calibration, history)
-    if blocks is not None:
-        return blocks
     device = hidden.device
     slots = hidden.shape[1]
+    uniforms = _uniforms(drafter, streams)
     base = drafter.base_logits(hidden)  # [R, g, Vd]
     choose = _Chooser(drafter, streams, uniforms, slots, device)
     head, confidence_head = drafter.markov_head, drafter.confidence_head
@@ -134,27 +141,30 @@ def walk(
         index = choose(k, scores)
         previous = drafter.to_target_ids(index)
         tokens.append(previous)
-    blocks = _blocks(streams, torch.stack(tokens, 1), torch.stack(logits, 1) if logits else None, calibration, history)
+    rows = torch.stack(logits, 1).float().tolist() if logits else None
+    blocks = _blocks(streams, torch.stack(tokens, 1).tolist(), rows, calibration, history)
     for r, block in enumerate(blocks):
         choose.fill(r, block)
     return blocks
 
 
-def _walk_at_once(
+def _at_once(
     drafter: Drafter,
-    hidden: Tensor,
+    store: KVStore,
+    anchors: list[tuple[Extent, int, int]],
+    slots: int,
     streams: Sequence[StreamView],
     uniforms: Sequence[RoundUniforms | None],
     calibration: Calibration,
     history: AcceptanceHistory,
 ) -> list[Block] | None:
-    """`walk` in one call, where the runner has one and nobody asks for more than a temperature."""
+    """`draft` in one call, where the runner has one and nobody asks for more than a temperature."""
     if any(not is_greedy(s) and (u is None or is_cut(s.sampling)) for s, u in zip(streams, uniforms, strict=True)):
         return None
-    slots = hidden.shape[1]
-    walked = drafter.walk_at_once(
-        hidden,
-        [s.anchor for s in streams],
+    walked = drafter.draft_at_once(
+        anchors,
+        store,
+        slots,
         [0.0 if u is None else s.sampling.temperature for s, u in zip(streams, uniforms, strict=True)],
         [[0.0] * slots if u is None else u.draft[:slots] for u in uniforms],
     )
@@ -169,20 +179,19 @@ def _walk_at_once(
 
 def _blocks(
     streams: Sequence[StreamView],
-    tokens: Tensor,
-    logits: Tensor | None,
+    tokens: list[list[int]],
+    logits: list[list[float]] | None,
     calibration: Calibration,
     history: AcceptanceHistory,
 ) -> list[Block]:
     """Drafts [R, g] with the survival that confidence logits [R, g] promise; the past's where there are none."""
-    token_rows = tokens.tolist()
-    logit_rows = None if logits is None else logits.float().tolist()
     blocks = []
     for r, stream in enumerate(streams):
-        confidence = history.confidence()[: len(token_rows[r])]
-        if logit_rows:
-            confidence = calibration.confidence(logit_rows[r], acceptance_of(stream))
-        blocks.append(Block(tokens=token_rows[r], confidence=confidence, survival=prefix_survival(confidence)))
+        if logits:
+            confidence = calibration.confidence(logits[r], acceptance_of(stream))
+        else:
+            confidence = history.confidence()[: len(tokens[r])]
+        blocks.append(Block(tokens=tokens[r], confidence=confidence, survival=prefix_survival(confidence)))
     return blocks
 
 

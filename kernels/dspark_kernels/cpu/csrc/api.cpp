@@ -1,6 +1,6 @@
 // What Python sees: plain C, by ctypes. Handles are made and freed in pairs. Calls return a handle or true; null or
-// false means that memory or threads ran out, and dspark_error has the words. The caller has checked shapes and
-// ranges: pointers are trusted here.
+// false means that memory or threads ran out, or (dspark_refused) that rows do not stand where they could, and dspark_error
+// has the words. The caller has checked shapes: pointers are trusted here.
 #include <cstdio>
 #include <exception>
 #include <stdexcept>
@@ -16,12 +16,18 @@ using namespace dspark;
 namespace {
 
 thread_local std::string last_error;
+thread_local bool last_refused = false;  // the error is the caller's
 
 template <typename F>
 auto guarded(F f) -> decltype(f()) {
     try {
         last_error.clear();
+        last_refused = false;
         return f();
+    } catch (const std::out_of_range& error) {
+        last_error = error.what();
+        last_refused = true;
+        return {};
     } catch (const std::exception& error) {
         last_error = error.what();
         return {};
@@ -47,6 +53,9 @@ struct Context {  // a pool, and room for what products need
     std::vector<double> sums;  // likewise, of weights
     Buffer<Best> best;         // likewise
     size_t best_size = 0;
+    std::vector<int32_t> position, slot, first_slot, visible, ids;  // of a pass's rows
+    Buffer<float> hidden;
+    size_t hidden_size = 0;
     explicit Context(int threads) : pool(threads) {}
 
     void reserve_best(int rows) {
@@ -78,23 +87,253 @@ float float_of(uint16_t h) {
     return out[0];
 }
 
-// Floats to quants of 4 bits (least and greatest are the ends) or 8 (symmetric).
-void quantise_group(Matrix& to, int channel, int group, const float* x) {
-    uint8_t q[GROUP];
-    const float low = *std::min_element(x, x + GROUP), high = *std::max_element(x, x + GROUP);
-    uint16_t d, m;
-    if (to.bits == 4) {
-        d = half_of((high - low) / 15.0f);
-        m = half_of(low);
-    } else {
-        d = half_of(std::max(-low, high) / 127.0f);
-        m = half_of(-128.0f * float_of(d));
-    }
+// Quants of x by w = d·q + m, and what they lose: the sum of squares.
+float round_group(const float* x, uint16_t d, uint16_t m, float most, uint8_t* q) {
     const float scale = float_of(d), least = float_of(m), up = scale > 0.0f ? 1.0f / scale : 0.0f;
-    const float most = to.bits == 4 ? 15.0f : 255.0f;
-    for (int k = 0; k < GROUP; k++)
-        q[k] = static_cast<uint8_t>(std::min(most, std::max(0.0f, std::nearbyint((x[k] - least) * up))));
-    to.put(channel, group, q, d, m);
+    float lost = 0.0f;
+    for (int k = 0; k < GROUP; k++) {
+        const float n = std::min(most, std::max(0.0f, std::nearbyint((x[k] - least) * up)));
+        const float off = scale * n + least - x[k];
+        lost += off * off;
+        q[k] = static_cast<uint8_t>(n);
+    }
+    return lost;
+}
+
+// Floats to quants of 8 bits, symmetric; or of 4, between ends that lose least: those of the group, or somewhat closer
+// together, each moved once to where least squares would have it for the quants that it gives.
+void quantise_group(Matrix& to, int channel, int group, const float* x) {
+    uint8_t q[GROUP], best[GROUP];
+    const float low = *std::min_element(x, x + GROUP), high = *std::max_element(x, x + GROUP);
+    if (to.bits == 8) {
+        const uint16_t d = half_of(std::max(-low, high) / 127.0f), m = half_of(-128.0f * float_of(d));
+        round_group(x, d, m, 255.0f, q);
+        return to.put(channel, group, q, d, m);
+    }
+    float least = INFINITY;
+    uint16_t best_d = 0, best_m = half_of(low);
+    const auto attempt = [&](float d, float m) {
+        const uint16_t half_d = half_of(d), half_m = half_of(m);
+        const float lost = round_group(x, half_d, half_m, 15.0f, q);
+        if (!(lost < least)) return;
+        least = lost, best_d = half_d, best_m = half_m;
+        std::copy_n(q, GROUP, best);
+    };
+    std::fill_n(best, GROUP, uint8_t{0});
+    for (const float part : {1.0f, 0.92f, 0.84f, 0.76f}) {
+        const float d = part * (high - low) / 15.0f, m = low + (1.0f - part) * (high - low) / 2.0f;
+        attempt(d, m);
+        float n = 0.0f, nn = 0.0f, xs = 0.0f, nx = 0.0f;
+        for (int k = 0; k < GROUP; k++) {
+            const float v = q[k];
+            n += v, nn += v * v, xs += x[k], nx += v * x[k];
+        }
+        const float spread = GROUP * nn - n * n;
+        if (!(spread > 0.0f)) continue;
+        const float fitted = (GROUP * nx - n * xs) / spread;
+        if (fitted > 0.0f) attempt(fitted, (xs - fitted * n) / GROUP);
+    }
+    to.put(channel, group, best, best_d, best_m);
+}
+
+// out [rows, stride] = x [rows, inputs] · Wᵀ; stride ≥ outputs. best [rows]: each row's argmax. Either may be null.
+void multiply(Context* context, const Matrix& w, const float* x, int rows, float* out, int stride, int32_t* best) {
+    Pool& pool = context->pool;
+    context->input.reserve(rows, w.inputs);
+    if (best) context->reserve_best(rows);
+    pool.run([&](int thread) {
+        int first_row, last_row;
+        share(rows, 1, thread, pool.size(), &first_row, &last_row);
+        for (int r = first_row; r < last_row; r++) context->input.put_row(r, x + static_cast<size_t>(r) * w.inputs);
+        pool.barrier();
+        Best* const own = context->best.get() + static_cast<size_t>(thread) * rows;
+        if (best)
+            for (int r = 0; r < rows; r++) own[r] = Best();
+        pool.each(thread, w.tiles(), TILES, [&](int first, int last) {
+            for (int t = first; t < last; t++) {
+                const int lanes = std::min(LANES, w.outputs - t * LANES);
+                product(w, t, context->input, rows, [&](int r, Floats v) {
+                    if (best) own[r].see(v.keep(lanes, -INFINITY), t);
+                    if (out) store_some(v, lanes, out + static_cast<size_t>(r) * stride + t * LANES);
+                });
+            }
+        });
+        if (!best) return;
+        pool.barrier();
+        for (int r = first_row; r < last_row; r++) {
+            Found found;
+            for (int other = 0; other < pool.size(); other++)
+                context->best[static_cast<size_t>(other) * rows + r].onto(found.score, found.index);
+            best[r] = found.index == INT32_MAX ? 0 : found.index;  // nothing but NaN
+        }
+    });
+}
+
+// A drafter's sequential and confidence head, and its vocabulary. Without a sequential head (w2 null) there is no bias,
+// without confidence (null) no logit.
+struct Heads {
+    const Matrix* w2;
+    const uint16_t* w1;
+    const float* confidence;
+    const int32_t* draft_ids;  // ascending; null: all
+    int32_t rank, vocabulary, hidden_size, with_markov;
+    float confidence_bias;
+};
+
+struct Drafts {  // of R streams and γ slots
+    int32_t *tokens, *indices;  // target ids, and draft vocabulary
+    double* totals;             // sums of weights, where sampled
+    float* logits;              // of confidence
+};
+
+// The sequential head for R streams at once: token k of stream r is drawn from base [R, γ, Vd] plus W2·W1[token k-1];
+// its confidence logit is w·[h; W1[token k-1]] + b. Temperature 0 (temperature null: everybody's) takes the greatest. Else
+// base becomes weights where it stands, and `uniforms` [R, γ] draws among them.
+void walk(Context* context, const Heads& heads, float* base, const float* hidden, int streams, int gamma,
+          const int32_t* anchors, const float* temperature, const double* uniforms, const Drafts& to) {
+    const int threads = context->pool.size(), vocabulary = heads.vocabulary, rank = heads.rank;
+    const int tiles = (vocabulary + LANES - 1) / LANES;
+    const Matrix* const w2 = heads.w2;
+    const auto scores = [&](int r, int k) { return base + (static_cast<size_t>(r) * gamma + k) * vocabulary; };
+    const auto sampled = [&](int r) { return temperature && temperature[r] > 0.0f; };
+    bool any_sampled = false;
+    for (int r = 0; r < streams; r++) any_sampled |= sampled(r);
+    if (w2) context->input.reserve(streams, rank);
+    context->found.resize(static_cast<size_t>(threads) * streams);
+    context->sums.resize(context->found.size());
+    context->pool.run([&](int thread) {
+        alignas(64) float e[4096];
+        int first_row, last_row, first, last;
+        share(streams, 1, thread, threads, &first_row, &last_row);
+        share(tiles, 1, thread, threads, &first, &last);
+        const size_t own = static_cast<size_t>(thread) * streams;
+        Found* const found = context->found.data() + own;
+        const auto greatest = [&](int r) {
+            Found most = context->found[r];
+            for (int other = 1; other < threads; other++) {
+                const Found theirs = context->found[static_cast<size_t>(other) * streams + r];
+                if (theirs.score > most.score) most = theirs;
+            }
+            return most;
+        };
+        for (int k = 0; k < gamma; k++) {
+            for (int r = first_row; r < last_row; r++) {
+                const int64_t previous = k ? to.tokens[r * gamma + k - 1] : anchors[r];
+                const float* h = hidden + static_cast<size_t>(r * gamma + k) * heads.hidden_size;
+                if (heads.w1)
+                    for (int i = 0; i < rank; i += LANES) Floats::load_half(heads.w1 + previous * rank + i).store(e + i);
+                if (w2) context->input.put_row(r, e);
+                if (heads.confidence) {
+                    float logit = heads.confidence_bias + dot(h, heads.confidence, heads.hidden_size);
+                    if (heads.with_markov) logit += dot(e, heads.confidence + heads.hidden_size, rank);
+                    to.logits[r * gamma + k] = logit;
+                }
+            }
+            if (w2) context->pool.barrier();
+            for (int from = 0; from < streams; from += ROWS) {
+                const int some = std::min(ROWS, streams - from);
+                Best best[ROWS];
+                for (int t = first; t < last; t++) {
+                    Floats bias[ROWS];
+                    for (int r = 0; r < some; r++) bias[r] = Floats::zero();
+                    if (w2) tile_rows<8>(*w2, t, context->input, from, some, bias);
+                    const int lanes = std::min(LANES, vocabulary - t * LANES);
+                    for (int r = 0; r < some; r++) {
+                        float* at = scores(from + r, k) + t * LANES;
+                        const Floats score = load_some(at, lanes) + bias[r];
+                        if (w2 && sampled(from + r)) store_some(score, lanes, at);
+                        best[r].see(score.keep(lanes, -INFINITY), t);
+                    }
+                }
+                for (int r = 0; r < some; r++) {
+                    found[from + r] = Found();
+                    best[r].onto(found[from + r].score, found[from + r].index);
+                }
+            }
+            context->pool.barrier();
+            if (any_sampled) {
+                for (int r = 0; r < streams; r++)
+                    if (sampled(r))
+                        context->sums[own + r] = weigh(scores(r, k), first * LANES, std::min(last * LANES, vocabulary),
+                                                       greatest(r).score, temperature[r]);
+                context->pool.barrier();
+            }
+            for (int r = first_row; r < last_row; r++) {  // whoever drafts on for a stream says what it has come to
+                const int at = r * gamma + k;
+                int32_t index = greatest(r).index;
+                if (index >= vocabulary) index = 0;  // nothing but NaN
+                if (sampled(r)) {
+                    to.totals[at] = 0;
+                    for (int other = 0; other < threads; other++)
+                        to.totals[at] += context->sums[static_cast<size_t>(other) * streams + r];
+                    index = draw(scores(r, k), vocabulary, uniforms[at] * to.totals[at]);
+                }
+                to.indices[at] = index;
+                to.tokens[at] = heads.draft_ids ? heads.draft_ids[index] : index;
+            }
+            context->pool.barrier();
+        }
+    });
+}
+
+// What rows of a pass read and write goes by where they stand.
+void check(const Shape& s, const Pass& pass, int64_t slots) {
+    const auto outside = [](const char* what, int64_t limit) {
+        throw std::out_of_range(std::string(what) + " outside 0 … " + std::to_string(limit - 1));
+    };
+    for (int r = 0; r < pass.rows; r++) {
+        if (pass.position[r] < 0 || pass.position[r] >= s.positions) outside("positions", s.positions);
+        if (pass.slot[r] < 0 || pass.slot[r] >= slots) outside("slots", slots);
+        if (!pass.first_slot) continue;
+        if (pass.visible[r] < 1 || pass.first_slot[r] < 0) throw std::out_of_range("rows that see nothing");
+        if (pass.first_slot[r] % LANES) throw std::out_of_range("a stream that begins within a tile of 16");
+        if (static_cast<int64_t>(pass.first_slot[r]) + pass.visible[r] > slots) outside("rows see slots", slots);
+    }
+}
+
+// Neighbouring rows of each stream; where [streams, 3]: its first slot, its first row's position, its rows. A row sees what
+// comes before it and itself, or all rows of its stream.
+Pass lay_out(Context* context, int streams, const int32_t* where, bool causal) {
+    Context& c = *context;
+    for (auto* list : {&c.position, &c.slot, &c.first_slot, &c.visible}) list->clear();
+    for (int i = 0; i < streams; i++, where += 3) {
+        for (int r = 0; r < where[2]; r++) {
+            c.position.push_back(where[1] + r);
+            c.slot.push_back(where[0] + where[1] + r);
+            c.first_slot.push_back(where[0]);
+            c.visible.push_back(where[1] + (causal ? r + 1 : where[2]));
+        }
+    }
+    return {static_cast<int>(c.position.size()), c.position.data(), c.slot.data(), c.first_slot.data(), c.visible.data()};
+}
+
+void embed(const Matrix& m, const int32_t* ids, int count, float* out) {
+    for (int i = 0; i < count; i++) {
+        if (ids[i] < 0 || ids[i] >= m.outputs)
+            throw std::out_of_range("channels outside 0 … " + std::to_string(m.outputs - 1));
+        m.row(ids[i], out + static_cast<size_t>(i) * m.inputs);
+    }
+}
+
+// x [rows, hidden] through all layers, then the final norm, both in place. tap_layers: -1 is x as it comes.
+void forward(Context* context, Llama* model, const Pass& pass, const Store& store, float* x, const int32_t* tap_layers,
+             int taps, float* tap_out) {
+    const Shape& s = model->shape;
+    check(s, pass, store.slots);
+    for (int i = 0; i < taps; i++)
+        for (int r = 0; r < (tap_layers[i] < 0 ? pass.rows : 0); r++)
+            std::memcpy(tap_out + (static_cast<size_t>(r) * taps + i) * s.hidden, x + static_cast<size_t>(r) * s.hidden,
+                        sizeof(float) * s.hidden);
+    model->run(context->pool, pass, store, x, tap_layers, taps, tap_out);
+    for (int r = 0; r < pass.rows; r++) {
+        float* at = x + static_cast<size_t>(r) * s.hidden;
+        rms_norm(at, model->final_norm.get(), s.hidden, s.eps, at);
+    }
+}
+
+float* hidden_of(Context* context, int rows, int hidden) {
+    make_room(context->hidden, context->hidden_size, static_cast<size_t>(rows) * hidden);
+    return context->hidden.get();
 }
 
 }  // namespace
@@ -104,6 +343,7 @@ extern "C" {
 
 const char* dspark_isa() { return ISA; }
 const char* dspark_error() { return last_error.c_str(); }
+bool dspark_refused() { return last_refused; }  // what was asked cannot be, whatever memory there is
 
 Context* dspark_context(int threads) {
     return guarded([&] {
@@ -169,40 +409,9 @@ void dspark_rows(const Matrix* m, const int32_t* rows, int count, float* out) {
     for (int i = 0; i < count; i++) m->row(rows[i], out + static_cast<size_t>(i) * m->inputs);
 }
 
-// out [rows, stride] = x [rows, inputs] · Wᵀ; stride ≥ outputs. best [rows]: each row's argmax. Either may be null.
+// See multiply.
 bool dspark_product(Context* context, const Matrix* w, const float* x, int rows, float* out, int stride, int32_t* best) {
-    return guarded([&] {
-        Pool& pool = context->pool;
-        context->input.reserve(rows, w->inputs);
-        if (best) context->reserve_best(rows);
-        pool.run([&](int thread) {
-            int first_row, last_row;
-            share(rows, 1, thread, pool.size(), &first_row, &last_row);
-            for (int r = first_row; r < last_row; r++) context->input.put_row(r, x + static_cast<size_t>(r) * w->inputs);
-            pool.barrier();
-            Best* const own = context->best.get() + static_cast<size_t>(thread) * rows;
-            if (best)
-                for (int r = 0; r < rows; r++) own[r] = Best();
-            pool.each(thread, w->tiles(), TILES, [&](int first, int last) {
-                for (int t = first; t < last; t++) {
-                    const int lanes = std::min(LANES, w->outputs - t * LANES);
-                    product(*w, t, context->input, rows, [&](int r, Floats v) {
-                        if (best) own[r].see(v.keep(lanes, -INFINITY), t);
-                        if (out) store_some(v, lanes, out + static_cast<size_t>(r) * stride + t * LANES);
-                    });
-                }
-            });
-            if (!best) return;
-            pool.barrier();
-            for (int r = first_row; r < last_row; r++) {
-                Found found;
-                for (int other = 0; other < pool.size(); other++)
-                    context->best[static_cast<size_t>(other) * rows + r].onto(found.score, found.index);
-                best[r] = found.index == INT32_MAX ? 0 : found.index;  // nothing but NaN
-            }
-        });
-        return true;
-    });
+    return guarded([&] { return multiply(context, *w, x, rows, out, stride, best), true; });
 }
 
 // --- models ---
@@ -241,130 +450,89 @@ bool dspark_add_layer(Llama* model, Matrix* qkv, Matrix* o, Matrix* gate, Matrix
     });
 }
 
-// x [rows, hidden] through all layers, then the final norm, both in place; see Llama::run.
+// See forward.
 bool dspark_forward(Context* context, Llama* model, int rows, float* x, const int32_t* position, const int32_t* slot,
                     const int32_t* first_slot, const int32_t* visible, uint16_t* keys, uint16_t* values, int64_t slots,
                     const int32_t* tap_layers, int taps, float* tap_out) {
     return guarded([&] {
         const Pass pass{rows, position, slot, first_slot, visible};
-        model->run(context->pool, pass, Store{keys, values, slots}, x, tap_layers, taps, tap_out);
-        const Shape& s = model->shape;
-        for (int r = 0; r < rows; r++) {
-            float* at = x + static_cast<size_t>(r) * s.hidden;
-            rms_norm(at, model->final_norm.get(), s.hidden, s.eps, at);
+        forward(context, model, pass, Store{keys, values, slots}, x, tap_layers, taps, tap_out);
+        return true;
+    });
+}
+
+// A whole pass of R streams, each row seeing what comes before it: embeddings of `ids`, layers, and of `count` rows (wanted:
+// which; null: of all) logits [count, V], or best [count], their argmax. where [R, 3]: see lay_out.
+bool dspark_run(Context* context, Llama* model, const Matrix* embedding, const Matrix* lm_head, int streams,
+                const int32_t* where, const int32_t* ids, uint16_t* keys, uint16_t* values, int64_t slots,
+                const int32_t* tap_layers, int taps, float* tap_out, const int32_t* wanted, int count, float* logits,
+                int32_t* best) {
+    return guarded([&] {
+        const int hidden = model->shape.hidden;
+        const Pass pass = lay_out(context, streams, where, true);
+        float* x = hidden_of(context, pass.rows + (wanted ? count : 0), hidden);
+        embed(*embedding, ids, pass.rows, x);
+        forward(context, model, pass, Store{keys, values, slots}, x, tap_layers, taps, tap_out);
+        if (wanted) {
+            float* const chosen = x + static_cast<size_t>(pass.rows) * hidden;
+            for (int i = 0; i < count; i++) {
+                if (wanted[i] < 0 || wanted[i] >= pass.rows) throw std::out_of_range("logits of rows that are not there");
+                std::memcpy(chosen + static_cast<size_t>(i) * hidden, x + static_cast<size_t>(wanted[i]) * hidden,
+                            sizeof(float) * hidden);
+            }
+            x = chosen;
         }
+        if (count > 0) multiply(context, *lm_head, x, count, logits, lm_head->outputs, best);
         return true;
     });
 }
 
 // A drafter's context: taps [rows, fc.inputs] → fc → norm → keys and values of every layer.
 bool dspark_append_context(Context* context, Llama* model, const Matrix* fc, const float* norm, int rows,
-                           const float* taps, float* features, const int32_t* position, const int32_t* slot,
-                           uint16_t* keys, uint16_t* values, int64_t slots) {
+                           const float* taps, const int32_t* position, const int32_t* slot, uint16_t* keys,
+                           uint16_t* values, int64_t slots) {
     return guarded([&] {
         const Shape& s = model->shape;
-        if (!dspark_product(context, fc, taps, rows, features, s.hidden, nullptr)) return false;
+        const Pass pass{rows, position, slot, nullptr, nullptr};
+        check(s, pass, slots);
+        float* const features = hidden_of(context, rows, s.hidden);
+        multiply(context, *fc, taps, rows, features, s.hidden, nullptr);
         for (int r = 0; r < rows; r++) {
             float* at = features + static_cast<size_t>(r) * s.hidden;
             rms_norm(at, norm, s.hidden, s.eps, at);
         }
-        const Pass pass{rows, position, slot, nullptr, nullptr};
         model->write_context(context->pool, pass, Store{keys, values, slots}, features);
         return true;
     });
 }
 
-// The sequential head for R streams at once: token k of stream r is drawn from base [R, γ, Vd] plus W2·W1[token k-1];
-// its confidence logit is w·[h; W1[token k-1]] + b. Without a head (w2 null) there is no bias, without confidence
-// (confidence null) no logit. Tokens and anchors are target ids; draft_ids (null: all) are ascending, indices are theirs.
-// Temperature 0 (temperature null: everybody's) takes the greatest. Else base becomes weights where it stands, with their
-// sums in `totals` [R, γ], and `uniforms` [R, γ] draws among them.
-bool dspark_walk(Context* context, const Matrix* w2, const uint16_t* w1, int rank, float* base, int vocabulary,
-                 const float* hidden, int hidden_size, const float* confidence, float confidence_bias, int with_markov,
-                 const int32_t* draft_ids, int streams, int gamma, const int32_t* anchors, const float* temperature,
-                 const double* uniforms, int32_t* tokens, int32_t* indices, double* totals, float* logits) {
+// See walk.
+bool dspark_walk(Context* context, const Heads* heads, float* base, const float* hidden, int streams, int gamma,
+                 const int32_t* anchors, const float* temperature, const double* uniforms, int32_t* tokens,
+                 int32_t* indices, double* totals, float* logits) {
     return guarded([&] {
-        const int threads = context->pool.size(), tiles = (vocabulary + LANES - 1) / LANES;
-        const auto scores = [&](int r, int k) { return base + (static_cast<size_t>(r) * gamma + k) * vocabulary; };
-        const auto sampled = [&](int r) { return temperature && temperature[r] > 0.0f; };
-        bool any_sampled = false;
-        for (int r = 0; r < streams; r++) any_sampled |= sampled(r);
-        if (w2) context->input.reserve(streams, rank);
-        context->found.resize(static_cast<size_t>(threads) * streams);
-        context->sums.resize(context->found.size());
-        context->pool.run([&](int thread) {
-            alignas(64) float e[4096];
-            int first_row, last_row, first, last;
-            share(streams, 1, thread, threads, &first_row, &last_row);
-            share(tiles, 1, thread, threads, &first, &last);
-            const size_t own = static_cast<size_t>(thread) * streams;
-            Found* const found = context->found.data() + own;
-            const auto greatest = [&](int r) {
-                Found most = context->found[r];
-                for (int other = 1; other < threads; other++) {
-                    const Found theirs = context->found[static_cast<size_t>(other) * streams + r];
-                    if (theirs.score > most.score) most = theirs;
-                }
-                return most;
-            };
-            for (int k = 0; k < gamma; k++) {
-                for (int r = first_row; r < last_row; r++) {
-                    const int64_t previous = k ? tokens[r * gamma + k - 1] : anchors[r];
-                    const float* h = hidden + static_cast<size_t>(r * gamma + k) * hidden_size;
-                    if (w1)
-                        for (int i = 0; i < rank; i += LANES) Floats::load_half(w1 + previous * rank + i).store(e + i);
-                    if (w2) context->input.put_row(r, e);
-                    if (confidence) {
-                        float logit = confidence_bias + dot(h, confidence, hidden_size);
-                        if (with_markov) logit += dot(e, confidence + hidden_size, rank);
-                        logits[r * gamma + k] = logit;
-                    }
-                }
-                if (w2) context->pool.barrier();
-                for (int from = 0; from < streams; from += ROWS) {
-                    const int some = std::min(ROWS, streams - from);
-                    Best best[ROWS];
-                    for (int t = first; t < last; t++) {
-                        Floats bias[ROWS];
-                        for (int r = 0; r < some; r++) bias[r] = Floats::zero();
-                        if (w2) tile_rows<8>(*w2, t, context->input, from, some, bias);
-                        const int lanes = std::min(LANES, vocabulary - t * LANES);
-                        for (int r = 0; r < some; r++) {
-                            float* at = scores(from + r, k) + t * LANES;
-                            const Floats score = load_some(at, lanes) + bias[r];
-                            if (w2 && sampled(from + r)) store_some(score, lanes, at);
-                            best[r].see(score.keep(lanes, -INFINITY), t);
-                        }
-                    }
-                    for (int r = 0; r < some; r++) {
-                        found[from + r] = Found();
-                        best[r].onto(found[from + r].score, found[from + r].index);
-                    }
-                }
-                context->pool.barrier();
-                if (any_sampled) {
-                    for (int r = 0; r < streams; r++)
-                        if (sampled(r))
-                            context->sums[own + r] = weigh(scores(r, k), first * LANES, std::min(last * LANES, vocabulary),
-                                                           greatest(r).score, temperature[r]);
-                    context->pool.barrier();
-                }
-                for (int r = first_row; r < last_row; r++) {  // whoever drafts on for a stream says what it has come to
-                    const int at = r * gamma + k;
-                    int32_t index = greatest(r).index;
-                    if (index >= vocabulary) index = 0;  // nothing but NaN
-                    if (sampled(r)) {
-                        totals[at] = 0;
-                        for (int other = 0; other < threads; other++)
-                            totals[at] += context->sums[static_cast<size_t>(other) * streams + r];
-                        index = draw(scores(r, k), vocabulary, uniforms[at] * totals[at]);
-                    }
-                    indices[at] = index;
-                    tokens[at] = draft_ids ? draft_ids[index] : index;
-                }
-                context->pool.barrier();
-            }
-        });
+        walk(context, *heads, base, hidden, streams, gamma, anchors, temperature, uniforms,
+             Drafts{tokens, indices, totals, logits});
+        return true;
+    });
+}
+
+// Blocks of γ drafts for R streams: anchor and masks through the drafter's layers, LM head [R, γ, Vd] and walk. where
+// [R, 3]: see lay_out, with γ rows each.
+bool dspark_draft(Context* context, Llama* model, const Matrix* embedding, const Matrix* lm_head, const Heads* heads,
+                  int mask, int streams, int gamma, const int32_t* where, const int32_t* anchors, uint16_t* keys,
+                  uint16_t* values, int64_t slots, float* base, const float* temperature, const double* uniforms,
+                  int32_t* tokens, int32_t* indices, double* totals, float* logits) {
+    return guarded([&] {
+        const Pass pass = lay_out(context, streams, where, false);
+        float* const x = hidden_of(context, pass.rows, model->shape.hidden);
+        context->ids.assign(pass.rows, mask);
+        for (int r = 0; r < streams; r++) context->ids[static_cast<size_t>(r) * gamma] = anchors[r];
+        embed(*embedding, context->ids.data(), pass.rows, x);
+        forward(context, model, pass, Store{keys, values, slots}, x, nullptr, 0, nullptr);
+        multiply(context, *lm_head, x, pass.rows, base, lm_head->outputs, nullptr);
+        walk(context, *heads, base, x, streams, gamma, anchors, temperature, uniforms,
+             Drafts{tokens, indices, totals, logits});
         return true;
     });
 }
