@@ -138,7 +138,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Quant,
         Setting(
             "quantisation of the drafter's linear layers: int8 and nf4 by bitsandbytes, w8a8 and w4a8 on the CPU's "
-            "integer kernels (none is w8a8 there), w8a16 and w4a16 on our kernel for GPUs, with an 8-bit LM head",
+            "integer kernels (none is w4a8 there), w8a16 and w4a16 on our kernel for GPUs, with an 8-bit LM head",
             "model",
         ),
     ] = "none"

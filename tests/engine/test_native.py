@@ -193,7 +193,7 @@ def test_a_drafter_drafts_the_same(tmp_path, context, slots):
         drafter = load_drafter(tmp_path / "drafter", target)
         assert isinstance(drafter, NativeDrafter) == (target is native)
         if target is native:
-            drafter.pack()
+            drafter.pack(8)
         store, kv = target.make_store(64), drafter.make_store(64)
         taps = target.forward([Rows(Extent(16, 48), 0, ids)], store).taps.clone()
         drafter.append_context(taps[:20], list(range(20)), list(range(16, 36)), kv)

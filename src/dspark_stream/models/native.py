@@ -26,8 +26,8 @@ from dspark_stream.models.target import Rows, Target, TargetOutput
 
 PAST_THE_END = 64
 """Positions past the longest text for which rotary tables are made: drafts may go on past its end."""
-DRAFT_BITS = 8
-"""Of a drafter's weights, unless `draft_quant` says otherwise; what 4 bits lose and save is in docs/drafter.md."""
+DRAFT_BITS, W2_BITS = 4, 8
+"""Of a drafter's layers, unless `draft_quant` says otherwise (docs/decisions/014), and of the sequential head's W2."""
 
 
 class NativeStore(KVStore):
@@ -259,7 +259,7 @@ class NativeDrafter(Drafter):
             return None
         w1 = w2 = None
         if markov is not None:
-            w2 = _pack(context, [markov.markov_w2.weight])
+            w2 = _pack(context, [markov.markov_w2.weight], W2_BITS)
             w1 = markov.markov_w1.weight.detach().half()
             markov.markov_w1, markov.markov_w2 = _HalfEmbedding(w1), _PackedLinear(w2)  # type: ignore[assignment]
         if self.config.markov_head_type != "vanilla":
@@ -358,7 +358,7 @@ def _array(tensor: Any) -> npt.NDArray[np.float32]:
     return out
 
 
-def _pack(context: Context, weights: Sequence[Any], bits: int = DRAFT_BITS) -> PackedMatrix:
+def _pack(context: Context, weights: Sequence[Any], bits: int) -> PackedMatrix:
     """Rows of several weights [n, inputs], one after the other."""
     arrays = [_array(w) for w in weights]
     out = PackedMatrix(context, sum(map(len, arrays)), arrays[0].shape[1], bits)
