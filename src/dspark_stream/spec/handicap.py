@@ -16,8 +16,9 @@ SURPRISE = 0.15
 """Of one round's deviation, as a logarithm, so much is believed: a round that was interrupted moves little."""
 MOST = 0.25
 """A handicap beyond this, as a logarithm, is not believed: it would end drafting, and with it what could correct it."""
-PLAIN_AFTER = 256
-"""Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against."""
+PLAIN_AFTER, FORGOTTEN_AFTER = 256, 64
+"""Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against; and
+where what plain ones took was forgotten: a restless machine would have us look all the time."""
 FADES_IN, LEAST_COUNT = 512, 4
 """Plain rounds in which what is known of rounds with drafts counts less by the factor e, down to so many rounds: only
 probes, which are rare, tell of a machine that has changed meanwhile.
@@ -45,6 +46,8 @@ class Handicap:
     """One for an engine."""
 
     def __init__(self) -> None:
+        self._since_plain: dict[int, int] = {}
+        """Rounds with drafts since the last look at plain ones, by number of streams."""
         self.forget()
 
     def forget(self) -> None:
@@ -55,7 +58,6 @@ class Handicap:
         """The same of rounds with drafts, less what plain ones take longer at the time."""
         self._anywhere = _Mean()
         self._just_drafted: set[int] = set()
-        self._since_plain: dict[int, int] = {}
 
     def see(self, streams: int, drafted: bool, ms: float, expected_ms: float) -> None:
         """A whole round's measured and expected milliseconds."""
@@ -79,9 +81,16 @@ class Handicap:
         self._plain.setdefault(streams, _Mean()).add(deviation)
         self._since_plain[streams] = 0
 
-    def wants_plain(self, streams: int) -> bool:
-        """Whether a few plain rounds of so many streams would tell more than they cost."""
-        return streams not in self._plain or self._since_plain[streams] >= PLAIN_AFTER
+    def wants_plain(self, streams: int, margin: float) -> bool:
+        """Whether a few plain rounds of so many streams would tell more than they cost.
+
+        ``margin``: how many times its worth drafting is thought to bring, were there no handicap; where the worst that
+        is believed would not undo it, there is nothing to find out.
+        """
+        if margin > exp(MOST):
+            return False
+        after = PLAIN_AFTER if streams in self._plain else FORGOTTEN_AFTER
+        return self._since_plain.get(streams, after) >= after
 
     def factor(self, streams: int) -> float:
         """By what a round with drafts takes longer than expected where a plain one takes what is expected."""

@@ -35,7 +35,7 @@ POOL_TAKES = 16
 are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
-WORTHWHILE = 1.05
+WORTHWHILE = 1.03
 """Drafting must promise so many times the throughput of plain decoding: less is within what can be known, and plain
 rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
 PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
@@ -232,7 +232,7 @@ class Skipping:
         factor = 1.0 if costs.rough else self.handicap.factor(streams)
         if rate[n, t, g] <= WORTHWHILE * factor * plain:
             return nobody, REST_HOLDS
-        if not costs.rough and self.handicap.wants_plain(streams):
+        if not costs.rough and self.handicap.wants_plain(streams, float(rate[n, t, g]) / (WORTHWHILE * plain)):
             return nobody, LOOK_HOLDS
         drafting = [False] * streams
         for i in outlook.order[: n + 1, t, g]:
