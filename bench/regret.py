@@ -34,6 +34,7 @@ from dspark_stream.report.plot import Series, line_chart
 from dspark_stream.report.sweep import shipped_prompts
 from dspark_stream.spec.calibration import BINS
 from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
+from dspark_stream.spec.handicap import Shape
 from dspark_stream.spec.schedule import Candidate, Schedule, admit_mixed, parse_schedule
 from dspark_stream.spec.skipping import DraftPast, Skipping
 from dspark_stream.types import Acceptance, GenerationRequest, SamplingParams, TokensEvent
@@ -201,7 +202,8 @@ def engine_like(
         took = [min(length, r.accepted) for length, r in zip(lengths, now, strict=True)]
         spent = true(streams + sum(lengths))
         skipping.learn(pasts, drafted, lengths, took, spent)
-        skipping.handicap.see(streams, n > 0, spent, believed(streams + sum(lengths)))
+        shape = Shape(streams, machine.position, n, plan.slots, streams + sum(lengths))
+        skipping.handicap.see(shape, spent, believed(streams + sum(lengths)))
         if step >= steps:
             tokens, ms = tokens + streams + sum(took), ms + spent
     return tokens / ms

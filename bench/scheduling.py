@@ -21,6 +21,7 @@ import msgspec
 from common import write_csv
 from dspark_stream.config import default_cache_dir
 from dspark_stream.spec.capacity import CapacityCurve, Costs
+from dspark_stream.spec.handicap import Shape
 from dspark_stream.spec.schedule import Adaptive, Candidate
 from dspark_stream.spec.skipping import DraftPast, Skipping
 
@@ -69,7 +70,8 @@ def main() -> None:
                 lengths = Adaptive().lengths([Candidate(p, exact) for p in promises], cost, plan.price)
                 clock.append(time.perf_counter())
                 skipping.learn(pasts, promises, lengths, [n // 2 for n in lengths], 10.0)
-                skipping.handicap.see(streams, any(plan.drafting), 10.0, 10.0)
+                shape = Shape(streams, 100.0, sum(plan.drafting), plan.slots, streams + sum(lengths))
+                skipping.handicap.see(shape, 10.0, 10.0)
                 clock.append(time.perf_counter())
                 rounds_ms.append(cost(streams + sum(lengths)))
                 for name, a, b in zip(spent, clock, clock[1:], strict=False):

@@ -110,7 +110,7 @@ class EveryRound(EveryNth):
 def test_what_late_features_take_is_not_taken_for_slow_drafting(monkeypatch):
     """Guards against probes that nothing is learnt from, and against learning their catching up."""
     seen = []
-    monkeypatch.setattr(Handicap, "see", lambda self, streams, drafted, ms, expected_ms: seen.append((drafted, ms)))
+    monkeypatch.setattr(Handicap, "see", lambda self, shape, ms, expected_ms: seen.append((shape.drafting > 0, ms)))
     slow_ms = 40.0
 
     class Slow(type(tiny_drafter(tiny_target()))):

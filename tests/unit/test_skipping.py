@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from dspark_stream.spec.capacity import CapacityCurve, Costs
-from dspark_stream.spec.handicap import Handicap
+from dspark_stream.spec.handicap import Handicap, Shape
 from dspark_stream.spec.skipping import (
     LONGEST_WAIT,
     LOOK_HOLDS,
@@ -46,7 +46,7 @@ def drive(skipping, streams, rounds, curve, survivals, accepted=None):
             for r, (row, n) in enumerate(zip(drafted, lengths, strict=True))
         ]
         skipping.learn(streams, drafted, lengths, took, 5.0)
-        skipping.handicap.see(len(streams), any(drafted), 5.0, 5.0)
+        skipping.handicap.see(round_of(len(streams), any(drafted)), 5.0, 5.0)
     return plans
 
 
@@ -166,11 +166,15 @@ def test_a_tally_fades_and_its_sums_do_not_depend_on_when_they_are_taken():
 # --- what the curve does not know ----------------------------------------------------------------------------
 
 
+def round_of(streams, drafted):
+    return Shape(streams, 100.0, streams if drafted else 0, 2 if drafted else 0, streams * (3 if drafted else 1))
+
+
 def seen(pairs, handicap=None):
     """A handicap after rounds of (streams, drafted, times as long as expected)."""
     handicap = handicap or Handicap()
     for streams, drafted, times in pairs:
-        handicap.see(streams, drafted, 5.0 * times, 5.0)
+        handicap.see(round_of(streams, drafted), 5.0 * times, 5.0)
     return handicap
 
 
@@ -221,13 +225,21 @@ def test_after_long_without_drafts_a_few_probes_tell():
         assert low < handicap.factor(2) < high
 
 
-def test_a_handicap_is_forgotten_with_the_curve():
+def test_a_handicap_is_held_against_the_curve_of_the_moment():
+    """A drift that takes in what the handicap had shown leaves nothing of it; one of everything leaves it as it is."""
+    before = Costs(IDLE)
+    for verify, draft, left in ((1.3, 1.3, 1.2), (1.0, 1.0, 1.2)):
+        handicap = seen([*PLAIN, *[(2, True, 1.2)] * 60])
+        after = Costs(IDLE.scaled([verify] * len(IDLE.tokens), draft))
+        after = Costs(msgspec.structs.replace(after.curve, rest_ms=[verify * ms for ms in IDLE.rest_ms]))
+        handicap.rebase(before, after)
+        assert handicap.factor(2) == pytest.approx(left, abs=0.02)
+        assert not handicap.wants_plain(2, 1.0)
     handicap = seen([*PLAIN, *[(2, True, 1.2)] * 60])
-    handicap.forget()
-    assert handicap.factor(2) == 1.0
-    assert not handicap.wants_plain(2, 1.0)  # not at once: a restless machine forgets all the time
-    seen([(2, True, 1.2)] * 10, handicap)
-    assert handicap.wants_plain(2, 1.0)
+    shape = round_of(2, True)
+    dearer = Costs(IDLE.scaled([1.0] * len(IDLE.tokens), 1.5))
+    handicap.rebase(before, dearer)
+    assert handicap.factor(2) == pytest.approx(1.2 * shape.ms(before) / shape.ms(dearer), abs=0.02)
 
 
 def test_nobody_looks_for_what_could_not_change_a_decision():
@@ -247,5 +259,5 @@ def test_drafting_ends_where_its_rounds_take_longer_than_they_should():
             row = survival[: plan.slots] if plan.drafting[0] else []
             skipping.learn(streams, [row], [len(row)], [sum(row)], 5.0)
             drafted += bool(row)
-            skipping.handicap.see(1, bool(row), 5.0 * (times if row else 1.0), 5.0)
+            skipping.handicap.see(round_of(1, bool(row)), 5.0 * (times if row else 1.0), 5.0)
         assert low <= drafted / 1000 <= high, times

@@ -25,6 +25,7 @@ from dspark_stream.spec.accept import Outcome, accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
 from dspark_stream.spec.draft import Block, acceptance_of, draft, is_greedy
+from dspark_stream.spec.handicap import Shape
 from dspark_stream.spec.sampling import is_cut
 from dspark_stream.spec.schedule import Candidate, Schedule
 from dspark_stream.spec.skipping import Plan, Skipping
@@ -113,7 +114,8 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock, slowest_ms < inf)
     if not costs.rough:
         clock.append(time.perf_counter())
-        _watch(models, len(streams), len(streams) + sum(lengths), any(plan.drafting), cost, clock)
+        shape = Shape(len(streams), _position(streams), sum(plan.drafting), plan.slots, len(streams) + sum(lengths))
+        _watch(models, shape, cost, clock)
     return committed
 
 
@@ -192,19 +194,18 @@ def _learn(
             models.history.record(length, outcome.accepted)
 
 
-def _watch(
-    models: Models, streams: int, batch_tokens: int, drafted: bool, cost: RoundCost, clock: Sequence[float]
-) -> None:
-    """What the round took against what it should have: of B tokens, with drafts or without."""
+def _watch(models: Models, shape: Shape, cost: RoundCost, clock: Sequence[float]) -> None:
+    """What the round took against what it should have."""
     begun, _, _, scheduled, verified, ended = clock
     round_ms, verify_ms = (ended - begun) * 1e3 - models.late_ms, (verified - scheduled) * 1e3
-    models.skipping.handicap.see(streams, drafted, round_ms, cost(batch_tokens))
-    pass_ms = cost(batch_tokens) - cost.draft_ms - cost.rest_ms
+    expected_ms = cost(shape.batch_tokens)
+    models.skipping.handicap.see(shape, round_ms, expected_ms)
+    pass_ms = expected_ms - cost.draft_ms - cost.rest_ms
     draft_ms = round_ms - verify_ms - cost.rest_ms  # all that such a round takes longer but for its pass, as profiled
     draft = draft_ms / cost.draft_ms if cost.draft_ms and draft_ms > 0 else None
-    if pass_ms > 0 and models.drift.see(batch_tokens, verify_ms / pass_ms, draft):
-        models.costs = Costs(models.drift.curve)
-        models.skipping.handicap.forget()
+    if pass_ms > 0 and models.drift.see(shape.batch_tokens, verify_ms / pass_ms, draft):
+        before, models.costs = models.costs, Costs(models.drift.curve)
+        models.skipping.handicap.rebase(before, models.costs)
 
 
 def _commit(

@@ -9,6 +9,10 @@ streams of the moment. A machine that is slow as a whole does not move it, once 
 from __future__ import annotations
 
 from math import exp, log
+from statistics import fmean
+from typing import NamedTuple
+
+from dspark_stream.spec.capacity import Costs
 
 MEMORY = 32
 """Rounds of a kind after which what was seen counts half as much (e-fold)."""
@@ -16,15 +20,28 @@ SURPRISE = 0.15
 """Of one round's deviation, as a logarithm, so much is believed: a round that was interrupted moves little."""
 MOST = 0.25
 """A handicap beyond this, as a logarithm, is not believed: it would end drafting, and with it what could correct it."""
-PLAIN_AFTER, FORGOTTEN_AFTER = 256, 64
-"""Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against; and
-where what plain ones took was forgotten: a restless machine would have us look all the time."""
+PLAIN_AFTER = 256
+"""Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against."""
 FADES_IN, LEAST_COUNT = 512, 4
 """Plain rounds in which what is known of rounds with drafts counts less by the factor e, down to so many rounds: only
 probes, which are rare, tell of a machine that has changed meanwhile.
 """
 ELSEWHERE_COUNTS_AS = 8.0
 """Rounds with drafts from which on a number of streams is judged more by its own than by all numbers together."""
+
+
+class Shape(NamedTuple):
+    """A round as costs know it."""
+
+    streams: int
+    position: float
+    drafting: int
+    slots: int
+    batch_tokens: int
+
+    def ms(self, costs: Costs) -> float:
+        """What it should take."""
+        return costs.round_cost(self.streams, self.position, self.drafting, self.slots)(self.batch_tokens)
 
 
 class _Mean:
@@ -46,23 +63,37 @@ class Handicap:
     """One for an engine."""
 
     def __init__(self) -> None:
-        self._since_plain: dict[int, int] = {}
-        """Rounds with drafts since the last look at plain ones, by number of streams."""
-        self.forget()
-
-    def forget(self) -> None:
-        """Nothing is known any more: what was expected has changed, as after a drift of the curve."""
         self._plain: dict[int, _Mean] = {}
         """Measured over expected time of plain rounds, as logarithms, by number of streams."""
         self._drafted: dict[int, _Mean] = {}
         """The same of rounds with drafts, less what plain ones take longer at the time."""
         self._anywhere = _Mean()
         self._just_drafted: set[int] = set()
+        self._since_plain: dict[int, int] = {}
+        self._last: dict[tuple[int, bool], Shape] = {}
+        """The last round of each kind."""
 
-    def see(self, streams: int, drafted: bool, ms: float, expected_ms: float) -> None:
+    def rebase(self, before: Costs, after: Costs) -> None:
+        """What rounds are expected to take has changed: hold what they took against that."""
+
+        def shift(streams: int, drafted: bool) -> float:
+            shape = self._last[streams, drafted]
+            return log(shape.ms(before) / shape.ms(after))
+
+        plain = {streams: shift(streams, False) for streams in self._plain}
+        for streams, mean in self._plain.items():
+            mean.value += plain[streams]
+        shifts = {streams: shift(streams, True) - plain[streams] for streams in self._drafted}
+        for streams, mean in self._drafted.items():
+            mean.value += shifts[streams]
+        self._anywhere.value += fmean(shifts.values()) if shifts else 0.0
+
+    def see(self, shape: Shape, ms: float, expected_ms: float) -> None:
         """A whole round's measured and expected milliseconds."""
+        streams, drafted = shape.streams, shape.drafting > 0
         if ms <= 0 or expected_ms <= 0:
             return
+        self._last[streams, drafted] = shape
         deviation = log(ms / expected_ms)
         if drafted:
             self._since_plain[streams] = self._since_plain.get(streams, 0) + 1
@@ -89,8 +120,7 @@ class Handicap:
         """
         if margin > exp(MOST):
             return False
-        after = PLAIN_AFTER if streams in self._plain else FORGOTTEN_AFTER
-        return self._since_plain.get(streams, after) >= after
+        return streams not in self._plain or self._since_plain[streams] >= PLAIN_AFTER
 
     def factor(self, streams: int) -> float:
         """By what a round with drafts takes longer than expected where a plain one takes what is expected."""
