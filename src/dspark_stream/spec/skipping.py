@@ -35,7 +35,7 @@ POOL_TAKES = 16
 are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
-WORTHWHILE = 1.05
+WORTHWHILE = 1.03
 """Drafting must promise so many times the throughput of plain decoding: less is within what can be known, and plain
 rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
 PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
