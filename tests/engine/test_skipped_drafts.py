@@ -201,18 +201,35 @@ def test_drift_follows_a_machine_that_changes_and_not_a_slow_round(caplog):
     )
     drift = Drift(curve)
     for i in range(4 * WINDOW):
-        assert not drift.see(1, 50.0 if i % 3 == 0 else 1.0, 30.0 if i % 4 == 0 else 1.01)
+        assert not drift.see(1, 50.0 if i % 3 == 0 else 1.0, 1, 30.0 if i % 4 == 0 else 1.01)
     assert drift.curve == curve
     for _ in range(3 * WINDOW):  # a neighbour: everything takes twice as long, drafting three times
         expected = drift.curve.round_ms(1, 1, 0), drift.curve.draft_ms[0]
-        drift.see(1, 10.0 / expected[0], 6.0 / expected[1])
+        drift.see(1, 10.0 / expected[0], 1, 6.0 / expected[1])
     assert drift.curve.verify_ms == pytest.approx([10.0, 16.0, 40.0])  # sizes that were not seen go along
     assert drift.curve.draft_ms == pytest.approx([6.0])
     assert drift.ratio == pytest.approx(2.0)
     assert "2.00 times" in caplog.text
     for _ in range(3 * WINDOW):  # only the large passes do
-        drift.see(15, 30.0 / drift.curve.verify_ms[2], None)
+        drift.see(15, 30.0 / drift.curve.verify_ms[2])
     assert drift.curve.verify_ms == pytest.approx([10.0, 14.0, 30.0])  # what was not seen: in the middle
+
+
+def test_drafting_for_many_tells_nothing_of_drafting_for_one_once_that_was_seen():
+    """Guards against one load's drafting setting the price of another's."""
+    curve = CapacityCurve(
+        tokens=[1, 64], verify_ms=[5.0, 80.0], streams=[1, 8, 64], stream_ms=[0.0] * 3, draft_ms=[2.0, 4.0, 30.0],
+        slot_ms=[0.1, 0.4, 4.0],
+    )  # fmt: skip
+    drift = Drift(curve)
+    for _ in range(3 * WINDOW):  # for one: half as long again
+        drift.see(1, 1.0, 1, 3.0 / drift.curve.draft_ms[0])
+    assert drift.curve.draft_ms == pytest.approx([3.0, 6.0, 45.0])
+    for _ in range(3 * WINDOW):  # for many: as measured
+        drift.see(64, 1.0, 60, 30.0 / drift.curve.draft_ms[2])
+    assert drift.curve.draft_ms == pytest.approx([3.0, 5.0, 30.0])  # what was not seen: in the middle
+    assert drift.curve.slot_ms == pytest.approx([0.15, 0.5, 4.0])
+    assert drift.curve.verify_ms == curve.verify_ms
 
 
 def test_drift_is_not_taken_from_ratios_to_a_curve_that_is_gone():
@@ -221,5 +238,5 @@ def test_drift_is_not_taken_from_ratios_to_a_curve_that_is_gone():
     drift = Drift(curve)
     for i in range(4 * WINDOW):  # everything takes twice as long, drafting is seen half as often
         expected = drift.curve.verify_ms[0], drift.curve.draft_ms[0]
-        drift.see(1, 10.0 / expected[0], 4.0 / expected[1] if i % 2 else None)
+        drift.see(1, 10.0 / expected[0], 1, 4.0 / expected[1] if i % 2 else None)
     assert drift.curve.draft_ms == pytest.approx([4.0])

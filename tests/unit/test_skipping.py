@@ -230,14 +230,14 @@ def test_a_handicap_is_held_against_the_curve_of_the_moment():
     before = Costs(IDLE)
     for verify, draft, left in ((1.3, 1.3, 1.2), (1.0, 1.0, 1.2)):
         handicap = seen([*PLAIN, *[(2, True, 1.2)] * 60])
-        after = Costs(IDLE.scaled([verify] * len(IDLE.tokens), draft))
+        after = Costs(IDLE.scaled([verify] * len(IDLE.tokens), [draft] * len(IDLE.streams)))
         after = Costs(msgspec.structs.replace(after.curve, rest_ms=[verify * ms for ms in IDLE.rest_ms]))
         handicap.rebase(before, after)
         assert handicap.factor(2) == pytest.approx(left, abs=0.02)
         assert not handicap.wants_plain(2, 1.0)
     handicap = seen([*PLAIN, *[(2, True, 1.2)] * 60])
     shape = round_of(2, True)
-    dearer = Costs(IDLE.scaled([1.0] * len(IDLE.tokens), 1.5))
+    dearer = Costs(IDLE.scaled([1.0] * len(IDLE.tokens), [1.5] * len(IDLE.streams)))
     handicap.rebase(before, dearer)
     assert handicap.factor(2) == pytest.approx(1.2 * shape.ms(before) / shape.ms(dearer), abs=0.02)
 

@@ -29,10 +29,10 @@ class Drift:
         self._measured = self.curve = curve
         self._verify: list[float | None] = [None] * len(curve.tokens)
         """How many times as long passes of each size take; None where none was seen."""
-        self._draft: float | None = None
-        """The same of drafting."""
+        self._draft: list[float | None] = [None] * len(curve.streams)
+        """The same of drafting for each number of streams."""
         self._told = (1.0, 1.0)
-        self._seen: dict[int, list[float]] = {}
+        self._seen: dict[tuple[str, int], list[float]] = {}
 
     @property
     def ratio(self) -> float:
@@ -41,36 +41,50 @@ class Drift:
         """
         return median([f for f in self._verify if f is not None] or [1.0])
 
-    def see(self, tokens: int, verify: float, draft: float | None) -> bool:
-        """One round: measured over expected time of its pass over ``tokens`` and of its drafting, if it drafted.
+    @property
+    def draft_ratio(self) -> float:
+        """The same of drafting; what was not seen of it is taken to have drifted as passes have."""
+        return median([f for f in self._draft if f is not None] or [self.ratio])
+
+    def see(self, tokens: int, verify: float, drafting: int = 0, draft: float | None = None) -> bool:
+        """One round: measured over expected time of its pass over ``tokens``, and of drafting for so many streams.
 
         Returns whether `curve` has changed.
         """
-        nearest, everywhere = self._nearest(tokens), self.ratio
-        changed = False
-        if (ratio := self._median(nearest, verify)) is not None:
-            self._verify[nearest] = (self._verify[nearest] or everywhere) * ratio
-            changed = True
-        if draft is not None and (ratio := self._median(-1, draft)) is not None:
-            self._draft = (self._draft or everywhere) * ratio
-            changed = True
+        passes, drafts = self.ratio, self.draft_ratio
+        changed = self._follow("pass", self._verify, self._nearest(self.curve.tokens, tokens), verify, passes)
+        if draft is not None and drafting and self._draft:
+            nearest = self._nearest(self.curve.streams, drafting)
+            changed |= self._follow("draft", self._draft, nearest, draft, drafts)
         if changed:
-            if self.ratio != everywhere:  # what was collected of sizes that go by it was held against the old curve
-                unseen = [i for i, f in enumerate(self._verify) if f is None] + ([-1] if self._draft is None else [])
-                for kind in unseen:
-                    self._seen.pop(kind, None)
-            everywhere = self.ratio
-            factors = [f or everywhere for f in self._verify]
-            self.curve = self._measured.scaled(factors, self._draft or everywhere)
+            # what was collected of sizes that go by the others was held against the old curve
+            for kind, known, moved in (
+                ("pass", self._verify, self.ratio != passes),
+                ("draft", self._draft, self.draft_ratio != drafts),
+            ):
+                for i, factor in enumerate(known):
+                    if factor is None and moved:
+                        self._seen.pop((kind, i), None)
+            self.curve = self._measured.scaled(
+                [f or self.ratio for f in self._verify], [f or self.draft_ratio for f in self._draft]
+            )
             self._tell()
         return changed
 
-    def _nearest(self, tokens: int) -> int:
-        sizes = self.curve.tokens
-        i = min(bisect_left(sizes, tokens), len(sizes) - 1)
-        return i - 1 if i and tokens - sizes[i - 1] < sizes[i] - tokens else i
+    def _follow(self, kind: str, known: list[float | None], i: int, ratio: float, everywhere: float) -> bool:
+        """Size i's factor takes in one round's ratio; whether that changed it."""
+        middle = self._median((kind, i), ratio)
+        if middle is None:
+            return False
+        known[i] = (known[i] or everywhere) * middle
+        return True
 
-    def _median(self, kind: int, ratio: float) -> float | None:
+    @staticmethod
+    def _nearest(sizes: list[int], size: int) -> int:
+        i = min(bisect_left(sizes, size), len(sizes) - 1)
+        return i - 1 if i and size - sizes[i - 1] < sizes[i] - size else i
+
+    def _median(self, kind: tuple[str, int], ratio: float) -> float | None:
         """The median of a full window, where it is no noise."""
         window = self._seen.setdefault(kind, [])
         window.append(ratio)
@@ -81,7 +95,7 @@ class Drift:
         return None if 1 / TOLERANCE < middle < TOLERANCE else middle
 
     def _tell(self) -> None:
-        now = (self.ratio, self._draft or self.ratio)
+        now = (self.ratio, self.draft_ratio)
         if not all(1 / NOTABLE < a / b < NOTABLE for a, b in zip(now, self._told, strict=True)):
             self._told = now
             log.warning(

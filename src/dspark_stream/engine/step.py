@@ -203,7 +203,7 @@ def _watch(models: Models, shape: Shape, cost: RoundCost, clock: Sequence[float]
     pass_ms = expected_ms - cost.draft_ms - cost.rest_ms
     draft_ms = round_ms - verify_ms - cost.rest_ms  # all that such a round takes longer but for its pass, as profiled
     draft = draft_ms / cost.draft_ms if cost.draft_ms and draft_ms > 0 else None
-    if pass_ms > 0 and models.drift.see(shape.batch_tokens, verify_ms / pass_ms, draft):
+    if pass_ms > 0 and models.drift.see(shape.batch_tokens, verify_ms / pass_ms, shape.drafting, draft):
         before, models.costs = models.costs, Costs(models.drift.curve)
         models.skipping.handicap.rebase(before, models.costs)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -72,16 +73,18 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         """Rounds a second when a round carries ``batch_tokens`` target tokens."""
         return 1000.0 / self.round_ms(batch_tokens, streams, drafting)
 
-    def scaled(self, verify: Sequence[float], draft: float) -> CapacityCurve:
-        """The curve of a machine on which passes of each size, and drafting, take so many times as long."""
+    def scaled(self, verify: Sequence[float], draft: Sequence[float]) -> CapacityCurve:
+        """The curve of a machine on which passes of each size, and drafting for each number of streams, take so many
+        times as long."""
+        everywhere = median(draft) if draft else 1.0
         return msgspec.structs.replace(
             self,
             verify_ms=monotone([factor * ms for factor, ms in zip(verify, self.verify_ms, strict=True)]),
-            draft_ms=[draft * ms for ms in self.draft_ms],
-            slot_ms=[draft * ms for ms in self.slot_ms],
-            draft_read_us=draft * self.draft_read_us,
-            draft_coupled_us=draft * self.draft_coupled_us,
-            feature_us=draft * self.feature_us,
+            draft_ms=monotone([factor * ms for factor, ms in zip(draft, self.draft_ms, strict=False)]),
+            slot_ms=[factor * ms for factor, ms in zip(draft, self.slot_ms, strict=False)],
+            draft_read_us=everywhere * self.draft_read_us,
+            draft_coupled_us=everywhere * self.draft_coupled_us,
+            feature_us=everywhere * self.feature_us,
         )
 
 
