@@ -335,6 +335,80 @@ def test_a_pass_in_one_call_is_its_parts(context):
     assert len(none) == 0
 
 
+@pytest.mark.parametrize("sampled", [0, 0.5, 1], ids=["greedy", "mixed", "sampled"])
+def test_a_draft_in_one_call_is_its_parts(context, sampled):
+    llama, _ = models(context, **SHAPES["all heads"])
+    generator = np.random.default_rng(3)
+    embedding, lm_head = packed(context, random(50, 64, seed=1)), packed(context, random(40, 64, seed=2))
+    ids = np.sort(generator.permutation(50)[:40]).astype(np.int32)
+    w1, w2 = random(50, 32, seed=3).astype(np.float16), packed(context, random(40, 32, seed=4))
+    head = Head(w1, w2, random(64 + 32, seed=5), 0.5, ids, vocabulary=40, hidden_size=64)
+    room, mask = Room(), 7
+    for streams, gamma in ((1, 1), (3, 4), (2, 3), (17, 2)):  # the room grows, and is used again
+        anchors = generator.integers(0, 50, streams).astype(np.int32)
+        start = generator.integers(0, 8, streams).astype(np.int32)
+        slot = (16 * np.arange(streams)).astype(np.int32)
+        temperatures = np.where(generator.random(streams) < sampled, generator.uniform(0.3, 2, streams), 0).tolist()
+        uniforms = generator.random((streams, gamma))
+        stores = [Store.zeros(3, 16 * 17, 2, 32) for _ in range(2)]
+        x = embedding.rows([t for anchor in anchors.tolist() for t in (anchor, *[mask] * (gamma - 1))])
+        first, position = np.repeat(slot, gamma), np.repeat(start, gamma) + np.tile(np.arange(gamma), streams)
+        position = position.astype(np.int32)
+        llama.forward(x, Pass(position, first + position, first, np.repeat(start, gamma) + gamma), stores[0],
+                      np.empty(0, np.int32), np.empty((len(x), 0), np.float32))  # fmt: skip
+        base = lm_head.product(x).reshape(streams, gamma, 40)
+        want = head.walk(context, base, x.reshape(streams, gamma, 64), anchors, temperatures, uniforms)
+        where = [n for r in range(streams) for n in (int(slot[r]), int(start[r]), gamma)]
+        got = llama.draft(embedding, lm_head, head, mask, gamma, where, anchors.tolist(), stores[1].place, room,
+                          temperatures, uniforms)  # fmt: skip
+        for one, other in zip(got[:3], want[:3], strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert (stores[0].keys == stores[1].keys).all()
+        assert (got.weights is None) == (want.weights is None)
+        if got.weights is not None:
+            np.testing.assert_array_equal(got.weights.values, want.weights.values)
+            np.testing.assert_array_equal(got.weights.totals, want.weights.totals)
+
+
+def test_what_does_not_fit_is_refused(context):
+    """Before a pointer to it reaches C++."""
+    llama, _ = models(context, **SHAPES["all heads"])
+    matrix, narrow, store, none = packed(context, random(50, 64)), packed(context, random(50, 32)), Store.zeros(
+        3, 160, 2, 32), np.empty(0, np.int32)  # fmt: skip
+    head = Head(None, None, None, 0.0, None, vocabulary=50, hidden_size=64)
+    place, room = store.place, Room()
+    for embedding, lm_head in ((narrow, matrix), (matrix, narrow)):
+        with pytest.raises(ValueError, match="width 64"):
+            llama.run(embedding, lm_head, [16, 0, 1], [3], place, none, room)
+        with pytest.raises(ValueError, match="width 64"):
+            llama.draft(embedding, lm_head, head, 3, 1, [16, 0, 1], [3], place, room)
+    with pytest.raises(ValueError, match="width 64"):
+        llama.append_context(packed(context, random(32, 64)), random(64), random(1, 64), [0], [16], place)
+    for other in (Store.zeros(2, 160, 2, 32), Store.zeros(3, 160, 1, 32), Store.zeros(3, 160, 2, 64)):
+        with pytest.raises(ValueError, match="another model"):
+            llama.run(matrix, matrix, [16, 0, 1], [3], other.place, none, room)
+    with pytest.raises(ValueError, match="without slots"):
+        llama.draft(matrix, matrix, head, 3, 0, [16, 0, 0], [3], place, room)
+    for wanted in ([1], [-1]):
+        with pytest.raises(ValueError, match="rows that are not there"):
+            llama.run(matrix, matrix, [16, 0, 1], [3], place, none, room, wanted)
+    assert not store.keys.any()
+    w1, w2 = random(50, 32).astype(np.float16), packed(context, random(40, 32))
+    ids = np.arange(40, dtype=np.int32)
+    Head(w1, w2, random(96), 0.0, ids, vocabulary=40, hidden_size=64)
+    for bad, said in (
+        ((w1, packed(context, random(40, 32), 4), None, 0.0, ids), "W2"),
+        ((w1, w2, random(95), 0.0, ids), "confidence"),
+        ((w1, w2, None, 0.0, ids[:39]), "draft ids"),
+        ((w1[:39], w2, None, 0.0, ids), "W1"),
+        ((w1.astype(np.float32), w2, None, 0.0, ids), "another type"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Head(*bad, vocabulary=40, hidden_size=64)
+    with pytest.raises(ValueError, match="anchors"):
+        head.walk(context, np.zeros((2, 3, 50), np.float32), np.zeros((2, 3, 64), np.float32), np.zeros(1, np.int32))
+
+
 @pytest.mark.parametrize(
     ("where", "token", "said"),
     [
@@ -357,9 +431,9 @@ def test_what_is_not_there_is_said_before_anything_is_written(context, where, to
     with pytest.raises(ValueError, match=said):
         llama.draft(matrix, matrix, head, 3, 2, [*where, 2], [token], store.place, room)
     if "channels" not in said and "tile" not in said and "nothing" not in said:
-        slots = [sum(where), sum(where) + 1]
+        slots, fc = [sum(where), sum(where) + 1], packed(context, random(64, 64))
         with pytest.raises(ValueError, match=said):
-            llama.append_context(matrix, random(64), random(2, 64), [where[1], where[1] + 1], slots, store.place)
+            llama.append_context(fc, random(64), random(2, 64), [where[1], where[1] + 1], slots, store.place)
     assert (store.keys == 7).all()
     assert (store.values == 7).all()
 

@@ -61,9 +61,6 @@ class TableDrafter:
         )
         self.confidence_head = self._confidence
 
-    def walk_at_once(self, *_: object) -> None:
-        return None
-
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.zeros(*hidden.shape[:2], self.p_d.shape[2])
 

@@ -152,7 +152,7 @@ class Room:
         self.address = 0
 
     def get(self, *shape: int) -> npt.NDArray[Any]:
-        """The room as an array of that shape; what was in it stands somewhere else then, or nowhere."""
+        """The room as an array of that shape. Arrays that it gave before may be written over."""
         size = math.prod(shape)
         if len(self._array) < size:
             self._array = np.empty(size, dtype=self._array.dtype)
@@ -257,10 +257,10 @@ class PackedMatrix:
         self.context.library.take(self.handle, _at(chosen), len(chosen), out.handle)
         return out
 
-    def rows(self, rows: Sequence[int] | Ints, out: Floats | None = None) -> Floats:
+    def rows(self, rows: Sequence[int] | Ints) -> Floats:
         """Channels in full precision [n, inputs]: an embedding."""
         chosen = self._checked(rows)
-        out = _room(out, len(chosen), self.inputs)
+        out = np.empty((len(chosen), self.inputs), dtype=np.float32)
         self.context.library.rows(self.handle, _at(chosen), len(chosen), _at(out))
         return out
 
@@ -398,8 +398,14 @@ class Head:
         with_markov = confidence is not None and len(confidence) > hidden_size
         if confidence is not None:
             _must(len(confidence) == hidden_size + rank * with_markov, "confidence weights of another size")
-        for array, dtype in ((w1, np.float16), (confidence, np.float32), (draft_ids, np.int32)):
-            _must(array is None or (array.dtype == dtype and array.flags.c_contiguous), "types")
+        for name, array, dtype in (
+            ("W1", w1, np.float16),
+            ("confidence weights", confidence, np.float32),
+            ("draft ids", draft_ids, np.int32),
+        ):
+            _must(array is None or (array.dtype == dtype and array.flags.c_contiguous), f"{name} of another type")
+        largest = vocabulary - 1 if draft_ids is None else int(draft_ids[-1])
+        _must(w1 is None or largest < len(w1), "W1 of a smaller vocabulary")
         self.w1, self.w2, self.confidence, self.draft_ids = w1, w2, confidence, draft_ids
         self.vocabulary, self.hidden_size = vocabulary, hidden_size
         self._struct = _Heads(
@@ -431,8 +437,9 @@ class Head:
         streams, gamma, vocabulary = base.shape
         _must(vocabulary == self.vocabulary, "another draft vocabulary")
         _must(hidden.shape == (streams, gamma, self.hidden_size), "hidden states of other streams")
-        _must(base.dtype == hidden.dtype == np.float32, "types")
+        _must(base.dtype == hidden.dtype == np.float32, "base logits or hidden states that are not float32")
         _must(base.flags.c_contiguous and hidden.flags.c_contiguous, "arrays that are not contiguous")
+        _must(anchors.shape == (streams,), "anchors of other streams")
         if self.w1 is not None and len(anchors):
             _must(0 <= int(anchors.min()) <= int(anchors.max()) < len(self.w1), "anchors outside the vocabulary")
         out = _Drafted(context, self, anchors, gamma, temperatures, uniforms)
@@ -457,7 +464,10 @@ class _Drafted:
         uniforms: Doubles | None,
     ) -> None:
         streams = len(anchors)
-        _must(anchors.dtype == np.int32 and anchors.flags.c_contiguous and anchors.ndim == 1, "anchors")
+        _must(
+            anchors.dtype == np.int32 and anchors.flags.c_contiguous and anchors.ndim == 1,
+            "anchors that are not int32 in a row",
+        )
         self._context, self._sampled = context, any(t > 0 for t in temperatures)
         self._keep: list[npt.NDArray[Any]] = [anchors]
         self.anchors = _at(anchors)
@@ -516,6 +526,17 @@ class Pass(NamedTuple):
     visible: Ints
 
 
+class Place(NamedTuple):
+    """A store's addresses."""
+
+    addresses: tuple[int, int, int]
+    """Of keys and values, and the token slots that they have."""
+    shape: tuple[int, int, int]
+    """Layers, key heads, head size."""
+    store: Store
+    """Kept for as long as its addresses are."""
+
+
 class Store(NamedTuple):
     """Keys [L, Hk, N/16, D, 16] and values [L, Hk, N, D] of all token slots, two bytes each.
 
@@ -535,9 +556,12 @@ class Store(NamedTuple):
         )
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        """Addresses of keys and values, and the token slots that they have."""
-        return self.keys.ctypes.data, self.values.ctypes.data, self.values.shape[2]
+    def place(self) -> Place:
+        """Where it is, for `Llama.run` and others: asked for once, since it takes time."""
+        layers, kv_heads, slots, head_size = self.values.shape
+        _must(self.keys.shape == (layers, kv_heads, slots // LANES, head_size, LANES), "keys of other values")
+        addresses = self.keys.ctypes.data, self.values.ctypes.data, slots
+        return Place(addresses, (layers, kv_heads, head_size), self)
 
     def clear(self, slot: int, size: int) -> None:
         """Zero whole tiles from ``slot`` on."""
@@ -632,7 +656,7 @@ class Llama:
             len(x),
             _at(x),
             *map(_at, where),
-            *store.place,
+            *store.place.addresses,
             _at(tap_layers),
             len(tap_layers),
             _at(taps),
@@ -645,7 +669,7 @@ class Llama:
         lm_head: PackedMatrix,
         where: Sequence[int],
         ids: Sequence[int],
-        place: tuple[int, int, int],
+        place: Place,
         tap_layers: Ints,
         taps: Room,
         wanted: Sequence[int] | None = None,
@@ -656,7 +680,7 @@ class Llama:
         Args:
             where: of R streams, one after the other: first slot, position of its first row, its rows.
             ids: tokens of all rows [T].
-            place: `Store.place`; the store's sizes are trusted.
+            place: `Store.place`.
             tap_layers: -1 is the embedding.
             taps: where tapped states go.
             wanted: rows whose logits are wanted [n]; None: all.
@@ -669,6 +693,8 @@ class Llama:
             ValueError: tokens, positions or slots that are not there.
         """
         rows, streams = len(ids), len(where) // 3
+        self._check_sizes(place, embedding.inputs, lm_head.inputs)
+        _must(tap_layers.dtype == np.int32 and tap_layers.flags.c_contiguous, "tap layers that are not int32")
         count = rows if wanted is None else len(wanted)
         words = np.array([*where, *ids, *(wanted or ()), *[0] * count], dtype=np.int32)  # the last: for the best
         _must(sum(where[2::3]) == rows, "ids of other rows")
@@ -685,7 +711,7 @@ class Llama:
             streams,
             at,
             at_ids,
-            *place,
+            *place.addresses,
             tap_layers.ctypes.data if len(tap_layers) else None,
             len(tap_layers),
             taps.address,
@@ -707,7 +733,7 @@ class Llama:
         gamma: int,
         where: Sequence[int],
         anchors: Sequence[int],
-        place: tuple[int, int, int],
+        place: Place,
         base: Room,
         temperatures: Sequence[float] = (),
         uniforms: Doubles | None = None,
@@ -718,14 +744,17 @@ class Llama:
             mask: the token of all slots but the first.
             where: of R streams, one after the other: first slot, the anchor's position, γ.
             anchors: [R].
-            place: `Store.place`; the store's sizes are trusted.
-            base: where base logits go.
+            place: `Store.place`.
+            base: where base logits go; `Walked.weights` are a view of it, good until it is next written to.
             temperatures: see `Head.walk`; ``uniforms`` likewise.
 
         Raises:
             ValueError: tokens, positions or slots that are not there.
         """
-        _must(len(where) == 3 * len(anchors) and all(rows == gamma for rows in where[2::3]), "other streams")
+        self._check_sizes(place, embedding.inputs, lm_head.inputs)
+        _must(gamma > 0, "blocks without slots")
+        _must(len(where) == 3 * len(anchors) and all(rows == gamma for rows in where[2::3]), "blocks of other streams")
+        _must(head.w1 is None or len(head.w1) >= embedding.outputs, "W1 of a smaller vocabulary")
         _must(lm_head.outputs == head.vocabulary and head.hidden_size == self.hidden, "heads of another drafter")
         streams = len(anchors)
         words = np.array([*anchors, *where], dtype=np.int32)
@@ -742,7 +771,7 @@ class Llama:
             gamma,
             (out.anchors or 0) + 4 * streams,
             out.anchors,
-            *place,
+            *place.addresses,
             base.address,
             *out.drawn,
             *out.places,
@@ -757,18 +786,19 @@ class Llama:
         taps: Floats,
         positions: Sequence[int],
         slots: Sequence[int],
-        place: tuple[int, int, int],
+        place: Place,
     ) -> None:
         """Keys and values of context features, every layer, at ``slots`` [T], from taps [T, fc.inputs].
 
         Args:
-            place: `Store.place`; the store's sizes are trusted.
+            place: `Store.place`.
 
         Raises:
             ValueError: positions or slots that are not there.
         """
         taps = _floats(taps, len(taps), fc.inputs)
-        _must(len(positions) == len(slots) == len(taps), "rows")
+        self._check_sizes(place, fc.outputs)
+        _must(len(positions) == len(slots) == len(taps), "positions or slots of other rows")
         _must(norm.dtype == np.float32 and norm.shape == (self.hidden,), "norm")
         words = np.array([*positions, *slots], dtype=np.int32)
         at = words.ctypes.data
@@ -781,7 +811,7 @@ class Llama:
             _at(taps),
             at,
             at + 4 * len(taps),
-            *place,
+            *place.addresses,
         )
         _done(self.context, done)
 
@@ -789,6 +819,9 @@ class Llama:
         _must(x.dtype == np.float32 and x.shape[1:] == (self.hidden,) and x.flags.c_contiguous, "rows")
         for name, array in where._asdict().items():
             _must(array.dtype == np.int32 and array.shape == (len(x),) and array.flags.c_contiguous, name)
-        slots = store.values.shape[2]
-        _must(store.values.shape == (self.num_layers, self.kv_heads, slots, self.head_size), "a store of another model")
-        _must(store.keys.shape == (self.num_layers, self.kv_heads, slots // LANES, self.head_size, LANES), "keys")
+        self._check_sizes(store.place)
+
+    def _check_sizes(self, place: Place, *widths: int) -> None:
+        """A store of this model, and matrices of its width."""
+        _must(place.shape == (self.num_layers, self.kv_heads, self.head_size), "a store of another model")
+        _must(all(width == self.hidden for width in widths), f"matrices that are not of width {self.hidden}")

@@ -76,7 +76,13 @@ class Drift:
         middle = self._median((kind, i), ratio)
         if middle is None:
             return False
-        known[i] = (known[i] or everywhere) * middle
+        # of what the curve says now, which may be more than this size's own factor: more never costs less there
+        now, measured = (
+            (self.curve.verify_ms, self._measured.verify_ms)
+            if kind == "pass"
+            else (self.curve.draft_ms, self._measured.draft_ms)
+        )
+        known[i] = middle * (now[i] / measured[i] if measured[i] > 0 else known[i] or everywhere)
         return True
 
     @staticmethod

@@ -100,8 +100,8 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     models.late_ms = 0.0
     clock = [time.perf_counter()]
     plan = _plan(models, streams, slowest_ms)
-    costs = models.costs_of(streams)
-    cost = costs.round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
+    costs, position = models.costs_of(streams), _position(streams)
+    cost = costs.round_cost(len(streams), position, sum(plan.drafting), plan.slots)
     clock.append(time.perf_counter())
     blocks = _draft(models, streams, plan)
     clock.append(time.perf_counter())
@@ -114,7 +114,7 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock, slowest_ms < inf)
     if not costs.rough:
         clock.append(time.perf_counter())
-        shape = Shape(len(streams), _position(streams), sum(plan.drafting), plan.slots, len(streams) + sum(lengths))
+        shape = Shape(len(streams), position, sum(plan.drafting), plan.slots, len(streams) + sum(lengths))
         _watch(models, shape, cost, clock)
     return committed
 
@@ -264,20 +264,20 @@ def _keep_context(
         for s, row, o, b in zip(streams, first_rows, outcomes, blocks, strict=True)
         if s.drafts
     ]
-    # copies, since a runner may write its next pass's taps over these: of all that is soon handed over, and, so that it
-    # takes no more memory than it is said to, of exactly what waits
-    soon = [k for k in kept if k[3]]
-    if soon:
-        copy = taps.clone()
-        for stream, row, count, _ in soon:
-            _owe(stream, copy, row, count, stream.position)
-    if len(soon) < len(kept):
-        waiting = [k for k in kept if not k[3]]
-        rows = [r for _, row, count, _ in waiting for r in range(row, row + count)]
-        copy = taps.clone() if len(rows) == len(taps) else taps[rows]
+    # two copies, since a runner may write its next pass's taps over these: what is soon handed over, and what waits
+    for soon in (True, False):
+        mine = [(s, row, count) for s, row, count, drafted in kept if drafted is soon]
+        wanted = sum(count for _, _, count in mine)
+        if not mine:
+            continue
+        whole = wanted == len(taps) or (
+            soon and 2 * wanted >= len(taps)
+        )  # quicker; what is too much goes with the rest
+        rows = [] if whole else [r for _, row, count in mine for r in range(row, row + count)]
+        copy = taps.clone() if whole else taps[rows]
         at = 0
-        for stream, _, count, _ in waiting:
-            _owe(stream, copy, at, count, stream.position)
+        for stream, row, count in mine:
+            _owe(stream, copy, row if whole else at, count, stream.position)
             at += count
     most = ROOM if bounded else room(len(streams), taps)  # where rounds are, nobody should have much to catch up with
     begun = time.perf_counter()

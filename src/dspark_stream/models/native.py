@@ -26,8 +26,10 @@ from dspark_stream.models.target import Rows, Target, TargetOutput
 
 PAST_THE_END = 64
 """Positions past the longest text for which rotary tables are made: drafts may go on past its end."""
-DRAFT_BITS, W2_BITS = 4, 8
-"""Of a drafter's layers, unless `draft_quant` says otherwise (docs/decisions/014), and of the sequential head's W2."""
+DRAFT_BITS = 4
+"""Of a drafter's layers, unless `draft_quant` says otherwise (docs/decisions/014)."""
+W2_BITS = 8
+"""Of the sequential head's W2: the kernels take no others."""
 
 
 class NativeStore(KVStore):

@@ -100,7 +100,8 @@ class Handicap:
             known = self._plain.get(streams)
             if known is not None:
                 self._drafted.setdefault(streams, _Mean()).add(deviation - known.value)
-                self._anywhere.add(deviation - known.value)
+                if self._since_plain[streams] <= PLAIN_AFTER:  # what others go by is held against what was seen lately
+                    self._anywhere.add(deviation - known.value)
             self._just_drafted.add(streams)
             return
         for fading in (self._drafted.get(streams), self._anywhere):
@@ -115,8 +116,8 @@ class Handicap:
     def wants_plain(self, streams: int, margin: float) -> bool:
         """Whether a few plain rounds of so many streams would tell more than they cost.
 
-        ``margin``: how many times its worth drafting is thought to bring, were there no handicap; where the worst that
-        is believed would not undo it, there is nothing to find out.
+        ``margin``: the throughput that drafts promise over what they would have to, with no handicap counted. Where the
+        worst that is believed would not undo it, there is nothing to find out.
         """
         if margin > exp(MOST):
             return False

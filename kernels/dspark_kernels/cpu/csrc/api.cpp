@@ -15,6 +15,11 @@ using namespace dspark;
 
 namespace {
 
+// What was asked for cannot be: the caller's error.
+struct Refused : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 thread_local std::string last_error;
 thread_local bool last_refused = false;  // the error is the caller's
 
@@ -24,7 +29,7 @@ auto guarded(F f) -> decltype(f()) {
         last_error.clear();
         last_refused = false;
         return f();
-    } catch (const std::out_of_range& error) {
+    } catch (const Refused& error) {
         last_error = error.what();
         last_refused = true;
         return {};
@@ -279,14 +284,14 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
 // What rows of a pass read and write goes by where they stand.
 void check(const Shape& s, const Pass& pass, int64_t slots) {
     const auto outside = [](const char* what, int64_t limit) {
-        throw std::out_of_range(std::string(what) + " outside 0 … " + std::to_string(limit - 1));
+        throw Refused(std::string(what) + " outside 0 … " + std::to_string(limit - 1));
     };
     for (int r = 0; r < pass.rows; r++) {
         if (pass.position[r] < 0 || pass.position[r] >= s.positions) outside("positions", s.positions);
         if (pass.slot[r] < 0 || pass.slot[r] >= slots) outside("slots", slots);
         if (!pass.first_slot) continue;
-        if (pass.visible[r] < 1 || pass.first_slot[r] < 0) throw std::out_of_range("rows that see nothing");
-        if (pass.first_slot[r] % LANES) throw std::out_of_range("a stream that begins within a tile of 16");
+        if (pass.visible[r] < 1 || pass.first_slot[r] < 0) throw Refused("rows that see nothing");
+        if (pass.first_slot[r] % LANES) throw Refused("a stream that begins within a tile of 16");
         if (static_cast<int64_t>(pass.first_slot[r]) + pass.visible[r] > slots) outside("rows see slots", slots);
     }
 }
@@ -310,7 +315,7 @@ Pass lay_out(Context* context, int streams, const int32_t* where, bool causal) {
 void embed(const Matrix& m, const int32_t* ids, int count, float* out) {
     for (int i = 0; i < count; i++) {
         if (ids[i] < 0 || ids[i] >= m.outputs)
-            throw std::out_of_range("channels outside 0 … " + std::to_string(m.outputs - 1));
+            throw Refused("channels outside 0 … " + std::to_string(m.outputs - 1));
         m.row(ids[i], out + static_cast<size_t>(i) * m.inputs);
     }
 }
@@ -470,16 +475,16 @@ bool dspark_run(Context* context, Llama* model, const Matrix* embedding, const M
     return guarded([&] {
         const int hidden = model->shape.hidden;
         const Pass pass = lay_out(context, streams, where, true);
+        for (int i = 0; wanted && i < count; i++)
+            if (wanted[i] < 0 || wanted[i] >= pass.rows) throw Refused("logits of rows that are not there");
         float* x = hidden_of(context, pass.rows + (wanted ? count : 0), hidden);
         embed(*embedding, ids, pass.rows, x);
         forward(context, model, pass, Store{keys, values, slots}, x, tap_layers, taps, tap_out);
         if (wanted) {
             float* const chosen = x + static_cast<size_t>(pass.rows) * hidden;
-            for (int i = 0; i < count; i++) {
-                if (wanted[i] < 0 || wanted[i] >= pass.rows) throw std::out_of_range("logits of rows that are not there");
+            for (int i = 0; i < count; i++)
                 std::memcpy(chosen + static_cast<size_t>(i) * hidden, x + static_cast<size_t>(wanted[i]) * hidden,
                             sizeof(float) * hidden);
-            }
             x = chosen;
         }
         if (count > 0) multiply(context, *lm_head, x, count, logits, lm_head->outputs, best);
