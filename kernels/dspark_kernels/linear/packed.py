@@ -7,6 +7,8 @@ other rows are in the batch, so plain decoding and verification agree to the bit
 
 from __future__ import annotations
 
+import platform
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,8 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
         and dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # oneDNN takes AVX-512 without bfloat16 for enough, and emulates: rows then depend on their company
+        and (platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported())
     )
 
 
