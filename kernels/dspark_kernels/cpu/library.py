@@ -468,13 +468,13 @@ class _Drafted:
             anchors.dtype == np.int32 and anchors.flags.c_contiguous and anchors.ndim == 1,
             "anchors that are not int32 in a row",
         )
-        self._context, self._sampled = context, any(t > 0 for t in temperatures)
+        self._context = context
         self._keep: list[npt.NDArray[Any]] = [anchors]
         self.anchors = _at(anchors)
         self.drawn: tuple[int | None, int | None] = (None, None)
         """Addresses of temperatures and uniforms."""
         self._totals: Doubles | None = None
-        if self._sampled:
+        if any(t > 0 for t in temperatures):
             by = np.array(temperatures, dtype=np.float32)
             _must(by.shape == (streams,), "temperatures of other streams")
             _must(uniforms is not None and uniforms.shape == (streams, gamma), "uniforms of other streams")

@@ -101,7 +101,7 @@ def draft(
     if blocks is not None:
         return blocks
     hidden = drafter.draft_hidden(anchors, store, slots)  # [R, g, H]
-    return walk(drafter, hidden, streams, calibration, history)
+    return walk(drafter, hidden, streams, calibration, history, uniforms)
 
 
 def _uniforms(drafter: Drafter, streams: Sequence[StreamView]) -> list[RoundUniforms | None]:
@@ -119,11 +119,15 @@ def walk(
     streams: Sequence[StreamView],
     calibration: Calibration,
     history: AcceptanceHistory,
+    uniforms: Sequence[RoundUniforms | None] | None = None,
 ) -> list[Block]:
-    """The sequential head, left to right: hidden [R, g, H] of the first g ≤ γ slots → one block a stream."""
+    """The sequential head, left to right: hidden [R, g, H] of the first g ≤ γ slots → one block a stream.
+
+    ``uniforms``: what the round is drawn by, where that was made already.
+    """
     device = hidden.device
     slots = hidden.shape[1]
-    uniforms = _uniforms(drafter, streams)
+    uniforms = uniforms or _uniforms(drafter, streams)
     base = drafter.base_logits(hidden)  # [R, g, Vd]
     choose = _Chooser(drafter, streams, uniforms, slots, device)
     head, confidence_head = drafter.markov_head, drafter.confidence_head
