@@ -21,6 +21,7 @@ from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.report.plot import Series, line_chart
 from dspark_stream.report.sweep import (
+    LEAST_ANSWERS,
     PLAIN,
     Point,
     curve,
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--variants", nargs="+", help="schedules beside plain (default: the usual ones)")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--answers", type=int, default=LEAST_ANSWERS, help="of a run, at the least")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompts", type=Path, nargs="*", default=[])
     parser.add_argument("--limit", type=int, default=None, help="prompts of each file")
@@ -62,6 +64,7 @@ def main() -> None:
                         point, _ = measure(
                             engine, local, tokenizer, prompts, variant=variant, streams=streams,
                             temperature=temperature, tokens=args.tokens, waves=3 if streams < 16 else 2,
+                            least=args.answers, repeat=repeat,
                         )  # fmt: skip
                         points.append(point)
                         print(

@@ -8,14 +8,17 @@ import pytest
 from dspark_stream.spec.capacity import CapacityCurve, Costs
 from dspark_stream.spec.handicap import Handicap, Shape
 from dspark_stream.spec.skipping import (
+    LONGEST_HOLD,
     LONGEST_WAIT,
     LOOK_HOLDS,
     PLAN_HOLDS,
-    POOL_COUNTS_AS,
     REST_HOLDS,
+    WHOLE_EVERY,
     DraftPast,
     Skipping,
+    Tail,
     Tally,
+    settle,
 )
 
 GAMMA = 4
@@ -123,19 +126,61 @@ def test_streams_in_plain_mode_are_never_drafted_for():
     assert not any(skipping.plan([None, None], 10.0, Costs(IDLE)).drafting)
 
 
+class Counted(Skipping):
+    """Counts its decisions."""
+
+    decisions = 0
+
+    def _decide(self, *args):
+        self.decisions += 1
+        return super()._decide(*args)
+
+
 def test_who_comes_and_goes_does_not_mix_up_who_is_who():
     """Guards against pasts by batch row instead of by stream: a decision that still holds follows its stream."""
-    skipping, streams = Skipping(GAMMA), pasts(8)
+    skipping, streams = Counted(GAMMA), pasts(8)
     survivals = [GOOD if r > 4 else BAD for r in range(8)]
-    before = plan = drive(skipping, streams, 10 * PLAN_HOLDS, IDLE, survivals)[-1]
-    chosen, probes = [], 0
-    while plan is before or skipping.probes > probes or not set(streams[5:]) <= set(chosen) < set(streams):
-        before, probes = plan, skipping.probes  # on to the first round of a decision that leaves somebody out
+    chosen, probed, decided = [], True, 0
+    while decided == skipping.decisions or probed or not set(streams[5:]) <= set(chosen) < set(streams):
+        probes, decided = skipping.probes, skipping.decisions  # on to a decision that leaves somebody out
         plan = drive(skipping, streams, 1, IDLE, survivals)[-1]
+        probed = skipping.probes > probes
         chosen = [past for past, drafts in zip(streams, plan.drafting, strict=True) if drafts]
     for present in (streams[3:], streams[::-1]):
         plan = skipping.plan(present, 100.0, Costs(IDLE))
         assert list(plan.drafting) == [past in chosen for past in present]
+
+
+def test_decisions_that_come_out_alike_hold_longer():
+    """Deciding takes time; for another company it is decided anew."""
+    skipping, streams = Counted(GAMMA), pasts(1)
+    drive(skipping, streams, 10 * PLAN_HOLDS, IDLE, [GOOD])
+    before = skipping.decisions
+    drive(skipping, streams, 10 * LONGEST_HOLD, IDLE, [GOOD])
+    assert 10 <= skipping.decisions - before <= 14
+    before = skipping.decisions
+    drive(skipping, pasts(1), 3 * PLAN_HOLDS, IDLE, [GOOD])
+    assert skipping.decisions - before == 2
+
+
+def test_who_joins_a_company_that_drafts_drafts_at_once_and_rest_is_thought_over_soon():
+    """Guards against a decision about others that goes on for long: the company is not the one that it was made for."""
+    skipping, pair = Counted(GAMMA), pasts(2)
+    while not all(drive(skipping, pair, 1, IDLE, [GOOD, GOOD])[-1].drafting) or skipping._age:
+        pass
+    decided, price = skipping.decisions, skipping.plan(pair, 100.0, Costs(IDLE)).price
+    plan = skipping.plan([*pair, *pasts(1)], 100.0, Costs(IDLE))
+    assert list(plan.drafting) == [True] * 3
+    assert plan.price == pytest.approx(1.5 * price, rel=0.05)  # passes of two and of three rows take about the same
+    assert skipping.decisions == decided
+    skipping.plan([None, None], 100.0, Costs(IDLE))  # nobody here can be drafted for, so nobody's drafts tell
+    assert not any(skipping.plan([None, None, *pasts(1)], 100.0, Costs(IDLE)).drafting)
+    resting, many = Counted(GAMMA), pasts(8)
+    while any(drive(resting, many, 1, BUSY, [BAD] * 8)[-1].drafting) or resting._age:
+        pass
+    decided = resting.decisions
+    drive(resting, many[1:], PLAN_HOLDS, BUSY, [BAD] * 7)
+    assert resting.decisions == decided + 1
 
 
 def test_price_is_the_throughput_that_the_past_lets_expect():
@@ -150,17 +195,37 @@ def test_a_tally_fades_and_its_sums_do_not_depend_on_when_they_are_taken():
     one, other = Tally(2, 10), Tally(2, 10)
     for k in range(20):
         one.add([0.1 * (k % 5), 0.05], 1, k % 2)
-        one.settle()
+        settle([one])
         other.add([0.1 * (k % 5), 0.05], 1, k % 2)
-    other.settle()
-    assert one.seen[0] == pytest.approx(10 * (1 - 0.9**20))
+    settle([other])
+    assert one.seen == pytest.approx(10 * (1 - 0.9**20))
     assert (one.promised, one.accepted) == (other.promised, other.accepted)
-    assert other.sums[1, 0, 0] == pytest.approx(other.seen[0])  # every round is at least 0
-    assert other.sums[0, 0, 1] / other.seen[1] == pytest.approx(0.05)
+    assert other.sums[1, 0, 0] == pytest.approx(other.seen)  # every round is at least 0
+    assert other.sums[0, 0, 1] / other.seen == pytest.approx(0.05)
     before = one.sums.copy()
     one.fade(0.5)
     assert one.sums == pytest.approx(0.5 * before)
-    assert POOL_COUNTS_AS > 0
+
+
+def test_slots_that_were_not_drafted_go_on_as_whole_blocks_did():
+    """Guards against a block that keeps itself short: few rounds say what later slots promise, and may say it badly."""
+    tail = Tail(3, 100)
+    for _ in range(50):
+        tail.see([0.8, 0.4, 0.1])
+        tail.see([0.4, 0.2, 0.05])
+    assert tail.whole([0.6]) == pytest.approx([0.6, 0.3, 0.075], rel=0.01)
+    assert tail.whole([0.6, 0.6]) == pytest.approx([0.6, 0.6, 0.15], rel=0.01)
+    assert tail.whole([0.6, 0.5, 0.4]) == [0.6, 0.5, 0.4]
+
+
+def test_whole_blocks_are_looked_at_now_and_then():
+    """Guards against later slots that nobody looks at any more once they were bad."""
+    curve = msgspec.structs.replace(IDLE, slot_ms=[0.25, 0.5])
+    skipping, streams = Skipping(GAMMA), pasts(1)
+    drive(skipping, streams, 300, curve, [[0.95, 0.02, 0.01, 0.01]])
+    slots = [plan.slots for plan in drive(skipping, streams, 10 * WHOLE_EVERY, curve, [GOOD])]
+    assert slots[0] < GAMMA
+    assert slots[-WHOLE_EVERY + 1 :].count(GAMMA) > WHOLE_EVERY / 2
 
 
 # --- what the curve does not know ----------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def run(
             for temperature, streams, variant in runs:
                 point, _ = measure(
                     engine, local, tokenizer, prompts, variant=variant, streams=streams, temperature=temperature,
-                    tokens=plan.tokens, waves=2 if streams < 16 else 1,
+                    tokens=plan.tokens, waves=2 if streams < 16 else 1, repeat=repeats,
                 )  # fmt: skip
                 points.append(point)
                 bar.advance(note=f"{streams} x {variant} {point.tokens_per_s:.0f} tokens/s")

@@ -67,16 +67,20 @@ def measure(
     tokens: int,
     verification: Verification = "rejection",
     waves: int = 2,
+    least: int = LEAST_ANSWERS,
+    repeat: int = 0,
 ) -> tuple[Point, Tally]:
     """Run every prompt of ``waves`` answers for each stream, of ``tokens`` tokens less or more a half.
 
-    The more answers, the less the half-empty end weighs.
+    The more answers, and there are never fewer than ``least``, the less the half-empty end weighs. Each ``repeat``
+    draws other tokens where there is a temperature: the same ones again would only tell what the machine does, and how
+    many drafts a few answers accept is as much chance as that.
     """
     if variant != PLAIN:
         engine.use_schedule(variant)
-    asked = [prompts[i % len(prompts)] for i in range(max(LEAST_ANSWERS, waves * streams))]
+    asked = [prompts[i % len(prompts)] for i in range(max(least, waves * streams))]
     plan = Plan(
-        sampling=SamplingParams(max_tokens=tokens, temperature=temperature, seed=1, ignore_eos=True),
+        sampling=SamplingParams(max_tokens=tokens, temperature=temperature, seed=1 + 1000 * repeat, ignore_eos=True),
         mode="plain" if variant == PLAIN else "dspark",
         verification=verification,
         streams=streams,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -120,6 +120,19 @@ class RoundCost:
         return self._hull
 
 
+class Outlay(NamedTuple):
+    """What rounds of R streams at one position cost, for every choice of who drafts and how much is verified."""
+
+    plain_ms: float
+    """A round without drafts."""
+    tokens: Array
+    """B, from R tokens on."""
+    verify_ms: Array
+    """A target pass over so many."""
+    beside_ms: Array
+    """All but the pass, by streams drafted for, from 1 on, and slots, [m, G]."""
+
+
 class Costs:
     """A capacity curve that answers for whole arrays, and remembers what it was asked.
 
@@ -129,6 +142,7 @@ class Costs:
     def __init__(self, curve: CapacityCurve, *, rough: bool = False) -> None:
         self.curve, self.rough = curve, rough
         self.table = lru_cache(maxsize=256)(self._table)
+        self._outlays = lru_cache(maxsize=64)(self._outlay)
         self._drawing: dict[tuple[int, int], Costs] = {}
 
     def drawing(self, sampled: float, coupled: float) -> Costs:
@@ -175,7 +189,11 @@ class Costs:
 
     def round_cost(self, streams: int, position: float, drafting: int, slots: int) -> RoundCost:
         """What a round costs, for every B that it could have."""
-        return self.table(streams, 32 * round(position / 32), drafting, slots)
+        return self.table(streams, _near(position), drafting, slots)
+
+    def outlay(self, streams: int, position: float, drafting: int, slots: int) -> Outlay:
+        """What rounds cost in which up to ``drafting`` of R streams are drafted for, up to ``slots`` tokens each."""
+        return self._outlays(streams, _near(position), drafting, slots)
 
     def _table(self, streams: int, position: int, drafting: int, slots: int) -> RoundCost:
         most = streams + drafting * slots
@@ -185,6 +203,18 @@ class Costs:
         if drafting:
             draft_ms -= float(self.after_draft_ms(drafting))
         return RoundCost(streams, ms.tolist(), draft_ms=draft_ms, rest_ms=rest_ms)
+
+    def _outlay(self, streams: int, position: int, drafting: int, slots: int) -> Outlay:
+        rest_ms = self.rest_ms(streams)
+        tokens = np.arange(streams, streams + drafting * slots + 1, dtype=float)
+        verify_ms = self.verify_ms(tokens, streams, position)
+        draft_ms = self.draft_ms(np.arange(1, drafting + 1)[:, None], np.arange(1, slots + 1), position)
+        return Outlay(float(verify_ms[0]) + rest_ms, tokens, verify_ms, draft_ms + rest_ms)
+
+
+def _near(position: float) -> int:
+    """Positions between which nobody tells apart what a round costs."""
+    return 32 * round(position / 32)
 
 
 # --- fitting -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ SURPRISE = 0.15
 """Of one round's deviation, as a logarithm, so much is believed: a round that was interrupted moves little."""
 MOST = 0.25
 """A handicap beyond this, as a logarithm, is not believed: it would end drafting, and with it what could correct it."""
-PLAIN_AFTER = 256
+PLAIN_AFTER = 512
 """Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against."""
 FADES_IN, LEAST_COUNT = 512, 4
 """Plain rounds in which what is known of rounds with drafts counts less by the factor e, down to so many rounds: only

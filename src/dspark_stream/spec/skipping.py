@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from math import exp
 from typing import NamedTuple
 
 import numpy as np
 
-from dspark_stream.spec.capacity import Array, Costs
+from dspark_stream.spec.capacity import Array, Costs, Outlay
 from dspark_stream.spec.handicap import Handicap
 from dspark_stream.types import Acceptance
 
@@ -31,8 +32,8 @@ POOL_COUNTS_AS = 8.0
 STALE_AFTER = 512
 """Rounds without drafts in which a stream's own past fades by the factor e."""
 POOL_TAKES = 16
-"""A stream's first drafts that all streams' past takes in, of later ones one in eight: those that are drafted for most
-are not what the next one is likely to be like."""
+"""A stream's first drafts that all streams' past takes in, of later ones only whole blocks: those that are drafted for
+most are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
 WORTHWHILE = 1.03
@@ -41,8 +42,11 @@ rounds after one that drafted find less of their weights in the processor's cach
 PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, without, and without
 only to see what plain rounds take."""
-WHOLE_EVERY = 12
-"""Of so many decisions for shorter blocks one drafts whole blocks, so that later slots stay known."""
+LONGEST_HOLD = 32
+"""A decision to draft for the same streams as before holds twice as long, up to so many rounds: at one stream,
+deciding takes a twentieth of a round."""
+WHOLE_EVERY = 16
+"""Of so many rounds with drafts one drafts whole blocks, so that later slots stay known."""
 PROBE_SHARE = 0.005
 """Of all decoding time, what probes may take to draft. What their tokens bring is not set off: that is in doubt where
 probes are made, and the drafter is out of the caches there."""
@@ -60,8 +64,8 @@ class Tally:
         self._new: list[Sequence[float]] = []
         self.rounds = 0
         """Drafted rounds that ever went in."""
-        self.seen: Array = np.zeros(gamma)
-        """Rounds in which each slot was drafted."""
+        self.seen = 0.0
+        """Rounds."""
         self.sums: Array = np.zeros((2, len(THRESHOLDS), gamma))
         """Over rounds in which the slot's promised survival was at least the threshold: that survival, and the
         rounds, [2, T, γ]."""
@@ -71,27 +75,12 @@ class Tally:
         """Those of them that were accepted."""
 
     def add(self, survival: Sequence[float], verified: int, accepted: int) -> None:
-        """One drafted round: promised survival of its slots, of which so many were verified and accepted."""
+        """One drafted round: promised survival of all γ slots, of which so many were verified and accepted."""
         self._new.append(survival)
         self.rounds += 1
         if verified:
             self.promised = self._keep * self.promised + sum(survival[:verified])
             self.accepted = self._keep * self.accepted + accepted
-
-    def settle(self) -> None:
-        """Take what was added into the sums, all at once: a round has no time for arrays."""
-        if not self._new:
-            return
-        gamma = len(self.seen)
-        rows = np.array([[*row, *[-1.0] * (gamma - len(row))] for row in self._new])  # [n, γ]
-        drafted = rows >= 0.0
-        keep = self._keep ** drafted.sum(axis=0)
-        above = rows[:, None] >= THRESHOLDS[:, None]  # [n, T, γ]
-        self.seen = keep * self.seen + drafted.sum(axis=0)
-        self.sums *= keep
-        self.sums[0] += np.where(above, rows[:, None], 0.0).sum(axis=0)
-        self.sums[1] += above.sum(axis=0)
-        self._new.clear()
 
     def fade(self, factor: float) -> None:
         """Let all of it count less."""
@@ -99,6 +88,54 @@ class Tally:
         self.seen *= factor
         self.promised *= factor
         self.accepted *= factor
+
+
+def settle(tallies: Sequence[Tally]) -> None:
+    """Take what was added into the sums, of many and all at once: a round has no time for arrays."""
+    some = [tally for tally in tallies if tally._new]
+    if not some:
+        return
+    rows = np.array([row for tally in some for row in tally._new])[:, None]  # [n, 1, γ]
+    above = rows >= THRESHOLDS[:, None]  # [n, T, γ]
+    counts = [len(tally._new) for tally in some]
+    first = [0, *accumulate(counts[:-1])]
+    promised = np.add.reduceat(np.where(above, rows, 0.0), first)
+    counted = np.add.reduceat(above.astype(float), first)
+    for i, tally in enumerate(some):
+        keep = tally._keep ** counts[i]
+        tally.seen = keep * tally.seen + counts[i]
+        tally.sums *= keep
+        tally.sums[0] += promised[i]
+        tally.sums[1] += counted[i]
+        tally._new.clear()
+
+
+class Tail:
+    """How survival goes on past the slots that were drafted: the mean conditional promise of each slot, fading.
+
+    Slots that are rarely drafted are known badly: by themselves they would stay what a few rounds made of them, and a
+    block too short would keep itself so.
+    """
+
+    def __init__(self, gamma: int, memory: int) -> None:
+        self._keep = 1.0 - 1.0 / memory
+        self._after = [OPTIMISM / memory] * gamma
+        self._before = [1.0 / memory] * gamma
+
+    def see(self, survival: Sequence[float]) -> None:
+        """A whole block."""
+        for k in range(1, len(survival)):
+            self._after[k] = self._keep * self._after[k] + survival[k]
+            self._before[k] = self._keep * self._before[k] + survival[k - 1]
+
+    def whole(self, survival: Sequence[float]) -> Sequence[float]:
+        """The survival of all γ slots where only some were drafted."""
+        if len(survival) == len(self._after):
+            return survival
+        row = [*survival]
+        for k in range(len(row), len(self._after)):
+            row.append(row[-1] * self._after[k] / self._before[k])
+        return row
 
 
 class DraftPast:
@@ -152,25 +189,39 @@ class Skipping:
         self._pools: dict[Acceptance, Tally] = {
             a: _optimistic(gamma) for a in ("greedy", "rejection", "coupled")
         }  # acceptance differs by how it is verified
+        self._tails: dict[Acceptance, Tail] = {a: Tail(gamma, POOL_MEMORY) for a in self._pools}
         self._credit_ms = 0.0
         self._for: tuple[DraftPast | None, ...] = ()
         self._age = self._holds = 0
+        self._steady = PLAN_HOLDS
+        self._choice: object = None
+        """Whom the last decision drafted for, and among whom; it held for ``_steady`` rounds."""
         self._plan = Plan((), 0, 0.0)
-        self._decisions = 0
+        self._drafted = 0
+        """Rounds with drafts."""
+        self._whole = False
+        """Whether this one drafts whole blocks to see what they are like."""
         self.handicap = Handicap()
         self.probes = 0
         """Rounds that drafted for a stream only to look."""
 
     def plan(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
         """The next round's. ``pasts``: of every stream, None for one that is never drafted for; all positions' mean."""
+        plan = self._held(pasts, position, costs)
+        drafts = any(plan.drafting)
+        self._drafted += drafts
+        self._whole = drafts and self._drafted % WHOLE_EVERY == 0
+        return plan._replace(slots=self._gamma) if self._whole else plan
+
+    def _held(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
+        """The plan at hand, or a new one where that has been held long enough."""
         present = tuple(pasts)
         self._age += 1
         if present == self._for and self._age < self._holds:
             return self._plan
-        if present != self._for and self._age < min(PLAN_HOLDS, len(present) // 2):
-            # somebody came or went: among many that is no reason yet to decide anew, who came is not drafted for
-            chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
-            self._for, self._plan = present, self._plan._replace(drafting=[past in chosen for past in present])
+        if present != self._for and self._age < PLAN_HOLDS and self._alike(present):
+            self._plan = self._for_others(present, position, costs)
+            self._for, self._holds = present, min(self._holds, PLAN_HOLDS)
             return self._plan
         self._for, self._age = present, 0
         self._plan, self._holds = self._decide(pasts, position, costs)
@@ -182,6 +233,20 @@ class Skipping:
             if past is not None and not self._plan.drafting[r] and past.waited + 1 >= past.wait
         ]
         return self._with_probes(due, pasts, position, costs) if due and self._credit_ms > 0 else self._plan
+
+    def _alike(self, present: Sequence[DraftPast | None]) -> bool:
+        """Whether so few came or went that a decision of a moment ago still does."""
+        return bool(self._for) and abs(len(present) - len(self._for)) <= max(1, len(present) // 8)
+
+    def _for_others(self, present: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
+        """The plan at hand for a company in which somebody came or went: who came is drafted for if everybody was."""
+        before = self._plan
+        chosen = {past for past, drafts in zip(self._for, before.drafting, strict=True) if drafts}
+        if chosen and all(past is None or past in chosen for past in self._for):
+            chosen.update(present)
+        was, now = (len(some) / costs.round_cost(len(some), position, 0, 0).ms[0] for some in (self._for, present))
+        drafting = [past is not None and past in chosen for past in present]
+        return Plan(drafting, before.slots, before.price * now / was)
 
     def corrected(self, past: DraftPast, survival: Sequence[float]) -> list[float]:
         """Promises times what such promises have been worth so far."""
@@ -207,26 +272,30 @@ class Skipping:
                 past.waited += 1
                 continue
             if past.waited:
-                past.tally.settle()
+                settle([past.tally])
                 past.tally.fade(exp(-past.waited / STALE_AFTER))
                 past.waited = 0
-            past.tally.add(survival, length, took)
+            tail = self._tails[past.acceptance]
+            if len(survival) == self._gamma:
+                tail.see(survival)
+            row = tail.whole(survival)
+            past.tally.add(row, length, took)
             past.drafted += 1
-            if past.drafted <= POOL_TAKES or past.drafted % 8 == 0:
-                self._pools[past.acceptance].add(survival, length, took)
+            if past.drafted <= POOL_TAKES or self._whole:
+                self._pools[past.acceptance].add(row, length, took)
 
     # --- deciding ----------------------------------------------------------------------------------------
 
     def _decide(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> tuple[Plan, int]:
         """A plan, and the rounds for which it holds."""
         streams = len(pasts)
-        plain_ms = float(costs.verify_ms(streams, streams, position)) + costs.rest_ms(streams)
-        plain = streams / plain_ms
         may = [r for r, past in enumerate(pasts) if past is not None]
+        outlay = costs.outlay(streams, position, len(may), self._gamma)
+        plain = streams / outlay.plain_ms
         nobody = Plan([False] * streams, 0, plain)
         if not may:
             return nobody, REST_HOLDS
-        outlook = self._outlook([past for past in pasts if past is not None], streams, position, costs)
+        outlook = self._outlook([past for past in pasts if past is not None], streams, outlay)
         rate = outlook.tokens / outlook.ms
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
         factor = 1.0 if costs.rough else self.handicap.factor(streams)
@@ -240,31 +309,29 @@ class Skipping:
             past = pasts[may[i]]
             assert past is not None
             past.wait = FIRST_WAIT
-        self._decisions += 1
-        slots = self._gamma if self._decisions % WHOLE_EVERY == 0 else int(g) + 1
-        return Plan(drafting, slots, float(rate[n, t, g])), PLAN_HOLDS
+        choice = self._for, drafting
+        self._steady = min(2 * self._steady, LONGEST_HOLD) if choice == self._choice else PLAN_HOLDS
+        self._choice = choice
+        return Plan(drafting, int(g) + 1, float(rate[n, t, g])), self._steady
 
-    def _outlook(self, pasts: Sequence[DraftPast], streams: int, position: float, costs: Costs) -> _Outlook:
+    def _outlook(self, pasts: Sequence[DraftPast], streams: int, outlay: Outlay) -> _Outlook:
         expected = self._expected(pasts)  # [2, m, T, G]
         order = (THRESHOLDS[:, None] * expected[1] - expected[0]).argsort(axis=0)
         tokens, batch_tokens = streams + np.take_along_axis(expected, order[None], 1).cumsum(axis=1)
-        drafting = np.arange(1, len(pasts) + 1)[:, None]
-        draft_ms = costs.draft_ms(drafting, np.arange(1, self._gamma + 1), position)  # [m, G]
-        ms = costs.verify_ms(batch_tokens, streams, position) + draft_ms[:, None] + costs.rest_ms(streams)
+        ms = np.interp(batch_tokens, outlay.tokens, outlay.verify_ms) + outlay.beside_ms[:, None]
         return _Outlook(order, tokens, batch_tokens, ms)
 
     def _expected(self, pasts: Sequence[DraftPast]) -> Array:
         """Accepted and verified tokens that each stream's draft would bring, by threshold and slots, [2, m, T, G]."""
         kinds = sorted({past.acceptance for past in pasts})
         pools = [self._pools[kind] for kind in kinds]
-        for tally in (*pools, *(past.tally for past in pasts)):
-            tally.settle()
+        settle([*pools, *(past.tally for past in pasts)])
         mine = [kinds.index(past.acceptance) for past in pasts]
-        shared = POOL_COUNTS_AS * np.array([pool.sums / pool.seen for pool in pools])[mine]  # [m, 2, T, γ]
+        shared = np.array([POOL_COUNTS_AS / pool.seen * pool.sums for pool in pools])[mine]  # [m, 2, T, γ]
         weight = np.array([exp(-past.waited / STALE_AFTER) for past in pasts])
         sums = np.array([past.tally.sums for past in pasts]) * weight[:, None, None, None]
-        seen = np.array([past.tally.seen for past in pasts]) * weight[:, None]
-        both = (sums + shared) / (seen + POOL_COUNTS_AS)[:, None, None]
+        seen = np.array([past.tally.seen for past in pasts]) * weight
+        both = (sums + shared) / (seen + POOL_COUNTS_AS)[:, None, None, None]
         both[:, 0] *= np.array([self._correction(past) for past in pasts])[:, None, None]
         expected: Array = np.minimum(both, 1.0).swapaxes(0, 1).cumsum(axis=3)
         return expected
