@@ -98,13 +98,13 @@ def admit_mixed(candidates: Sequence[Candidate], cost: RoundCost, worth: Worth) 
     """
     exact = [c.survival if c.exact else () for c in candidates]
     drawn = [() if c.exact else c.survival for c in candidates]
+    if not any(exact):
+        return admit(drawn, cost.hull, worth=worth)
     lengths = admit(exact, cost, early_stop=False, worth=worth)
     if not any(drawn):
         return lengths
     beside = [row[:length] for row, length in zip(exact, lengths, strict=True)]
     lengths = admit(drawn, cost.hull, worth=worth, already=beside)
-    if not any(exact):
-        return lengths
     beside = [row[:length] for row, length in zip(drawn, lengths, strict=True)]
     return admit(exact, cost, early_stop=False, worth=worth, already=beside)
 
