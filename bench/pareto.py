@@ -73,20 +73,21 @@ def main() -> None:
                             f"τ {point.accepted_length:.2f} ℓ {point.verified:.2f} skipped {point.skipped:.0%}",
                             flush=True,
                         )
-    show(medians(points), variants, args)
+    show(points, variants, args)
     write_csv(args.out, [msgspec.to_builtins(p) for p in points])
     draw(medians(points), variants, args)
 
 
-def show(points: list[Point], variants: list[str], args: argparse.Namespace) -> None:
+def show(runs: list[Point], variants: list[str], args: argparse.Namespace) -> None:
     """Medians, with what they are of plain decoding and, for each user at the same total, of one-token drafts."""
+    points = medians(runs)
     head = f"{'T':>3} {'streams':>7} {'variant':>13} {'in all':>8} {'x plain':>8} {'each':>7} {'matched x fixed:1':>17}"
     print(f"\n{head} {'τ':>6} {'ℓ':>6} {'skipped':>8}")
     for t in args.temperatures:
         for streams in args.streams:
             for variant in variants:
                 (p,) = (p for p in curve(points, variant, t) if p.streams == streams)
-                over = gain_at_same_load(points, variant, PLAIN, t)[streams]
+                over = gain_at_same_load(runs, variant, PLAIN, t)[streams]
                 matched = gain_at_matched_throughput(points, variant, "fixed:1", t)[streams]
                 print(
                     f"{t:>3g} {streams:>7} {variant:>13} {p.tokens_per_s:>8.1f} {over:>8.2f} "

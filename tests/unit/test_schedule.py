@@ -217,6 +217,20 @@ def test_curve_knows_context_slots_and_the_rest():
     assert (cost.first, cost.draft_ms, cost.rest_ms) == (2, pytest.approx(draft - 12 * 2 * 5e-3), 2.0)
 
 
+def test_the_outlay_of_all_choices_is_what_each_of_them_costs():
+    """Guards against deciding by other costs than those that lengths are chosen by."""
+    more = {"context": 100, "read_us": 10.0, "attend_us": 2.0, "draft_read_us": 5.0, "after_draft_ms": [0.1, 0.4]}
+    costs = Costs(msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], rest_ms=[1.0, 3.0], **more))
+    outlay = costs.outlay(3, 300.0, 2, 4)
+    assert outlay.plain_ms == pytest.approx(costs.round_cost(3, 300.0, 0, 0)(3))
+    assert outlay.tokens.tolist() == list(range(3, 12))
+    for drafting, slots in itertools.product((1, 2), (1, 2, 3, 4)):
+        cost = costs.round_cost(3, 300.0, drafting, slots)
+        for tokens in range(3, 3 + drafting * slots + 1):
+            ms = outlay.verify_ms[tokens - 3] + outlay.beside_ms[drafting - 1, slots - 1]
+            assert ms == pytest.approx(cost(tokens))
+
+
 def test_a_slope_that_was_measured_wrong_makes_nothing_free():
     """Guards against rounds that take no time at all before the position at which the curve was measured."""
     curve = msgspec.structs.replace(CURVE, context=256, read_us=200.0, draft_read_us=200.0, gamma=4, slot_ms=[9.0, 9.0])

@@ -31,13 +31,17 @@ BUSY = msgspec.structs.replace(IDLE, verify_ms=[5.0, 5.0 + 63 * 3.0], draft_ms=[
 """Every row costs three fifths of the first."""
 
 
+COSTS: dict[int, Costs] = {}
+"""Of every curve, by identity: other costs are another machine, and decided about anew."""
+
+
 def pasts(count, acceptance="greedy"):
     return [DraftPast(GAMMA, acceptance) for _ in range(count)]
 
 
 def drive(skipping, streams, rounds, curve, survivals, accepted=None):
     """Plays rounds: stream r's drafts always promise ``survivals[r]`` and keep it, or bring ``accepted[r]``."""
-    costs = Costs(curve)
+    costs = COSTS.setdefault(id(curve), Costs(curve))
     plans = []
     for _ in range(rounds):
         plan = skipping.plan(streams, 100.0, costs)
@@ -136,23 +140,45 @@ class Counted(Skipping):
         return super()._decide(*args)
 
 
+def decided(skipping, streams, curve, survivals, drafting):
+    """On to the first round of a decision, with no probe in it, that drafts for streams that ``drafting`` likes."""
+    for _ in range(500):
+        before = skipping.decisions, skipping.probes
+        plan = drive(skipping, streams, 1, curve, survivals)[-1]
+        after = skipping.decisions, skipping.probes
+        if after == (before[0] + 1, before[1]) and drafting(list(plan.drafting)):
+            return plan
+    pytest.fail("no such decision")
+
+
 def test_who_comes_and_goes_does_not_mix_up_who_is_who():
     """Guards against pasts by batch row instead of by stream: a decision that still holds follows its stream."""
     skipping, streams = Counted(GAMMA), pasts(8)
     survivals = [GOOD if r > 4 else BAD for r in range(8)]
-    chosen, probed, decided = [], True, 0
-    while decided == skipping.decisions or probed or not set(streams[5:]) <= set(chosen) < set(streams):
-        probes, decided = skipping.probes, skipping.decisions  # on to a decision that leaves somebody out
-        plan = drive(skipping, streams, 1, IDLE, survivals)[-1]
-        probed = skipping.probes > probes
-        chosen = [past for past, drafts in zip(streams, plan.drafting, strict=True) if drafts]
+    plan = decided(skipping, streams, IDLE, survivals, lambda who: all(who[5:]) and not all(who))
+    chosen = [past for past, drafts in zip(streams, plan.drafting, strict=True) if drafts]
+    before = skipping.decisions
     for present in (streams[3:], streams[::-1]):
-        plan = skipping.plan(present, 100.0, Costs(IDLE))
-        assert list(plan.drafting) == [past in chosen for past in present]
+        plan = skipping.plan(present, 100.0, COSTS[id(IDLE)])
+        assert [past for past, drafts in zip(present, plan.drafting, strict=True) if drafts] == [
+            past for past in present if past in chosen
+        ]
+    assert skipping.decisions == before
+
+
+def test_another_machine_is_decided_about_anew():
+    """Guards against a plan and a price that outlive what rounds cost: the curve has drifted."""
+    skipping, streams = Counted(GAMMA), pasts(1)
+    drive(skipping, streams, 20 * PLAN_HOLDS, IDLE, [GOOD])
+    before = skipping.decisions
+    slow = Costs(IDLE.scaled([3.0, 3.0], [3.0, 3.0]))
+    price = skipping.plan(streams, 100.0, COSTS[id(IDLE)]).price
+    assert skipping.plan(streams, 100.0, slow).price == pytest.approx(price / 3, rel=0.05)
+    assert skipping.decisions == before + 1
 
 
 def test_decisions_that_come_out_alike_hold_longer():
-    """Deciding takes time; for another company it is decided anew."""
+    """Deciding takes time; another company is decided about anew, and so is one of which somebody is left out."""
     skipping, streams = Counted(GAMMA), pasts(1)
     drive(skipping, streams, 10 * PLAN_HOLDS, IDLE, [GOOD])
     before = skipping.decisions
@@ -161,26 +187,12 @@ def test_decisions_that_come_out_alike_hold_longer():
     before = skipping.decisions
     drive(skipping, pasts(1), 3 * PLAN_HOLDS, IDLE, [GOOD])
     assert skipping.decisions - before == 2
-
-
-def test_who_joins_a_company_that_drafts_drafts_at_once_and_rest_is_thought_over_soon():
-    """Guards against a decision about others that goes on for long: the company is not the one that it was made for."""
-    skipping, pair = Counted(GAMMA), pasts(2)
-    while not all(drive(skipping, pair, 1, IDLE, [GOOD, GOOD])[-1].drafting) or skipping._age:
-        pass
-    decided, price = skipping.decisions, skipping.plan(pair, 100.0, Costs(IDLE)).price
-    plan = skipping.plan([*pair, *pasts(1)], 100.0, Costs(IDLE))
-    assert list(plan.drafting) == [True] * 3
-    assert plan.price == pytest.approx(1.5 * price, rel=0.05)  # passes of two and of three rows take about the same
-    assert skipping.decisions == decided
-    skipping.plan([None, None], 100.0, Costs(IDLE))  # nobody here can be drafted for, so nobody's drafts tell
-    assert not any(skipping.plan([None, None, *pasts(1)], 100.0, Costs(IDLE)).drafting)
-    resting, many = Counted(GAMMA), pasts(8)
-    while any(drive(resting, many, 1, BUSY, [BAD] * 8)[-1].drafting) or resting._age:
-        pass
-    decided = resting.decisions
-    drive(resting, many[1:], PLAN_HOLDS, BUSY, [BAD] * 7)
-    assert resting.decisions == decided + 1
+    four = pasts(4)
+    drive(skipping, four, 10 * LONGEST_HOLD, IDLE, [GOOD, GOOD, GOOD, BAD])
+    before = skipping.decisions
+    plans = drive(skipping, four, 10 * PLAN_HOLDS, IDLE, [GOOD, GOOD, GOOD, BAD])
+    assert share(plans, 3) < 0.5
+    assert skipping.decisions - before == 10
 
 
 def test_price_is_the_throughput_that_the_past_lets_expect():
@@ -199,7 +211,8 @@ def test_a_tally_fades_and_its_sums_do_not_depend_on_when_they_are_taken():
         other.add([0.1 * (k % 5), 0.05], 1, k % 2)
     settle([other])
     assert one.seen == pytest.approx(10 * (1 - 0.9**20))
-    assert (one.promised, one.accepted) == (other.promised, other.accepted)
+    assert other.seen == pytest.approx(one.seen)
+    assert other.sums == pytest.approx(one.sums)
     assert other.sums[1, 0, 0] == pytest.approx(other.seen)  # every round is at least 0
     assert other.sums[0, 0, 1] / other.seen == pytest.approx(0.05)
     before = one.sums.copy()
@@ -213,8 +226,8 @@ def test_slots_that_were_not_drafted_go_on_as_whole_blocks_did():
     for _ in range(50):
         tail.see([0.8, 0.4, 0.1])
         tail.see([0.4, 0.2, 0.05])
-    assert tail.whole([0.6]) == pytest.approx([0.6, 0.3, 0.075], rel=0.01)
-    assert tail.whole([0.6, 0.6]) == pytest.approx([0.6, 0.6, 0.15], rel=0.01)
+    assert tail.whole([0.6]) == pytest.approx([0.6, 0.3, 0.075], rel=0.03)
+    assert tail.whole([0.6, 0.6]) == pytest.approx([0.6, 0.6, 0.15], rel=0.03)
     assert tail.whole([0.6, 0.5, 0.4]) == [0.6, 0.5, 0.4]
 
 
@@ -226,6 +239,25 @@ def test_whole_blocks_are_looked_at_now_and_then():
     slots = [plan.slots for plan in drive(skipping, streams, 10 * WHOLE_EVERY, curve, [GOOD])]
     assert slots[0] < GAMMA
     assert slots[-WHOLE_EVERY + 1 :].count(GAMMA) > WHOLE_EVERY / 2
+
+
+def test_a_whole_block_gives_way_and_is_made_up_for():
+    """Guards against looks that are lost where a bound on the gap between chunks has no room for whole blocks."""
+    curve = msgspec.structs.replace(IDLE, slot_ms=[0.25, 0.5])
+    skipping, streams, costs = Skipping(GAMMA), pasts(1), Costs(curve)
+    short = [0.95, 0.02, 0.01, 0.01]
+    looks = 0
+    for _ in range(300):
+        plan = skipping.plan(streams, 100.0, costs)
+        assert plan.paying <= plan.slots
+        looks += plan.paying < plan.slots == GAMMA
+        if plan.paying < plan.slots:  # no room for it: not one draft in this round
+            skipping.learn(streams, [[]], [0], [0], 5.0)
+            continue
+        row = short[: plan.slots] if plan.drafting[0] else []
+        skipping.learn(streams, [row], [min(1, len(row))], [min(1, len(row))], 5.0)
+        skipping.handicap.see(round_of(1, bool(row)), 5.0, 5.0)
+    assert looks > 150  # due until it was had
 
 
 # --- what the curve does not know ----------------------------------------------------------------------------

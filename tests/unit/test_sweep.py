@@ -50,6 +50,13 @@ def test_same_load_and_same_throughput_are_different_questions():
     assert gain_at_matched_throughput(POINTS, "adaptive", "nothing", 0.0) == {1: None, 4: None, 16: None}
 
 
+def test_repeats_are_compared_each_with_its_own():
+    """Guards against texts of one repeat held against those of another: they accept differently by chance."""
+    runs = [point("plain", 1, t, 1.0, repeat=i) for i, t in enumerate((100.0, 200.0, 400.0))]
+    runs += [point("adaptive", 1, t, 1.0, repeat=i) for i, t in enumerate((150.0, 220.0, 480.0))]
+    assert gain_at_same_load(runs, "adaptive", "plain", 0.0) == {1: pytest.approx(1.2)}  # of 1.5, 1.1 and 1.2
+
+
 def test_medians_are_taken_run_by_run():
     runs = [point("plain", 2, t, 1.0, verified=t) for t in (1.0, 9.0, 3.0)]
     (one,) = medians(runs)
@@ -119,6 +126,13 @@ def test_everything_is_measured_on_a_real_engine():
         one, tally = measure(
             engine, local, TinyTokenizer(), shipped_prompts(), variant="fixed:2", streams=2, temperature=1.0, tokens=9
         )
+        again, same = measure(
+            engine, local, TinyTokenizer(), shipped_prompts(), variant="fixed:2", streams=2, temperature=1.0, tokens=9
+        )
+        other, others = measure(
+            engine, local, TinyTokenizer(), shipped_prompts(), variant="fixed:2", streams=2, temperature=1.0, tokens=9,
+            least=20, repeat=1,
+        )  # fmt: skip
     assert {(p.variant, p.streams) for p in found.points} == {
         (v, s) for v in ("plain", "fixed:1", f"fixed:{GAMMA}", "adaptive") for s in QUICK.streams
     }
@@ -126,6 +140,11 @@ def test_everything_is_measured_on_a_real_engine():
     assert found.texts_compared == 9
     assert all(p.tokens_per_s > 0 for p in found.points)
     assert one.verified == 2.0
+    assert (tally.prompts, same.prompts, others.prompts) == (12, 12, 20)
+    assert (one.repeat, again.repeat, other.repeat) == (0, 0, 1)
+    drawn = [sorted(r.bonus for r in some.rounds if r.start < 60) for some in (tally, same, others)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2][: len(drawn[0])]
     assert one.accepted_length == pytest.approx(1 + sum(r.accepted for r in tally.rounds) / len(tally.rounds))
     assert "too short" in verdict(found)[-1]
     assert "svg" in report(found)

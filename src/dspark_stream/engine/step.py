@@ -135,14 +135,16 @@ def _plan(models: Models, streams: Sequence[Stream], slowest_ms: float) -> Plan:
     if slots is None:
         plan = models.skipping.plan([s.past for s in streams], _position(streams), models.costs_of(streams))
     else:
-        plan = Plan([s.drafts and slots > 0 for s in streams], slots, 0.0)
-    if any(plan.drafting) and slowest_ms < inf:
-        costs = models.costs_of(streams)
-        cost = costs.round_cost(len(streams), _position(streams), sum(plan.drafting), plan.slots)
-        owed_ms = 1e-3 * costs.curve.feature_us * _owed(streams, plan)
-        if owed_ms + cost.ms[0] > slowest_ms:  # drafting alone would take too long, with nothing verified
-            return Plan([False] * len(streams), 0, plan.price)
-    return plan
+        plan = Plan([s.drafts and slots > 0 for s in streams], slots, slots, 0.0)
+    if not any(plan.drafting) or slowest_ms == inf:
+        return plan
+    costs = models.costs_of(streams)
+    owed_ms = 1e-3 * costs.curve.feature_us * _owed(streams, plan)
+    for some in dict.fromkeys((plan.slots, plan.paying)):
+        cost = costs.round_cost(len(streams), _position(streams), sum(plan.drafting), some)
+        if owed_ms + cost.ms[0] <= slowest_ms:
+            return plan._replace(slots=some)
+    return Plan([False] * len(streams), 0, 0, plan.price)  # drafting alone would take too long, with nothing verified
 
 
 def _draft(models: Models, streams: Sequence[Stream], plan: Plan) -> list[Block]:

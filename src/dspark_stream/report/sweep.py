@@ -37,6 +37,8 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     variant: str
     streams: int
     temperature: float
+    repeat: int = 0
+    """Runs of one repeat draw the same tokens, as far as their schedules let them."""
     tokens_per_s: float
     """Of all streams together, prefill included."""
     tokens_per_s_user: float
@@ -80,7 +82,7 @@ def measure(
         engine.use_schedule(variant)
     asked = [prompts[i % len(prompts)] for i in range(max(least, waves * streams))]
     plan = Plan(
-        sampling=SamplingParams(max_tokens=tokens, temperature=temperature, seed=1 + 1000 * repeat, ignore_eos=True),
+        sampling=SamplingParams(max_tokens=tokens, temperature=temperature, seed=1 + 10_000 * repeat, ignore_eos=True),
         mode="plain" if variant == PLAIN else "dspark",
         verification=verification,
         streams=streams,
@@ -93,6 +95,7 @@ def measure(
         variant=variant,
         streams=streams,
         temperature=temperature,
+        repeat=repeat,
         tokens_per_s=figures.tokens_per_s_total or 0.0,
         tokens_per_s_user=figures.tokens_per_s_user or 0.0,
         accepted_length=figures.accepted_length or 0.0,
@@ -111,6 +114,7 @@ def medians(points: Sequence[Point]) -> list[Point]:
     return [
         msgspec.structs.replace(
             some[0],
+            repeat=0,
             tokens_per_s=median(p.tokens_per_s for p in some),
             tokens_per_s_user=median(p.tokens_per_s_user for p in some),
             accepted_length=median(p.accepted_length for p in some),
@@ -133,10 +137,13 @@ def curve(points: Sequence[Point], variant: str, temperature: float) -> list[Poi
 
 
 def gain_at_same_load(points: Sequence[Point], variant: str, other: str, temperature: float) -> dict[int, float]:
-    """Total tokens a second over another variant's, by streams."""
-    base = {p.streams: p.tokens_per_s for p in curve(points, other, temperature)}
-    mine = curve(points, variant, temperature)
-    return {p.streams: p.tokens_per_s / base[p.streams] for p in mine if base.get(p.streams)}
+    """Total tokens a second over another variant's, by streams: within each repeat, then the median over them."""
+    base = {(p.repeat, p.streams): p.tokens_per_s for p in curve(points, other, temperature)}
+    gains: dict[int, list[float]] = {}
+    for p in curve(points, variant, temperature):
+        if theirs := base.get((p.repeat, p.streams)):
+            gains.setdefault(p.streams, []).append(p.tokens_per_s / theirs)
+    return {streams: median(some) for streams, some in gains.items()}
 
 
 def gain_at_matched_throughput(

@@ -213,7 +213,7 @@ class Costs:
 
 
 def _near(position: float) -> int:
-    """Positions between which nobody tells apart what a round costs."""
+    """The position that stands for this one: what a round costs is told apart by steps of 32."""
     return 32 * round(position / 32)
 
 

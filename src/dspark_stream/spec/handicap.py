@@ -21,7 +21,8 @@ SURPRISE = 0.15
 MOST = 0.25
 """A handicap beyond this, as a logarithm, is not believed: it would end drafting, and with it what could correct it."""
 PLAIN_AFTER = 512
-"""Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against."""
+"""Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against; other
+numbers of streams go by them no longer."""
 FADES_IN, LEAST_COUNT = 512, 4
 """Plain rounds in which what is known of rounds with drafts counts less by the factor e, down to so many rounds: only
 probes, which are rare, tell of a machine that has changed meanwhile.

@@ -32,8 +32,8 @@ POOL_COUNTS_AS = 8.0
 STALE_AFTER = 512
 """Rounds without drafts in which a stream's own past fades by the factor e."""
 POOL_TAKES = 16
-"""A stream's first drafts that all streams' past takes in, of later ones only whole blocks: those that are drafted for
-most are not what the next one is likely to be like."""
+"""A stream's first drafts that all streams' past takes in, of later ones those of one round in `WHOLE_EVERY`: those
+that are drafted for most are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
 WORTHWHILE = 1.03
@@ -43,8 +43,8 @@ PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, without, and without
 only to see what plain rounds take."""
 LONGEST_HOLD = 32
-"""A decision to draft for the same streams as before holds twice as long, up to so many rounds: at one stream,
-deciding takes a twentieth of a round."""
+"""A decision to draft for everybody, as before, holds twice as long, up to so many rounds: at one stream, deciding
+takes a twentieth of a round."""
 WHOLE_EVERY = 16
 """Of so many rounds with drafts one drafts whole blocks, so that later slots stay known."""
 PROBE_SHARE = 0.005
@@ -62,8 +62,6 @@ class Tally:
     def __init__(self, gamma: int, memory: int) -> None:
         self._keep = 1.0 - 1.0 / memory
         self._new: list[Sequence[float]] = []
-        self.rounds = 0
-        """Drafted rounds that ever went in."""
         self.seen = 0.0
         """Rounds."""
         self.sums: Array = np.zeros((2, len(THRESHOLDS), gamma))
@@ -77,7 +75,6 @@ class Tally:
     def add(self, survival: Sequence[float], verified: int, accepted: int) -> None:
         """One drafted round: promised survival of all γ slots, of which so many were verified and accepted."""
         self._new.append(survival)
-        self.rounds += 1
         if verified:
             self.promised = self._keep * self.promised + sum(survival[:verified])
             self.accepted = self._keep * self.accepted + accepted
@@ -99,11 +96,13 @@ def settle(tallies: Sequence[Tally]) -> None:
     above = rows >= THRESHOLDS[:, None]  # [n, T, γ]
     counts = [len(tally._new) for tally in some]
     first = [0, *accumulate(counts[:-1])]
-    promised = np.add.reduceat(np.where(above, rows, 0.0), first)
-    counted = np.add.reduceat(above.astype(float), first)
+    weight = np.concatenate([tally._keep ** np.arange(n - 1, -1, -1) for tally, n in zip(some, counts, strict=True)])
+    counted = above * weight[:, None, None]
+    promised = np.add.reduceat(counted * rows, first)
+    counted, seen = np.add.reduceat(counted, first), np.add.reduceat(weight, first)
     for i, tally in enumerate(some):
         keep = tally._keep ** counts[i]
-        tally.seen = keep * tally.seen + counts[i]
+        tally.seen = keep * tally.seen + float(seen[i])
         tally.sums *= keep
         tally.sums[0] += promised[i]
         tally.sums[1] += counted[i]
@@ -114,13 +113,14 @@ class Tail:
     """How survival goes on past the slots that were drafted: the mean conditional promise of each slot, fading.
 
     Slots that are rarely drafted are known badly: by themselves they would stay what a few rounds made of them, and a
-    block too short would keep itself so.
+    block too short would keep itself so. A mean knows nothing of which rounds are the good ones, so the worth of later
+    slots is rather under- than overrated.
     """
 
     def __init__(self, gamma: int, memory: int) -> None:
         self._keep = 1.0 - 1.0 / memory
-        self._after = [OPTIMISM / memory] * gamma
-        self._before = [1.0 / memory] * gamma
+        self._before = [OPTIMISM**k for k in range(gamma)]
+        self._after = [OPTIMISM * before for before in self._before]
 
     def see(self, survival: Sequence[float]) -> None:
         """A whole block."""
@@ -162,6 +162,8 @@ class Plan(NamedTuple):
     """Of every stream."""
     slots: int
     """Draft tokens of each of them."""
+    paying: int
+    """Those of them that pay; the others are drafted to see what they are like, and may be left out."""
     price: float
     """Tokens that a millisecond is worth at this load: the best throughput that the past lets expect."""
 
@@ -193,14 +195,15 @@ class Skipping:
         self._credit_ms = 0.0
         self._for: tuple[DraftPast | None, ...] = ()
         self._age = self._holds = 0
+        self._costs: Costs | None = None
         self._steady = PLAN_HOLDS
-        self._choice: object = None
-        """Whom the last decision drafted for, and among whom; it held for ``_steady`` rounds."""
-        self._plan = Plan((), 0, 0.0)
+        self._all_of: tuple[DraftPast | None, ...] = ()
+        """The company of which the last decision drafted for everybody; it held for ``_steady`` rounds."""
+        self._plan = Plan((), 0, 0, 0.0)
         self._drafted = 0
         """Rounds with drafts."""
         self._whole = False
-        """Whether this one drafts whole blocks to see what they are like."""
+        """Whether this round drafts whole blocks to see what they are like."""
         self.handicap = Handicap()
         self.probes = 0
         """Rounds that drafted for a stream only to look."""
@@ -208,22 +211,21 @@ class Skipping:
     def plan(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
         """The next round's. ``pasts``: of every stream, None for one that is never drafted for; all positions' mean."""
         plan = self._held(pasts, position, costs)
-        drafts = any(plan.drafting)
-        self._drafted += drafts
-        self._whole = drafts and self._drafted % WHOLE_EVERY == 0
+        self._whole = (self._drafted + 1) % WHOLE_EVERY == 0 and any(plan.drafting)
         return plan._replace(slots=self._gamma) if self._whole else plan
 
     def _held(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
         """The plan at hand, or a new one where that has been held long enough."""
         present = tuple(pasts)
         self._age += 1
-        if present == self._for and self._age < self._holds:
+        if present == self._for and costs is self._costs and self._age < self._holds:
             return self._plan
-        if present != self._for and self._age < PLAN_HOLDS and self._alike(present):
-            self._plan = self._for_others(present, position, costs)
-            self._for, self._holds = present, min(self._holds, PLAN_HOLDS)
+        if present != self._for and self._age < min(PLAN_HOLDS, len(present) // 2):
+            # somebody came or went: among many that is no reason yet to decide anew, who came is not drafted for
+            chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
+            self._for, self._plan = present, self._plan._replace(drafting=[past in chosen for past in present])
             return self._plan
-        self._for, self._age = present, 0
+        self._for, self._costs, self._age = present, costs, 0
         self._plan, self._holds = self._decide(pasts, position, costs)
         if self._holds == LOOK_HOLDS:  # probes would spoil the look
             return self._plan
@@ -233,20 +235,6 @@ class Skipping:
             if past is not None and not self._plan.drafting[r] and past.waited + 1 >= past.wait
         ]
         return self._with_probes(due, pasts, position, costs) if due and self._credit_ms > 0 else self._plan
-
-    def _alike(self, present: Sequence[DraftPast | None]) -> bool:
-        """Whether so few came or went that a decision of a moment ago still does."""
-        return bool(self._for) and abs(len(present) - len(self._for)) <= max(1, len(present) // 8)
-
-    def _for_others(self, present: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
-        """The plan at hand for a company in which somebody came or went: who came is drafted for if everybody was."""
-        before = self._plan
-        chosen = {past for past, drafts in zip(self._for, before.drafting, strict=True) if drafts}
-        if chosen and all(past is None or past in chosen for past in self._for):
-            chosen.update(present)
-        was, now = (len(some) / costs.round_cost(len(some), position, 0, 0).ms[0] for some in (self._for, present))
-        drafting = [past is not None and past in chosen for past in present]
-        return Plan(drafting, before.slots, before.price * now / was)
 
     def corrected(self, past: DraftPast, survival: Sequence[float]) -> list[float]:
         """Promises times what such promises have been worth so far."""
@@ -264,6 +252,7 @@ class Skipping:
         """What a round showed: promises of those that drafted (else empty), verified and accepted tokens, its time."""
         if any(past is not None for past in pasts):
             self._credit_ms = min(self._credit_ms + PROBE_SHARE * ms, PROBE_MOST * ms)
+        self._drafted += any(survivals)
         for past, survival, length, took in zip(pasts, survivals, lengths, accepted, strict=True):
             if past is None:
                 continue
@@ -292,7 +281,7 @@ class Skipping:
         may = [r for r, past in enumerate(pasts) if past is not None]
         outlay = costs.outlay(streams, position, len(may), self._gamma)
         plain = streams / outlay.plain_ms
-        nobody = Plan([False] * streams, 0, plain)
+        nobody = Plan([False] * streams, 0, 0, plain)
         if not may:
             return nobody, REST_HOLDS
         outlook = self._outlook([past for past in pasts if past is not None], streams, outlay)
@@ -300,6 +289,7 @@ class Skipping:
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
         factor = 1.0 if costs.rough else self.handicap.factor(streams)
         if rate[n, t, g] <= WORTHWHILE * factor * plain:
+            self._all_of = ()
             return nobody, REST_HOLDS
         if not costs.rough and self.handicap.wants_plain(streams, float(rate[n, t, g]) / (WORTHWHILE * plain)):
             return nobody, LOOK_HOLDS
@@ -309,10 +299,10 @@ class Skipping:
             past = pasts[may[i]]
             assert past is not None
             past.wait = FIRST_WAIT
-        choice = self._for, drafting
-        self._steady = min(2 * self._steady, LONGEST_HOLD) if choice == self._choice else PLAN_HOLDS
-        self._choice = choice
-        return Plan(drafting, int(g) + 1, float(rate[n, t, g])), self._steady
+        everybody = self._for if n + 1 == len(may) else ()  # with somebody left out, probes are due now and then
+        self._steady = min(2 * self._steady, LONGEST_HOLD) if everybody and everybody == self._all_of else PLAN_HOLDS
+        self._all_of = everybody
+        return Plan(drafting, int(g) + 1, int(g) + 1, float(rate[n, t, g])), self._steady
 
     def _outlook(self, pasts: Sequence[DraftPast], streams: int, outlay: Outlay) -> _Outlook:
         expected = self._expected(pasts)  # [2, m, T, G]
@@ -360,7 +350,9 @@ class Skipping:
             past = _of(pasts, r)
             past.wait = min(2 * max(past.wait, FIRST_WAIT), LONGEST_WAIT)
         probed = set(chosen)
-        return Plan([drafts or r in probed for r, drafts in enumerate(plan.drafting)], self._gamma, plan.price)
+        return Plan(
+            [drafts or r in probed for r, drafts in enumerate(plan.drafting)], self._gamma, self._gamma, plan.price
+        )
 
     def _probe_ms(
         self, plan: Plan, chosen: Sequence[int], pasts: Sequence[DraftPast | None], position: float, costs: Costs
