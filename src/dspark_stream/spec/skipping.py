@@ -218,7 +218,10 @@ class Skipping:
         """The plan at hand, or a new one where that has been held long enough."""
         present = tuple(pasts)
         self._age += 1
-        if present == self._for and costs is self._costs and self._age < self._holds:
+        holds = (
+            self._holds if costs is self._costs or not self._all_of else PLAN_HOLDS
+        )  # drift comes often, and in steps
+        if present == self._for and self._age < holds:
             return self._plan
         if present != self._for and self._age < min(PLAN_HOLDS, len(present) // 2):
             # somebody came or went: among many that is no reason yet to decide anew, who came is not drafted for
