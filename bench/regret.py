@@ -36,7 +36,7 @@ from dspark_stream.spec.calibration import BINS
 from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
 from dspark_stream.spec.handicap import Shape
 from dspark_stream.spec.schedule import Candidate, Schedule, admit_mixed, parse_schedule
-from dspark_stream.spec.skipping import DraftPast, Skipping
+from dspark_stream.spec.skipping import DraftPast, Plan, Skipping
 from dspark_stream.types import Acceptance, GenerationRequest, SamplingParams, TokensEvent
 
 
@@ -184,12 +184,20 @@ def calibrated(rounds: Rounds) -> Choose:
 def engine_like(
     rounds: Rounds, streams: int, steps: int, machine: Machine, way: Acceptance, schedule: Schedule
 ) -> float:
-    """The engine's own decisions, with nothing known beforehand; the first half of the steps is for learning."""
+    """The engine's own decisions, with nothing known beforehand; the first half of the steps is for learning.
+
+    A schedule of fixed length drafts always.
+    """
     gamma = len(rounds[0][0].survival)
     skipping, pasts = Skipping(gamma), [DraftPast(gamma, way) for _ in range(streams)]
     tokens = ms = 0.0
     for step in range(2 * steps):
-        plan = skipping.plan(pasts, machine.position, machine.believed)
+        slots = schedule.slots(gamma)
+        plan = (
+            skipping.plan(pasts, machine.position, machine.believed)
+            if slots is None
+            else Plan([slots > 0] * streams, slots, slots, 0.0)
+        )
         now = at(rounds, streams, step)
         drafted = [r.survival[: plan.slots] if d else () for r, d in zip(now, plan.drafting, strict=True)]
         n = sum(plan.drafting)

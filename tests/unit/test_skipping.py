@@ -243,8 +243,9 @@ def test_whole_blocks_are_looked_at_now_and_then():
     assert slots[-WHOLE_EVERY + 1 :].count(GAMMA) > WHOLE_EVERY / 2
 
 
-def test_a_whole_block_gives_way_and_is_made_up_for():
-    """Guards against looks that are lost where a bound on the gap between chunks has no room for whole blocks."""
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_whole_block_gives_way_and_is_made_up_for(room):
+    """Guards against looks that are lost where a bound on the gap between chunks has room for ``room`` slots only."""
     curve = msgspec.structs.replace(IDLE, slot_ms=[0.25, 0.5])
     skipping, streams, costs = Skipping(GAMMA), pasts(1), Costs(curve)
     short = [0.95, 0.02, 0.01, 0.01]
@@ -253,10 +254,8 @@ def test_a_whole_block_gives_way_and_is_made_up_for():
         plan = skipping.plan(streams, 100.0, costs)
         assert plan.paying <= plan.slots
         looks += plan.paying < plan.slots == GAMMA
-        if plan.paying < plan.slots:  # no room for it: not one draft in this round
-            skipping.learn(streams, [[]], [0], [0], 5.0)
-            continue
-        row = short[: plan.slots] if plan.drafting[0] else []
+        slots = min(plan.slots, room) if plan.paying < plan.slots else plan.slots
+        row = short[:slots] if plan.drafting[0] else []
         skipping.learn(streams, [row], [min(1, len(row))], [min(1, len(row))], 5.0)
         skipping.handicap.see(round_of(1, bool(row)), 5.0, 5.0)
     assert looks > 150  # due until it was had

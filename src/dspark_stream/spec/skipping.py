@@ -218,9 +218,8 @@ class Skipping:
         """The plan at hand, or a new one where that has been held long enough."""
         present = tuple(pasts)
         self._age += 1
-        holds = (
-            self._holds if costs is self._costs or not self._all_of else PLAN_HOLDS
-        )  # drift comes often, and in steps
+        drifted = costs is not self._costs
+        holds = PLAN_HOLDS if drifted and self._all_of else self._holds
         if present == self._for and self._age < holds:
             return self._plan
         if present != self._for and self._age < min(PLAN_HOLDS, len(present) // 2):
@@ -255,7 +254,10 @@ class Skipping:
         """What a round showed: promises of those that drafted (else empty), verified and accepted tokens, its time."""
         if any(past is not None for past in pasts):
             self._credit_ms = min(self._credit_ms + PROBE_SHARE * ms, PROBE_MOST * ms)
-        self._drafted += any(survivals)
+        if self._whole and all(len(survival) < self._gamma for survival in survivals):
+            self._whole = False  # there was no room for whole blocks: the next round is to make up for it
+        else:
+            self._drafted += any(survivals)
         for past, survival, length, took in zip(pasts, survivals, lengths, accepted, strict=True):
             if past is None:
                 continue
