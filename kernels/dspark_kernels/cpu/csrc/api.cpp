@@ -580,7 +580,7 @@ int32_t dspark_draw_rest(const float* weights, int width, double total, const fl
 double dspark_read_rate(Context* context, const float* data, int64_t count) {
     return read_rate(context->pool, data, static_cast<size_t>(count));
 }
-double dspark_multiply_rate(Context* context, int rounds) { return multiply_rate<4>(context->pool, rounds); }
+double dspark_multiply_rate(Context* context, int rounds) { return multiply_rate(context->pool, rounds); }
 
 #pragma GCC visibility pop
 }  // extern "C"

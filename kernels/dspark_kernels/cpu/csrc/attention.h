@@ -312,8 +312,8 @@ DSPARK_UNROLL(4)
         for (int g = 0; g < G; g++) most[g] = Floats::all(-INFINITY), total[g] = Floats::zero();
         const uint16_t* k = cache.keys_from(s, head, base);
         int p = 0;
-        for (; p + 4 * LANES <= stride; p += 4 * LANES)
-            score_tiles<G, 4>(k, q, size, scale, seen, p, stride, scores, most);
+        for (; p + SUMS * LANES <= stride; p += SUMS * LANES)
+            score_tiles<G, SUMS>(k, q, size, scale, seen, p, stride, scores, most);
         for (; p < stride; p += LANES) score_tiles<G, 1>(k, q, size, scale, seen, p, stride, scores, most);
         for (int g = 0; g < G; g++) {
             const Floats top = Floats::all(max_of(most[g]));
@@ -326,8 +326,8 @@ DSPARK_UNROLL(4)
         float out[256 * G];
         const uint16_t* v = cache.values + (cache.slots * head + base) * size;
         int d = 0;
-        for (; d + 4 * LANES <= size; d += 4 * LANES)
-            weigh_values<G, 4>(v + d, size, seen, stride, scores, total, out + d);
+        for (; d + SUMS * LANES <= size; d += SUMS * LANES)
+            weigh_values<G, SUMS>(v + d, size, seen, stride, scores, total, out + d);
         for (; d < size; d += LANES) weigh_values<G, 1>(v + d, size, seen, stride, scores, total, out + d);
         to.put_each(G * size / GROUP, out, [&](int i) { return std::pair(r, first_query * size / GROUP + i); });
     }

@@ -222,6 +222,46 @@ struct Quantised {
     void put_one(std::pair<int, int> at, const float* x) { put(at.first, at.second, x); }
 };
 
+#if defined(DSPARK_AVX2)
+// One tile of 16 channels times the first `rows` rows of x: out[r] gets 16 floats. Eight channels at a time, whose eight
+// chunks of a group fill half of the registers and stay there for all rows.
+template <int BITS>
+DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::Group* x, int rows, Floats* out) {
+    constexpr size_t step = BITS * LANES * GROUP / 8 + 4 * LANES;
+    for (int r = 0; r < rows; r++) out[r] = Floats::zero();
+    for (int g = 0; g < groups; g++, at += step, x++) {
+        prefetch<step>(at, PREFETCH);
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + step - 4 * LANES);
+        for (int half = 0; half < 2; half++) {
+            const __m256 d = load_half_of(scales + 8 * half), m = load_half_of(scales + LANES + 8 * half);
+            const auto add = [&](__m256i dots, int r) {
+                __m256& total = half ? out[r].hi : out[r].lo;
+                const __m256 by = _mm256_mul_ps(d, _mm256_set1_ps(x->scale[r]));
+                const __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), by, total);
+                total = _mm256_fmadd_ps(m, _mm256_set1_ps(x->sum[r]), sum);
+            };
+            __m256i w[8];
+            if constexpr (BITS == 4) {
+                both_nibbles(at + 32 * half, w);
+                for (int r = 0; r < rows; r++) add(_mm256_madd_epi16(pair_sums(w, x->q[r]), _mm256_set1_epi16(1)), r);
+            } else {  // a byte goes as two nibbles
+                __m256i low[ROWS];
+                low_nibbles(at + 32 * half, w);
+                for (int r = 0; r < rows; r++) low[r] = _mm256_madd_epi16(pair_sums(w, x->q[r]), _mm256_set1_epi16(1));
+                high_nibbles(at + 32 * half, w);
+                for (int r = 0; r < rows; r++)
+                    add(_mm256_add_epi32(low[r], _mm256_madd_epi16(pair_sums(w, x->q[r]), _mm256_set1_epi16(16))), r);
+            }
+        }
+    }
+}
+
+// Tile t times rows first…first+rows-1 of x; `first` is a multiple of ROWS, rows at most ROWS.
+template <int BITS>
+inline void tile_rows(const Matrix& w, int t, const Quantised& x, int first, int rows, Floats* out) {
+    tile_product<BITS>(w.tile(t), w.groups(), x.rows_from(first), rows, out);
+}
+#else
 // The eight chunks of one group of a tile, a byte a weight.
 template <int BITS>
 inline void unpack(const uint8_t* at, Bytes* chunk) {
@@ -238,7 +278,7 @@ DSPARK_UNROLL(4)
     }
 }
 
-// Integer dot products of a group onto the total of one row. Every path ends here, so they agree to the bit.
+// Integer dot products of a group onto the total of one row. Every path does these in this order, so they agree to the bit.
 inline Floats add_group(Ints dots, Floats d, Floats m, const Quantised::Group& x, int r, Floats total) {
     total = fma(Floats::from(dots), d * Floats::all(x.scale[r]), total);
     return fma(m, Floats::all(x.sum[r]), total);
@@ -272,7 +312,7 @@ DSPARK_UNROLL(8)
             for (int c = 0; c < 8; c++)
 DSPARK_UNROLL(16)
                 for (int i = 0; i < SOME; i++)
-                    if (first + i < M) dots[i] = dot4<BITS>(c ? dots[i] : no_ints(), chunk[c], x->q[first + i] + 4 * c);
+                    if (first + i < M) dots[i] = dot4(c ? dots[i] : no_ints(), chunk[c], x->q[first + i] + 4 * c);
 DSPARK_UNROLL(16)
             for (int i = 0; i < SOME; i++)
                 if (const int r = first + i; r < M) total[r] = add_group(dots[i], d, m, *x, r, total[r]);
@@ -344,6 +384,7 @@ inline void tile_rows(const Matrix& w, int t, const Quantised& x, int first, int
 #undef DSPARK_CASE
     }
 }
+#endif
 
 // Tile t of the product for rows 0…rows-1, at most ROWS at a time: use(row, 16 floats) for each.
 template <typename Use>

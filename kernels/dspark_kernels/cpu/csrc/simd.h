@@ -45,6 +45,7 @@ constexpr const char* ISA = "amx";
 constexpr const char* ISA = "avx512-vnni";
 #endif
 constexpr int CHAINS = 8;  // of dot products at once, as registers allow: see matrix.h
+constexpr int SUMS = 4;    // of 16 floats to a query head at once, the same: see attention.h
 
 struct Ints {
     __m512i v;
@@ -101,7 +102,6 @@ struct Bytes {
 
 inline Ints no_ints() { return {_mm512_setzero_si512()}; }
 // sum + Σ_j weight[lane][j]·x[j]; x: 4 signed bytes
-template <int BITS>
 inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
@@ -242,7 +242,7 @@ inline void store_bfloat_every_second(Floats a, uint16_t* to, bool after) {
 #elif defined(DSPARK_AVX2)
 
 constexpr const char* ISA = "avx2";
-constexpr int CHAINS = 1;
+constexpr int SUMS = 2;
 
 struct Ints {
     __m256i lo, hi;
@@ -305,54 +305,50 @@ inline Floats power_of_two(Floats n) {
     return {_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)};
 }
 inline void store_bytes(Floats a, int8_t* p) {
-    alignas(32) int32_t x[LANES];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(x), _mm256_cvtps_epi32(a.lo));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(x + 8), _mm256_cvtps_epi32(a.hi));
-    for (int i = 0; i < LANES; i++) p[i] = static_cast<int8_t>(x[i]);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
-struct Bytes {
-    __m256i lo, hi;
-    static Bytes load(const uint8_t* p) {
-        const __m256i* q = reinterpret_cast<const __m256i*>(p);
-        return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
-    }
-    Bytes low() const {
-        const __m256i m = _mm256_set1_epi8(15);
-        return {_mm256_and_si256(lo, m), _mm256_and_si256(hi, m)};
-    }
-    Bytes high() const {
-        const __m256i m = _mm256_set1_epi8(15);
-        return {_mm256_and_si256(_mm256_srli_epi16(lo, 4), m), _mm256_and_si256(_mm256_srli_epi16(hi, 4), m)};
-    }
-};
+inline __m256 load_half_of(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
-inline Ints no_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-
-template <int BITS>
-inline __m256i dot4_half(__m256i sum, __m256i w, __m256i x) {
-    if constexpr (BITS == 4) {  // 15·127·2 fits 16 bits
-        const __m256i pairs = _mm256_maddubs_epi16(w, x);
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    } else {  // 255·127·2 does not: even and odd bytes go by themselves
-        const __m256i even_w = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd_w = _mm256_srli_epi16(w, 8);
-        const __m256i even_x = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd_x = _mm256_srai_epi16(x, 8);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even_w, even_x));
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(odd_w, odd_x));
-    }
-}
-template <int BITS>
-inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
+// Four signed bytes for every channel.
+inline __m256i four_of(const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
-    const __m256i all = _mm256_set1_epi32(four);
-    return {dot4_half<BITS>(sum.lo, w.lo, all), dot4_half<BITS>(sum.hi, w.hi, all)};
+    return _mm256_set1_epi32(four);
+}
+
+// Sums of pairs of products of half a byte and a signed one, over the eight chunks of a group: 8 · 2 · 15 · 127 fits 16 bits.
+inline __m256i pair_sums(const __m256i* w, const int8_t* x) {
+    __m256i sum = _mm256_maddubs_epi16(w[0], four_of(x));
+DSPARK_UNROLL(8)
+    for (int c = 1; c < 8; c++) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[c], four_of(x + 4 * c)));
+    return sum;
+}
+
+// Eight channels' half of the chunks of a group, a byte a nibble: all eight chunks of four bits, or one nibble of eight bits.
+inline __m256i chunk_at(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+inline __m256i low_nibble(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+inline __m256i high_nibble(__m256i bytes) { return low_nibble(_mm256_srli_epi16(bytes, 4)); }
+
+inline void both_nibbles(const uint8_t* at, __m256i* w) {
+DSPARK_UNROLL(4)
+    for (int c = 0; c < 4; c++) w[2 * c] = low_nibble(chunk_at(at + 64 * c)), w[2 * c + 1] = high_nibble(chunk_at(at + 64 * c));
+}
+inline void low_nibbles(const uint8_t* at, __m256i* w) {
+DSPARK_UNROLL(8)
+    for (int c = 0; c < 8; c++) w[c] = low_nibble(chunk_at(at + 64 * c));
+}
+inline void high_nibbles(const uint8_t* at, __m256i* w) {
+DSPARK_UNROLL(8)
+    for (int c = 0; c < 8; c++) w[c] = high_nibble(chunk_at(at + 64 * c));
 }
 
 #else
 
 constexpr const char* ISA = "portable";
-constexpr int CHAINS = 1;
+constexpr int CHAINS = 1, SUMS = 4;
 
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
@@ -461,7 +457,6 @@ struct Bytes {
 };
 
 inline Ints no_ints() { return {}; }
-template <int BITS>
 inline Ints dot4(Ints sum, const Bytes& w, const int8_t* x) {
     for (int lane = 0; lane < LANES; lane++)
         for (int j = 0; j < 4; j++) sum.v[lane] += static_cast<int32_t>(w.v[4 * lane + j]) * x[j];
