@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import msgspec
@@ -38,17 +37,18 @@ CONTEXT, LONG_CONTEXT, LONG_STREAMS = 256, 1024, 4
 model allows as many. One stream alone would not do: threads cannot share its attention evenly."""
 LONGEST_CHUNK = 512
 """Rows of one stream up to which passes are measured: prompts are cut into chunks by this curve, too."""
-BUDGET_S = 6.0
-"""After so long no sweep over the points begins; two are always made."""
+BUDGET_S = 8.0
+"""What all points share alike: one that has had its part is left out, and small ones, which decide most, are run
+oftenest."""
 STEADY_RUNS, STEADY_MS = 5, 16.0
-"""Before a run that counts the same is run so often, or for so long: a service does the same round again and again, and
-then finds weights in the processor's caches that another size's run would have driven out."""
+"""Runs that count are made so many in a row, or for so long, after one that does not: a service does the same round
+again and again, and then finds weights in the processor's caches that another size's run would have driven out."""
 SWEEPS = 9
-WARM_ROWS = 16
-"""Passes up to so many rows are timed right after another one."""
+SOME_STREAMS = 16
+"""What drawing costs is measured with so many streams at most."""
 SLOW_MS = 80.0
-"""Points that take this long are measured twice only: what is left of the noise is small beside them."""
-FORMAT = "curve 10"
+"""Points that take this long are measured once: buffers and what is left of the noise are small beside them."""
+FORMAT = "curve 11"
 ANY_CURVE = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0])
 """Rounds that are measured need one to go by."""
 
@@ -161,7 +161,7 @@ class _Round(NamedTuple):
 
 
 Times = dict[str, dict[int, float]]
-"""Medians in milliseconds: what → size → time."""
+"""Milliseconds: what → size → time."""
 
 
 def sweep(
@@ -169,25 +169,31 @@ def sweep(
 ) -> Times:
     """Time all points in turn, over and over until the budget is spent: a neighbour's burst hits every point alike.
 
-    The first run of a point pays for buffers and does not count where there are others; medians of the rest.
+    The first run of a point pays for buffers and does not count where there are others. Of the rest the lower
+    quartile: what is in the way only ever adds, and medians of few runs fall on either side of what comes and goes.
     """
     runs: list[list[float]] = [[] for _ in points]
-    took: list[float] = [inf] * len(points)
-    """What a run takes at least with all that it does before it measures."""
+    took, spent = [0.0] * len(points), [0.0] * len(points)
+    """Each run of a point's quickest visit, and all of its visits, in seconds: with what is done before measuring."""
     begun = clock()
     for number in range(SWEEPS):
         for i, (point, seen) in enumerate(zip(points, runs, strict=True)):
-            if number >= 2 and (clock() - begun > BUDGET_S or took[i] > SLOW_MS):
+            due = BUDGET_S / len(points) * number / SWEEPS
+            if number and 1e3 * took[i] > SLOW_MS:
                 continue
-            for _ in range(min(STEADY_RUNS, int(STEADY_MS / max(took[i], 1e-3)))):
-                point.run(point.size)
+            if number > 1 and (spent[i] > due or clock() - begun > BUDGET_S):
+                continue
             started = clock()
-            seen.append(point.run(point.size))
-            took[i] = min(took[i], 1e3 * (clock() - started))
+            steady = min(STEADY_RUNS, int(STEADY_MS / max(1e3 * took[i], 1e-3))) if number else 0
+            latest = [point.run(point.size) for _ in range(1 + steady)]
+            seen.extend(latest[1:] or latest)
+            visit = clock() - started
+            took[i], spent[i] = min(took[i] or inf, visit / len(latest)), spent[i] + visit
             on_run()
     times: Times = {}
     for point, seen in zip(points, runs, strict=True):
-        times.setdefault(point.what, {})[point.size] = median(seen[1:])
+        counted = sorted(seen[1:] or seen)
+        times.setdefault(point.what, {})[point.size] = counted[len(counted) // 4]
     return times
 
 
@@ -301,7 +307,7 @@ class _Bench:
         points = [Point("rows", n, self.rows_ms) for n in rows]
         streams = [n for n in streams if n in rows]
         points += [Point("streams", n, self.streams_ms) for n in streams]
-        some = max(n for n in streams if n <= WARM_ROWS)
+        some = max(n for n in streams if n <= SOME_STREAMS)
         points += [Point("sampled", some, self.sampled_ms), Point("coupled", some, self.coupled_ms)]
         points += [Point("rest", n, self.rest_ms) for n in streams]
         far = self.long_streams and self.long_context >= 2 * self.context
@@ -345,9 +351,7 @@ class _Bench:
         return (time.perf_counter() - begun) * 1e3
 
     def rows_ms(self, tokens: int) -> float:
-        """One stream with that many rows, after a pass of the same kind where that is cheap."""
-        if tokens <= WARM_ROWS:
-            self._verify_ms(self._streams(1), tokens - 1)
+        """One stream with that many rows."""
         return self._verify_ms(self._streams(1), tokens - 1)
 
     def long_ms(self, tokens: int) -> float:
@@ -355,14 +359,11 @@ class _Bench:
         return self._verify_ms(self._streams(self.long_streams, self.long_context), tokens - 1)
 
     def streams_ms(self, count: int) -> float:
-        """That many streams with a row each, after a pass of the same kind where that is cheap."""
-        if count <= WARM_ROWS:
-            self._verify_ms(self._streams(count), 0)
+        """That many streams with a row each."""
         return self._verify_ms(self._streams(count), 0)
 
     def sampled_ms(self, count: int) -> float:
         """As `streams_ms`, with a temperature."""
-        self._verify_ms(self._streams(count, temperature=1.0), 0)
         return self._verify_ms(self._streams(count, temperature=1.0), 0)
 
     def coupled_ms(self, count: int) -> float:
@@ -411,7 +412,7 @@ class _Bench:
         return self._round(count, self.gamma, self.long_context).rest_ms
 
     def _round(self, count: int, slots: int, context: int = 0, verification: Verification = "rejection") -> _Round:
-        """A real round, the one before it being one of the same kind where it is cheap: see `STEADY_RUNS`."""
+        """A real round."""
         models = Models(
             target=self._target,
             target_kv=self._target_kv,
