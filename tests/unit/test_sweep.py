@@ -11,7 +11,7 @@ from dspark_stream.local import LocalEngine
 from dspark_stream.progress import SILENT
 from dspark_stream.report.plot import Series, line_chart, ticks
 from dspark_stream.report.profile import plot, table
-from dspark_stream.report.reproduce import QUICK, Findings, Plan, report, run, verdict
+from dspark_stream.report.reproduce import QUICK, Findings, Plan, report, run, swings, verdict
 from dspark_stream.report.sweep import (
     Point,
     curve,
@@ -79,9 +79,11 @@ CURVE = CapacityCurve(
 )
 
 
-def findings(points, differ=0):
+def findings(points, differ=0, apart=None):
     info = tiny_engine(tiny_models(tiny_target(), tiny_drafter(tiny_target()))).info
-    return Findings(info, Plan((1, 4, 16), (0.0,), 48, 9.0), 3, points, 18, differ, CURVE, "a machine <&>", 60.0)
+    return Findings(
+        info, Plan((1, 4, 16), (0.0,), 48, 9.0), 3, points, apart or {}, 18, differ, CURVE, "a machine <&>", 60.0
+    )
 
 
 def test_the_verdict_says_where_it_is_a_tax():
@@ -94,6 +96,24 @@ def test_the_verdict_says_where_it_is_a_tax():
     said = "\n".join(verdict(findings(bad, differ=2)))
     assert "makes 0.83 times the tokens of plain decoding: there it is a tax" in said
     assert "16 of 18" in said
+    assert "Noise" not in said
+    said = "\n".join(verdict(findings(bad, apart={(0.0, 1): 0.01, (0.0, 4): 0.05, (0.0, 16): 0.2})))
+    assert (
+        "0.83 times the tokens of plain decoding: never a tax, within noise (two runs of plain decoding were 20%"
+        in said
+    )
+    assert "5% apart in the median and 20% at most" in said
+
+
+def test_noise_is_how_far_runs_of_plain_decoding_in_one_turn_are_apart():
+    runs = [
+        *(
+            point("plain", 4, rate, 1.0, repeat=repeat)
+            for repeat, rate in ((0, 100.0), (0, 90.0), (1, 50.0), (1, 49.0))
+        ),
+        *(point("adaptive", 4, rate, 1.0) for rate in (1.0, 9.0)),
+    ]
+    assert swings(runs) == {(0.0, 4): pytest.approx(0.1)}
 
 
 def test_the_report_stands_alone_and_is_well_formed():

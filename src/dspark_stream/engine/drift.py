@@ -140,12 +140,9 @@ class Drift:
         return i - 1 if i and size - sizes[i - 1] < sizes[i] - size else i
 
     def _tell(self) -> None:
-        news = False
-        for i, ratio in enumerate((log(self.ratio), log(self.draft_ratio))):
-            low, high = self._told[i]
-            if not low - NOTABLE <= ratio <= high + NOTABLE:
-                self._told[i], news = (min(low, ratio), max(high, ratio)), True
-        if news:
+        now = (log(self.ratio), log(self.draft_ratio))
+        if any(not a - NOTABLE <= x <= b + NOTABLE for x, (a, b) in zip(now, self._told, strict=True)):
+            self._told = [(min(a, x), max(b, x)) for x, (a, b) in zip(now, self._told, strict=True)]
             logger.warning(
                 "rounds drift from the capacity curve: passes take %.2f times what was measured, drafting %.2f times; "
                 "scheduling goes by what they take now (dspark-stream profile --again measures anew)",
