@@ -209,30 +209,10 @@ def test_drift_follows_a_machine_that_changes_and_not_a_slow_round(caplog):
     assert drift.curve.verify_ms == pytest.approx([10.0, 16.0, 40.0])  # sizes that were not seen go along
     assert drift.curve.draft_ms == pytest.approx([6.0])
     assert drift.ratio == pytest.approx(2.0)
-    assert drift.draft_ratio == pytest.approx(3.0)
     assert "2.00 times" in caplog.text
-    for i in range(8 * WINDOW):  # but for large passes
-        size, takes = (2, 30.0) if i % 4 == 0 else (0, 10.0)
-        drift.see(curve.tokens[size], takes / drift.curve.verify_ms[size])
-    assert drift.curve.verify_ms == pytest.approx([10.0, 16.0 * 0.75**0.5, 30.0])  # what was not seen: in the middle
-
-
-def test_drift_tells_sizes_apart_where_the_machine_swings():
-    """Guards against minutes that are taken for sizes: passes of one token are seen always, of four now and then."""
-    curve = CapacityCurve(tokens=[1, 4], verify_ms=[5.0, 8.0], streams=[1], stream_ms=[0.0], draft_ms=[2.0])
-    drift, ratios = Drift(curve), []
-    for i in range(12_000):
-        swing = 1.6 if i // 400 % 2 else 1.0
-        tokens = 4 if i % 400 in range(0, 400, 16) else 1  # sizes in turn, but not at the same time
-        takes = swing * (5.0 if tokens == 1 else 9.6)  # four take a fifth longer than was measured
-        now = drift.curve.verify_ms
-        drift.see(tokens, takes / now[0 if tokens == 1 else 1], 1, swing * 2.0 / drift.curve.draft_ms[0])
-        if i > 4_000:
-            plain, four = drift.curve.verify_ms
-            ratios.append((four / plain, drift.curve.draft_ms[0] / plain))
-    assert all(four == pytest.approx(9.6 / 5.0, rel=0.05) for four, _ in ratios)
-    assert all(draft == pytest.approx(0.4, rel=0.05) for _, draft in ratios)
-    assert drift.ratio == pytest.approx(1.6, rel=0.15)
+    for _ in range(3 * WINDOW):  # only the large passes do
+        drift.see(15, 30.0 / drift.curve.verify_ms[2])
+    assert drift.curve.verify_ms == pytest.approx([10.0, 14.0, 30.0])  # what was not seen: in the middle
 
 
 def test_drafting_for_many_tells_nothing_of_drafting_for_one_once_that_was_seen():
@@ -247,8 +227,8 @@ def test_drafting_for_many_tells_nothing_of_drafting_for_one_once_that_was_seen(
     assert drift.curve.draft_ms == pytest.approx([3.0, 6.0, 45.0])
     for _ in range(3 * WINDOW):  # for many: as measured
         drift.see(64, 1.0, 60, 30.0 / drift.curve.draft_ms[2])
-    assert drift.curve.draft_ms == pytest.approx([3.0, 24**0.5, 30.0])  # what was not seen: in the middle
-    assert drift.curve.slot_ms == pytest.approx([0.15, 0.4 * 1.5**0.5, 4.0])
+    assert drift.curve.draft_ms == pytest.approx([3.0, 5.0, 30.0])  # what was not seen: in the middle
+    assert drift.curve.slot_ms == pytest.approx([0.15, 0.5, 4.0])
     assert drift.curve.verify_ms == curve.verify_ms
 
 
@@ -256,8 +236,7 @@ def test_drift_is_not_taken_from_ratios_to_a_curve_that_is_gone():
     """Guards against a size counted twice: as slow as everything, and again against that curve."""
     curve = CapacityCurve(tokens=[1, 4], verify_ms=[5.0, 8.0], streams=[1], stream_ms=[0.0], draft_ms=[2.0])
     drift = Drift(curve)
-    for i in range(6 * WINDOW):  # large passes take twice as long, and drafting; both are seen now and then
-        expected = drift.curve.verify_ms
-        drift.see(1, 5.0 / expected[0])
-        drift.see(4, 16.0 / expected[1], 1, 4.0 / drift.curve.draft_ms[0] if i % 2 else None)
+    for i in range(4 * WINDOW):  # everything takes twice as long, drafting is seen half as often
+        expected = drift.curve.verify_ms[0], drift.curve.draft_ms[0]
+        drift.see(1, 10.0 / expected[0], 1, 4.0 / expected[1] if i % 2 else None)
     assert drift.curve.draft_ms == pytest.approx([4.0])

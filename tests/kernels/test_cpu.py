@@ -124,6 +124,10 @@ def test_rows_can_be_put_in_another_order_and_one_below_the_other(context):
     np.testing.assert_array_equal(whole.take([7, 7, 0]).rows(range(3)), rows[[7, 7, 0]])
 
 
+def test_what_the_machine_can_do_is_measured(context):
+    assert context.library.multiply_rate(context.handle, 100) > 0
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (7, 64), (50, 160), (130, 576)])
 def test_products(context, bits, outputs, inputs):

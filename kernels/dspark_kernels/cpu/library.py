@@ -209,7 +209,7 @@ class Context:
         return float(max(self.library.read_rate(self.handle, _at(data), data.size) for _ in range(repeats)))
 
     def multiply_rate(self, repeats: int = 5) -> float:
-        """Integer multiply-adds a second of these threads with everything in registers, the best of some runs."""
+        """Integer multiply-adds a second of these threads with weights in registers, the best of some runs."""
         return float(max(self.library.multiply_rate(self.handle, 1_000_000) for _ in range(repeats)))
 
 

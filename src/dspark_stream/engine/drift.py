@@ -1,155 +1,111 @@
 """Whether rounds still take what the capacity curve says: a machine changes while a service runs.
 
-A neighbour takes a core, the clock goes down, caches hold more or less than when the curve was measured. Most of that
-meets all rounds alike, comes and goes within seconds, and decides nothing: what is worth drafting hangs on how sizes
-compare. So two things are told apart. The *pace* is what everything takes longer at the moment; it follows within a few
-rounds. What a size of pass, or drafting for so many streams, takes longer *beside the pace of its time* is learnt
-slowly, from many rounds: held against the curve itself, sizes that are seen minutes apart would tell of the minutes.
+A neighbour takes a core, the clock goes down, caches hold more or less than when the curve was measured. The ratio of
+measured to expected time is watched for every size of pass and for drafting, by medians over many rounds.
 """
 
 from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections import deque
-from math import exp, log
 from statistics import median
 
 from dspark_stream.spec.capacity import CapacityCurve
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 WINDOW = 24
 """Rounds whose median counts; one slow round, or ten, move nothing."""
-PACE = 8
-"""Of these the latest, whose median is the pace: so much shorter that where it lags behind a machine that has just
-changed, it does so for too few rounds to be taken for a size's own."""
-TOLERANCE = log(1.04)
-"""A size's own deviation within this is noise."""
-OUT_OF_PACE = log(1.1)
-"""A pace beyond this goes into the curve, whose milliseconds bounds on time go by."""
-NOTABLE = log(1.5)
-"""A drift by this much beyond all that was told is told."""
-KINDS = ("pass", "draft")
+TOLERANCE = 1.04
+"""Ratios within this are noise."""
+NOTABLE = 1.5
+"""A drift by this much, either way, since the last time it was told, is told."""
 
 
 class Drift:
-    """Follows a curve's drift; `curve` is the one to go by. All factors are kept as logarithms."""
+    """Follows a curve's drift; `curve` is the one to go by."""
 
     def __init__(self, curve: CapacityCurve) -> None:
         self._measured = self.curve = curve
-        self._level = 0.0
-        """What of the pace has gone into the curve."""
         self._verify: list[float | None] = [None] * len(curve.tokens)
-        """What passes of each size take longer beside it; None where that was not seen."""
+        """How many times as long passes of each size take; None where none was seen."""
         self._draft: list[float | None] = [None] * len(curve.streams)
         """The same of drafting for each number of streams."""
-        self._latest: deque[tuple[int, float]] = deque(maxlen=WINDOW)
-        """Of the latest passes, which size and how much longer than `curve` says."""
-        self._middles = (0.0, 0.0)
-        """Of passes and of drafting, what sizes that were not seen go by."""
-        self._rounds = 0
+        self._told = (1.0, 1.0)
         self._seen: dict[tuple[str, int], list[float]] = {}
-        self._moved = {"pass": [0.0] * len(curve.tokens), "draft": [0.0] * len(curve.draft_ms)}
-        """By how much `curve` says more than was measured: it may be more than a size's own factor, since more never
-        costs less."""
-        self._pace = 0.0
-        self._told = [(0.0, 0.0), (0.0, 0.0)]
-        """From where to where passes and drafting were said to drift."""
-
-    @property
-    def pace(self) -> float:
-        """How many times as long rounds take at the moment as `curve` says: nearly 1."""
-        return exp(self._pace)
 
     @property
     def ratio(self) -> float:
-        """How many times as long passes take as was measured."""
-        return exp(self._level + self._pace + self._middles[0])
+        """How many times as long passes take as was measured: the median over the sizes that were seen. What was not
+        seen is taken to have drifted as much.
+        """
+        return median([f for f in self._verify if f is not None] or [1.0])
 
     @property
     def draft_ratio(self) -> float:
-        """The same of drafting."""
-        return exp(self._level + self._pace + self._middles[1])
+        """The same of drafting; what was not seen of it is taken to have drifted as passes have."""
+        return median([f for f in self._draft if f is not None] or [self.ratio])
 
     def see(self, tokens: int, verify: float, drafting: int = 0, draft: float | None = None) -> bool:
         """One round: measured over expected time of its pass over ``tokens``, and of drafting for so many streams.
 
         Returns whether `curve` has changed.
         """
-        size = self._nearest(self.curve.tokens, tokens)
-        changed = self._follow("pass", self._verify, size, log(verify) - self._pace)
-        self._latest.append((size, log(verify)))
+        passes, drafts = self.ratio, self.draft_ratio
+        changed = self._follow("pass", self._verify, self._nearest(self.curve.tokens, tokens), verify, passes)
         if draft is not None and drafting and self._draft:
             nearest = self._nearest(self.curve.streams, drafting)
-            changed |= self._follow("draft", self._draft, nearest, log(draft) - self._pace)
+            changed |= self._follow("draft", self._draft, nearest, draft, drafts)
         if changed:
-            self._take_in()
-        self._rounds += 1
-        if self._rounds % PACE == 0 and len(self._latest) == WINDOW:
-            gone = median([much for _, much in self._latest])
-            if abs(gone) > OUT_OF_PACE:
-                self._level += gone
-                self._redraw()
-                changed = True
-        lately = sorted([self._latest[i][1] for i in range(-min(PACE, len(self._latest)), 0)])
-        self._pace = lately[len(lately) // 2]
-        if changed:
+            # what was collected of sizes that go by the others was held against the old curve
+            for kind, known, moved in (
+                ("pass", self._verify, self.ratio != passes),
+                ("draft", self._draft, self.draft_ratio != drafts),
+            ):
+                for i, factor in enumerate(known):
+                    if factor is None and moved:
+                        self._seen.pop((kind, i), None)
+            self.curve = self._measured.scaled(
+                [f or self.ratio for f in self._verify], [f or self.draft_ratio for f in self._draft]
+            )
             self._tell()
         return changed
 
-    def _take_in(self) -> None:
-        """Some size's own factor is another: so is what those go by that were not seen."""
-        before, passes = self._middles, _middle(self._verify, 0.0)
-        self._middles = (passes, _middle(self._draft, passes))
-        for kind, factors, old, new in zip(KINDS, (self._verify, self._draft), before, self._middles, strict=True):
-            for i, factor in enumerate(factors):
-                if factor is None and old != new:  # what was collected was held against what they went by
-                    self._seen.pop((kind, i), None)
-        self._redraw()
-
-    def _redraw(self) -> None:
-        self.curve = self._measured.scaled(
-            *(
-                [exp(self._level + (middle if f is None else f)) for f in factors]
-                for factors, middle in zip((self._verify, self._draft), self._middles, strict=True)
-            )
-        )
-        before, now, measured = self._moved["pass"], self.curve, self._measured
-        for kind, of, was in (("pass", now.verify_ms, measured.verify_ms), ("draft", now.draft_ms, measured.draft_ms)):
-            self._moved[kind] = [log(a / b) if a > 0 and b > 0 else self._level for a, b in zip(of, was, strict=True)]
-        after = self._moved["pass"]
-        self._latest = deque(((i, much + before[i] - after[i]) for i, much in self._latest), maxlen=WINDOW)
-
-    def _follow(self, kind: str, known: list[float | None], i: int, beside: float) -> bool:
-        """Size i takes in what it took beside the pace in one round; whether its own factor has changed."""
-        window = self._seen.setdefault((kind, i), [])
-        window.append(beside)
-        if len(window) < WINDOW:
+    def _follow(self, kind: str, known: list[float | None], i: int, ratio: float, everywhere: float) -> bool:
+        """Size i's factor takes in one round's ratio; whether that changed it."""
+        middle = self._median((kind, i), ratio)
+        if middle is None:
             return False
-        middle = median(window)
-        window.clear()
-        is_noise = abs(middle) < TOLERANCE
-        if not is_noise or known[i] is None:
-            known[i] = (0.0 if is_noise else middle) + self._moved[kind][i] - self._level
-        return not is_noise
+        # of what the curve says now, which may be more than this size's own factor: more never costs less there
+        now, measured = (
+            (self.curve.verify_ms, self._measured.verify_ms)
+            if kind == "pass"
+            else (self.curve.draft_ms, self._measured.draft_ms)
+        )
+        known[i] = middle * (now[i] / measured[i] if measured[i] > 0 else known[i] or everywhere)
+        return True
 
     @staticmethod
     def _nearest(sizes: list[int], size: int) -> int:
         i = min(bisect_left(sizes, size), len(sizes) - 1)
         return i - 1 if i and size - sizes[i - 1] < sizes[i] - size else i
 
+    def _median(self, kind: tuple[str, int], ratio: float) -> float | None:
+        """The median of a full window, where it is no noise."""
+        window = self._seen.setdefault(kind, [])
+        window.append(ratio)
+        if len(window) < WINDOW:
+            return None
+        middle = median(window)
+        window.clear()
+        return None if 1 / TOLERANCE < middle < TOLERANCE else middle
+
     def _tell(self) -> None:
-        now = (log(self.ratio), log(self.draft_ratio))
-        if any(not a - NOTABLE <= x <= b + NOTABLE for x, (a, b) in zip(now, self._told, strict=True)):
-            self._told = [(min(a, x), max(b, x)) for x, (a, b) in zip(now, self._told, strict=True)]
-            logger.warning(
+        now = (self.ratio, self.draft_ratio)
+        if not all(1 / NOTABLE < a / b < NOTABLE for a, b in zip(now, self._told, strict=True)):
+            self._told = now
+            log.warning(
                 "rounds drift from the capacity curve: passes take %.2f times what was measured, drafting %.2f times; "
                 "scheduling goes by what they take now (dspark-stream profile --again measures anew)",
-                self.ratio,
-                self.draft_ratio,
+                *now,
             )
-
-
-def _middle(factors: list[float | None], otherwise: float) -> float:
-    return median([f for f in factors if f is not None] or [otherwise])

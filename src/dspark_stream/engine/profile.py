@@ -39,15 +39,15 @@ LONGEST_CHUNK = 512
 """Rows of one stream up to which passes are measured: prompts are cut into chunks by this curve, too."""
 BUDGET_S = 8.0
 """What all points share alike: one that has had its part is left out, and small ones, which decide most, are run
-oftenest."""
+oftenest. Each is run once, whatever that takes."""
 STEADY_RUNS, STEADY_MS = 5, 16.0
 """Runs that count are made so many in a row, or for so long, after one that does not: a service does the same round
 again and again, and then finds weights in the processor's caches that another size's run would have driven out."""
 SWEEPS = 9
 SOME_STREAMS = 16
 """What drawing costs is measured with so many streams at most."""
-SLOW_MS = 80.0
-"""Points that take this long are measured once: buffers and what is left of the noise are small beside them."""
+SLOW_MS, ONCE_MS = 80.0, 240.0
+"""Points that take so long are run twice, or once: buffers and what is left of the noise are small beside them."""
 FORMAT = "curve 11"
 ANY_CURVE = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0])
 """Rounds that are measured need one to go by."""
@@ -174,14 +174,14 @@ def sweep(
     """
     runs: list[list[float]] = [[] for _ in points]
     took, spent = [0.0] * len(points), [0.0] * len(points)
-    """Each run of a point's quickest visit, and all of its visits, in seconds: with what is done before measuring."""
+    """Seconds of a run in each point's quickest visit, and of all its visits: also what a run does not report."""
     begun = clock()
     for number in range(SWEEPS):
         for i, (point, seen) in enumerate(zip(points, runs, strict=True)):
             due = BUDGET_S / len(points) * number / SWEEPS
-            if number and 1e3 * took[i] > SLOW_MS:
+            if (number and 1e3 * took[i] > ONCE_MS) or (number > 1 and (1e3 * took[i] > SLOW_MS or spent[i] > due)):
                 continue
-            if number > 1 and (spent[i] > due or clock() - begun > BUDGET_S):
+            if number and clock() - begun > BUDGET_S:
                 continue
             started = clock()
             steady = min(STEADY_RUNS, int(STEADY_MS / max(1e3 * took[i], 1e-3))) if number else 0

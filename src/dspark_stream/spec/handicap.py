@@ -3,8 +3,7 @@
 Whether drafting pays hangs on a few percent, and a curve that was measured in seconds, on streams that nobody reads, is
 not that exact: committing accepted tokens takes longer than committing none, other passes leave other things in the
 processor's caches, and how much of that a measurement meets is chance. What counts is one ratio at the number of
-streams of the moment. A machine that is slow as a whole does not move it: what rounds should take is told by the pace
-of the moment (engine/drift.py).
+streams of the moment. A machine that is slow as a whole does not move it, once plain rounds have shown that.
 """
 
 from __future__ import annotations
@@ -75,15 +74,12 @@ class Handicap:
         self._last: dict[tuple[int, bool], Shape] = {}
         """The last round of each kind."""
 
-    def rebase(self, before: Costs, after: Costs, paced: float = 1.0) -> None:
-        """What rounds are expected to take has changed: hold what they took against that.
-
-        ``paced``: by what expectations are multiplied since that they were not before.
-        """
+    def rebase(self, before: Costs, after: Costs) -> None:
+        """What rounds are expected to take has changed: hold what they took against that."""
 
         def shift(streams: int, drafted: bool) -> float:
             shape = self._last[streams, drafted]
-            return log(shape.ms(before) / (shape.ms(after) * paced))
+            return log(shape.ms(before) / shape.ms(after))
 
         plain = {streams: shift(streams, False) for streams in self._plain}
         for streams, mean in self._plain.items():

@@ -31,8 +31,8 @@ inline double read_rate(Pool& pool, const float* data, size_t count) {
     return static_cast<double>(count) * sizeof(float) / (seconds() - begun);
 }
 
-// Multiply-adds a second of the integer dot product, weights of four bits, with everything in registers (without AVX-512
-// there is no instruction that takes an activation from where it lies, and they come from the first-level cache).
+// Multiply-adds a second of the integer dot product, weights of four bits, with weights in registers. AVX-512: activations
+// too. AVX2: they come from the first-level cache and pairs are summed, as in `tile_product`, whose inner loop this is.
 inline double multiply_rate(Pool& pool, int rounds) {
     std::vector<float> sums(static_cast<size_t>(pool.size()) * LANES);
     alignas(64) uint8_t weights[64];
@@ -42,7 +42,8 @@ inline double multiply_rate(Pool& pool, int rounds) {
     pool.run([&](int thread) {
 #if defined(DSPARK_AVX2)
         alignas(32) int8_t x[ROWS][GROUP];
-        for (int i = 0; i < ROWS * GROUP; i++) x[0][i] = static_cast<int8_t>(i + thread);
+        for (int r = 0; r < ROWS; r++)
+            for (int k = 0; k < GROUP; k++) x[r][k] = static_cast<int8_t>(r * GROUP + k + thread);
         __m256i w[8], sum[4];
         for (auto& chunk : w) chunk = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights));
         for (auto& s : sum) s = _mm256_setzero_si256();

@@ -319,7 +319,7 @@ inline __m256i four_of(const int8_t* x) {
     return _mm256_set1_epi32(four);
 }
 
-// Sums of pairs of products of half a byte and a signed one, over the eight chunks of a group: 8 · 2 · 15 · 127 fits 16 bits.
+// Sums of pairs of products of a nibble and a signed byte, over the eight chunks of a group: 8 · 2 · 15 · 128 fits 16 bits.
 inline __m256i pair_sums(const __m256i* w, const int8_t* x) {
     __m256i sum = _mm256_maddubs_epi16(w[0], four_of(x));
 DSPARK_UNROLL(8)
