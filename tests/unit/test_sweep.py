@@ -105,6 +105,21 @@ def test_the_verdict_says_where_it_is_a_tax():
     assert "5% apart in the median and 20% at most" in said
 
 
+def test_a_noisy_load_does_not_excuse_a_quiet_one():
+    """Guards against a tax that is not told since another load, where nothing can be known, looks worse."""
+    slow = [
+        msgspec.structs.replace(p, tokens_per_s=0.9 * p.tokens_per_s) if p.variant == "plain" else p for p in POINTS
+    ]
+    points = [
+        msgspec.structs.replace(p, tokens_per_s={1: 80.0, 4: 243.0, 16: 540.0}[p.streams])
+        if p.variant == "adaptive"
+        else p
+        for p in slow
+    ]  # 0.89, 0.90 and 1.00 of plain
+    said = "\n".join(verdict(findings(points, apart={(0.0, 1): 0.3, (0.0, 4): 0.01, (0.0, 16): 0.01})))
+    assert "(4 streams) the adaptive schedule makes 0.90 times the tokens of plain decoding: there it is a tax" in said
+
+
 def test_noise_is_how_far_runs_of_plain_decoding_in_one_turn_are_apart():
     runs = [
         *(

@@ -41,8 +41,9 @@ BUDGET_S = 8.0
 """What all points share alike: one that has had its part is left out, and small ones, which decide most, are run
 oftenest. Each is run once, whatever that takes."""
 STEADY_RUNS, STEADY_MS = 5, 16.0
-"""Runs that count are made so many in a row, or for so long, after one that does not: a service does the same round
-again and again, and then finds weights in the processor's caches that another size's run would have driven out."""
+"""Runs of a visit that count, after one that does not: so many, or for so long. A service does the same round again and
+again, and then finds weights in the processor's caches that another size's run would have driven out. Runs longer than
+that are made once a visit, and count."""
 SWEEPS = 9
 SOME_STREAMS = 16
 """What drawing costs is measured with so many streams at most."""

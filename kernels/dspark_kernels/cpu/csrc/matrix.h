@@ -234,7 +234,7 @@ DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::G
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + step - 4 * LANES);
         for (int half = 0; half < 2; half++) {
             const __m256 d = load_half_of(scales + 8 * half), m = load_half_of(scales + LANES + 8 * half);
-            const auto add = [&](__m256i dots, int r) {
+            const auto add = [&](__m256i dots, int r) {  // as `add_group` below: the same order, the same bits
                 __m256& total = half ? out[r].hi : out[r].lo;
                 const __m256 by = _mm256_mul_ps(d, _mm256_set1_ps(x->scale[r]));
                 const __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), by, total);
