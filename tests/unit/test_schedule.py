@@ -261,7 +261,7 @@ class Clock:
 
 def test_points_are_swept_and_the_first_run_does_not_count():
     clock, runs = Clock(), []
-    points = [clock.point(n, iter([9.0, 35.0, 39.0 + n, 36.0] + [37.0] * 20)) for n in (1, 2)]
+    points = [clock.point(n, iter([20.0, 35.0, 39.0 + n, 36.0] + [37.0] * 20)) for n in (1, 2)]
     assert sweep(points, lambda: runs.append(1), clock) == {"rows": {1: 37.0, 2: 37.0}}
     assert len(runs) == 2 * SWEEPS
 
