@@ -15,6 +15,9 @@ PAD = 64
 """Causal rows look at a multiple of this many keys, masked beyond their own: then a row's sums are grouped in the same
 way however many rows are in its round, and its result is the same to the bit
 (docs/decisions/007-attention-in-whole-blocks.md). The slots looked at must hold finite numbers."""
+LEAST_ROWS = 8
+"""Causal matrices of fewer folded rows are filled up to this many: without AVX-512 the library sums products of one to
+three rows in another order (the same decision)."""
 
 
 class Segment(NamedTuple):
@@ -128,8 +131,11 @@ def ragged_attention(
         q = q.permute(1, 2, 0, 3).reshape(1, heads_k, group * rows, -1)
         k = keys[slot + first : slot + first + length].transpose(0, 1).unsqueeze(0)
         v = values[slot + first : slot + first + length].transpose(0, 1).unsqueeze(0)
+        if mask is not None:
+            q = F.pad(q, (0, 0, 0, mask.shape[0] - q.shape[2]))
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        out[row : row + rows] = o.view(heads_k, group, rows, -1).permute(2, 0, 1, 3).flatten(1, 2)
+        o = o[0, :, : group * rows].view(heads_k, group, rows, -1)
+        out[row : row + rows] = o.permute(2, 0, 1, 3).flatten(1, 2)
     return out
 
 
@@ -140,7 +146,7 @@ def _first_key(start: int, window: int | None) -> int:
 def _mask(
     segment: Segment, group: int, causal: bool, window: int | None, slots: int, device: torch.device
 ) -> Tensor | None:
-    """What a segment's folded rows may see, [group·rows, keys]; None where that is everything."""
+    """What a segment's folded rows may see, [group·rows or more, keys]; None where that is everything."""
     _, rows, slot, start = segment
     first = _first_key(start, window)
     length = start + rows - first
@@ -153,4 +159,6 @@ def _mask(
     mask = key_at <= at if causal else torch.ones(rows, length, dtype=torch.bool, device=device)
     if window is not None:
         mask = mask & (key_at > at - window)
-    return mask.repeat(group, 1)
+    mask = mask.repeat(group, 1)
+    filling = max(0, LEAST_ROWS - mask.shape[0]) if causal else 0
+    return torch.cat([mask, mask[-1:].expand(filling, -1)]) if filling else mask
