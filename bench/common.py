@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from dspark_kernels.cpu import cpu_name
 
 
 def about() -> dict[str, object]:
@@ -16,7 +17,7 @@ def about() -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()} {os.cpu_count()} cores",
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
         "command": " ".join(["python", *sys.argv]),
     }
 

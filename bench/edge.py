@@ -14,7 +14,6 @@ import csv
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dspark_kernels.cpu import cpu_name
 from dspark_stream.config import default_cache_dir
 from dspark_stream.evaluate import read_prompts
 from dspark_stream.models.embedded import ensure_embedded_model
@@ -165,10 +165,7 @@ def report(rows: list[Row], texts: dict[str, list[list[int]]], model: Path, gguf
 def write(path: Path, rows: list[Row]) -> None:
     """The CSV file, with the machine and the commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    machine = {"machine": name or platform.processor(), "cores": os.cpu_count(), "commit": commit.stdout.strip()}
+    machine = {"machine": cpu_name(), "cores": os.cpu_count(), "commit": commit.stdout.strip()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *machine])

@@ -60,7 +60,8 @@ def main() -> None:
         for repeat in range(args.repeats):
             for temperature in args.temperatures:
                 for streams in args.streams:
-                    for variant in variants:
+                    first = repeat % len(variants)  # nobody always goes first
+                    for variant in variants[first:] + variants[:first]:
                         point, _ = measure(
                             engine, local, tokenizer, prompts, variant=variant, streams=streams,
                             temperature=temperature, tokens=args.tokens, waves=3 if streams < 16 else 2,

@@ -577,22 +577,24 @@ def test_weights_are_the_distribution_and_draws_go_by_it(context, width, rows):
         assert all(0 <= weights.draw(r, u) < width for u in UNIFORMS)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("reduced", [True, False], ids=["draft vocabulary", "all"])
-def test_what_is_left_after_a_rejection(context, reduced):
+def test_what_is_left_after_a_rejection(context, reduced, share):
     width = 1003
     ids = np.sort(np.random.default_rng(3).permutation(width)[:371]).astype(np.int32) if reduced else None
     weights = Weights.of(context, 3 * random(1, width), [0.8])
     q = torch.softmax(3 * torch.from_numpy(random(371 if reduced else width, seed=1)), 0)
     p = torch.from_numpy(weights.probabilities(0))
-    left = rest(p, q, None if ids is None else torch.from_numpy(ids).long())
+    left = rest(share * p, q, None if ids is None else torch.from_numpy(ids).long())
+    assert weights.overlap(0, share, q.numpy(), ids) == pytest.approx(share - float(left.sum()), abs=1e-6)
     uniforms = np.linspace(0, 1, 4001)[:-1]
-    drawn = [weights.draw_rest(0, u, q.numpy(), ids) for u in uniforms]
+    drawn = [weights.draw_rest(0, u, share, q.numpy(), ids) for u in uniforms]
     assert all(left[token] > 0 for token in drawn)
     apart = sum(a != draw(left, u) for a, u in zip(drawn, uniforms, strict=True))
     assert apart <= 4  # at borders, by rounding
     # nothing left but rounding: any draw from p is right
     alone = Weights.of(context, np.array([[0.0, -np.inf, 0.0]], dtype=np.float32), [1.0])
-    assert {alone.draw_rest(0, u, alone.probabilities(0), None) for u in UNIFORMS} == {0, 2}
+    assert {alone.draw_rest(0, u, 1.0, alone.probabilities(0), None) for u in UNIFORMS} == {0, 2}
 
 
 def test_tokens_of_no_weight_are_never_drawn(context):
@@ -612,9 +614,11 @@ def test_tokens_of_no_weight_are_never_drawn(context):
     with pytest.raises(ValueError, match="temperature"):
         Weights.of(context, np.zeros((2, 4), dtype=np.float32), [1.0, 0.0])
     with pytest.raises(ValueError, match="vocabulary"):
-        weights.draw_rest(0, 0.5, np.zeros(4, dtype=np.float32), np.array([0, 1, 2, 40], dtype=np.int32))
+        weights.draw_rest(0, 0.5, 1.0, np.zeros(4, dtype=np.float32), np.array([0, 1, 2, 40], dtype=np.int32))
     with pytest.raises(ValueError, match="vocabulary"):
-        weights.draw_rest(0, 0.5, np.zeros(4, dtype=np.float32), None)
+        weights.draw_rest(0, 0.5, 1.0, np.zeros(4, dtype=np.float32), None)
+    with pytest.raises(ValueError, match="vocabulary"):
+        weights.overlap(0, 1.0, np.zeros(4, dtype=np.float32), None)
 
 
 # --- builds --------------------------------------------------------------------------------------------------

@@ -143,12 +143,18 @@ def joint(p_t, tokens: tuple[int, ...]) -> float:
     return math.prod(float(p_t(0, tokens[:i])[t]) for i, t in enumerate(tokens))
 
 
+class Law(dict[tuple[int, ...], float]):
+    """The probability of every sequence, and how many drafts stand on average."""
+
+    accepted = 0.0
+
+
 def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), weigh=None):
     """Exact law of the first γ+1 tokens: the round's commits, continued by the target where they are shorter."""
     gamma, vocab = drafter.gamma, p_t(0, ()).shape[0]
     ids = list(range(vocab)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
     sampling = SamplingParams(max_tokens=9, temperature=1.0)
-    law: dict[tuple[int, ...], float] = {}
+    law = Law()
     drawn = sum(verification == "rejection" for verification in company)
 
     def others():
@@ -169,20 +175,26 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), weigh=None):
         scripts = [first, *[other] * drawn]
         blocks, lengths, _ = run_round(drafter, p_t, streams, scripts, choose, monkeypatch=monkeypatch)
         assert blocks[0].tokens == tokens
-        judge(0, lengths[0], tokens, us, [], weight)
+        judge(lengths[0], tokens, us, weight)
 
-    def judge(k, length, tokens, us, accepts, weight) -> None:
-        p = p_t(0, tuple(tokens[:k])).tolist()
-        if k < length:
-            x = tokens[k]
-            q = widened(k, tokens)
-            a = min(1.0, p[x] / q[x])
-            judge(k + 1, length, tokens, us, [*accepts, (0.0, a)], weight * a)
-            if a < 1.0:
-                rest = [max(pi - qi, 0.0) for pi, qi in zip(p, q, strict=True)]
-                finish(length, tokens, us, [*accepts, (a, 1.0)], rest, weight * (1.0 - a))
-        else:
-            finish(length, tokens, us, accepts, p, weight)
+    def judge(length, tokens, us, weight) -> None:
+        """Every prefix that can stand, the longest first; borders as in the paper, Algorithm 2."""
+        share, refused = [1.0], []
+        for k, x in enumerate(tokens[:length]):
+            share.append(min(1.0, share[k] * p_t(0, tuple(tokens[:k])).tolist()[x] / widened(k, tokens)[x]))
+        for k in range(length, -1, -1):
+            p = p_t(0, tuple(tokens[:k])).tolist()
+            rest, stands = p, share[k]
+            if k < length:
+                rest = [max(share[k] * pi - qi, 0.0) for pi, qi in zip(p, widened(k, tokens), strict=True)]
+                stands = sum(rest) / (sum(rest) + 1.0 - share[k]) if k and sum(rest) else float(k == 0)
+            mine = [(0.0, stands)] if k else []
+            if stands > 0:
+                finish(length, k, tokens, us, [*mine, *refused], rest, weight * stands)
+            if stands >= 1.0:
+                return
+            refused.insert(0, (stands, 1.0))
+            weight *= 1.0 - stands
 
     def widened(k: int, tokens: list[int]) -> list[float]:
         q = [0.0] * vocab
@@ -190,13 +202,14 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), weigh=None):
             q[ids[i]] = v
         return q
 
-    def finish(length, tokens, us, accepts, weights, weight) -> None:
+    def finish(length, stand, tokens, us, accepts, weights, weight) -> None:
         for token, lo, hi in cells(weights):
             share = weight * (hi - lo)
             intervals = [*us, *accepts, (lo, hi)]
             for corner in (0, 1):  # just inside the lower, then the upper end of every interval at once
                 at = [ends(*i)[corner] for i in intervals]
-                mine = ScriptedUniforms(at[:gamma], [*at[gamma:-1], *[0.5] * (gamma - len(accepts))], at[-1])
+                judged = [*[0.5] * max(0, stand - 1), *at[gamma:-1]]  # whether less stands is not asked
+                mine = ScriptedUniforms(at[:gamma], [*judged, *[0.5] * (gamma - len(judged))], at[-1])
                 other = ScriptedUniforms([0.35] * gamma, [0.6] * gamma, 0.4)
                 streams = [FakeStream(sampling, "rejection"), *others()]
                 blocks, lengths, outcomes = run_round(
@@ -211,8 +224,9 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), weigh=None):
                 assert blocks[0].tokens == tokens
                 assert lengths[0] == length
                 accepted, bonus = outcomes[0]
-                assert bonus == token
+                assert (accepted, bonus) == (stand, token)
                 commit((*tokens[:accepted], bonus), share / 2)
+                law.accepted += accepted * share / 2
 
     def commit(tokens: tuple[int, ...], weight: float) -> None:
         for rest in itertools.product(range(vocab), repeat=gamma + 1 - len(tokens)):
@@ -289,6 +303,29 @@ def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name,
     assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
     for tokens, probability in law.items():
         assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_longer_blocks_have_the_targets_law(seed, weigh, monkeypatch):
+    """Guards against shares and residuals that only a third slot shows: whether x_2 stands depends on x_1's share."""
+    drafter, p_t = random_tables(seed, gamma=3)
+    lengths = scheduled(SCHEDULES["adaptive"], {1: 1.0, 2: 0.9, 3: 0.8, 4: 0.7}.__getitem__, earlier=(0.7, 0.5, 0.3))
+    for choose in (scheduled(Fixed(3), lambda b: 1.0), lengths):
+        law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, weigh=weigh)
+        for tokens, probability in law.items():
+            assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
+
+
+def test_a_block_is_judged_as_a_whole(weigh, monkeypatch):
+    """The paper's example: 11/9 drafts of two stand on average, where token by token 10/9 would."""
+    drafter = TableDrafter(torch.tensor([2 / 3, 1 / 3]).expand(2, 2, 2), torch.full((2, 2), 0.5))
+    p = torch.tensor([1 / 3, 2 / 3])
+    law = law_of_round(
+        drafter, lambda r, prefix: p, scheduled(Fixed(2), lambda b: 1.0), monkeypatch=monkeypatch, weigh=weigh
+    )
+    assert law.accepted == pytest.approx(11 / 9, abs=1e-5)
+    for tokens, probability in law.items():
+        assert probability == pytest.approx(math.prod(float(p[t]) for t in tokens), abs=2e-6)
 
 
 def test_the_global_search_is_refused_to_rejection_streams_for_a_reason(monkeypatch):

@@ -87,10 +87,12 @@ def test_match_and_residual():
     assert match([], [3]) == (0, 3)
     assert match([1], [1, 2]) == (1, 2)
     p = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    assert torch.allclose(residual(p, torch.tensor([0.7, 0.1, 0.2, 0.0]), None), torch.tensor([0.0, 0.2, 0.0, 0.0]))
-    widened = residual(p, torch.tensor([0.6, 0.4]), torch.tensor([0, 3]))
+    q = torch.tensor([0.7, 0.1, 0.2, 0.0])
+    assert torch.allclose(residual(p, 1.0, q, None), torch.tensor([0.0, 0.2, 0.0, 0.0]))
+    assert torch.allclose(residual(p, 0.5, q, None), torch.tensor([0.0, 0.05, 0.0, 0.0]))
+    widened = residual(p, 1.0, torch.tensor([0.6, 0.4]), torch.tensor([0, 3]))
     assert torch.allclose(widened, torch.tensor([0.0, 0.3, 0.2, 0.0]))
-    assert torch.equal(residual(p, p, None), p)
+    assert torch.equal(residual(p, 1.0, p, None), p)
 
 
 def test_race_follows_the_noise():

@@ -54,15 +54,41 @@ def accept(
     word = torch.arange(2 * gamma + 1, device=device)
     u = uniforms(sampling.round_key.unsqueeze(1), sampling.position.unsqueeze(1), ROUND, word)  # [R, 2γ+1]
 
-    p_x = p[:, :-1].gather(2, drafts.tokens.long().unsqueeze(-1)).squeeze(-1)
-    drawn = u[:, gamma + 1 :] * drafts.q_x.double() < p_x.double()
     rejection = sampling.mode == REJECTION
-    stands = torch.where(rejection.unsqueeze(1), drawn, own[:, :-1] == drafts.tokens) & (j[:-1] < length.unsqueeze(1))
-    accepted = stands.int().cumprod(1).sum(1)  # [R]
+    share = _shares(p, drafts)
+    stands = _block_stands(p, share, length, drafts, u[:, gamma + 1 :])  # [R, γ]: of x_1 … x_k
+    whole = torch.where(stands, j[1:], 0).amax(1)
+    alike = (own[:, :-1] == drafts.tokens) & (j[:-1] < length.unsqueeze(1))  # x_k is the target's own
+    accepted = torch.where(rejection, whole, alike.int().cumprod(1).sum(1))  # [R]
     here = accepted.unsqueeze(1)
-    bonus = torch.where(rejection, _redraw(p, accepted, length, drafts, u[:, 0]), own.gather(1, here).squeeze(1))
+    drawn = _redraw(p, share.gather(1, here), accepted, length, drafts, u[:, 0])
+    bonus = torch.where(rejection, drawn, own.gather(1, here).squeeze(1))
     nobody = length < 0
     return Accepted(accepted.masked_fill(nobody, -1).int(), bonus.masked_fill(nobody, 0).int())
+
+
+def _shares(p: Tensor, drafts: Drafts) -> Tensor:
+    """w_0 … w_γ of block verification, [R, γ+1] float64: how likely at least x_1 … x_k stand, given that drafts.
+
+    p: [R, γ+1, V].
+    """
+    p_x = p[:, :-1].gather(2, drafts.tokens.long().unsqueeze(-1)).squeeze(-1)
+    ratios = p_x.double() / drafts.q_x.double()
+    shares = [torch.ones_like(ratios[:, 0])]
+    for ratio in ratios.unbind(1):
+        shares.append((shares[-1] * ratio).clamp_max(1.0))
+    return torch.stack(shares, 1)
+
+
+def _block_stands(p: Tensor, share: Tensor, length: Tensor, drafts: Drafts, u: Tensor) -> Tensor:
+    """Whether x_1 … x_k would stand if no longer prefix did, [R, γ] (`spec/accept.py`); ``u`` [R, γ] decides."""
+    k = torch.arange(1, share.shape[1], device=p.device)
+    p_next = p[:, :-1].gather(2, drafts.candidates.long())  # what the next slot's candidates have [R, γ, C]
+    longer = torch.minimum(share[:, :-1, None].float() * p_next, drafts.q).sum(-1)
+    missing = torch.nn.functional.pad((share[:, :-1] - longer)[:, 1:], (0, 1))  # of k; the last slot has no next
+    last = k == length.unsqueeze(1)
+    stands = torch.where(last, u < share[:, 1:], u * (missing + 1.0 - share[:, 1:]) < missing)
+    return stands & (k <= length.unsqueeze(1))
 
 
 def _argmax(x: Tensor) -> Tensor:
@@ -70,14 +96,18 @@ def _argmax(x: Tensor) -> Tensor:
     return (x == x.amax(-1, keepdim=True)).int().argmax(-1)
 
 
-def _redraw(p: Tensor, accepted: Tensor, length: Tensor, drafts: Drafts, u: Tensor) -> Tensor:
-    """Inverse transform from max(p_t - p_d, 0) after a rejection, from the next p_t where all ℓ stand: [R]."""
+def _redraw(p: Tensor, share: Tensor, accepted: Tensor, length: Tensor, drafts: Drafts, u: Tensor) -> Tensor:
+    """Inverse transform from max(share · p_t - p_d, 0), from the next p_t where all ℓ stand: [R]. ``share``: [R, 1]."""
     stream = torch.arange(len(p), device=p.device)
     weights = p[stream, accepted]  # [R, V]
     k = accepted.clamp_max(drafts.tokens.shape[1] - 1)
-    rest = weights.scatter_add(1, drafts.candidates[stream, k].long(), -drafts.q[stream, k]).clamp_min(0.0)
+    rest = (
+        (share.float() * weights)
+        .scatter_add(1, drafts.candidates[stream, k].long(), -drafts.q[stream, k])
+        .clamp_min(0.0)
+    )
     rejected = (accepted < length).unsqueeze(1)
-    # p = q up to rounding: a rejection had probability zero, and any draw from p is right
+    # share = 1 and p = q up to rounding: a rejection had probability zero, and any draw from p is right
     weights = torch.where(rejected & (rest.sum(1, keepdim=True) > 0), rest, weights)
     cdf = weights.double().cumsum(-1)
     found = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)

@@ -1,9 +1,9 @@
 """Acceptance on a GPU, in five launches over whatever the batch is; contract in reference.py.
 
 `_cut` finds truncation thresholds and returns at once for streams without one. `_scan` goes over the logits once:
-online softmax, argmax, and the race with noise made on the spot. `_judge` puts the parts together and decides.
-`_weigh` and `_pick` draw the bonus token of streams that verify by rejection; only the row that ends their round is
-weighed.
+online softmax, argmax, and the race with noise made on the spot. `_judge` puts the parts together and decides; to judge
+blocks by rejection it looks up what their slots' candidates have, side by side. `_weigh` and `_pick` draw the bonus
+token of streams that verify by rejection; only the row that ends their round is weighed.
 """
 
 import torch
@@ -168,9 +168,10 @@ def _scan(
 @triton.jit
 def _judge(
     logits_ptr, stride_row, cut_ptr, first_ptr, length_ptr, mode_ptr, temperature_ptr, round_key_ptr, position_ptr,
-    tokens_ptr, stride_tokens, q_x_ptr, stride_q_x, best_ptr, token_ptr, top_ptr, sum_ptr,
-    accepted_ptr, bonus_ptr, level_ptr, mass_ptr,
-    GAMMA: tl.constexpr, ROWS_P2: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_P2: tl.constexpr,
+    tokens_ptr, stride_tokens, q_x_ptr, stride_q_x, candidates_ptr, stride_cr, stride_ck, q_ptr, stride_qr, stride_qk,
+    best_ptr, token_ptr, top_ptr, sum_ptr, accepted_ptr, bonus_ptr, level_ptr, mass_ptr, share_ptr,
+    C, GAMMA: tl.constexpr, ROWS_P2: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_P2: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     stream = tl.program_id(0)
     length = tl.load(length_ptr + stream)
@@ -198,14 +199,36 @@ def _judge(
         cut = tl.load(cut_ptr + stream * (GAMMA + 1) + j, mask=mine, other=0.0)
         p_x = tl.where(drafted & (at_x >= cut), tl.math.div_rn(tl.exp(at_x - level), tl.where(mine, mass, 1.0)), 0.0)
         q_x = tl.load(q_x_ptr + stream * stride_q_x + j, mask=drafted, other=1.0)
+        # w_j, how likely at least x_1 … x_j stand given that drafts
+        ratio = p_x.to(tl.float64) / q_x.to(tl.float64)
+        share = tl.full([ROWS_P2], 1.0, tl.float64)
+        w = tl.sum(tl.where(j == 0, share, 0.0), 0)
+        for k in range(GAMMA):
+            w = tl.minimum(w * tl.sum(tl.where(j == k, ratio, 0.0), 0), 1.0)
+            share = tl.where(j == k + 1, w, share)
+        # s_j, how likely a longer prefix stands: of slot j's candidates what is covered by both
+        longer = tl.zeros([ROWS_P2], tl.float32)
+        for start in range(0, C, BLOCK_C):
+            i = start + tl.arange(0, BLOCK_C)
+            slot = drafted[:, None] & (i < C)[None, :]
+            candidates = candidates_ptr + stream * stride_cr + j[:, None] * stride_ck + i[None, :]
+            at = tl.load(candidates, mask=slot, other=0)
+            y = tl.load(logits_ptr + row[:, None] * stride_row + at, mask=slot, other=-float("inf")).to(tl.float32)
+            y = tl.math.div_rn(y, temperature)
+            p = tl.math.div_rn(tl.exp(y - level[:, None]), tl.where(mine, mass, 1.0)[:, None])
+            p = tl.where(slot & (y >= cut[:, None]), p, 0.0)
+            q = tl.load(q_ptr + stream * stride_qr + j[:, None] * stride_qk + i[None, :], mask=slot, other=0.0)
+            longer += tl.sum(tl.minimum(share.to(tl.float32)[:, None] * p, q), 1)
+        missing = share - longer.to(tl.float64)
         key = tl.load(round_key_ptr + stream)
         position = tl.load(position_ptr + stream)
-        u = uniforms(key, position, ROUND, (GAMMA + 1 + j).to(tl.int64))
-        stands = drafted & (u * q_x.to(tl.float64) < p_x.to(tl.float64))
-        accepted = tl.min(tl.where(stands, ROWS_P2, j), 0)
+        u = uniforms(key, position, ROUND, (GAMMA + j).to(tl.int64))  # of x_j
+        stands = tl.where(j == length, u < share, u * (missing + 1.0 - share) < missing) & (j > 0) & mine
+        accepted = tl.max(tl.where(stands, j, 0), 0)
         ends = (j == accepted) & mine
         tl.store(level_ptr + stream, tl.sum(tl.where(ends, level, 0.0), 0))
         tl.store(mass_ptr + stream, tl.sum(tl.where(ends, mass, 0.0), 0))
+        tl.store(share_ptr + stream, tl.sum(tl.where(ends, share, 0.0), 0).to(tl.float32))
     else:
         best = tl.load(best_ptr + part, mask=there, other=-float("inf"))
         tokens = tl.load(token_ptr + part, mask=there, other=0)
@@ -222,7 +245,7 @@ def _judge(
 def _weigh(
     logits_ptr, stride_row, cut_ptr, first_ptr, length_ptr, mode_ptr, temperature_ptr,
     candidates_ptr, stride_cr, stride_ck, q_ptr, stride_qr, stride_qk,
-    accepted_ptr, level_ptr, mass_ptr, weight_ptr, sums_ptr,
+    accepted_ptr, level_ptr, mass_ptr, share_ptr, weight_ptr, sums_ptr,
     V, C, GAMMA: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     stream = tl.program_id(0)
@@ -241,17 +264,18 @@ def _weigh(
     x = tl.math.div_rn(x, temperature)
     p = tl.where((v < V) & (x >= cut), tl.exp(x - level) / mass, 0.0)
     out = weight_ptr + stream.to(tl.int64) * V
-    tl.store(out + v, p, mask=v < V)
+    share = tl.where(accepted < length, tl.load(share_ptr + stream), 1.0)
+    tl.store(out + v, share * p, mask=v < V)
     tl.store(sums_ptr + (stream * CHUNKS + chunk) * 2 + 1, tl.sum(p.to(tl.float64), 0))
-    if accepted < length:  # take the drafter's share off where this chunk has candidates
+    if accepted < length:  # of the target's share, the drafter's is taken off where this chunk has candidates
         tl.debug_barrier()
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             token = tl.load(candidates_ptr + stream * stride_cr + accepted * stride_ck + c, mask=c < C, other=-1)
             here = (token >= chunk * BLOCK) & (token < (chunk + 1) * BLOCK)
-            share = tl.load(q_ptr + stream * stride_qr + accepted * stride_qk + c, mask=here, other=0.0)
+            q = tl.load(q_ptr + stream * stride_qr + accepted * stride_qk + c, mask=here, other=0.0)
             own = tl.load(out + token, mask=here, other=0.0)
-            tl.store(out + token, tl.maximum(own - share, 0.0), mask=here)
+            tl.store(out + token, tl.maximum(own - q, 0.0), mask=here)
         tl.debug_barrier()
         p = tl.load(out + v, mask=v < V, other=0.0)
     tl.store(sums_ptr + (stream * CHUNKS + chunk) * 2, tl.sum(p.to(tl.float64), 0))
@@ -269,7 +293,7 @@ def _pick(
     c = tl.arange(0, CHUNKS_P2)
     rest = tl.load(sums_ptr + (stream * CHUNKS + c) * 2, mask=c < CHUNKS, other=0.0)
     whole = tl.load(sums_ptr + (stream * CHUNKS + c) * 2 + 1, mask=c < CHUNKS, other=0.0)
-    # p = q up to rounding: a rejection had probability zero, and any draw from p is right
+    # share = 1 and p = q up to rounding: a rejection had probability zero, and any draw from p is right
     from_rest = tl.sum(rest, 0) > 0.0
     sums = tl.where(from_rest, rest, whole)
     reach = tl.cumsum(sums, 0)
@@ -311,6 +335,7 @@ def accept(
     bonus = torch.empty(streams, dtype=torch.int32, device=device)
     level = torch.empty(streams, dtype=torch.float32, device=device)
     mass = torch.empty(streams, dtype=torch.float32, device=device)
+    share = torch.empty(streams, dtype=torch.float32, device=device)
     weight = torch.empty(streams * vocab, dtype=torch.float32, device=device)
     sums = torch.empty(streams * blocks * 2, dtype=torch.float64, device=device)
     s, rowwise = sampling, (logits, logits.stride(0), cut, first, length, sampling.mode, sampling.temperature)
@@ -322,16 +347,17 @@ def accept(
         *rowwise, s.seed, s.position, part[0], token, part[1], part[2],
         vocab, ROWS=rows, CHUNKS=chunks, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+    candidates, q = drafts.candidates, drafts.q
+    spread = (candidates, candidates.stride(0), candidates.stride(1), q, q.stride(0), q.stride(1))
     _judge[(streams,)](
         *rowwise, s.round_key, s.position, drafts.tokens, drafts.tokens.stride(0), drafts.q_x, drafts.q_x.stride(0),
-        part[0], token, part[1], part[2], accepted, bonus, level, mass,
-        GAMMA=gamma, ROWS_P2=triton.next_power_of_2(rows), CHUNKS=chunks, CHUNKS_P2=triton.next_power_of_2(chunks),
-        num_warps=1,
+        *spread, part[0], token, part[1], part[2], accepted, bonus, level, mass, share,
+        candidates.shape[2], GAMMA=gamma, ROWS_P2=triton.next_power_of_2(rows), CHUNKS=chunks,
+        CHUNKS_P2=triton.next_power_of_2(chunks), BLOCK_C=min(128, triton.next_power_of_2(candidates.shape[2])),
+        num_warps=4,
     )  # fmt: skip
-    candidates, q = drafts.candidates, drafts.q
     _weigh[(streams, blocks)](
-        *rowwise, candidates, candidates.stride(0), candidates.stride(1), q, q.stride(0), q.stride(1),
-        accepted, level, mass, weight, sums,
+        *rowwise, *spread, accepted, level, mass, share, weight, sums,
         vocab, candidates.shape[2], GAMMA=gamma, CHUNKS=blocks, BLOCK=BLOCK,
         BLOCK_C=min(1024, triton.next_power_of_2(candidates.shape[2])), num_warps=4,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from dspark_kernels.cpu.build import Isa, NoCompilerError, best_isa, supported_isas
 from dspark_kernels.cpu.library import Context, Head, Llama, PackedMatrix, Pass, Room, Source, Walked, Weights
+from dspark_kernels.cpu.machine import cpu_name
 
 __all__ = [
     "Context",
@@ -16,5 +17,6 @@ __all__ = [
     "Walked",
     "Weights",
     "best_isa",
+    "cpu_name",
     "supported_isas",
 ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from dspark_kernels.compiling import CompilerError, compile_library, digest, folder
+from dspark_kernels.cpu.machine import cpu_flags
 
 Isa = Literal["amx", "avx512", "avx2", "portable"]
 
@@ -40,16 +41,6 @@ SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=unde
 
 class NoCompilerError(Exception):
     """No library for this machine can be made: no compiler, or it failed. The message says which."""
-
-
-def cpu_flags() -> frozenset[str]:
-    """What the processor says it can do; nothing where that cannot be told."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(flags.split())
 
 
 def supported_isas() -> list[Isa]:

@@ -107,7 +107,8 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         ),
         "weigh": (done, [pointer, pointer, *two, pointer, pointer]),
         "draw": (integer, [pointer, integer, double, double]),
-        "draw_rest": (integer, [pointer, integer, double, pointer, pointer, integer, double]),
+        "draw_rest": (integer, [pointer, integer, double, double, pointer, pointer, integer, double]),
+        "overlap": (double, [pointer, integer, double, double, pointer, pointer, integer]),
         "append_context": (done, [*[pointer] * 4, integer, *[pointer] * 5, long]),
     }
     signatures |= {
@@ -326,24 +327,36 @@ class Weights(NamedTuple):
         values = self.values[row]
         return int(self.context.library.draw(_at(values), len(values), self.totals[row], uniform))
 
-    def draw_rest(self, row: int, uniform: float, q: Floats, ids: Ints | None) -> int:
-        """A token of max(p - q, 0) of one row, of p where rounding leaves nothing of that.
+    def overlap(self, row: int, share: float, q: Floats, ids: Ints | None) -> float:
+        """Σ min(share · p, q) of one row; q and ids as for `draw_rest`."""
+        self._check(q, ids)
+        values, total = self.values[row], self.totals[row]
+        library = self.context.library
+        return float(library.overlap(_at(values), len(values), total, share, _at(q), _at(ids), len(q)))
+
+    def draw_rest(self, row: int, uniform: float, share: float, q: Floats, ids: Ints | None) -> int:
+        """A token of max(share · p - q, 0) of one row, of p where rounding leaves nothing of that.
 
         Args:
+            share: in (0, 1].
             q: probabilities [Vd].
             ids: the tokens that they are of [Vd], ascending; None: all of them.
         """
-        values = self.values[row]
+        self._check(q, ids)
+        values, total = self.values[row], self.totals[row]
+        library = self.context.library
+        return int(library.draw_rest(_at(values), len(values), total, share, _at(q), _at(ids), len(q), uniform))
+
+    def _check(self, q: Floats, ids: Ints | None) -> None:
+        width = self.values.shape[1]
         _must(q.dtype == np.float32 and q.flags.c_contiguous, "probabilities of another kind")
         if ids is None:
-            _must(q.shape == values.shape, "probabilities of another vocabulary")
+            _must(q.shape == (width,), "probabilities of another vocabulary")
         else:
             _must(
                 ids.dtype == np.int32 and ids.flags.c_contiguous and ids.shape == q.shape, "ids of other probabilities"
             )
-            _must(len(ids) == 0 or 0 <= ids[0] <= ids[-1] < len(values), "ids outside the vocabulary")
-        total = self.totals[row]
-        return int(self.context.library.draw_rest(_at(values), len(values), total, _at(q), _at(ids), len(q), uniform))
+            _must(len(ids) == 0 or 0 <= ids[0] <= ids[-1] < width, "ids outside the vocabulary")
 
 
 class Walked(NamedTuple):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 import torch
 
+from dspark_kernels.cpu import cpu_name
 from dspark_kernels.cpu.build import library_path
 from dspark_stream import __version__
 from dspark_stream.engine.backlog import PIECE
@@ -68,7 +69,7 @@ def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[st
     device = (
         torch.cuda.get_device_name(target.device)
         if target.device.type == "cuda"
-        else f"{platform.machine()} {_cpu_name()} x{torch.get_num_threads()}"
+        else f"{platform.machine()} {cpu_name()} x{torch.get_num_threads()}"
     )
     return [
         f"dspark-stream {__version__}",
@@ -81,14 +82,6 @@ def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[st
         *quants,
         *fingerprints,
     ]
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def load_or_measure(

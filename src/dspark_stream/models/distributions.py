@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,12 +27,16 @@ class Distributions(Protocol):
     def draw(self, row: int, uniform: float) -> int:
         """A token of a row, by inverse transform; never one of probability 0."""
 
-    def draw_rest(self, row: int, uniform: float, q: Tensor, draft_ids: Tensor | None) -> int:
-        """A token of max(p - q, 0), of p where rounding leaves nothing of that.
+    def overlap(self, row: int, share: float, q: Tensor, draft_ids: Tensor | None) -> float:
+        """Σ min(share · p, q) over the vocabulary; q and draft_ids as for `draw_rest`."""
+
+    def draw_rest(self, row: int, uniform: float, share: float, q: Tensor, draft_ids: Tensor | None) -> int:
+        """A token of max(share · p - q, 0), of p where rounding leaves nothing of that.
 
         Args:
             row: p.
             uniform: what decides.
+            share: in (0, 1].
             q: probabilities [Vd], taken to be 0 for all other tokens.
             draft_ids: the tokens that they are of [Vd], ascending; None: all.
         """
@@ -55,10 +60,17 @@ class NativeDistributions:
         """See `Distributions.draw`."""
         return self._weights.draw(self._first + row, uniform)
 
-    def draw_rest(self, row: int, uniform: float, q: Tensor, draft_ids: Tensor | None) -> int:
+    def overlap(self, row: int, share: float, q: Tensor, draft_ids: Tensor | None) -> float:
+        """See `Distributions.overlap`."""
+        return self._weights.overlap(self._first + row, share, q.numpy(), _ids(draft_ids))
+
+    def draw_rest(self, row: int, uniform: float, share: float, q: Tensor, draft_ids: Tensor | None) -> int:
         """See `Distributions.draw_rest`."""
-        ids = None if draft_ids is None else draft_ids.numpy().astype(np.int32)
-        return self._weights.draw_rest(self._first + row, uniform, q.numpy(), ids)
+        return self._weights.draw_rest(self._first + row, uniform, share, q.numpy(), _ids(draft_ids))
+
+
+def _ids(draft_ids: Tensor | None) -> npt.NDArray[np.int32] | None:
+    return None if draft_ids is None else draft_ids.numpy().astype(np.int32)
 
 
 class Walk(NamedTuple):

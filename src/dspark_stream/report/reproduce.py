@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from dspark_kernels.cpu import cpu_name
 from dspark_stream import __version__
 from dspark_stream.engine.boundary import Tokenizer
 from dspark_stream.engine.worker import EngineThread
@@ -154,13 +153,7 @@ def _compare_texts(
 
 def machine(info: ModelInfo) -> str:
     """What all of this ran on."""
-    name = platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass  # not Linux
-    return f"{name}, {os.cpu_count()} cores, {info.device} {info.dtype}"
+    return f"{cpu_name()}, {os.cpu_count()} cores, {info.device} {info.dtype}"
 
 
 def swings(points: Sequence[Point]) -> dict[tuple[float, int], float]:

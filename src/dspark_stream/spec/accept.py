@@ -107,11 +107,29 @@ def rejection(
     length: int,
     draft_ids: Tensor | None,
 ) -> Outcome:
-    """Accept x_k with probability min(1, p_t(x_k)/p_d(x_k)); then draw from max(p_t - p_d, 0), or from the next p_t."""
-    uniforms = block.uniforms or RoundUniforms(stream.round_key, stream.position, 0)
+    """Block verification: the longest prefix of the drafts that stands, judged as a whole; then the bonus token.
+
+    share[k], w_k = min(1, w_{k-1} · p_t(x_k)/p_d(x_k)) with w_0 = 1, is the probability that at least x_1 … x_k stand
+    (given these drafts). So all ℓ stand with probability w_ℓ. Where no longer prefix stands, x_1 … x_k do with what
+    is still missing from w_k: (w_k - s_k)/(1 - s_k), where s_k = Σ min(w_k p_t, p_d) is what longer ones give. The
+    bonus token is from max(w_k p_t - p_d, 0), after ℓ from the next p_t. (Sun et al., arXiv 2403.10444, where w is p
+    and Algorithm 2 is this; docs/decisions/019-blocks-judged-whole.md.)
+    """
+    q, uniforms = block.q, block.uniforms or RoundUniforms(stream.round_key, stream.position, 0)
+    share = [1.0]
     for k in range(length):
-        assert block.q is not None
-        p_x, q_x = p.probability(first + k, block.tokens[k]), block.q.probability(k, block.indices[k])
-        if not uniforms.accept[k] * q_x < p_x:
-            return Outcome(k, p.draw_rest(first + k, uniforms.bonus, block.q.probabilities(k), draft_ids))
-    return Outcome(length, p.draw(first + length, uniforms.bonus))
+        assert q is not None
+        p_x, q_x = p.probability(first + k, block.tokens[k]), q.probability(k, block.indices[k])
+        share.append(min(1.0, share[k] * p_x / q_x))
+    if length == 0 or uniforms.accept[length - 1] < share[length]:
+        return Outcome(length, p.draw(first + length, uniforms.bonus))
+    assert q is not None
+    accepted = length - 1
+    while accepted > 0:
+        longer = p.overlap(first + accepted, share[accepted], q.probabilities(accepted), draft_ids)
+        missing = share[accepted] - longer  # rounding may leave it below 0
+        if uniforms.accept[accepted - 1] * (missing + 1.0 - share[accepted]) < missing:
+            break
+        accepted -= 1
+    rest = share[accepted], q.probabilities(accepted), draft_ids
+    return Outcome(accepted, p.draw_rest(first + accepted, uniforms.bonus, *rest))

@@ -64,8 +64,8 @@ def is_greedy(stream: StreamView) -> bool:
 
 
 def acceptance_of(stream: StreamView) -> Acceptance:
-    """Greedy: one-hot distributions, one comparison. Rejection: drawn by inverse transform, accepted by the ratio of
-    probabilities. Coupled: drawn by shared noise, accepted where it is the target's own draw.
+    """Greedy: one-hot distributions, one comparison. Rejection: drawn by inverse transform, accepted by ratios of
+    probabilities, the block as a whole. Coupled: drawn by shared noise, accepted where it is the target's own draw.
     """
     return "greedy" if is_greedy(stream) else stream.verification
 

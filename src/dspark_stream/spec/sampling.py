@@ -31,9 +31,14 @@ class Dense:
         """See `Distributions.draw`."""
         return _draw(self._rows[row], uniform)
 
-    def draw_rest(self, row: int, uniform: float, q: Tensor, draft_ids: Tensor | None) -> int:
+    def overlap(self, row: int, share: float, q: Tensor, draft_ids: Tensor | None) -> float:
+        """See `Distributions.overlap`."""
+        p = self._rows[row] if draft_ids is None else self._rows[row][draft_ids]
+        return float(torch.minimum(p * share, q).sum())
+
+    def draw_rest(self, row: int, uniform: float, share: float, q: Tensor, draft_ids: Tensor | None) -> int:
         """See `Distributions.draw_rest`."""
-        return _draw(residual(self._rows[row], q, draft_ids), uniform)
+        return _draw(residual(self._rows[row], share, q, draft_ids), uniform)
 
 
 def _draw(weights: Tensor, uniform: float) -> int:
@@ -103,13 +108,13 @@ def race(probs: Tensor, exponentials: Tensor) -> Tensor:
     return (exponentials / probs.double()).argmin(-1)
 
 
-def residual(p: Tensor, q: Tensor, draft_ids: Tensor | None) -> Tensor:
-    """max(p_t - p_d, 0), unnormalised, [V]; q [Vd] is widened with zeros to the target's vocabulary."""
-    rest = p.clone()
+def residual(p: Tensor, share: float, q: Tensor, draft_ids: Tensor | None) -> Tensor:
+    """max(share · p_t - p_d, 0), unnormalised, [V]; q [Vd] is widened with zeros to the target's vocabulary."""
+    rest = p * share
     if draft_ids is None:
         rest -= q
     else:
         rest[draft_ids] -= q
     rest.clamp_(min=0.0)
-    # p = q up to rounding: a rejection had probability zero, and any draw from p is right
+    # share = 1 and p = q up to rounding: a rejection had probability zero, and any draw from p is right
     return rest if bool(rest.sum() > 0) else p

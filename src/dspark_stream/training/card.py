@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import fmean
 
 import torch
 
+from dspark_kernels.cpu import cpu_name
 from dspark_stream import __version__
 from dspark_stream.calibrate import Fit
 from dspark_stream.training.answers import Answer, Split
@@ -138,10 +138,4 @@ def hardware(device: torch.device) -> str:
     """What the training ran on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-        name = next(line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"CPU ({name}, {torch.get_num_threads()} threads)"
+    return f"CPU ({cpu_name()}, {torch.get_num_threads()} threads)"

@@ -1,7 +1,7 @@
 """The training loss of the design, fused with the LM head so that logits exist for a few rows at a time.
 
 Per slot: 0.1·cross-entropy + 0.9·‖p_d - p_t‖₁ + 1.0·BCE(c_k, 1 - ½‖p_d - p_t‖₁), weighted by exp(-(k-1)/decay).
-1 - ½‖p_d - p_t‖₁ is exactly the probability that rejection sampling accepts a draft from p_d, so the second term
+1 - ½‖p_d - p_t‖₁ is exactly the probability that rejection accepts a draft from p_d by itself, so the second term
 trains acceptance itself and the third trains the confidence head to foretell it.
 
 Symbols: N slots of all blocks, H hidden size, r rank, Vd draft vocabulary.

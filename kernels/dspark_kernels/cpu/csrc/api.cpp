@@ -566,13 +566,19 @@ int32_t dspark_draw(const float* weights, int width, double total, double unifor
     return draw(weights, width, uniform * total);
 }
 
-// A token of max(p - q, 0); of p where rounding has left nothing of that. p: weights [width] with their sum; q [drafts]:
-// probabilities of the tokens `ids`, ascending (null: all).
-int32_t dspark_draw_rest(const float* weights, int width, double total, const float* q, const int32_t* ids, int drafts,
-                         double uniform) {
-    const Rest rest{weights, width, static_cast<float>(1.0 / total), q, ids, drafts};
+// A token of max(share p - q, 0); of p where rounding has left nothing of that. p: weights [width] with their sum;
+// q [drafts]: probabilities of the tokens `ids`, ascending (null: all).
+int32_t dspark_draw_rest(const float* weights, int width, double total, double share, const float* q,
+                         const int32_t* ids, int drafts, double uniform) {
+    const Rest rest{weights, width, static_cast<float>(share / total), q, ids, drafts};
     const double left = rest.sum();
     return left > 0 ? rest.draw(uniform * left) : draw(weights, width, uniform * total);
+}
+
+// The sum of min(share p, q).
+double dspark_overlap(const float* weights, int width, double total, double share, const float* q, const int32_t* ids,
+                      int drafts) {
+    return overlap(Rest{weights, width, static_cast<float>(share / total), q, ids, drafts});
 }
 
 // --- what the machine can do ---

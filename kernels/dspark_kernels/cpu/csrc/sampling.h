@@ -84,11 +84,11 @@ inline int32_t draw(const float* row, int count, double at) {
     return token.index();
 }
 
-// max(p - q, 0) of one row, as weights that add up to at most 1; q [drafts] stands at ids, ascending (null: all).
+// max(share p - q, 0) of one row, as weights that add up to at most 1; q [drafts] stands at ids, ascending (null: all).
 struct Rest {
     const float* p;  // weights [count]
     int count;
-    float up;  // 1 / their sum
+    float up;  // share / their sum
     const float* q;
     const int32_t* ids;
     int drafts;
@@ -123,5 +123,17 @@ struct Rest {
         }
     }
 };
+
+// The sum of min(share p, q): what `Rest` takes away.
+inline double overlap(const Rest& of) {
+    double sum = 0;
+    for (int i = 0; i < of.drafts; i += LANES) {
+        const int lanes = std::min(LANES, of.drafts - i);
+        alignas(64) float p[LANES] = {};
+        for (int lane = 0; lane < lanes; lane++) p[lane] = of.p[of.ids ? of.ids[i + lane] : i + lane];
+        sum += sum_of(min(Floats::load(p) * Floats::all(of.up), load_some(of.q + i, lanes)));
+    }
+    return sum;
+}
 
 }  // namespace dspark
