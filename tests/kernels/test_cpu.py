@@ -18,6 +18,11 @@ from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Room, S
 from dspark_kernels.cpu import build as building
 from dspark_kernels.cpu.library import LayerWeights, Store
 from dspark_kernels.cpu.reference import LayerReference, LlamaReference, draw, product, rest, rms_norm, walk
+from dspark_stream.models.distributions import NativeDistributions
+from dspark_stream.spec.accept import rejection
+from dspark_stream.spec.draft import Block
+from dspark_stream.spec.noise import RoundUniforms
+from dspark_stream.spec.sampling import Dense
 
 SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
@@ -595,6 +600,49 @@ def test_what_is_left_after_a_rejection(context, reduced, share):
     # nothing left but rounding: any draw from p is right
     alone = Weights.of(context, np.array([[0.0, -np.inf, 0.0]], dtype=np.float32), [1.0])
     assert {alone.draw_rest(0, u, 1.0, alone.probabilities(0), None) for u in UNIFORMS} == {0, 2}
+
+
+@pytest.mark.parametrize("reduced", [True, False], ids=["draft vocabulary", "all"])
+def test_blocks_are_judged_as_by_the_reference(context, reduced):
+    """Guards against another outcome by one call than by the engine's own steps, at any length and in any row."""
+    width, gamma, rng = 203, 5, np.random.default_rng(5)
+    ids = np.sort(rng.permutation(width)[:71]).astype(np.int32) if reduced else np.arange(width, dtype=np.int32)
+    outcomes = set()
+    for trial in range(400):
+        length, before = 1 + trial % gamma, trial % 3  # rows of others lie before
+        scores = 2 * random(gamma + 1, width, seed=trial)
+        scores[:, ids] += 2.0
+        near = scores[:gamma][:, ids] + 0.7 * random(gamma, len(ids), seed=10_000 + trial)
+        q = Weights.of(context, np.concatenate([random(before, len(ids)), near]), [1.0] * (before + gamma))
+        p = Weights.of(context, np.concatenate([random(before, width), scores]), [1.0] * (before + gamma + 1))
+        uniforms = RoundUniforms(trial, 0, gamma)
+        indices = [q.draw(before + k, u) for k, u in enumerate(uniforms.draft)]
+        block = Block(tokens=ids[indices].tolist(), indices=indices, uniforms=uniforms)
+        block.q = NativeDistributions(q, before, ids if reduced else None)
+        got = rejection(NativeDistributions(p, before), 0, None, block, length, None)
+        block.q = Dense(torch.stack([torch.from_numpy(q.probabilities(before + k)) for k in range(gamma)]))
+        assert got == rejection(NativeDistributions(p, before), 0, None, block, length, torch.from_numpy(ids).long())
+        outcomes.add((length, got.accepted))
+    assert len(outcomes) == 20  # every prefix of every length, and none
+    fine = {"first": 0, "tokens": [0], "q": q, "q_first": 0, "indices": [0], "ids": ids, "accept": [0.5]}
+    for wrong in ({"tokens": [width]}, {"indices": [len(ids)]}, {"indices": []}, {"accept": []}, {"first": 99}):
+        with pytest.raises(ValueError, match="drafts"):
+            p.judge(**fine | wrong, uniform=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_row_of_nan_refuses_its_draft(context):
+    """Guards against a NaN that counts as certainty: nothing stands from that row on."""
+    scores = np.zeros((4, 40), dtype=np.float32)
+    q = Weights.of(context, scores[:3].copy(), [1.0] * 3)
+    for bad in range(3):
+        broken = scores.copy()
+        broken[bad] = np.nan
+        p = Weights.of(context, broken, [1.0] * 4)
+        block = Block(tokens=[1, 2, 3], indices=[1, 2, 3], uniforms=RoundUniforms(1, 0, 3))
+        for own in (NativeDistributions(q), Dense(torch.full((3, 40), 1 / 40))):
+            block.q = own
+            assert rejection(NativeDistributions(p), 0, None, block, 3, None).accepted <= bad
 
 
 def test_tokens_of_no_weight_are_never_drawn(context):

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,12 @@ def run_round(drafter, p_t, streams, script, choose, *, monkeypatch, weigh=None)
         for j in range(length + 1)
     ]
     output = TargetOutput(torch.stack(rows), torch.empty(0), weigh=weigh)
+    if weigh is not None:  # drafts of the kernels are judged by one call
+        ids = None if drafter.draft_ids is None else drafter.draft_ids.numpy().astype(np.int32)
+        for block in blocks:
+            if block.q is not None:
+                q = torch.stack([block.q.probabilities(k) for k in range(gamma)])
+                block.q = weigh(q.log(), [1.0] * gamma, ids)
     outcomes = accept(output, streams, blocks, lengths, drafter.draft_ids)
     return blocks, lengths, outcomes
 
@@ -276,7 +283,9 @@ def weigh(request):
     if compiler() is None:
         pytest.skip("no C++ compiler: apt-get install g++")
     context = Context(2, best_isa())
-    return lambda logits, temperatures: NativeDistributions(Weights.of(context, logits.numpy(), temperatures))
+    return lambda logits, temperatures, ids=None: NativeDistributions(
+        Weights.of(context, logits.numpy().copy(), temperatures), ids=ids
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -306,14 +315,49 @@ def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name,
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_longer_blocks_have_the_targets_law(seed, weigh, monkeypatch):
-    """Guards against shares and residuals that only a third slot shows: whether x_2 stands depends on x_1's share."""
+@pytest.mark.parametrize("company", [(), ("coupled",)])
+@pytest.mark.parametrize("name", ["adaptive", "fixed"])
+def test_longer_blocks_have_the_targets_law(name, company, seed, weigh, monkeypatch):
+    """Guards against shares and residuals that only a third slot shows: whether x_2 stands depends on x_1's share.
+
+    The adaptive block ends after one, two or three slots, and x_1 and x_2 decide where.
+    """
     drafter, p_t = random_tables(seed, gamma=3)
-    lengths = scheduled(SCHEDULES["adaptive"], {1: 1.0, 2: 0.9, 3: 0.8, 4: 0.7}.__getitem__, earlier=(0.7, 0.5, 0.3))
-    for choose in (scheduled(Fixed(3), lambda b: 1.0), lengths):
-        law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, weigh=weigh)
-        for tokens, probability in law.items():
-            assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
+    drafter.c = torch.tensor([[0.9, 0.9, 0.9], [0.95, 0.2, 0.9], [0.9, 0.9, 0.2]])
+    cost = {b: 1.0 + 0.3 * (b - 1) for b in range(1, 9)}
+    schedules = {"adaptive": Adaptive(), "fixed": Fixed(3)}
+    schedule, chosen = scheduled(schedules[name], lambda b: 1.0 / cost[b], earlier=(0.7, 0.5, 0.3)), set()
+
+    def choose(streams, survivals):
+        lengths = schedule(streams, survivals)
+        chosen.add(lengths[0])
+        return lengths
+
+    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, company=company, weigh=weigh)
+    assert chosen == ({1, 2, 3} if name == "adaptive" else {3})
+    for tokens, probability in law.items():
+        assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
+
+
+@pytest.mark.parametrize("gamma", [2, 3])
+def test_tokens_that_cannot_be_are_lossless(gamma, weigh, monkeypatch):
+    """Guards against zeros: drafts that the target rules out (w = 0, an earlier prefix may stand), and what is never
+    drafted though the target has it.
+    """
+    drafter, p_t = random_tables(3, gamma=gamma)
+    drafter.p_d[:, 1, 0], drafter.p_d[1, 2, 2] = 0.0, 0.0
+    drafter.p_d /= drafter.p_d.sum(-1, keepdim=True)
+
+    def some_ruled_out(stream, prefix):
+        p = p_t(stream, prefix).clone()
+        p[(1 + len(prefix) + sum(prefix)) % 3] = 0.0
+        return p / p.sum()
+
+    choose = scheduled(Fixed(gamma), lambda b: 1.0)
+    law = law_of_round(drafter, some_ruled_out, choose, monkeypatch=monkeypatch, weigh=weigh)
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
+    for tokens, probability in law.items():
+        assert probability == pytest.approx(joint(some_ruled_out, tokens), abs=2e-6)
 
 
 def test_a_block_is_judged_as_a_whole(weigh, monkeypatch):

@@ -107,7 +107,7 @@ def _redraw(p: Tensor, share: Tensor, accepted: Tensor, length: Tensor, drafts: 
         .clamp_min(0.0)
     )
     rejected = (accepted < length).unsqueeze(1)
-    # share = 1 and p = q up to rounding: a rejection had probability zero, and any draw from p is right
+    # nothing is left but rounding: this had probability zero, and any draw from p is right
     weights = torch.where(rejected & (rest.sum(1, keepdim=True) > 0), rest, weights)
     cdf = weights.double().cumsum(-1)
     found = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)

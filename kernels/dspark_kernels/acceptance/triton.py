@@ -204,7 +204,8 @@ def _judge(
         share = tl.full([ROWS_P2], 1.0, tl.float64)
         w = tl.sum(tl.where(j == 0, share, 0.0), 0)
         for k in range(GAMMA):
-            w = tl.minimum(w * tl.sum(tl.where(j == k, ratio, 0.0), 0), 1.0)
+            w = w * tl.sum(tl.where(j == k, ratio, 0.0), 0)
+            w = tl.minimum(w, 1.0, propagate_nan=tl.PropagateNan.ALL)  # NaN refuses
             share = tl.where(j == k + 1, w, share)
         # s_j, how likely a longer prefix stands: of slot j's candidates what is covered by both
         longer = tl.zeros([ROWS_P2], tl.float32)
@@ -293,7 +294,7 @@ def _pick(
     c = tl.arange(0, CHUNKS_P2)
     rest = tl.load(sums_ptr + (stream * CHUNKS + c) * 2, mask=c < CHUNKS, other=0.0)
     whole = tl.load(sums_ptr + (stream * CHUNKS + c) * 2 + 1, mask=c < CHUNKS, other=0.0)
-    # share = 1 and p = q up to rounding: a rejection had probability zero, and any draw from p is right
+    # nothing is left but rounding: this had probability zero, and any draw from p is right
     from_rest = tl.sum(rest, 0) > 0.0
     sums = tl.where(from_rest, rest, whole)
     reach = tl.cumsum(sums, 0)

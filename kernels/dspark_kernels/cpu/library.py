@@ -109,6 +109,10 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "draw": (integer, [pointer, integer, double, double]),
         "draw_rest": (integer, [pointer, integer, double, double, pointer, pointer, integer, double]),
         "overlap": (double, [pointer, integer, double, double, pointer, pointer, integer]),
+        "judge": (
+            integer,
+            [pointer, pointer, integer, pointer, pointer, integer, *[pointer] * 3, integer, pointer, double, pointer],
+        ),
         "append_context": (done, [*[pointer] * 4, integer, *[pointer] * 5, long]),
     }
     signatures |= {
@@ -346,6 +350,43 @@ class Weights(NamedTuple):
         values, total = self.values[row], self.totals[row]
         library = self.context.library
         return int(library.draw_rest(_at(values), len(values), total, share, _at(q), _at(ids), len(q), uniform))
+
+    def judge(
+        self,
+        first: int,
+        tokens: Sequence[int],
+        q: Weights,
+        q_first: int,
+        indices: Sequence[int],
+        ids: Ints | None,
+        accept: Sequence[float],
+        uniform: float,
+    ) -> tuple[int, int]:
+        """Block verification (`spec.accept.rejection`): how many of ℓ ≥ 1 drafts stand, and the bonus token.
+
+        Args:
+            first: p of the first draft's row; ℓ + 1 rows from there on.
+            tokens: the drafts [ℓ].
+            q: what they were drawn from, from row ``q_first`` on, over the tokens ``ids`` (as for `draw_rest`).
+            indices: the drafts among ``ids`` [ℓ].
+            accept: uniforms [ℓ or more].
+            uniform: what the bonus token is drawn by.
+        """
+        length, width = len(tokens), self.values.shape[1]
+        self._check(q.values[q_first], ids)
+        _must(0 < length <= min(len(indices), len(accept)), "drafts without indices or uniforms")
+        _must(first + length < len(self.values) and q_first + length <= len(q.values), "drafts without rows")
+        tokens, among = list(tokens), list(indices[:length])
+        _must(min(tokens) >= 0 and max(tokens) < width, "drafts outside the vocabulary")
+        _must(min(among) >= 0 and max(among) < q.values.shape[1], "drafts outside the draft vocabulary")
+        whole, bonus = ctypes.c_int32 * length, ctypes.c_int32()
+        stand = self.context.library.judge(
+            *(_at(self.values[first]), _at(self.totals[first:]), width),
+            *(_at(q.values[q_first]), _at(q.totals[q_first:]), q.values.shape[1]),
+            *(_at(ids), whole(*tokens), whole(*among), length),
+            *((ctypes.c_double * length)(*accept[:length]), uniform, ctypes.byref(bonus)),
+        )
+        return int(stand), bonus.value
 
     def _check(self, q: Floats, ids: Ints | None) -> None:
         width = self.values.shape[1]

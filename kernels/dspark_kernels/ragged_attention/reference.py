@@ -131,7 +131,7 @@ def ragged_attention(
         q = q.permute(1, 2, 0, 3).reshape(1, heads_k, group * rows, -1)
         k = keys[slot + first : slot + first + length].transpose(0, 1).unsqueeze(0)
         v = values[slot + first : slot + first + length].transpose(0, 1).unsqueeze(0)
-        if mask is not None:
+        if mask is not None and mask.shape[0] > q.shape[2]:
             q = F.pad(q, (0, 0, 0, mask.shape[0] - q.shape[2]))
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         o = o[0, :, : group * rows].view(heads_k, group, rows, -1)

@@ -5,6 +5,7 @@ Symbols: N rows, V vocabulary, Vd draft vocabulary. Uniforms are in [0, 1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dspark_kernels.cpu import Walked, Weights
+
+Ints = npt.NDArray[np.int32]
 
 
 class Distributions(Protocol):
@@ -43,10 +46,10 @@ class Distributions(Protocol):
 
 
 class NativeDistributions:
-    """`Distributions` on the CPU kernels; some rows of `Weights` from ``first`` on."""
+    """`Distributions` on the CPU kernels: rows of `Weights` from ``first`` on, over the tokens ``ids`` (None: all)."""
 
-    def __init__(self, weights: Weights, first: int = 0) -> None:
-        self._weights, self._first = weights, first
+    def __init__(self, weights: Weights, first: int = 0, ids: Ints | None = None) -> None:
+        self._weights, self._first, self._draft_ids = weights, first, ids
 
     def probability(self, row: int, token: int) -> float:
         """See `Distributions.probability`."""
@@ -68,8 +71,22 @@ class NativeDistributions:
         """See `Distributions.draw_rest`."""
         return self._weights.draw_rest(self._first + row, uniform, share, q.numpy(), _ids(draft_ids))
 
+    def judge(
+        self,
+        first: int,
+        tokens: Sequence[int],
+        q: NativeDistributions,
+        indices: Sequence[int],
+        accept: Sequence[float],
+        uniform: float,
+    ) -> tuple[int, int]:
+        """How many of the drafts ``tokens`` stand, and the bonus token: `spec.accept.rejection` in one call."""
+        return self._weights.judge(
+            self._first + first, tokens, q._weights, q._first, indices, q._draft_ids, accept, uniform
+        )
 
-def _ids(draft_ids: Tensor | None) -> npt.NDArray[np.int32] | None:
+
+def _ids(draft_ids: Tensor | None) -> Ints | None:
     return None if draft_ids is None else draft_ids.numpy().astype(np.int32)
 
 
@@ -79,6 +96,7 @@ class Walk(NamedTuple):
     tokens: list[list[int]]  # [R, g], target ids
     logits: list[list[float]] | None  # [R, g], of confidence
     walked: Walked
+    draft_ids: Ints | None  # [Vd]
 
     def indices(self, r: int) -> list[int]:
         """A stream's drafts as draft vocabulary indices."""
@@ -88,4 +106,4 @@ class Walk(NamedTuple):
     def q(self, r: int) -> NativeDistributions:
         """What a stream that sampled drew from, a row a slot."""
         assert self.walked.weights is not None
-        return NativeDistributions(self.walked.weights, r * len(self.tokens[r]))
+        return NativeDistributions(self.walked.weights, r * len(self.tokens[r]), self.draft_ids)

@@ -308,7 +308,12 @@ class NativeDrafter(Drafter):
             temperatures,
             np.array(uniforms, dtype=np.float64) if any(temperatures) else None,
         )
-        return Walk(walked.tokens.tolist(), walked.logits.tolist() if self.confidence_head else None, walked)
+        return Walk(
+            walked.tokens.tolist(),
+            walked.logits.tolist() if self.confidence_head else None,
+            walked,
+            self._walk.draft_ids,
+        )
 
     def _layer(self, context: Context, layer: Any, bits: int) -> LayerWeights:
         a, mlp = layer.self_attn, layer.mlp

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dspark_stream.models.distributions import Distributions
+from dspark_stream.models.distributions import Distributions, NativeDistributions
 from dspark_stream.models.target import TargetOutput
 from dspark_stream.spec.draft import Block, StreamView, acceptance_of, is_greedy
 from dspark_stream.spec.noise import RoundUniforms
@@ -116,20 +116,21 @@ def rejection(
     and Algorithm 2 is this; docs/decisions/019-blocks-judged-whole.md.)
     """
     q, uniforms = block.q, block.uniforms or RoundUniforms(stream.round_key, stream.position, 0)
+    if length and isinstance(p, NativeDistributions) and isinstance(q, NativeDistributions):  # the same in one call
+        drafts = block.tokens[:length]
+        return Outcome(*p.judge(first, drafts, q, block.indices, uniforms.accept, uniforms.bonus))
     share = [1.0]
     for k in range(length):
         assert q is not None
         p_x, q_x = p.probability(first + k, block.tokens[k]), q.probability(k, block.indices[k])
-        share.append(min(1.0, share[k] * p_x / q_x))
+        share.append(min(share[k] * p_x / q_x, 1.0))  # what was drawn has q_x > 0; NaN stays, and refuses
     if length == 0 or uniforms.accept[length - 1] < share[length]:
         return Outcome(length, p.draw(first + length, uniforms.bonus))
     assert q is not None
-    accepted = length - 1
-    while accepted > 0:
-        longer = p.overlap(first + accepted, share[accepted], q.probabilities(accepted), draft_ids)
-        missing = share[accepted] - longer  # rounding may leave it below 0
-        if uniforms.accept[accepted - 1] * (missing + 1.0 - share[accepted]) < missing:
-            break
-        accepted -= 1
-    rest = share[accepted], q.probabilities(accepted), draft_ids
-    return Outcome(accepted, p.draw_rest(first + accepted, uniforms.bonus, *rest))
+    for k in range(length - 1, 0, -1):
+        if uniforms.accept[k - 1] >= share[k]:
+            continue  # what is missing from w_k is at most w_k
+        missing = share[k] - p.overlap(first + k, share[k], q.probabilities(k), draft_ids)  # below 0 by rounding
+        if uniforms.accept[k - 1] * (missing + 1.0 - share[k]) < missing:
+            return Outcome(k, p.draw_rest(first + k, uniforms.bonus, share[k], q.probabilities(k), draft_ids))
+    return Outcome(0, p.draw_rest(first, uniforms.bonus, 1.0, q.probabilities(0), draft_ids))

@@ -116,5 +116,5 @@ def residual(p: Tensor, share: float, q: Tensor, draft_ids: Tensor | None) -> Te
     else:
         rest[draft_ids] -= q
     rest.clamp_(min=0.0)
-    # share = 1 and p = q up to rounding: a rejection had probability zero, and any draw from p is right
+    # nothing is left but rounding: this had probability zero, and any draw from p is right
     return rest if bool(rest.sum() > 0) else p

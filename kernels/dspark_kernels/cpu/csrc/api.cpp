@@ -570,15 +570,21 @@ int32_t dspark_draw(const float* weights, int width, double total, double unifor
 // q [drafts]: probabilities of the tokens `ids`, ascending (null: all).
 int32_t dspark_draw_rest(const float* weights, int width, double total, double share, const float* q,
                          const int32_t* ids, int drafts, double uniform) {
-    const Rest rest{weights, width, static_cast<float>(share / total), q, ids, drafts};
-    const double left = rest.sum();
-    return left > 0 ? rest.draw(uniform * left) : draw(weights, width, uniform * total);
+    return draw_rest(Rest{weights, width, static_cast<float>(share / total), q, 1.0f, ids, drafts}, total, uniform);
 }
 
 // The sum of min(share p, q).
 double dspark_overlap(const float* weights, int width, double total, double share, const float* q, const int32_t* ids,
                       int drafts) {
-    return overlap(Rest{weights, width, static_cast<float>(share / total), q, ids, drafts});
+    return Rest{weights, width, static_cast<float>(share / total), q, 1.0f, ids, drafts}.taken();
+}
+
+// How many of `length` drafts stand, at least one, and the bonus token. p: weights [length+1, width] with their sums; q
+// [length, drafts] with theirs, of the tokens `ids`, ascending (null: all).
+int dspark_judge(const float* p, const double* p_totals, int width, const float* q, const double* q_totals, int drafts,
+                 const int32_t* ids, const int32_t* tokens, const int32_t* indices, int length, const double* accept,
+                 double uniform, int32_t* bonus) {
+    return judge({p, p_totals, width}, {q, q_totals, drafts}, ids, tokens, indices, length, accept, uniform, bonus);
 }
 
 // --- what the machine can do ---

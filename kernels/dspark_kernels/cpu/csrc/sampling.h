@@ -2,6 +2,9 @@
 // sum; a uniform in [0, 1) times the sum is looked up among them. A row's result depends on that row alone.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "simd.h"
 
 namespace dspark {
@@ -88,14 +91,26 @@ inline int32_t draw(const float* row, int count, double at) {
 struct Rest {
     const float* p;  // weights [count]
     int count;
-    float up;  // share / their sum
-    const float* q;
+    float up;        // share / their sum
+    const float* q;  // weights
+    float q_up;      // 1 / their sum
     const int32_t* ids;
     int drafts;
 
     double sum() const {
         double sum = 0;
         each([&](int, Floats rest) { return sum += sum_of(rest), false; });
+        return sum;
+    }
+    double taken() const {  // the sum of min(share p, q)
+        double sum = 0;
+        for (int i = 0; i < drafts; i += LANES) {
+            const int lanes = std::min(LANES, drafts - i);
+            alignas(64) float at[LANES] = {};
+            for (int lane = 0; ids && lane < lanes; lane++) at[lane] = p[ids[i + lane]];
+            const Floats own = ids ? Floats::load(at) : load_some(p + i, lanes);
+            sum += sum_of(min(own * Floats::all(up), load_some(q + i, lanes) * Floats::all(q_up)));
+        }
         return sum;
     }
     int32_t draw(double at) const {
@@ -113,27 +128,59 @@ struct Rest {
             (load_some(p + i, count - i) * Floats::all(up)).store(rest);
             if (ids) {
                 for (; next < drafts && ids[next] < i + LANES; next++) {
-                    float& at = rest[ids[next] - i];
-                    at = at > q[next] ? at - q[next] : 0.0f;
+                    float &at = rest[ids[next] - i], taken = q[next] * q_up;
+                    at = at > taken ? at - taken : 0.0f;
                 }
             } else {
-                max(Floats::load(rest) - load_some(q + i, count - i), Floats::zero()).store(rest);
+                const Floats taken = load_some(q + i, count - i) * Floats::all(q_up);
+                max(Floats::load(rest) - taken, Floats::zero()).store(rest);
             }
             if (use(i, Floats::load(rest))) return;
         }
     }
 };
 
-// The sum of min(share p, q): what `Rest` takes away.
-inline double overlap(const Rest& of) {
-    double sum = 0;
-    for (int i = 0; i < of.drafts; i += LANES) {
-        const int lanes = std::min(LANES, of.drafts - i);
-        alignas(64) float p[LANES] = {};
-        for (int lane = 0; lane < lanes; lane++) p[lane] = of.p[of.ids ? of.ids[i + lane] : i + lane];
-        sum += sum_of(min(Floats::load(p) * Floats::all(of.up), load_some(of.q + i, lanes)));
+// A token of that rest; of p, whose weights add up to `total`, where rounding has left nothing of it.
+inline int32_t draw_rest(const Rest& rest, double total, double uniform) {
+    const double left = rest.sum();
+    return left > 0 ? rest.draw(uniform * left) : draw(rest.p, rest.count, uniform * total);
+}
+
+// Rows of weights with their sums.
+struct Rows {
+    const float* weights;  // [rows, width]
+    const double* sums;    // [rows]
+    int width;
+
+    const float* row(int k) const { return weights + static_cast<size_t>(k) * width; }
+    double probability(int k, int32_t at) const { return row(k)[at] / sums[k]; }
+};
+
+// Block verification of `length` drafts, at least one; what it does and why: rejection() in spec/accept.py.
+// p: a row more than drafts; tokens are p's indices of the drafts, indices are q's. Sets the bonus token.
+inline int judge(const Rows& p, const Rows& q, const int32_t* ids, const int32_t* tokens, const int32_t* indices,
+                 int length, const double* accept, double uniform, int32_t* bonus) {
+    std::vector<double> share(length + 1, 1.0);
+    for (int k = 0; k < length; k++) {
+        const double likelier = share[k] * p.probability(k, tokens[k]) / q.probability(k, indices[k]);
+        share[k + 1] = std::min(likelier, 1.0);  // NaN stays
     }
-    return sum;
+    if (accept[length - 1] < share[length]) {
+        *bonus = draw(p.row(length), p.width, uniform * p.sums[length]);
+        return length;
+    }
+    const auto rest = [&](int k) {
+        const float up = static_cast<float>(share[k] / p.sums[k]), q_up = static_cast<float>(1.0 / q.sums[k]);
+        return Rest{p.row(k), p.width, up, q.row(k), q_up, ids, q.width};
+    };
+    int accepted = length - 1;
+    for (; accepted > 0; accepted--) {
+        if (accept[accepted - 1] >= share[accepted]) continue;
+        const double missing = share[accepted] - rest(accepted).taken();
+        if (accept[accepted - 1] * (missing + 1.0 - share[accepted]) < missing) break;
+    }
+    *bonus = draw_rest(rest(accepted), p.sums[accepted], uniform);
+    return accepted;
 }
 
 }  // namespace dspark
