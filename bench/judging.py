@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import fmean, pstdev
+from unittest import mock
 
 import numpy as np
 from torch import Tensor
@@ -66,9 +68,16 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path("runs/judging.csv"))
     args = parser.parse_args()
-    config = Config(model=args.model, drafter=args.drafter, schedule=f"fixed:{MAX_FIXED}", max_num_seqs=args.streams)
+    config = Config(
+        model=args.model,
+        drafter=args.drafter,
+        device=args.device,
+        schedule=f"fixed:{MAX_FIXED}",
+        max_num_seqs=args.streams,
+    )
     engine, tokenizer = build_engine(config, Progress())
     assert tokenizer is not None
     plan = Plan(
@@ -81,31 +90,34 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     with LocalEngine(engine) as local:
         for path in args.prompts:
-            engine_accept.rejection = watch = Watch(engine.info.gamma)
+            watch = Watch(engine.info.gamma)
             prompts = read_prompts(path, args.limit)
-            run_prompts(local, tokenizer, prompts, plan, Progress(), path.stem)
+            with mock.patch.object(engine_accept, "rejection", watch):
+                run_prompts(local, tokenizer, prompts, plan, Progress(), path.stem)
+            if not watch.accepted:
+                parser.error("no whole block was judged: captured rounds of a GPU cannot be watched (--device cpu)")
             rows.append(row(path.stem, watch))
     write_csv(args.out, rows)
     print("\n| file | rounds | token by token | whole blocks | gain | observed |")
     print("| --- | --- | --- | --- | --- | --- |")
     for r in rows:
-        print("| {file} | {rounds} | {by_token} | {by_block} | {gain} | {observed} ± {error} |".format(**r))
-    means = [np.mean([float(str(r[name])) for r in rows]) for name in ("by_token", "by_block", "observed")]
-    print(f"| mean | | {means[0]:.3f} | {means[1]:.3f} | {means[1] / means[0] - 1:+.1%} | {means[2]:.3f} |")
+        print("| {file} | {rounds} | {by_token} | {by_block} | {gain:+.1%} | {observed} ± {error} |".format(**r))
+    one, other, seen = (fmean(float(str(r[name])) for r in rows) for name in ("by_token", "by_block", "observed"))
+    print(f"| mean | | {one:.3f} | {other:.3f} | {other / one - 1:+.1%} | {seen:.3f} |")
 
 
 def row(file: str, watch: Watch) -> dict[str, object]:
     """Accepted lengths of one file, and how likely x_1 … x_k stand either way."""
     token, block = np.array(watch.by_token), np.array(watch.by_block)
-    one, other = 1 + token.sum(1).mean(), 1 + block.sum(1).mean()
+    one, other = 1 + float(token.sum(1).mean()), 1 + float(block.sum(1).mean())
     return {
         "file": file,
         "rounds": len(token),
-        "by_token": f"{one:.3f}",
-        "by_block": f"{other:.3f}",
-        "gain": f"{other / one - 1:+.1%}",
-        "observed": f"{1 + np.mean(watch.accepted):.3f}",
-        "error": f"{np.std(watch.accepted) / len(token) ** 0.5:.3f}",
+        "by_token": round(one, 3),
+        "by_block": round(other, 3),
+        "gain": round(other / one - 1, 4),
+        "observed": round(1 + fmean(watch.accepted), 3),
+        "error": round(pstdev(watch.accepted) / len(token) ** 0.5, 3),
         "survival_by_token": " ".join(f"{x:.3f}" for x in token.mean(0)),
         "survival_by_block": " ".join(f"{x:.3f}" for x in block.mean(0)),
     }

@@ -10,7 +10,10 @@ whether to. From the one that knows most to the one that is:
     table         the same by a cost table that was measured at another time: what the cost table costs
     adaptive      the engine's own: decides about drafting from the past, early stop where it must: what staleness costs
 
-A replay takes rounds as independent of what was verified before; the true text would go on elsewhere.
+A replay takes rounds as independent of what was verified before; the true text would go on elsewhere. It takes ℓ drafts
+of a round to accept min(ℓ, what all of them did). At temperature 0 that is so. Under rejection, which judges a block as
+a whole, it is so on average over outcomes (docs/decisions/019), which is all that a choice not knowing them can ask;
+the clairvoyant knows them, and is a bound for this one outcome only.
 
     python bench/regret.py --streams 1 4 16 64 --temperature 0
 """

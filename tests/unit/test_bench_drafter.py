@@ -4,6 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from dspark_stream.spec.draft import Block
+from dspark_stream.spec.noise import RoundUniforms
+from dspark_stream.spec.sampling import Dense
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -11,7 +16,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture(autouse=True)
 def _bench_is_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    for name in ("common", "drafter_shapes", "drafter_growth"):
+    for name in ("common", "drafter_shapes", "drafter_growth", "judging"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -22,6 +27,21 @@ def test_accepted_length_of_fewer_drafts_than_were_verified():
     assert length_of([0.5, 0.5]) == pytest.approx(1.75)
     assert length_of([0.5, 0.5][:1]) == pytest.approx(1.5)
     assert length_of([]) == 1
+
+
+def test_a_round_judged_both_ways():
+    from judging import Watch, row
+
+    watch = Watch(2)
+    p, q = Dense(torch.tensor([[1 / 3, 2 / 3]] * 3)), Dense(torch.tensor([[2 / 3, 1 / 3]] * 2))
+    for tokens in ([0, 1], [1, 0]):  # ratios ½ and 2, then 2 and ½
+        block = Block(tokens=tokens, indices=tokens, q=q, uniforms=RoundUniforms(1, 0, 2))
+        watch(p, 0, None, block, 2, None)
+        watch(p, 0, None, block, 1, None)  # a part of a block does not count
+    assert watch.by_token == [pytest.approx([0.5, 0.5]), pytest.approx([1.0, 0.5])]
+    assert watch.by_block == [pytest.approx([0.5, 1.0]), pytest.approx([1.0, 0.5])]
+    figures = row("x", watch)
+    assert (figures["rounds"], figures["by_token"], figures["by_block"]) == (2, 2.25, 2.5)
 
 
 def test_the_trend_and_how_sure_it_is():

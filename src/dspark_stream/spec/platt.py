@@ -31,8 +31,8 @@ class Observed(NamedTuple):
 def fit_scaling(rounds: Sequence[Observed], gamma: int) -> Scaling:
     """T and b of every position; empty without rounds.
 
-    Position k is fitted to the rounds that accepted 1 … k-1, whose outcome at k is a coin of probability c_k: then the
-    product a_k is right where its factors are.
+    Position k is fitted to the rounds that accepted 1 … k-1, whose outcome at k is a coin that shows c_k on average:
+    then the product a_k is right where its factors are.
     """
     if not rounds:
         return Scaling([], [])

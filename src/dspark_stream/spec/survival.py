@@ -32,7 +32,7 @@ class AcceptanceHistory:
         return [a / n for a, n in zip(self._accepted, self._seen, strict=True)]
 
     def record(self, scheduled: int, accepted: int) -> None:
-        """One round's outcome: positions 1 … accepted passed, the next one failed if it was sent."""
+        """One round's outcome: at least x_1 … x_accepted stood; not x_accepted+1 with them, if it was sent."""
         for k in range(len(self._seen)):
             self._accepted[k] += self.FADE * (self.PRIOR[0] - self._accepted[k])
             self._seen[k] += self.FADE * (self.PRIOR[1] - self._seen[k])

@@ -96,6 +96,40 @@ def test_many_rounds_agree(load, device, mode):
     assert 0 < sum(a for a, _ in expected) < sum(lengths)
 
 
+@pytest.mark.parametrize(
+    ("streams", "vocab", "candidates", "cut"),
+    [(60, 12, 12, {}), (60, 400, 300, {}), (20, 400, 129, {"top_k": 10}), (20, 90, 60, {"top_p": 0.6})],
+    ids=["small", "many candidates", "k", "p"],
+)
+def test_blocks_that_end_inside(load, device, streams, vocab, candidates, cut):
+    """Guards against shares left out of what longer prefixes give or of the rest that the bonus token is from, cuts
+    left out of either, and candidates beyond those that are looked at together: rounds that end between none and all.
+    """
+    lengths = [2 + r % 3 for r in range(streams)]
+    cuts = {name: [value] * streams for name, value in cut.items()}
+    sampling = sampling_of([REJECTION] * streams, temperature=[1.0] * streams, **cuts)
+    case = make(lengths, sampling, vocab, candidates, seed=2, near=0.75)
+    on_device = case.to(device)
+    got = load("acceptance").accept(
+        on_device.logits, on_device.first, on_device.length, on_device.drafts, on_device.sampling
+    )
+    assert outcomes(got) == by_the_engine(case)
+    inside = sum(0 < a < length for (a, _), length in zip(outcomes(got), lengths, strict=True))
+    assert inside >= streams // 6
+
+
+def test_a_row_of_nan_refuses_its_draft(load, device):
+    """Guards against a NaN that counts as certainty: nothing stands from that row on."""
+    case = make([4] * 5, sampling_of([REJECTION] * 5, temperature=[1.0] * 5), 40, 40, near=1.0)
+    for r in range(5):
+        case.logits[5 * r + r] = torch.nan
+    on_device = case.to(device)
+    got = load("acceptance").accept(
+        on_device.logits, on_device.first, on_device.length, on_device.drafts, on_device.sampling
+    )
+    assert all(accepted <= r for r, accepted in enumerate(got.accepted.tolist()))
+
+
 def test_streams_without_rows(load, device):
     """Guards against padding that is judged: rows of nobody give -1 and 0, and nobody's outcome changes."""
     case = make([-1, 3, -1, 2, 4, -1], sampling_of([1, 1, 0, 2, 0, 2]), 301, 20)
