@@ -194,49 +194,69 @@ def test_long_backlogs_are_handed_over_in_pieces_that_lack_nothing():
     assert not any(backlog.count for _, backlog in owed)
 
 
+CURVE = CapacityCurve(
+    tokens=[1, 4, 16], verify_ms=[5.0, 8.0, 20.0], streams=[1, 8], stream_ms=[0.0] * 2, draft_ms=[2.0, 4.0],
+    slot_ms=[0.2, 0.4], rest_ms=[1.0, 1.5],
+)  # fmt: skip
+
+
+def takes(drift, tokens, pass_ms, draft_ms=None, drafting=1):
+    """A round that takes so long, as `Drift` is told of it; whether its curve changed."""
+    i, j = CURVE.tokens.index(tokens), CURVE.streams.index(drafting)
+    draft = None if draft_ms is None else draft_ms / drift.curve.draft_ms[j]
+    return drift.see(tokens, pass_ms / drift.curve.verify_ms[i], drafting if draft_ms else 0, draft)
+
+
 def test_drift_follows_a_machine_that_changes_and_not_a_slow_round(caplog):
     """Guards against schedules that go by a machine that is gone, and against following every hiccup."""
-    curve = CapacityCurve(
-        tokens=[1, 4, 16], verify_ms=[5.0, 8.0, 20.0], streams=[1], stream_ms=[0.0], draft_ms=[2.0], slot_ms=[0.2]
-    )
-    drift = Drift(curve)
+    drift = Drift(CURVE)
     for i in range(4 * WINDOW):
-        assert not drift.see(1, 50.0 if i % 3 == 0 else 1.0, 1, 30.0 if i % 4 == 0 else 1.01)
-    assert drift.curve == curve
-    for _ in range(3 * WINDOW):  # a neighbour: everything takes twice as long, drafting three times
-        expected = drift.curve.round_ms(1, 1, 0), drift.curve.draft_ms[0]
-        drift.see(1, 10.0 / expected[0], 1, 6.0 / expected[1])
-    assert drift.curve.verify_ms == pytest.approx([10.0, 16.0, 40.0])  # sizes that were not seen go along
-    assert drift.curve.draft_ms == pytest.approx([6.0])
-    assert drift.ratio == pytest.approx(2.0)
+        assert not takes(drift, 1, 50.0 if i % 3 == 0 else 5.0, 2.0 if i % 4 else 30.0)
+    assert drift.curve == CURVE
+    for _ in range(8 * WINDOW):  # a neighbour: everything takes twice as long, drafting three times
+        takes(drift, 1, 10.0, 6.0)
+    assert drift.curve.verify_ms == pytest.approx([10.0, 16.0, 40.0], rel=0.01)  # sizes that were not seen go along
+    assert drift.curve.draft_ms == pytest.approx([6.0, 12.0], rel=0.04)
+    assert drift.curve.rest_ms == pytest.approx([2.0, 3.0], rel=0.01)
+    assert drift.ratio == pytest.approx(2.0, rel=0.01)
     assert "2.00 times" in caplog.text
-    for _ in range(3 * WINDOW):  # only the large passes do
-        drift.see(15, 30.0 / drift.curve.verify_ms[2])
-    assert drift.curve.verify_ms == pytest.approx([10.0, 14.0, 30.0])  # what was not seen: in the middle
+
+
+def test_drift_learns_how_far_sizes_are_apart_from_neighbours():
+    """Guards against a shape that is learnt from nothing, or forgotten while one size runs alone."""
+    drift = Drift(CURVE)
+    for turn in range(40):  # four rows take a quarter longer beside one than was measured
+        for _ in range(20):
+            takes(drift, 4 if turn % 2 else 1, 10.0 if turn % 2 else 5.0)
+    apart = drift.curve.verify_ms[1] / drift.curve.verify_ms[0]
+    assert apart == pytest.approx(2.0, rel=0.03)
+    assert drift.curve.verify_ms[2] / drift.curve.verify_ms[1] == pytest.approx(2.5, rel=0.03)  # goes with the nearest
+    for _ in range(400):  # then one of them runs alone and slow: that is the machine
+        takes(drift, 1, 7.0)
+    assert drift.curve.verify_ms[1] / drift.curve.verify_ms[0] == pytest.approx(apart, rel=0.02)
+
+
+def test_a_machine_that_swings_changes_nothing_between_sizes():
+    """Guards against a size seen in a slow second, and another in a fast one, held against each other."""
+    drift, rounds = Drift(CURVE), 0
+    for turn in range(120):  # plain rounds, then drafts, in blocks that know nothing of the swings
+        for _ in range(37):
+            rounds += 1
+            pace = 1.5 if rounds // 200 % 2 else 1.0
+            takes(drift, 4 if turn % 2 else 1, pace * (8.0 if turn % 2 else 5.0), pace * 2.0 if turn % 2 else None)
+        now = drift.curve
+        assert now.verify_ms[1] / now.verify_ms[0] == pytest.approx(1.6, rel=0.06)
+        assert now.draft_ms[0] / now.verify_ms[0] == pytest.approx(0.4, rel=0.06)
 
 
 def test_drafting_for_many_tells_nothing_of_drafting_for_one_once_that_was_seen():
     """Guards against one load's drafting setting the price of another's."""
-    curve = CapacityCurve(
-        tokens=[1, 64], verify_ms=[5.0, 80.0], streams=[1, 8, 64], stream_ms=[0.0] * 3, draft_ms=[2.0, 4.0, 30.0],
-        slot_ms=[0.1, 0.4, 4.0],
-    )  # fmt: skip
-    drift = Drift(curve)
-    for _ in range(3 * WINDOW):  # for one: half as long again
-        drift.see(1, 1.0, 1, 3.0 / drift.curve.draft_ms[0])
-    assert drift.curve.draft_ms == pytest.approx([3.0, 6.0, 45.0])
-    for _ in range(3 * WINDOW):  # for many: as measured
-        drift.see(64, 1.0, 60, 30.0 / drift.curve.draft_ms[2])
-    assert drift.curve.draft_ms == pytest.approx([3.0, 5.0, 30.0])  # what was not seen: in the middle
-    assert drift.curve.slot_ms == pytest.approx([0.15, 0.5, 4.0])
-    assert drift.curve.verify_ms == curve.verify_ms
-
-
-def test_drift_is_not_taken_from_ratios_to_a_curve_that_is_gone():
-    """Guards against a size counted twice: as slow as everything, and again against that curve."""
-    curve = CapacityCurve(tokens=[1, 4], verify_ms=[5.0, 8.0], streams=[1], stream_ms=[0.0], draft_ms=[2.0])
-    drift = Drift(curve)
-    for i in range(4 * WINDOW):  # everything takes twice as long, drafting is seen half as often
-        expected = drift.curve.verify_ms[0], drift.curve.draft_ms[0]
-        drift.see(1, 10.0 / expected[0], 1, 4.0 / expected[1] if i % 2 else None)
-    assert drift.curve.draft_ms == pytest.approx([4.0])
+    drift = Drift(CURVE)
+    for _ in range(8 * WINDOW):  # for one: half as long again
+        takes(drift, 1, 5.0, 3.0)
+    assert drift.curve.draft_ms == pytest.approx([3.0, 6.0], rel=0.04)
+    for _ in range(8 * WINDOW):  # for many: as measured
+        takes(drift, 16, 20.0, 4.0, drafting=8)
+    assert drift.curve.draft_ms == pytest.approx([3.0, 4.0], rel=0.04)
+    assert drift.curve.slot_ms == pytest.approx([0.3, 0.4], rel=0.04)
+    assert drift.curve.verify_ms == CURVE.verify_ms

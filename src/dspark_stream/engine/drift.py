@@ -1,25 +1,61 @@
 """Whether rounds still take what the capacity curve says: a machine changes while a service runs.
 
-A neighbour takes a core, the clock goes down, caches hold more or less than when the curve was measured. The ratio of
-measured to expected time is watched for every size of pass and for drafting, by medians over many rounds.
+A neighbour takes a core, the clock goes down, caches hold more or less than when the curve was measured. Two things are
+told apart. The *pace* is what all rounds take longer alike: it matters to whoever counts milliseconds, and to no choice
+between lengths. The *shape* is how far passes of each size are apart, and drafting from a pass: every choice hangs on
+it, so it is learnt only from rounds that met the same machine, neighbours of different sizes and drafting beside the
+pass of its own round.
 """
 
 from __future__ import annotations
 
 import logging
 from bisect import bisect_left
+from collections.abc import Sequence
+from math import exp, log
 from statistics import median
 
-from dspark_stream.spec.capacity import CapacityCurve
+import numpy as np
 
-log = logging.getLogger(__name__)
+from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.spec.neighbours import Neighbours
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 24
-"""Rounds whose median counts; one slow round, or ten, move nothing."""
-TOLERANCE = 1.04
-"""Ratios within this are noise."""
+"""Rounds between two looks at whether the curve still holds; their median is the pace."""
+TOLERANCE, PACE_TOLERANCE = 0.03, 0.1
+"""Deviations, as logarithms, within which the curve stands: of sizes from one another, and of all of them."""
+SURPRISE = 0.15
+"""Of one deviation so much is believed: a round that was interrupted moves little."""
+GAIN = 0.25
+"""Of what neighbours say against what is known, so much is taken in; half of it by either size."""
+DRAFT_GAIN = 1 / 24
+"""The same of one round's drafting."""
 NOTABLE = 1.5
-"""A drift by this much, either way, since the last time it was told, is told."""
+"""A pace that has changed by this much, either way, since the last time it was told, is told."""
+
+
+class _Shape:
+    """How many times as long each size takes, beside the others; as logarithms."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._at = np.log(sizes)
+        self._known: dict[int, float] = {}
+
+    def __getitem__(self, i: int) -> float:
+        return self._known[i] if i in self._known else self.all()[i]
+
+    def move(self, i: int, by: float) -> None:
+        """Size i takes that much longer than was thought."""
+        self._known[i] = self[i] + by
+
+    def all(self) -> list[float]:
+        """Of every size: what was not seen lies between what was."""
+        if not self._known:
+            return [0.0] * len(self._at)
+        seen = sorted(self._known)
+        return [float(v) for v in np.interp(self._at, self._at[seen], [self._known[i] for i in seen])]
 
 
 class Drift:
@@ -27,85 +63,74 @@ class Drift:
 
     def __init__(self, curve: CapacityCurve) -> None:
         self._measured = self.curve = curve
-        self._verify: list[float | None] = [None] * len(curve.tokens)
-        """How many times as long passes of each size take; None where none was seen."""
-        self._draft: list[float | None] = [None] * len(curve.streams)
-        """The same of drafting for each number of streams."""
-        self._told = (1.0, 1.0)
-        self._seen: dict[tuple[str, int], list[float]] = {}
+        self._passes, self._drafts = _Shape(curve.tokens), _Shape(curve.streams)
+        self._sizes: Neighbours[int] = Neighbours()
+        self._pace = self._told = 0.0
+        self._lately: list[float] = []
+        self._wanted = [0.0] * (len(curve.tokens) + len(curve.streams))
+        """What `curve` was made from, as logarithms, passes before drafts."""
+        self._in_curve = [0.0] * len(curve.tokens), [0.0] * len(curve.streams)
+        """What became of it: of more tokens no curve says less."""
 
     @property
     def ratio(self) -> float:
-        """How many times as long passes take as was measured: the median over the sizes that were seen. What was not
-        seen is taken to have drifted as much.
-        """
-        return median([f for f in self._verify if f is not None] or [1.0])
-
-    @property
-    def draft_ratio(self) -> float:
-        """The same of drafting; what was not seen of it is taken to have drifted as passes have."""
-        return median([f for f in self._draft if f is not None] or [self.ratio])
+        """How many times as long rounds take as was measured, whatever they carry."""
+        return exp(self._pace)
 
     def see(self, tokens: int, verify: float, drafting: int = 0, draft: float | None = None) -> bool:
         """One round: measured over expected time of its pass over ``tokens``, and of drafting for so many streams.
 
         Returns whether `curve` has changed.
         """
-        passes, drafts = self.ratio, self.draft_ratio
-        changed = self._follow("pass", self._verify, self._nearest(self.curve.tokens, tokens), verify, passes)
-        if draft is not None and drafting and self._draft:
-            nearest = self._nearest(self.curve.streams, drafting)
-            changed |= self._follow("draft", self._draft, nearest, draft, drafts)
-        if changed:
-            # what was collected of sizes that go by the others was held against the old curve
-            for kind, known, moved in (
-                ("pass", self._verify, self.ratio != passes),
-                ("draft", self._draft, self.draft_ratio != drafts),
-            ):
-                for i, factor in enumerate(known):
-                    if factor is None and moved:
-                        self._seen.pop((kind, i), None)
-            self.curve = self._measured.scaled(
-                [f or self.ratio for f in self._verify], [f or self.draft_ratio for f in self._draft]
-            )
-            self._tell()
-        return changed
+        i = _nearest(self.curve.tokens, tokens)
+        takes = log(verify) + self._in_curve[0][i]
+        if (step := self._sizes.see(i, takes)) is not None:
+            wrong = step.size - (self._passes[step.after] - self._passes[step.before])
+            by = GAIN * step.weight * _believed(wrong) / 2
+            self._passes.move(step.before, -by)
+            self._passes.move(step.after, by)
+        pace = takes - self._passes[i]
+        if draft is not None and drafting and self.curve.streams:
+            j = _nearest(self.curve.streams, drafting)
+            self._drafts.move(j, DRAFT_GAIN * _believed(log(draft) + self._in_curve[1][j] - pace - self._drafts[j]))
+        self._lately.append(pace)
+        return len(self._lately) == WINDOW and self._follow()
 
-    def _follow(self, kind: str, known: list[float | None], i: int, ratio: float, everywhere: float) -> bool:
-        """Size i's factor takes in one round's ratio; whether that changed it."""
-        middle = self._median((kind, i), ratio)
-        if middle is None:
+    def _follow(self) -> bool:
+        """Take in what was learnt, where it is worth it; whether it was."""
+        pace = median(self._lately)
+        self._lately.clear()
+        if abs(pace - self._pace) > PACE_TOLERANCE:
+            self._pace = pace
+            self._tell()
+        passes, drafts = self._passes.all(), self._drafts.all()
+        wanted = [self._pace + shape for shape in passes + drafts]
+        off = [a - b for a, b in zip(wanted, self._wanted, strict=True)]
+        if max(off) - min(off) <= TOLERANCE and max(map(abs, off)) <= PACE_TOLERANCE:
             return False
-        # of what the curve says now, which may be more than this size's own factor: more never costs less there
-        now, measured = (
-            (self.curve.verify_ms, self._measured.verify_ms)
-            if kind == "pass"
-            else (self.curve.draft_ms, self._measured.draft_ms)
-        )
-        known[i] = middle * (now[i] / measured[i] if measured[i] > 0 else known[i] or everywhere)
+        self._wanted, before = wanted, self._measured
+        self.curve = now = before.scaled(self.ratio, [exp(s) for s in passes], [exp(s) for s in drafts])
+        self._in_curve = _logs(now.verify_ms, before.verify_ms), _logs(now.draft_ms, before.draft_ms)
         return True
 
-    @staticmethod
-    def _nearest(sizes: list[int], size: int) -> int:
-        i = min(bisect_left(sizes, size), len(sizes) - 1)
-        return i - 1 if i and size - sizes[i - 1] < sizes[i] - size else i
-
-    def _median(self, kind: tuple[str, int], ratio: float) -> float | None:
-        """The median of a full window, where it is no noise."""
-        window = self._seen.setdefault(kind, [])
-        window.append(ratio)
-        if len(window) < WINDOW:
-            return None
-        middle = median(window)
-        window.clear()
-        return None if 1 / TOLERANCE < middle < TOLERANCE else middle
-
     def _tell(self) -> None:
-        now = (self.ratio, self.draft_ratio)
-        if not all(1 / NOTABLE < a / b < NOTABLE for a, b in zip(now, self._told, strict=True)):
-            self._told = now
-            log.warning(
-                "rounds drift from the capacity curve: passes take %.2f times what was measured, drafting %.2f times; "
-                "scheduling goes by what they take now (dspark-stream profile --again measures anew)",
-                *now,
+        if abs(self._pace - self._told) > log(NOTABLE):
+            self._told = self._pace
+            logger.warning(
+                "rounds drift from the capacity curve: they take %.2f times what was measured; scheduling goes by what "
+                "they take now (dspark-stream profile --again measures anew)",
+                self.ratio,
             )
+
+
+def _believed(deviation: float) -> float:
+    return max(-SURPRISE, min(SURPRISE, deviation))
+
+
+def _logs(now: Sequence[float], then: Sequence[float]) -> list[float]:
+    return [log(a / b) if b > 0 else 0.0 for a, b in zip(now, then, strict=True)]
+
+
+def _nearest(sizes: Sequence[int], size: int) -> int:
+    i = min(bisect_left(sizes, size), len(sizes) - 1)
+    return i - 1 if i and size - sizes[i - 1] < sizes[i] - size else i

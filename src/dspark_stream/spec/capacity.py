@@ -73,18 +73,25 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         """Rounds a second when a round carries ``batch_tokens`` target tokens."""
         return 1000.0 / self.round_ms(batch_tokens, streams, drafting)
 
-    def scaled(self, verify: Sequence[float], draft: Sequence[float]) -> CapacityCurve:
-        """The curve of a machine on which passes of each size, and drafting for each number of streams, take so many
-        times as long."""
-        everywhere = median(draft) if draft else 1.0
+    def scaled(self, pace: float, verify: Sequence[float], draft: Sequence[float]) -> CapacityCurve:
+        """The curve of a machine on which everything takes ``pace`` times as long, and beyond that passes of each size,
+        and drafting for each number of streams, so many times."""
+        drafting = pace * (median(draft) if draft else 1.0)
         return msgspec.structs.replace(
             self,
-            verify_ms=monotone([factor * ms for factor, ms in zip(verify, self.verify_ms, strict=True)]),
-            draft_ms=monotone([factor * ms for factor, ms in zip(draft, self.draft_ms, strict=False)]),
-            slot_ms=[factor * ms for factor, ms in zip(draft, self.slot_ms, strict=False)],
-            draft_read_us=everywhere * self.draft_read_us,
-            draft_coupled_us=everywhere * self.draft_coupled_us,
-            feature_us=everywhere * self.feature_us,
+            verify_ms=monotone([pace * factor * ms for factor, ms in zip(verify, self.verify_ms, strict=True)]),
+            stream_ms=[pace * ms for ms in self.stream_ms],
+            draft_ms=monotone([pace * factor * ms for factor, ms in zip(draft, self.draft_ms, strict=False)]),
+            after_draft_ms=[pace * ms for ms in self.after_draft_ms],
+            slot_ms=[pace * factor * ms for factor, ms in zip(draft, self.slot_ms, strict=False)],
+            rest_ms=[pace * ms for ms in self.rest_ms],
+            read_us=pace * self.read_us,
+            attend_us=pace * self.attend_us,
+            sample_us=pace * self.sample_us,
+            coupled_us=pace * self.coupled_us,
+            draft_read_us=drafting * self.draft_read_us,
+            draft_coupled_us=drafting * self.draft_coupled_us,
+            feature_us=drafting * self.feature_us,
         )
 
 

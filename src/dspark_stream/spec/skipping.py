@@ -39,9 +39,12 @@ OPTIMISM = 0.7
 WORTHWHILE = 1.03
 """Drafting must promise so many times the throughput of plain decoding: less is within what can be known, and plain
 rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
-PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
+PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 6
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, without, and without
 only to see what plain rounds take."""
+NOBODY_HOLDS = 16
+"""Rounds for which a decision to draft for nobody stands while streams come and go, unless they become fewer by more
+than a quarter."""
 LONGEST_HOLD = 32
 """A decision to draft for everybody, as before, holds twice as long, up to so many rounds: at one stream, deciding
 takes a twentieth of a round."""
@@ -195,6 +198,8 @@ class Skipping:
         self._credit_ms = 0.0
         self._for: tuple[DraftPast | None, ...] = ()
         self._age = self._holds = 0
+        self._not_for = 0
+        """Streams of the company of which the last decision was that drafts pay for none; 0 if it was another one."""
         self._costs: Costs | None = None
         self._steady = PLAN_HOLDS
         self._all_of: tuple[DraftPast | None, ...] = ()
@@ -222,12 +227,13 @@ class Skipping:
         holds = PLAN_HOLDS if drifted and self._all_of else self._holds
         if present == self._for and self._age < holds:
             return self._plan
-        if present != self._for and self._age < min(PLAN_HOLDS, len(present) // 2):
+        if present != self._for and self._age < self._outlasts(len(present)):
             # somebody came or went: among many that is no reason yet to decide anew, who came is not drafted for
             chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
             self._for, self._plan = present, self._plan._replace(drafting=[past in chosen for past in present])
+            self._holds = min(self._holds, NOBODY_HOLDS)
             return self._plan
-        self._for, self._costs, self._age = present, costs, 0
+        self._for, self._costs, self._age, self._not_for = present, costs, 0, 0
         self._plan, self._holds = self._decide(pasts, position, costs)
         if self._holds == LOOK_HOLDS:  # probes would spoil the look
             return self._plan
@@ -237,6 +243,12 @@ class Skipping:
             if past is not None and not self._plan.drafting[r] and past.waited + 1 >= past.wait
         ]
         return self._with_probes(due, pasts, position, costs) if due and self._credit_ms > 0 else self._plan
+
+    def _outlasts(self, streams: int) -> int:
+        """Rounds for which a plan stands even though the company has become another one, of so many."""
+        if self._not_for and streams > 2 and 4 * streams >= 3 * self._not_for:
+            return NOBODY_HOLDS  # at this load it did not pay, and it does no better with as many others
+        return min(PLAN_HOLDS, streams // 2)
 
     def corrected(self, past: DraftPast, survival: Sequence[float]) -> list[float]:
         """Promises times what such promises have been worth so far."""
@@ -294,7 +306,7 @@ class Skipping:
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
         factor = 1.0 if costs.rough else self.handicap.factor(streams)
         if rate[n, t, g] <= WORTHWHILE * factor * plain:
-            self._all_of = ()
+            self._all_of, self._not_for = (), streams
             return nobody, REST_HOLDS
         if not costs.rough and self.handicap.wants_plain(streams, float(rate[n, t, g]) / (WORTHWHILE * plain)):
             return nobody, LOOK_HOLDS
@@ -312,7 +324,8 @@ class Skipping:
     def _outlook(self, pasts: Sequence[DraftPast], streams: int, outlay: Outlay) -> _Outlook:
         expected = self._expected(pasts)  # [2, m, T, G]
         order = (THRESHOLDS[:, None] * expected[1] - expected[0]).argsort(axis=0)
-        tokens, batch_tokens = streams + np.take_along_axis(expected, order[None], 1).cumsum(axis=1)
+        ranked: Array = expected[:, order, np.arange(len(THRESHOLDS))[:, None], np.arange(self._gamma)]
+        tokens, batch_tokens = streams + ranked.cumsum(axis=1)
         ms = np.interp(batch_tokens, outlay.tokens, outlay.verify_ms) + outlay.beside_ms[:, None]
         return _Outlook(order, tokens, batch_tokens, ms)
 
