@@ -30,6 +30,7 @@ from typing import NamedTuple
 from common import write_csv, write_picture
 from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine
+from dspark_stream.engine.drift import Drift, watch
 from dspark_stream.evaluate import Prompt, read_prompts
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
@@ -193,18 +194,19 @@ def engine_like(
     """
     gamma = len(rounds[0][0].survival)
     skipping, pasts = Skipping(gamma), [DraftPast(gamma, way) for _ in range(streams)]
+    costs, drift = machine.believed, Drift(machine.believed.curve)
     tokens = ms = 0.0
     for step in range(2 * steps):
         slots = schedule.slots(gamma)
         plan = (
-            skipping.plan(pasts, machine.position, machine.believed)
+            skipping.plan(pasts, machine.position, costs)
             if slots is None
             else Plan([slots > 0] * streams, slots, slots, 0.0)
         )
         now = at(rounds, streams, step)
         drafted = [r.survival[: plan.slots] if d else () for r, d in zip(now, plan.drafting, strict=True)]
         n = sum(plan.drafting)
-        true, believed = machine.rounds(streams, n, plan.slots)
+        true, believed = (c.round_cost(streams, machine.position, n, plan.slots) for c in (machine.true, costs))
         these = [
             Candidate(skipping.corrected(past, row), way != "rejection", past.survivals[0])
             for past, row in zip(pasts, drafted, strict=True)
@@ -214,7 +216,8 @@ def engine_like(
         spent = true(streams + sum(lengths))
         skipping.learn(pasts, drafted, lengths, took, spent)
         shape = Shape(streams, machine.position, n, plan.slots, streams + sum(lengths))
-        skipping.handicap.see(shape, spent, believed(streams + sum(lengths)))
+        verify_ms = spent - true.draft_ms - true.rest_ms
+        costs = watch(drift, skipping.handicap, costs, shape, believed, round_ms=spent, verify_ms=verify_ms)
         if step >= steps:
             tokens, ms = tokens + streams + sum(took), ms + spent
     return tokens / ms

@@ -17,7 +17,8 @@ from statistics import median
 
 import numpy as np
 
-from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
+from dspark_stream.spec.handicap import Handicap, Shape
 from dspark_stream.spec.neighbours import Neighbours
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ TOLERANCE, PACE_TOLERANCE = 0.03, 0.1
 SURPRISE = 0.15
 """Of one deviation so much is believed: a round that was interrupted moves little."""
 GAIN = 0.25
-"""Of what neighbours say against what is known, so much is taken in; half of it by either size."""
+"""Of what neighbours say against what is known, so much is taken in, half of it by either size; more at first."""
 DRAFT_GAIN = 1 / 24
 """The same of one round's drafting."""
 NOTABLE = 1.5
@@ -65,6 +66,8 @@ class Drift:
         self._measured = self.curve = curve
         self._passes, self._drafts = _Shape(curve.tokens), _Shape(curve.streams)
         self._sizes: Neighbours[int] = Neighbours()
+        self._changes = [0.0] * len(curve.tokens)
+        """Of each size to and from others, as many as were seen."""
         self._pace = self._told = 0.0
         self._lately: list[float] = []
         self._wanted = [0.0] * (len(curve.tokens) + len(curve.streams))
@@ -86,9 +89,11 @@ class Drift:
         takes = log(verify) + self._in_curve[0][i]
         if (step := self._sizes.see(i, takes)) is not None:
             wrong = step.size - (self._passes[step.after] - self._passes[step.before])
-            by = GAIN * step.weight * _believed(wrong) / 2
-            self._passes.move(step.before, -by)
-            self._passes.move(step.after, by)
+            known = min(self._changes[step.before], self._changes[step.after])
+            by = max(GAIN, 1 / (1 + known)) * step.weight * _believed(wrong) / 2
+            for size, more in ((step.before, -by), (step.after, by)):
+                self._passes.move(size, more)
+                self._changes[size] += step.weight
         pace = takes - self._passes[i]
         if draft is not None and drafting and self.curve.streams:
             j = _nearest(self.curve.streams, drafting)
@@ -121,6 +126,29 @@ class Drift:
                 "they take now (dspark-stream profile --again measures anew)",
                 self.ratio,
             )
+
+
+def watch(
+    drift: Drift,
+    handicap: Handicap,
+    costs: Costs,
+    shape: Shape,
+    expected: RoundCost,
+    *,
+    round_ms: float,
+    verify_ms: float,
+) -> Costs:
+    """What a round took, whole and its pass, against what it should have; the costs to go by from now on."""
+    expected_ms = expected(shape.batch_tokens)
+    handicap.see(shape, round_ms, expected_ms)
+    pass_ms = expected_ms - expected.draft_ms - expected.rest_ms
+    draft_ms = round_ms - verify_ms - expected.rest_ms  # all that it takes longer but for its pass, as profiled
+    draft = draft_ms / expected.draft_ms if expected.draft_ms and draft_ms > 0 else None
+    if pass_ms <= 0 or not drift.see(shape.batch_tokens, verify_ms / pass_ms, shape.drafting, draft):
+        return costs
+    now = Costs(drift.curve)
+    handicap.rebase(costs, now)
+    return now
 
 
 def _believed(deviation: float) -> float:

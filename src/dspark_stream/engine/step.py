@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from dspark_stream.engine.backlog import ROOM, hand_over, room
-from dspark_stream.engine.drift import Drift
+from dspark_stream.engine.drift import Drift, watch
 from dspark_stream.engine.stream import Stream
 from dspark_stream.models.cache import KVStore
 from dspark_stream.models.drafter import Drafter
@@ -200,14 +200,9 @@ def _watch(models: Models, shape: Shape, cost: RoundCost, clock: Sequence[float]
     """What the round took against what it should have."""
     begun, _, _, scheduled, verified, ended = clock
     round_ms, verify_ms = (ended - begun) * 1e3 - models.late_ms, (verified - scheduled) * 1e3
-    expected_ms = cost(shape.batch_tokens)
-    models.skipping.handicap.see(shape, round_ms, expected_ms)
-    pass_ms = expected_ms - cost.draft_ms - cost.rest_ms
-    draft_ms = round_ms - verify_ms - cost.rest_ms  # all that such a round takes longer but for its pass, as profiled
-    draft = draft_ms / cost.draft_ms if cost.draft_ms and draft_ms > 0 else None
-    if pass_ms > 0 and models.drift.see(shape.batch_tokens, verify_ms / pass_ms, shape.drafting, draft):
-        before, models.costs = models.costs, Costs(models.drift.curve)
-        models.skipping.handicap.rebase(before, models.costs)
+    models.costs = watch(
+        models.drift, models.skipping.handicap, models.costs, shape, cost, round_ms=round_ms, verify_ms=verify_ms
+    )
 
 
 def _commit(

@@ -79,7 +79,7 @@ class Metrics:
         page.add(
             "engine_last_step_age_seconds", "gauge", "Since the engine came round its loop.", engine.last_step_age_s
         )
-        page.add("capacity_drift_ratio", "gauge", "Passes take so many times what was profiled.", engine.capacity_drift)
+        page.add("capacity_drift_ratio", "gauge", "Rounds take so many times what was profiled.", engine.capacity_drift)
         for name, text, value in (
             ("engine_rounds_total", "Verification rounds.", engine.rounds_total),
             ("spec_decode_num_drafts_total", "Drafts made.", engine.num_drafts_total),

@@ -39,7 +39,7 @@ OPTIMISM = 0.7
 WORTHWHILE = 1.03
 """Drafting must promise so many times the throughput of plain decoding: less is within what can be known, and plain
 rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
-PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 6
+PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, without, and without
 only to see what plain rounds take."""
 NOBODY_HOLDS = 16

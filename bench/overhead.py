@@ -1,0 +1,137 @@
+"""What readiness to draft costs where nothing is drafted: each part of it left out of every other eight rounds.
+
+Streams decode with drafting held off. Within the same streams, eight rounds do a part of what a plain round would not
+need and eight do not, in turns, so that a machine's swings meet both alike:
+
+    context     the drafter's context features are kept
+    decisions   who would be drafted for is decided, and what rounds were worth learnt
+    drift       rounds are held against the capacity curve
+
+A figure is the median over neighbouring eights of how much longer a round takes with the part than without.
+
+    python bench/overhead.py --streams 4 8 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from math import log
+from pathlib import Path
+from statistics import median, stdev
+from typing import Any
+
+from common import write_csv
+from dspark_stream.config import Config
+from dspark_stream.engine import step, worker
+from dspark_stream.engine.build import build_engine
+from dspark_stream.local import LocalEngine
+from dspark_stream.progress import Progress
+from dspark_stream.report.sweep import measure, shipped_prompts
+from dspark_stream.spec.skipping import Plan
+
+EIGHT = 8
+PARTS = {"context": ["_keep_context"], "decisions": ["_learn"], "drift": ["_watch"]}
+"""Functions of engine/step.py that do nothing in rounds without the part; decisions leave out the plan as well."""
+
+
+class Turns:
+    """Runs rounds, every other eight of them without ``part``, and keeps what those of ``streams`` streams took."""
+
+    def __init__(self, part: str, streams: int) -> None:
+        self.part, self.streams = part, streams
+        self.rounds = 0
+        self.ms: dict[int, list[float]] = defaultdict(list)
+        """Of whole rounds, by eight."""
+        self._decode_round = step.decode_round
+
+    @property
+    def does(self) -> bool:
+        """Whether the round at hand does the part."""
+        return self.rounds // EIGHT % 2 == 0
+
+    def sometimes(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function in rounds that do the part, nothing in the others."""
+        return lambda *args: function(*args) if self.does else None
+
+    def plan(self, decide: Callable[..., Plan]) -> Callable[..., Plan]:
+        """A plan for nobody, after the decision or without it."""
+
+        def nobody(pasts: Any, *rest: Any) -> Plan:
+            if self.part == "decisions" and self.does:
+                decide(pasts, *rest)
+            return Plan([False] * len(pasts), 0, 0, 0.0)
+
+        return nobody
+
+    def decode_round(self, models: Any, streams: Any, *bound: Any) -> Any:
+        """`step.decode_round`, timed."""
+        begun = time.perf_counter()
+        committed = self._decode_round(models, streams, *bound)
+        if len(streams) == self.streams:
+            self.ms[self.rounds // EIGHT].append((time.perf_counter() - begun) * 1e3)
+        self.rounds += 1
+        return committed
+
+    def more(self) -> list[float]:
+        """Logarithms of rounds with the part over rounds without, of neighbouring eights."""
+        return [
+            log(median(self.ms[i]) / median(self.ms[i + 1])) * (1 if i % 2 == 0 else -1)
+            for i in self.ms
+            if len(self.ms[i]) == len(self.ms.get(i + 1, [])) == EIGHT
+        ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--tokens", type=int, default=96, help="an answer")
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("runs/overhead.csv"))
+    args = parser.parse_args()
+    engine, tokenizer = build_engine(Config(max_num_seqs=max(args.streams), max_model_len=2048), Progress())
+    models, prompts = engine._models, shipped_prompts()
+    decide = models.skipping.plan
+    rows: list[dict[str, object]] = []
+    with LocalEngine(engine) as local:
+        for part, names in PARTS.items():
+            for streams in args.streams:
+                turns = Turns(part, streams)
+                kept = {name: getattr(step, name) for name in names}
+                models.skipping.plan = turns.plan(decide)  # type: ignore[method-assign]  # held off
+                worker.decode_round = turns.decode_round
+                for name, function in kept.items():
+                    setattr(step, name, turns.sometimes(function))
+                for repeat in range(args.repeats):
+                    measure(
+                        engine, local, tokenizer, prompts, variant="adaptive", streams=streams,
+                        temperature=args.temperature, tokens=args.tokens, waves=1, least=2, repeat=repeat,
+                    )  # fmt: skip
+                for name, function in kept.items():
+                    setattr(step, name, function)
+                worker.decode_round = step.decode_round
+                rows.append(row(part, streams, turns))
+    write_csv(args.out, rows)
+
+
+def row(part: str, streams: int, turns: Turns) -> dict[str, object]:
+    """One line of the table, printed too."""
+    more = turns.more()
+    without = median([ms for i, some in turns.ms.items() if i % 2 for ms in some])
+    share, error = 100 * median(more), 125 * stdev(more) / len(more) ** 0.5
+    print(f"{part:>10} {streams:3} streams  {share:+5.2f} % ± {error:.2f} of {without:6.2f} ms  ({len(more)} pairs)")
+    return {
+        "part": part,
+        "streams": streams,
+        "more_percent": round(share, 2),
+        "error_percent": round(error, 2),
+        "round_ms": round(without, 3),
+        "pairs": len(more),
+    }
+
+
+if __name__ == "__main__":
+    main()
