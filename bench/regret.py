@@ -8,7 +8,10 @@ whether to. From the one that knows most to the one that is:
     oracle        knows what promises are worth (calibrated on these very rounds), the cost table, and the best price
     promised      the same with the promises as they are: what calibration costs
     table         the same by a cost table that was measured at another time: what the cost table costs
-    adaptive      the engine's own: decides about drafting from the past, early stop where it must: what staleness costs
+    adaptive      the engine's own: begins with that table and follows its drift, decides about drafting from the past,
+                  early stop where it must: what staleness costs, less what following the drift wins back
+
+Streams come one company at a time to an engine that has seen nothing; the first half of a replay is for learning.
 
 A replay takes rounds as independent of what was verified before; the true text would go on elsewhere. It takes ℓ drafts
 of a round to accept min(ℓ, what all of them did). At temperature 0 that is so. Under rejection, which judges a block as

@@ -190,7 +190,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     late_chunks_total: int = 0
     """Chunks that came later than the bound on their stream's gaps."""
     capacity_drift: float = 1.0
-    """How many times as long passes take as when the capacity curve was measured."""
+    """How many times as long rounds take as when the capacity curve was measured."""
     last_step_age_s: float
     """Seconds since the engine thread last came round its loop; grows only when it is stuck or dead."""
     alive: bool

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import pytest
 import torch
 
 from dspark_stream.engine import backlog as backlogs
 from dspark_stream.engine.backlog import PIECE, ROOM, TOGETHER, Backlog, hand_over, room
-from dspark_stream.engine.drift import WINDOW, Drift
+from dspark_stream.engine.drift import WINDOW, Drift, watch
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
-from dspark_stream.spec.capacity import CapacityCurve
-from dspark_stream.spec.handicap import Handicap
+from dspark_stream.spec.capacity import CapacityCurve, Costs
+from dspark_stream.spec.handicap import Handicap, Shape
 from dspark_stream.spec.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.types import TokensEvent
 from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
@@ -210,8 +211,9 @@ def takes(drift, tokens, pass_ms, draft_ms=None, drafting=1):
 def test_drift_follows_a_machine_that_changes_and_not_a_slow_round(caplog):
     """Guards against schedules that go by a machine that is gone, and against following every hiccup."""
     drift = Drift(CURVE)
-    for i in range(4 * WINDOW):
-        assert not takes(drift, 1, 50.0 if i % 3 == 0 else 5.0, 2.0 if i % 4 else 30.0)
+    for slow_pass, slow_draft in ((1.0, 10.0), (10.0, 1.0)):
+        for i in range(4 * WINDOW):
+            assert not takes(drift, 1, 5.0 * (slow_pass if i % 3 == 0 else 1), 2.0 * (slow_draft if i % 3 == 0 else 1))
     assert drift.curve == CURVE
     for _ in range(8 * WINDOW):  # a neighbour: everything takes twice as long, drafting three times
         takes(drift, 1, 10.0, 6.0)
@@ -234,6 +236,41 @@ def test_drift_learns_how_far_sizes_are_apart_from_neighbours():
     for i in range(400):  # then one of them runs alone, and soon slow: that is the machine
         takes(drift, 1, 5.0 if i < 10 else 7.0)
     assert drift.curve.verify_ms[1] / drift.curve.verify_ms[0] == pytest.approx(apart, rel=0.02)
+
+
+def test_what_a_newcomer_shows_leaves_what_is_known_alone():
+    """Guards against sizes that are known well giving way to one that is seen for the first time, and against a pace
+    that is one size's own."""
+    drift = Drift(CURVE)
+    for turn in range(60):
+        for _ in range(10):
+            takes(drift, 4 if turn % 2 else 1, 8.0 if turn % 2 else 5.0)
+    for turn in range(20):  # sixteen rows take a third more than was measured
+        for _ in range(12):
+            takes(drift, 16 if turn % 2 else 1, 27.0 if turn % 2 else 5.0)
+        assert drift.curve.verify_ms[1] / drift.curve.verify_ms[0] == pytest.approx(1.6, rel=0.04)
+    assert drift.curve.verify_ms[2] / drift.curve.verify_ms[0] == pytest.approx(5.4, rel=0.04)
+    assert drift.ratio == pytest.approx(1.0, abs=0.03)
+    assert drift.curve.rest_ms == pytest.approx(CURVE.rest_ms, rel=0.03)
+
+
+def test_costs_come_to_say_what_rounds_take(caplog):
+    """Rounds of a machine that is another one than was measured, and swings: the curve and the handicap beside it come
+    to say together how much longer a round with drafts takes than a plain one."""
+    curve = msgspec.structs.replace(CURVE, gamma=3)
+    true = Costs(msgspec.structs.replace(curve, verify_ms=[5.0, 10.0, 25.0], draft_ms=[2.6, 5.2], rest_ms=[1.2, 1.8]))
+    drift, handicap, costs = Drift(curve), Handicap(), Costs(curve)
+    for i in range(4000):
+        drafting = int(i % 60 >= 8)
+        now, takes_now = (c.round_cost(1, 0.0, drafting, 3 * drafting) for c in (costs, true))
+        shape = Shape(1, 0.0, drafting, 3 * drafting, 1 + 3 * drafting)
+        pace = 1.4 if i // 150 % 2 else 1.0
+        round_ms = pace * takes_now(shape.batch_tokens)
+        pass_ms = round_ms - pace * (takes_now.draft_ms + takes_now.rest_ms)
+        costs = watch(drift, handicap, costs, shape, now, round_ms=round_ms, verify_ms=pass_ms)
+        if i > 1000 and i % 100 == 0:
+            believed, is_so = (c.round_cost(1, 0.0, 1, 3)(4) / c.round_cost(1, 0.0, 0, 0)(1) for c in (costs, true))
+            assert believed * handicap.factor(1) == pytest.approx(is_so, rel=0.05)
 
 
 def test_a_machine_that_swings_changes_nothing_between_sizes():

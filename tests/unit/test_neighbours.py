@@ -32,10 +32,13 @@ def test_short_runs_count_less_and_are_told_of_by_the_next_change():
     ]  # of c not enough is known yet
 
 
-def test_one_kind_alone_and_forgotten_rounds_tell_nothing():
+def test_one_kind_alone_tells_nothing():
     assert told([("a", float(i)) for i in range(50)]) == []
+
+
+def test_values_that_are_held_against_something_else_move_with_it():
     seen = Neighbours()
-    for _ in range(WIDTH):
-        seen.see("a", 1.0)
-    seen.forget()
-    assert [seen.see("b", 2.0) for _ in range(WIDTH)] == [None] * WIDTH
+    for kind, value in [("a", 1.0)] * WIDTH + [("b", 2.0)] * (WIDTH - 1):
+        assert seen.see(kind, value) is None
+    seen.move({"a": 0.5, "b": -0.25}.get)
+    assert seen.see("b", 1.75) == Step("a", "b", 0.25, 1.0)

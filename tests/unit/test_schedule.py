@@ -184,6 +184,26 @@ def test_a_round_may_be_bounded():
         assert sum(Adaptive().lengths(candidates(rows, exact), cost.within(1.0), 0.01)) == 0
 
 
+def test_a_pace_scales_all_of_a_round():
+    parts = {
+        name: [1.0 + k, 2.0 + k, 3.5 + k]
+        for k, name in enumerate(("verify_ms", "stream_ms", "draft_ms", "after_draft_ms", "slot_ms", "rest_ms"))
+    }
+    each = dict.fromkeys(
+        ("read_us", "attend_us", "draft_read_us", "sample_us", "coupled_us", "draft_coupled_us", "feature_us"), 7.0
+    )
+    curve = CapacityCurve(tokens=[1, 4, 64], streams=[1, 4, 16], gamma=3, context=100, **parts, **each)
+    slow = curve.scaled(1.7, [1.0] * 3, [1.0] * 3)
+    for streams, drafting, slots in ((1, 0, 0), (4, 3, 2), (16, 16, 3)):
+        for sampled, coupled in ((0.0, 0.0), (0.5, 0.5)):
+            a, b = (
+                Costs(c).drawing(sampled, coupled).round_cost(streams, 300.0, drafting, slots) for c in (curve, slow)
+            )
+            assert b.ms == pytest.approx([1.7 * ms for ms in a.ms])
+            assert (b.draft_ms, b.rest_ms) == pytest.approx((1.7 * a.draft_ms, 1.7 * a.rest_ms))
+    assert slow.feature_us == pytest.approx(1.7 * 7.0)
+
+
 def test_ladder_and_monotone():
     assert ladder(1) == [1]
     assert ladder(7) == [1, 2, 3, 4, 6, 7]

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from dspark_stream.spec.capacity import CapacityCurve, Costs
-from dspark_stream.spec.handicap import Handicap, Shape
+from dspark_stream.spec.handicap import FIRST_LOOK, PLAIN_AFTER, Handicap, Shape
 from dspark_stream.spec.skipping import (
     LONGEST_HOLD,
     LONGEST_WAIT,
@@ -167,7 +167,7 @@ def test_who_comes_and_goes_does_not_mix_up_who_is_who():
     assert skipping.decisions == before
 
 
-def test_another_machine_is_soon_decided_about_anew():
+def test_another_machine_is_decided_about_anew():
     """Guards against a plan and a price that long outlive what rounds cost: the curve has drifted."""
     skipping, streams = Counted(GAMMA), pasts(1)
     drive(skipping, streams, 20 * PLAN_HOLDS, IDLE, [GOOD])
@@ -175,8 +175,7 @@ def test_another_machine_is_soon_decided_about_anew():
     before = skipping.decisions
     slow = Costs(IDLE.scaled(1.0, [3.0, 3.0], [3.0, 3.0]))
     plans = [skipping.plan(streams, 100.0, slow) for _ in range(PLAN_HOLDS)]
-    assert plans[0].price == price
-    assert plans[-1].price == pytest.approx(price / 3, rel=0.05)
+    assert plans[0].price == pytest.approx(price / 3, rel=0.05)
     assert skipping.decisions == before + 1
 
 
@@ -350,7 +349,7 @@ def test_looks_end_where_groups_of_two_sizes_take_turns():
 
 
 def test_after_long_without_drafts_a_few_probes_tell():
-    for plain, low, high in ((6, 1.14, 1.18), (2000, 1.0, 1.1)):
+    for plain, low, high in ((6, 1.12, 1.16), (2000, 1.0, 1.1)):
         handicap = seen([*turns(2, 1.2, 40), *[(2, False, 1.0)] * plain])
         assert handicap.factor(2) == pytest.approx(1.2, abs=0.01)
         for _ in range(4):  # probes that take what the curve says
@@ -372,6 +371,38 @@ def test_a_handicap_is_held_against_the_curve_of_the_moment():
     dearer = Costs(curve.scaled(1.0, [1.0] * len(IDLE.tokens), [times] * len(IDLE.streams)))
     handicap.rebase(before, dearer)
     assert handicap.factor(2) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_change_of_kinds_across_a_rebase_is_held_against_the_new_curve():
+    curve = msgspec.structs.replace(IDLE, rest_ms=[0.0, 0.0])
+    before, after = Costs(curve), Costs(curve.scaled(1.0, [1.0, 1.0], [1.8, 1.8]))
+    handicap = Handicap()
+    for times in (1, 5):  # rounds take what `after` says: once held against the one curve, then against the other
+        costs = before if times == 1 else after
+        for drafted in (False, True):
+            shape = round_of(2, drafted)
+            for _ in range(6 if not drafted else 3 if times == 1 else 6):
+                handicap.see(shape, shape.ms(after), shape.ms(costs))
+        if times == 1:
+            handicap.rebase(before, after)
+    assert handicap.factor(2) == pytest.approx(1.0, abs=0.01)
+
+
+def test_looks_are_due_less_and_less_often():
+    """Guards against looks that are never due again, and against ones that go on as often as at first."""
+    handicap, due = Handicap(), []
+    since = 0
+    for _ in range(4000):
+        look = handicap.wants_plain(2, 1.1)
+        if look:
+            due.append(since)
+            since = 0
+            seen([(2, False, 1.0)] * 4, handicap)
+        seen([(2, True, 1.0)], handicap)
+        since += 1
+    assert due[:7] == [0, 16, 32, 64, 128, 256, 512]
+    assert due[1] == FIRST_LOOK
+    assert set(due[7:]) == {PLAIN_AFTER}
 
 
 def test_nobody_looks_for_what_could_not_change_a_decision():

@@ -15,15 +15,15 @@ from typing import NamedTuple
 from dspark_stream.spec.capacity import Costs
 from dspark_stream.spec.neighbours import Neighbours
 
-MEMORY = 8.0
-"""Changes between rounds with drafts and without after which what was seen counts half as much (e-fold)."""
+MEMORY = 4.0
+"""Changes between rounds with drafts and without after which what was seen counts less by the factor e."""
 PRIOR = 1.0
 """Changes as which it counts that a curve is right."""
 SURPRISE = 0.15
-"""Of one round's deviation, as a logarithm, so much is believed: a round that was interrupted moves little."""
+"""Of one change's deviation, as a logarithm, so much is believed."""
 MOST = 0.25
 """A handicap beyond this, as a logarithm, is not believed: it would end drafting, and with it what could correct it."""
-FIRST_LOOK, PLAIN_AFTER = 32, 512
+FIRST_LOOK, PLAIN_AFTER = 16, 512
 """Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against: at
 first, and at most; twice as many every time."""
 FADES_IN, LEAST_COUNT = 512, 1.0
@@ -87,7 +87,7 @@ class Handicap:
             shape = self._last[streams, drafted]
             return log(shape.ms(before) / shape.ms(after))
 
-        self._rounds.forget()
+        self._rounds.move(lambda kind: cheaper(*kind))
         shifts = {streams: cheaper(streams, True) - cheaper(streams, False) for streams in self._drafted}
         for streams, mean in self._drafted.items():
             mean.value += shifts[streams]
@@ -110,14 +110,14 @@ class Handicap:
             if streams in self._just_drafted:  # it still pays for what drafting drove out of the caches
                 self._just_drafted.remove(streams)
                 return
-            patience = self._patience.setdefault(streams, FIRST_LOOK)
-            if self._since_plain.get(streams, 0) >= patience:
-                self._patience[streams] = min(2 * patience, PLAIN_AFTER)
+            self._patience.setdefault(streams, FIRST_LOOK)
             self._since_plain[streams] = 0
         step = self._rounds.see((streams, drafted), log(ms / expected_ms))
         if step is None or step.before[0] != step.after[0]:
             return
         more = step.size if step.after[1] else -step.size
+        if not step.after[1]:  # a look has told something
+            self._patience[step.after[0]] = min(2 * self._patience[step.after[0]], PLAIN_AFTER)
         self._drafted.setdefault(step.after[0], _Mean()).add(more, step.weight)
         self._anywhere.add(more, step.weight)
 

@@ -8,7 +8,7 @@ kinds alone. Rounds that had no neighbour of another kind say nothing about eith
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from statistics import median
 from typing import Generic, NamedTuple, TypeVar
 
@@ -49,10 +49,14 @@ class Neighbours(Generic[Kind]):
         self._run[1].append(value)
         return self._tell() if len(self._run[1]) == WIDTH else step
 
-    def forget(self) -> None:
-        """The rounds to come are no neighbours of those before."""
-        self._before = self._run = None
-        self._told = True
+    def move(self, by: Callable[[Kind], float]) -> None:
+        """What values are held against has changed: add to those that are kept, by kind."""
+        for kept in (self._before, self._run):
+            if kept is not None:
+                kind, values = kept
+                more = by(kind)
+                for i, value in enumerate(values):
+                    values[i] = value + more
 
     def _tell(self) -> Step[Kind] | None:
         if self._told or self._before is None or self._run is None:

@@ -43,8 +43,8 @@ PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, without, and without
 only to see what plain rounds take."""
 NOBODY_HOLDS = 16
-"""Rounds for which a decision to draft for nobody stands while streams come and go, unless they become fewer by more
-than a quarter."""
+"""Rounds for which a decision to draft for nobody stands while streams come and go, where there are three or more and
+they do not become fewer by more than a quarter."""
 LONGEST_HOLD = 32
 """A decision to draft for everybody, as before, holds twice as long, up to so many rounds: at one stream, deciding
 takes a twentieth of a round."""
@@ -223,11 +223,10 @@ class Skipping:
         """The plan at hand, or a new one where that has been held long enough."""
         present = tuple(pasts)
         self._age += 1
-        drifted = costs is not self._costs
-        holds = PLAN_HOLDS if drifted and self._all_of else self._holds
-        if present == self._for and self._age < holds:
+        same = costs is self._costs  # else the plan's price is another pace's
+        if same and present == self._for and self._age < self._holds:
             return self._plan
-        if present != self._for and self._age < self._outlasts(len(present)):
+        if same and present != self._for and self._age < self._outlasts(len(present)):
             # somebody came or went: among many that is no reason yet to decide anew, who came is not drafted for
             chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
             self._for, self._plan = present, self._plan._replace(drafting=[past in chosen for past in present])
