@@ -256,14 +256,7 @@ DSPARK_UNROLL(4)
         for (int t = 0; t < T; t++)
 DSPARK_UNROLL(4)
             for (int g = 0; g < G; g++) score[t][g] = Floats::zero();
-        for (int d = 0; d < size; d++) {
-DSPARK_UNROLL(4)
-            for (int t = 0; t < T; t++) {
-                const Floats key = Floats::load_half(k + t * step + d * LANES);
-DSPARK_UNROLL(4)
-                for (int g = 0; g < G; g++) score[t][g] = fma(key, Floats::all(q[g * size + d]), score[t][g]);
-            }
-        }
+        for (int d = 0; d < size; d++) add_outer<T, G>(k + d * LANES, step, q + d, size, score);
         for (int t = 0; t < T; t++, p += LANES) {
             for (int g = 0; g < G; g++) {
                 const Floats kept = (score[t][g] * scale).keep(seen - p, -INFINITY);
@@ -277,25 +270,15 @@ DSPARK_UNROLL(4)
     template <int G, int C>
     static void weigh_values(const uint16_t* v, int size, int seen, int stride, const float* weights, const Floats* total,
                              float* out) {
-        Floats sums[G][C];
+        Floats sums[C][G];
 DSPARK_UNROLL(4)
-        for (int g = 0; g < G; g++)
+        for (int c = 0; c < C; c++)
 DSPARK_UNROLL(4)
-            for (int c = 0; c < C; c++) sums[g][c] = Floats::zero();
-        for (int p = 0; p < seen; p++, v += size) {
-            Floats value[C];
-DSPARK_UNROLL(4)
-            for (int c = 0; c < C; c++) value[c] = Floats::load_half(v + c * LANES);
-DSPARK_UNROLL(4)
-            for (int g = 0; g < G; g++) {
-                const Floats weight = Floats::all(weights[g * stride + p]);
-DSPARK_UNROLL(4)
-                for (int c = 0; c < C; c++) sums[g][c] = fma(value[c], weight, sums[g][c]);
-            }
-        }
+            for (int g = 0; g < G; g++) sums[c][g] = Floats::zero();
+        for (int p = 0; p < seen; p++, v += size) add_outer<C, G>(v, LANES, weights + p, stride, sums);
         for (int g = 0; g < G; g++) {
             const Floats share_of = Floats::all(1.0f / sum_of(total[g]));
-            for (int c = 0; c < C; c++) (sums[g][c] * share_of).store(out + g * size + c * LANES);
+            for (int c = 0; c < C; c++) (sums[c][g] * share_of).store(out + g * size + c * LANES);
         }
     }
 

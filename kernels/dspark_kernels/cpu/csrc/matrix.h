@@ -222,36 +222,50 @@ struct Quantised {
     void put_one(std::pair<int, int> at, const float* x) { put(at.first, at.second, x); }
 };
 
+// Integer dot products of a group onto the total of one row. Every path does these in this order, so they agree to the bit.
+inline Floats add_group(Ints dots, Floats d, Floats m, const Quantised::Group& x, int r, Floats total) {
+    total = fma(Floats::from(dots), d * Floats::all(x.scale[r]), total);
+    return fma(m, Floats::all(x.sum[r]), total);
+}
+
 #if defined(DSPARK_AVX2)
-// One tile of 16 channels times the first `rows` rows of x: out[r] gets 16 floats. Eight channels at a time, whose eight
-// chunks of a group fill half of the registers and stay there for all rows.
+// One group of a tile times R rows of x from `first` on, onto out[first…]: 2·R sums fill half of the registers.
+template <int BITS, int R>
+inline void add_rows(const uint8_t* at, const Quantised::Group& x, int first, Floats* out) {
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + BITS * LANES * GROUP / 8);
+    __m256i dots[R][2];
+    if constexpr (BITS == 4) {
+        pair_sums<R>([at](int c, int half) { return nibbles(at + 64 * (c / 2) + 32 * half, c % 2); }, x.q + first, dots);
+        each<R>([&](int r, int half) { dots[r][half] = _mm256_madd_epi16(dots[r][half], _mm256_set1_epi16(1)); });
+    } else {  // a byte goes as two nibbles
+        __m256i high[R][2];
+        pair_sums<R>([at](int c, int half) { return nibbles(at + 64 * c + 32 * half, 0); }, x.q + first, dots);
+        each<R>([&](int r, int half) { dots[r][half] = _mm256_madd_epi16(dots[r][half], _mm256_set1_epi16(1)); });
+        pair_sums<R>([at](int c, int half) { return nibbles(at + 64 * c + 32 * half, 1); }, x.q + first, high);
+        each<R>([&](int r, int half) {
+            const __m256i sixteens = _mm256_madd_epi16(high[r][half], _mm256_set1_epi16(16));
+            dots[r][half] = _mm256_add_epi32(dots[r][half], sixteens);
+        });
+    }
+    const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
+DSPARK_UNROLL(4)
+    for (int r = 0; r < R; r++)
+        out[first + r] = add_group(Ints{dots[r][0], dots[r][1]}, d, m, x, first + r, out[first + r]);
+}
+
+// One tile of 16 channels times the first `rows` rows of x: out[r] gets 16 floats.
 template <int BITS>
 DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::Group* x, int rows, Floats* out) {
     constexpr size_t step = BITS * LANES * GROUP / 8 + 4 * LANES;
     for (int r = 0; r < rows; r++) out[r] = Floats::zero();
     for (int g = 0; g < groups; g++, at += step, x++) {
         prefetch<step>(at, PREFETCH);
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + step - 4 * LANES);
-        for (int half = 0; half < 2; half++) {
-            const __m256 d = load_half_of(scales + 8 * half), m = load_half_of(scales + LANES + 8 * half);
-            const auto add = [&](__m256i dots, int r) {  // as `add_group` below: the same order, the same bits
-                __m256& total = half ? out[r].hi : out[r].lo;
-                const __m256 by = _mm256_mul_ps(d, _mm256_set1_ps(x->scale[r]));
-                const __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), by, total);
-                total = _mm256_fmadd_ps(m, _mm256_set1_ps(x->sum[r]), sum);
-            };
-            __m256i w[8];
-            if constexpr (BITS == 4) {
-                both_nibbles(at + 32 * half, w);
-                for (int r = 0; r < rows; r++) add(_mm256_madd_epi16(pair_sums(w, x->q[r]), _mm256_set1_epi16(1)), r);
-            } else {  // a byte goes as two nibbles
-                __m256i low[ROWS];
-                low_nibbles(at + 32 * half, w);
-                for (int r = 0; r < rows; r++) low[r] = _mm256_madd_epi16(pair_sums(w, x->q[r]), _mm256_set1_epi16(1));
-                high_nibbles(at + 32 * half, w);
-                for (int r = 0; r < rows; r++)
-                    add(_mm256_add_epi32(low[r], _mm256_madd_epi16(pair_sums(w, x->q[r]), _mm256_set1_epi16(16))), r);
-            }
+        int r = 0;
+        for (; r + 4 <= rows; r += 4) add_rows<BITS, 4>(at, *x, r, out);
+        switch (rows - r) {
+            case 1: add_rows<BITS, 1>(at, *x, r, out); break;
+            case 2: add_rows<BITS, 2>(at, *x, r, out); break;
+            case 3: add_rows<BITS, 3>(at, *x, r, out); break;
         }
     }
 }
@@ -276,12 +290,6 @@ DSPARK_UNROLL(4)
             chunk[2 * c + 1] = both.high();
         }
     }
-}
-
-// Integer dot products of a group onto the total of one row. Every path does these in this order, so they agree to the bit.
-inline Floats add_group(Ints dots, Floats d, Floats m, const Quantised::Group& x, int r, Floats total) {
-    total = fma(Floats::from(dots), d * Floats::all(x.scale[r]), total);
-    return fma(m, Floats::all(x.sum[r]), total);
 }
 
 // Rows whose dot products are formed side by side, of M in pieces of one size: each is a chain of eight instructions that

@@ -44,15 +44,18 @@ inline double multiply_rate(Pool& pool, int rounds) {
         alignas(32) int8_t x[ROWS][GROUP];
         for (int r = 0; r < ROWS; r++)
             for (int k = 0; k < GROUP; k++) x[r][k] = static_cast<int8_t>(r * GROUP + k + thread);
-        __m256i w[8], sum[4];
-        for (auto& chunk : w) chunk = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights));
-        for (auto& s : sum) s = _mm256_setzero_si256();
-        for (int r = 0; r < rounds; r++)
-DSPARK_UNROLL(4)
-            for (int i = 0; i < 4; i++) sum[i] = _mm256_add_epi16(sum[i], pair_sums(w, x[(4 * r + i) % ROWS]));
-        const Ints all{_mm256_add_epi16(sum[0], sum[1]), _mm256_add_epi16(sum[2], sum[3])};
+        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights));
+        Ints all = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        for (int r = 0; r < rounds; r++) {
+            __m256i sums[4][2];
+            pair_sums<4>([w](int, int) { return w; }, x + 4 * r % ROWS, sums);
+            each<4>([&](int i, int half) {
+                __m256i& sum = half ? all.hi : all.lo;
+                sum = _mm256_add_epi16(sum, sums[i][half]);
+            });
+        }
         const Floats total = Floats::from(all);
-        if (thread == 0) multiplied = 4.0 * 8 * GROUP * rounds * pool.size();
+        if (thread == 0) multiplied = 4.0 * LANES * GROUP * rounds * pool.size();
 #else
         const Bytes w = Bytes::load(weights);
         const int8_t x[4] = {1, -2, 3, static_cast<int8_t>(thread)};

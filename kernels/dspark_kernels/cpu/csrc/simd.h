@@ -319,30 +319,40 @@ inline __m256i four_of(const int8_t* x) {
     return _mm256_set1_epi32(four);
 }
 
-// Sums of pairs of products of a nibble and a signed byte, over the eight chunks of a group: 8 · 2 · 15 · 128 fits 16 bits.
-inline __m256i pair_sums(const __m256i* w, const int8_t* x) {
-    __m256i sum = _mm256_maddubs_epi16(w[0], four_of(x));
-DSPARK_UNROLL(8)
-    for (int c = 1; c < 8; c++) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[c], four_of(x + 4 * c)));
-    return sum;
+// The low nibbles of 32 bytes, or the high ones.
+inline __m256i nibbles(const uint8_t* at, int high) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
 }
 
-// Eight channels' half of the chunks of a group, a byte a nibble: all eight chunks of four bits, or one nibble of eight bits.
-inline __m256i chunk_at(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
-inline __m256i low_nibble(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
-inline __m256i high_nibble(__m256i bytes) { return low_nibble(_mm256_srli_epi16(bytes, 4)); }
-
-inline void both_nibbles(const uint8_t* at, __m256i* w) {
+// do_it(row, half) for R rows and both halves of 16 channels.
+template <int R, typename Do>
+inline void each(Do do_it) {
 DSPARK_UNROLL(4)
-    for (int c = 0; c < 4; c++) w[2 * c] = low_nibble(chunk_at(at + 64 * c)), w[2 * c + 1] = high_nibble(chunk_at(at + 64 * c));
+    for (int r = 0; r < R; r++) do_it(r, 0), do_it(r, 1);
 }
-inline void low_nibbles(const uint8_t* at, __m256i* w) {
+
+// The value is there from here on. Compilers put sums of integers off until all terms are formed, and with no registers
+// for so many they go through memory.
+inline void settled(__m256i& value) { __asm__("" : "+x"(value)); }
+
+// Sums of pairs of products of nibbles and R rows' signed bytes, over the eight chunks of a group: 8 · 2 · 15 · 128 fits 16
+// bits. chunk(c, half): four nibbles of each of eight channels.
+template <int R, typename Chunk>
+inline void pair_sums(Chunk chunk, const int8_t (*x)[GROUP], __m256i (*sums)[2]) {
 DSPARK_UNROLL(8)
-    for (int c = 0; c < 8; c++) w[c] = low_nibble(chunk_at(at + 64 * c));
-}
-inline void high_nibbles(const uint8_t* at, __m256i* w) {
-DSPARK_UNROLL(8)
-    for (int c = 0; c < 8; c++) w[c] = high_nibble(chunk_at(at + 64 * c));
+    for (int c = 0; c < 8; c++) {
+        const __m256i w[2] = {chunk(c, 0), chunk(c, 1)};
+DSPARK_UNROLL(4)
+        for (int r = 0; r < R; r++) {
+            const __m256i four = four_of(x[r] + 4 * c);
+            for (int half = 0; half < 2; half++) {
+                const __m256i pairs = _mm256_maddubs_epi16(w[half], four);
+                sums[r][half] = c ? _mm256_add_epi16(sums[r][half], pairs) : pairs;
+                settled(sums[r][half]);
+            }
+        }
+    }
 }
 
 #else
@@ -565,6 +575,32 @@ DSPARK_UNROLL(2)
 }
 
 #endif
+
+// V times 16 halves, so far apart, times each of G numbers, so far apart, onto sums[v][g].
+template <int V, int G>
+inline void add_outer(const uint16_t* halves, size_t apart, const float* numbers, size_t stride, Floats (*sums)[G]) {
+    Floats by[G];
+DSPARK_UNROLL(4)
+    for (int g = 0; g < G; g++) by[g] = Floats::all(numbers[g * stride]);
+DSPARK_UNROLL(4)
+    for (int v = 0; v < V; v++) {
+#if defined(DSPARK_AVX2)  // eight at a time: of three numbers and two times 16 halves all sums stay in registers
+DSPARK_UNROLL(2)
+        for (int half = 0; half < 2; half++) {
+            const __m256 x = load_half_of(halves + v * apart + 8 * half);
+DSPARK_UNROLL(4)
+            for (int g = 0; g < G; g++) {
+                __m256& sum = half ? sums[v][g].hi : sums[v][g].lo;
+                sum = _mm256_fmadd_ps(x, by[g].lo, sum);
+            }
+        }
+#else
+        const Floats x = Floats::load_half(halves + v * apart);
+DSPARK_UNROLL(4)
+        for (int g = 0; g < G; g++) sums[v][g] = fma(x, by[g], sums[v][g]);
+#endif
+    }
+}
 
 // e^x to about 2 units in the last place: 2^n·e^r, r in ±ln2/2 by a polynomial of degree 6. Below -87 it stays at e^-87.
 inline Floats exp(Floats x) {
