@@ -170,17 +170,23 @@ def test_extreme_activations(context, scale):
     np.testing.assert_allclose(matrix.product(x), want, rtol=1e-3, atol=1e-4 * scale * 1000 + 1e-28)
 
 
-def test_all_quants_at_their_ends(context):
-    """The largest products of both signs: nothing may saturate on the way."""
-    blocks = np.zeros((16, 34), dtype=np.uint8)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize(
+    ("bits", "source", "quants", "most", "least"),
+    [(8, Source.Q8_0, (127, 128), 127, -128), (4, Source.Q4_1, (0xFF, 0x00), 15, 0)],  # 128 is -128
+    ids=["8 bits", "4 bits"],
+)
+def test_all_quants_at_their_ends(context, rows, bits, source, quants, most, least):
+    """The largest products of both signs, side by side: nothing may saturate on the way."""
+    header = source.nbytes(32) - bits * 32 // 8
+    blocks = np.zeros((16, source.nbytes(32)), dtype=np.uint8)
     blocks[:, :2] = np.frombuffer(np.float16(1.0).tobytes(), dtype=np.uint8)
-    blocks[:8, 2:], blocks[8:, 2:] = 127, 128  # 128 is -128
-    matrix = PackedMatrix(context, 16, 32, 8)
-    matrix.pack(0, 16, blocks, Source.Q8_0)
-    x = np.full((2, 32), 127.0, dtype=np.float32)
-    x[1] = -127.0
-    want = np.array([[127.0] * 8 + [-128.0] * 8]) * 127 * 32
-    np.testing.assert_allclose(matrix.product(x), np.concatenate((want, -want)), rtol=1e-6)
+    blocks[:8, header:], blocks[8:, header:] = quants
+    matrix = PackedMatrix(context, 16, 32, bits)
+    matrix.pack(0, 16, blocks, source)
+    sign = np.where(np.arange(rows) % 2, -1.0, 1.0).astype(np.float32)[:, None]
+    want = np.array([[most] * 8 + [least] * 8]) * 127.0 * 32
+    np.testing.assert_allclose(matrix.product(np.repeat(127.0 * sign, 32, axis=1)), want * sign, rtol=1e-6)
 
 
 def test_not_a_number_stays_in_its_row(context):
@@ -250,6 +256,7 @@ SHAPES = {
     "SmolLM2": {"heads": 9, "kv_heads": 3, "size": 64, "hidden": 576, "inner": 192, "layers": 1, "norms": False},
     "all heads": {"heads": 2, "kv_heads": 2, "size": 32, "hidden": 64, "inner": 96, "layers": 3, "norms": False},
     "20 query heads": {"heads": 20, "kv_heads": 1, "size": 32, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
+    "four to a key": {"heads": 8, "kv_heads": 2, "size": 64, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
     "size 96": {"heads": 2, "kv_heads": 1, "size": 96, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
     "Qwen3": {"heads": 10, "kv_heads": 2, "size": 128, "hidden": 64, "inner": 64, "layers": 1, "norms": True},
 }

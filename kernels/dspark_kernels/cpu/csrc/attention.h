@@ -294,9 +294,10 @@ DSPARK_UNROLL(4)
         Floats most[G], total[G];
         for (int g = 0; g < G; g++) most[g] = Floats::all(-INFINITY), total[g] = Floats::zero();
         const uint16_t* k = cache.keys_from(s, head, base);
+        constexpr int some = sums_at_once(G);
         int p = 0;
-        for (; p + SUMS * LANES <= stride; p += SUMS * LANES)
-            score_tiles<G, SUMS>(k, q, size, scale, seen, p, stride, scores, most);
+        for (; p + some * LANES <= stride; p += some * LANES)
+            score_tiles<G, some>(k, q, size, scale, seen, p, stride, scores, most);
         for (; p < stride; p += LANES) score_tiles<G, 1>(k, q, size, scale, seen, p, stride, scores, most);
         for (int g = 0; g < G; g++) {
             const Floats top = Floats::all(max_of(most[g]));
@@ -309,8 +310,8 @@ DSPARK_UNROLL(4)
         float out[256 * G];
         const uint16_t* v = cache.values + (cache.slots * head + base) * size;
         int d = 0;
-        for (; d + SUMS * LANES <= size; d += SUMS * LANES)
-            weigh_values<G, SUMS>(v + d, size, seen, stride, scores, total, out + d);
+        for (; d + some * LANES <= size; d += some * LANES)
+            weigh_values<G, some>(v + d, size, seen, stride, scores, total, out + d);
         for (; d < size; d += LANES) weigh_values<G, 1>(v + d, size, seen, stride, scores, total, out + d);
         to.put_each(G * size / GROUP, out, [&](int i) { return std::pair(r, first_query * size / GROUP + i); });
     }

@@ -30,12 +30,6 @@ namespace dspark {
 constexpr int ROWS = 16;          // activations that one reading of the weights serves
 constexpr size_t PREFETCH = 16384;  // bytes ahead, into the second level: the processor's own stops at every page
 
-#if defined(__GNUC__)
-#define DSPARK_APART __attribute__((noinline))
-#else
-#define DSPARK_APART
-#endif
-
 template <size_t BYTES>
 inline void prefetch(const uint8_t* at, size_t ahead) {  // past the end of everything it does nothing
 #if defined(__GNUC__)
@@ -229,28 +223,26 @@ inline Floats add_group(Ints dots, Floats d, Floats m, const Quantised::Group& x
 }
 
 #if defined(DSPARK_AVX2)
-// One group of a tile times R rows of x from `first` on, onto out[first…]: 2·R sums fill half of the registers.
+// One group of a tile times R rows of x from `first` on, onto out[first…]. Of four rows, sums are half of all registers.
 template <int BITS, int R>
-inline void add_rows(const uint8_t* at, const Quantised::Group& x, int first, Floats* out) {
+DSPARK_INLINE void add_rows(const uint8_t* at, const Quantised::Group& x, int first, Floats* out) {
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + BITS * LANES * GROUP / 8);
-    __m256i dots[R][2];
+    const int8_t(*q)[GROUP] = x.q + first;
+    __m256i low[R][2], high[R][2];
     if constexpr (BITS == 4) {
-        pair_sums<R>([at](int c, int half) { return nibbles(at + 64 * (c / 2) + 32 * half, c % 2); }, x.q + first, dots);
-        each<R>([&](int r, int half) { dots[r][half] = _mm256_madd_epi16(dots[r][half], _mm256_set1_epi16(1)); });
+        pair_sums<R>([at](int c, int side) { return nibbles(at + 64 * (c / 2) + 32 * side, c % 2); }, q, low);
     } else {  // a byte goes as two nibbles
-        __m256i high[R][2];
-        pair_sums<R>([at](int c, int half) { return nibbles(at + 64 * c + 32 * half, 0); }, x.q + first, dots);
-        each<R>([&](int r, int half) { dots[r][half] = _mm256_madd_epi16(dots[r][half], _mm256_set1_epi16(1)); });
-        pair_sums<R>([at](int c, int half) { return nibbles(at + 64 * c + 32 * half, 1); }, x.q + first, high);
-        each<R>([&](int r, int half) {
-            const __m256i sixteens = _mm256_madd_epi16(high[r][half], _mm256_set1_epi16(16));
-            dots[r][half] = _mm256_add_epi32(dots[r][half], sixteens);
-        });
+        pair_sums<R>([at](int c, int side) { return nibbles(at + 64 * c + 32 * side, 0); }, q, low);
+        at = anew(at), q = anew(q);
+        pair_sums<R>([at](int c, int side) { return nibbles(at + 64 * c + 32 * side, 1); }, q, high);
     }
     const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
 DSPARK_UNROLL(4)
-    for (int r = 0; r < R; r++)
-        out[first + r] = add_group(Ints{dots[r][0], dots[r][1]}, d, m, x, first + r, out[first + r]);
+    for (int r = 0; r < R; r++) {
+        Ints dots = widened(low[r], 1);
+        if constexpr (BITS == 8) dots = dots + widened(high[r], 16);
+        out[first + r] = add_group(dots, d, m, x, first + r, out[first + r]);
+    }
 }
 
 // One tile of 16 channels times the first `rows` rows of x: out[r] gets 16 floats.

@@ -32,11 +32,11 @@ inline double read_rate(Pool& pool, const float* data, size_t count) {
 }
 
 // Multiply-adds a second of the integer dot product, weights of four bits, with weights in registers. AVX-512: activations
-// too. AVX2: they come from the first-level cache and pairs are summed, as in `tile_product`, whose inner loop this is.
+// too. AVX2: they come from the first-level cache, and it is the sums of `add_rows`, with nothing to unpack.
 inline double multiply_rate(Pool& pool, int rounds) {
     std::vector<float> sums(static_cast<size_t>(pool.size()) * LANES);
     alignas(64) uint8_t weights[64];
-    for (int i = 0; i < 64; i++) weights[i] = static_cast<uint8_t>(i % 16);
+    for (int i = 0; i < 64; i++) weights[i] = static_cast<uint8_t>((7 * i + i / 32) % 16);
     double multiplied = 0;
     const double begun = seconds();
     pool.run([&](int thread) {
@@ -44,15 +44,16 @@ inline double multiply_rate(Pool& pool, int rounds) {
         alignas(32) int8_t x[ROWS][GROUP];
         for (int r = 0; r < ROWS; r++)
             for (int k = 0; k < GROUP; k++) x[r][k] = static_cast<int8_t>(r * GROUP + k + thread);
-        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights));
+        __m256i w[2];  // of two values, or both halves would be one
+        for (int side = 0; side < 2; side++) {
+            w[side] = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + 32 * side));
+            settled(w[side]);
+        }
         Ints all = {_mm256_setzero_si256(), _mm256_setzero_si256()};
         for (int r = 0; r < rounds; r++) {
-            __m256i sums[4][2];
-            pair_sums<4>([w](int, int) { return w; }, x + 4 * r % ROWS, sums);
-            each<4>([&](int i, int half) {
-                __m256i& sum = half ? all.hi : all.lo;
-                sum = _mm256_add_epi16(sum, sums[i][half]);
-            });
+            __m256i pairs[4][2];
+            pair_sums<4>([&w](int, int side) { return w[side]; }, x + 4 * r % ROWS, pairs);
+            for (const auto& row : pairs) all = all + Ints{row[0], row[1]};
         }
         const Floats total = Floats::from(all);
         if (thread == 0) multiplied = 4.0 * LANES * GROUP * rounds * pool.size();

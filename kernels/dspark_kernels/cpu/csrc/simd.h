@@ -32,6 +32,14 @@
 #define DSPARK_UNROLL(times)
 #endif
 
+#if defined(__GNUC__)
+#define DSPARK_APART __attribute__((noinline))
+#define DSPARK_INLINE inline __attribute__((always_inline))
+#else
+#define DSPARK_APART
+#define DSPARK_INLINE inline
+#endif
+
 namespace dspark {
 
 constexpr int LANES = 16;
@@ -45,7 +53,7 @@ constexpr const char* ISA = "amx";
 constexpr const char* ISA = "avx512-vnni";
 #endif
 constexpr int CHAINS = 8;  // of dot products at once, as registers allow: see matrix.h
-constexpr int SUMS = 4;    // of 16 floats to a query head at once, the same: see attention.h
+constexpr int sums_at_once(int /*heads*/) { return 4; }  // of 16 floats to so many query heads, the same: see attention.h
 
 struct Ints {
     __m512i v;
@@ -242,7 +250,7 @@ inline void store_bfloat_every_second(Floats a, uint16_t* to, bool after) {
 #elif defined(DSPARK_AVX2)
 
 constexpr const char* ISA = "avx2";
-constexpr int SUMS = 2;
+constexpr int sums_at_once(int heads) { return heads > 3 ? 1 : 2; }
 
 struct Ints {
     __m256i lo, hi;
@@ -325,40 +333,48 @@ inline __m256i nibbles(const uint8_t* at, int high) {
     return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
 }
 
-// do_it(row, half) for R rows and both halves of 16 channels.
-template <int R, typename Do>
-inline void each(Do do_it) {
-DSPARK_UNROLL(4)
-    for (int r = 0; r < R; r++) do_it(r, 0), do_it(r, 1);
+// Statements without an instruction, about what the compiler may assume. The value is there from here on: GCC moves
+// additions to where their sum is used, and there are no registers for all that would wait for them. The pointer may
+// point elsewhere: else GCC keeps what was read from it, for want of registers in memory.
+inline void settled(__m256i& value) { __asm__("" : "+x"(value)); }
+template <typename T>
+inline const T* anew(const T* pointer) {
+    __asm__("" : "+r"(pointer));
+    return pointer;
 }
 
-// The value is there from here on. Compilers put sums of integers off until all terms are formed, and with no registers
-// for so many they go through memory.
-inline void settled(__m256i& value) { __asm__("" : "+x"(value)); }
-
 // Sums of pairs of products of nibbles and R rows' signed bytes, over the eight chunks of a group: 8 · 2 · 15 · 128 fits 16
-// bits. chunk(c, half): four nibbles of each of eight channels.
+// bits. chunk(c, side): four nibbles of each of eight channels, the lower eight or the upper.
 template <int R, typename Chunk>
-inline void pair_sums(Chunk chunk, const int8_t (*x)[GROUP], __m256i (*sums)[2]) {
+DSPARK_INLINE void pair_sums(Chunk chunk, const int8_t (*x)[GROUP], __m256i (*sums)[2]) {
 DSPARK_UNROLL(8)
     for (int c = 0; c < 8; c++) {
         const __m256i w[2] = {chunk(c, 0), chunk(c, 1)};
 DSPARK_UNROLL(4)
         for (int r = 0; r < R; r++) {
             const __m256i four = four_of(x[r] + 4 * c);
-            for (int half = 0; half < 2; half++) {
-                const __m256i pairs = _mm256_maddubs_epi16(w[half], four);
-                sums[r][half] = c ? _mm256_add_epi16(sums[r][half], pairs) : pairs;
-                settled(sums[r][half]);
+DSPARK_UNROLL(2)
+            for (int side = 0; side < 2; side++) {
+                const __m256i pairs = _mm256_maddubs_epi16(w[side], four);
+                sums[r][side] = c ? _mm256_add_epi16(sums[r][side], pairs) : pairs;
+                settled(sums[r][side]);
             }
         }
     }
 }
 
+// Neighbouring sums of 16 channels put together, times a number.
+inline Ints widened(const __m256i* sums, short by) {
+    const __m256i each = _mm256_set1_epi16(by);
+    return {_mm256_madd_epi16(sums[0], each), _mm256_madd_epi16(sums[1], each)};
+}
+inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+
 #else
 
 constexpr const char* ISA = "portable";
-constexpr int CHAINS = 1, SUMS = 4;
+constexpr int CHAINS = 1;
+constexpr int sums_at_once(int /*heads*/) { return 4; }
 
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
@@ -576,26 +592,27 @@ DSPARK_UNROLL(2)
 
 #endif
 
-// V times 16 halves, so far apart, times each of G numbers, so far apart, onto sums[v][g].
+// V vectors of 16 in half precision, `apart` from one to the next, times each of G numbers, `stride` from one to the next,
+// onto sums[v][g].
 template <int V, int G>
-inline void add_outer(const uint16_t* halves, size_t apart, const float* numbers, size_t stride, Floats (*sums)[G]) {
+DSPARK_INLINE void add_outer(const uint16_t* vectors, size_t apart, const float* numbers, size_t stride, Floats (*sums)[G]) {
     Floats by[G];
 DSPARK_UNROLL(4)
     for (int g = 0; g < G; g++) by[g] = Floats::all(numbers[g * stride]);
 DSPARK_UNROLL(4)
     for (int v = 0; v < V; v++) {
-#if defined(DSPARK_AVX2)  // eight at a time: of three numbers and two times 16 halves all sums stay in registers
+#if defined(DSPARK_AVX2)  // eight at a time: twelve sums, three numbers and one vector are sixteen registers
 DSPARK_UNROLL(2)
-        for (int half = 0; half < 2; half++) {
-            const __m256 x = load_half_of(halves + v * apart + 8 * half);
+        for (int side = 0; side < 2; side++) {
+            const __m256 x = load_half_of(vectors + v * apart + 8 * side);
 DSPARK_UNROLL(4)
             for (int g = 0; g < G; g++) {
-                __m256& sum = half ? sums[v][g].hi : sums[v][g].lo;
+                __m256& sum = side ? sums[v][g].hi : sums[v][g].lo;
                 sum = _mm256_fmadd_ps(x, by[g].lo, sum);
             }
         }
 #else
-        const Floats x = Floats::load_half(halves + v * apart);
+        const Floats x = Floats::load_half(vectors + v * apart);
 DSPARK_UNROLL(4)
         for (int g = 0; g < G; g++) sums[v][g] = fma(x, by[g], sums[v][g]);
 #endif
