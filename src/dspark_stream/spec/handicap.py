@@ -23,9 +23,9 @@ SURPRISE = 0.15
 """Of one change's deviation, as a logarithm, so much is believed."""
 MOST = 0.25
 """A handicap beyond this, as a logarithm, is not believed: it would end drafting, and with it what could correct it."""
-FIRST_LOOK, PLAIN_AFTER = 16, 512
-"""Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against: at
-first, and at most; twice as many every time."""
+FIRST_LOOK, LAST_LOOK = 16, 512
+"""Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against, or
+plain ones after which drafts are: at first, and at most; twice as many every time."""
 FADES_IN, LEAST_COUNT = 512, 1.0
 """Plain rounds in which what is known of rounds with drafts counts less by the factor e, down to so many changes: only
 probes, which are rare, tell of a machine that has changed meanwhile.
@@ -77,6 +77,11 @@ class Handicap:
         """Rounds with drafts since the last plain one, of numbers of streams of which there were plain ones."""
         self._patience: dict[int, int] = {}
         """After how many of them plain ones are wanted again."""
+        self._since_drafts: dict[int, int] = {}
+        """Plain rounds since drafts were last wanted, of numbers of streams with so many bits: more kinds would take
+        more looks than they are worth."""
+        self._drafts_after: dict[int, int] = {}
+        """After how many of them they are wanted again."""
         self._last: dict[tuple[int, bool], Shape] = {}
         """The last round of each kind."""
 
@@ -112,12 +117,14 @@ class Handicap:
                 return
             self._patience.setdefault(streams, FIRST_LOOK)
             self._since_plain[streams] = 0
+            size = streams.bit_length()
+            self._since_drafts[size] = self._since_drafts.get(size, 0) + 1
         step = self._rounds.see((streams, drafted), log(ms / expected_ms))
         if step is None or step.before[0] != step.after[0]:
             return
         more = step.size if step.after[1] else -step.size
         if not step.after[1]:  # a look has told something
-            self._patience[step.after[0]] = min(2 * self._patience[step.after[0]], PLAIN_AFTER)
+            self._patience[step.after[0]] = min(2 * self._patience[step.after[0]], LAST_LOOK)
         self._drafted.setdefault(step.after[0], _Mean()).add(more, step.weight)
         self._anywhere.add(more, step.weight)
 
@@ -130,6 +137,19 @@ class Handicap:
         if margin > exp(MOST):
             return False
         return streams not in self._since_plain or self._since_plain[streams] >= self._patience[streams]
+
+    def wants_drafts(self, streams: int, margin: float) -> bool:
+        """The same of rounds with drafts where plain ones are thought to be better. What is wanted counts as seen.
+
+        Without it, a curve that makes drafts look a little too dear would never be found out: the rounds that could
+        tell are those that it rules out.
+        """
+        size = streams.bit_length()
+        after = self._drafts_after.get(size, FIRST_LOOK)
+        if margin < exp(-MOST) or self._since_drafts.get(size, 0) < after:
+            return False
+        self._since_drafts[size], self._drafts_after[size] = 0, min(2 * after, LAST_LOOK)
+        return True
 
     def factor(self, streams: int) -> float:
         """By what a round with drafts takes longer than expected where a plain one takes what is expected."""

@@ -32,24 +32,26 @@ POOL_COUNTS_AS = 8.0
 STALE_AFTER = 512
 """Rounds without drafts in which a stream's own past fades by the factor e."""
 POOL_TAKES = 16
-"""A stream's first drafts that all streams' past takes in, of later ones those of one round in `WHOLE_EVERY`: those
+"""A stream's first drafts that all streams' past takes in, of later ones those that draft whole blocks: those
 that are drafted for most are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
 WORTHWHILE = 1.03
 """Drafting must promise so many times the throughput of plain decoding: less is within what can be known, and plain
 rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
-PLAN_HOLDS, REST_HOLDS, LOOK_HOLDS = 8, 64, 4
-"""Rounds between two decisions while the streams are the same ones: with drafts to learn from, without, and without
-only to see what plain rounds take."""
+PLAN_HOLDS, REST_HOLDS = 8, 64
+"""Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
+PLAIN_LOOK, DRAFTS_LOOK = 4, 5
+"""The same of decisions that are made only to see what plain rounds take, or rounds with drafts."""
 NOBODY_HOLDS = 16
 """Rounds for which a decision to draft for nobody stands while streams come and go, where there are three or more and
 they do not become fewer by more than a quarter."""
 LONGEST_HOLD = 32
 """A decision to draft for everybody, as before, holds twice as long, up to so many rounds: at one stream, deciding
 takes a twentieth of a round."""
-WHOLE_EVERY = 16
-"""Of so many rounds with drafts one drafts whole blocks, so that later slots stay known."""
+WHOLE_EVERY, WHOLE_LATER, EARLY = 16, 64, 128
+"""Of so many rounds with drafts one drafts whole blocks, so that later slots stay known: of the first ones, of later
+ones, and how many are the first."""
 PROBE_SHARE = 0.005
 """Of all decoding time, what probes may take to draft. What their tokens bring is not set off: that is in doubt where
 probes are made, and the drafter is out of the caches there."""
@@ -216,7 +218,8 @@ class Skipping:
     def plan(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
         """The next round's. ``pasts``: of every stream, None for one that is never drafted for; all positions' mean."""
         plan = self._held(pasts, position, costs)
-        self._whole = (self._drafted + 1) % WHOLE_EVERY == 0 and any(plan.drafting)
+        every = WHOLE_EVERY if self._drafted < EARLY else WHOLE_LATER
+        self._whole = (self._drafted + 1) % every == 0 and any(plan.drafting)
         return plan._replace(slots=self._gamma) if self._whole else plan
 
     def _held(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> Plan:
@@ -234,7 +237,7 @@ class Skipping:
             return self._plan
         self._for, self._costs, self._age, self._not_for = present, costs, 0, 0
         self._plan, self._holds = self._decide(pasts, position, costs)
-        if self._holds == LOOK_HOLDS:  # probes would spoil the look
+        if self._holds in (PLAIN_LOOK, DRAFTS_LOOK):  # probes would spoil the look
             return self._plan
         due = [
             r
@@ -303,22 +306,23 @@ class Skipping:
         outlook = self._outlook([past for past in pasts if past is not None], streams, outlay)
         rate = outlook.tokens / outlook.ms
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
-        factor = 1.0 if costs.rough else self.handicap.factor(streams)
-        if rate[n, t, g] <= WORTHWHILE * factor * plain:
-            self._all_of, self._not_for = (), streams
+        chosen = {may[i] for i in outlook.order[: n + 1, t, g]}
+        best = Plan([r in chosen for r in range(streams)], int(g) + 1, int(g) + 1, float(rate[n, t, g]))
+        margin = best.price / (WORTHWHILE * plain)
+        if margin <= (1.0 if costs.rough else self.handicap.factor(streams)):
+            self._all_of = ()
+            if not costs.rough and self.handicap.wants_drafts(streams, margin):
+                return best._replace(price=plain), DRAFTS_LOOK
+            self._not_for = streams
             return nobody, REST_HOLDS
-        if not costs.rough and self.handicap.wants_plain(streams, float(rate[n, t, g]) / (WORTHWHILE * plain)):
-            return nobody, LOOK_HOLDS
-        drafting = [False] * streams
-        for i in outlook.order[: n + 1, t, g]:
-            drafting[may[i]] = True
-            past = pasts[may[i]]
-            assert past is not None
-            past.wait = FIRST_WAIT
+        if not costs.rough and self.handicap.wants_plain(streams, margin):
+            return nobody, PLAIN_LOOK
+        for r in chosen:
+            _of(pasts, r).wait = FIRST_WAIT
         everybody = self._for if n + 1 == len(may) else ()  # with somebody left out, probes are due now and then
         self._steady = min(2 * self._steady, LONGEST_HOLD) if everybody and everybody == self._all_of else PLAN_HOLDS
         self._all_of = everybody
-        return Plan(drafting, int(g) + 1, int(g) + 1, float(rate[n, t, g])), self._steady
+        return best, self._steady
 
     def _outlook(self, pasts: Sequence[DraftPast], streams: int, outlay: Outlay) -> _Outlook:
         expected = self._expected(pasts)  # [2, m, T, G]
