@@ -26,6 +26,8 @@ MOST = 0.25
 FIRST_LOOK, LAST_LOOK = 16, 512
 """Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against, or
 plain ones after which drafts are: at first, and at most; twice as many every time."""
+LOOK_SHARE = 0.001
+"""Of all time, what looks at drafts may lose by what is believed of them."""
 FADES_IN, LEAST_COUNT = 512, 1.0
 """Plain rounds in which what is known of rounds with drafts counts less by the factor e, down to so many changes: only
 probes, which are rare, tell of a machine that has changed meanwhile.
@@ -138,15 +140,16 @@ class Handicap:
             return False
         return streams not in self._since_plain or self._since_plain[streams] >= self._patience[streams]
 
-    def wants_drafts(self, streams: int, margin: float) -> bool:
-        """The same of rounds with drafts where plain ones are thought to be better. What is wanted counts as seen.
+    def wants_drafts(self, streams: int, margin: float, rounds: int) -> bool:
+        """The same of so many ``rounds`` with drafts where plain ones are thought to be better. What is wanted counts
+        as seen.
 
         Without it, a curve that makes drafts look a little too dear would never be found out: the rounds that could
         tell are those that it rules out.
         """
         size = streams.bit_length()
-        after = self._drafts_after.get(size, FIRST_LOOK)
-        if margin < exp(-MOST) or self._since_drafts.get(size, 0) < after:
+        after, loses = self._drafts_after.get(size, FIRST_LOOK), rounds * (1.0 - margin / self.factor(streams))
+        if margin < exp(-MOST) or self._since_drafts.get(size, 0) < max(after, loses / LOOK_SHARE):
             return False
         self._since_drafts[size], self._drafts_after[size] = 0, min(2 * after, LAST_LOOK)
         return True

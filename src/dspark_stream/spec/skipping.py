@@ -311,7 +311,7 @@ class Skipping:
         margin = best.price / (WORTHWHILE * plain)
         if margin <= (1.0 if costs.rough else self.handicap.factor(streams)):
             self._all_of = ()
-            if not costs.rough and self.handicap.wants_drafts(streams, margin):
+            if not costs.rough and self.handicap.wants_drafts(streams, margin, DRAFTS_LOOK):
                 return best._replace(price=plain), DRAFTS_LOOK
             self._not_for = streams
             return nobody, REST_HOLDS
