@@ -13,7 +13,7 @@ from math import exp, log
 from typing import NamedTuple
 
 from dspark_stream.spec.capacity import Costs
-from dspark_stream.spec.neighbours import Neighbours
+from dspark_stream.spec.neighbours import WIDTH, Neighbours
 
 MEMORY = 4.0
 """Changes between rounds with drafts and without after which what was seen counts less by the factor e."""
@@ -26,11 +26,12 @@ MOST = 0.25
 FIRST_LOOK, LAST_LOOK = 16, 512
 """Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against, or
 plain ones after which drafts are: at first, and at most; twice as many every time."""
-LOOK_SHARE = 0.001
-"""Of all time, what looks at drafts may lose by what is believed of them."""
+LOOK_SHARE, MOST_LOST = 0.001, 4.0
+"""Of all plain rounds, what looks at drafts may lose by what is believed of them, and how many are saved up for it.
+What the drafter has to catch up with is not counted: that would leave next to none."""
 FADES_IN, LEAST_COUNT = 512, 1.0
 """Plain rounds in which what is known of rounds with drafts counts less by the factor e, down to so many changes: only
-probes, which are rare, tell of a machine that has changed meanwhile.
+probes and looks, which are rare, tell of a machine that has changed meanwhile.
 """
 ELSEWHERE_COUNTS_AS = 1.0
 """Changes from which on a number of streams is judged more by its own than by all numbers together."""
@@ -80,10 +81,13 @@ class Handicap:
         self._patience: dict[int, int] = {}
         """After how many of them plain ones are wanted again."""
         self._since_drafts: dict[int, int] = {}
-        """Plain rounds since drafts were last wanted, of numbers of streams with so many bits: more kinds would take
-        more looks than they are worth."""
+        """Plain rounds since there was a run of rounds with drafts, or a look was begun, of numbers of streams with so
+        many bits: more kinds would take more looks than they are worth."""
         self._drafts_after: dict[int, int] = {}
-        """After how many of them they are wanted again."""
+        """After how many of them the next look is due."""
+        self._drafted_in_a_row = 0
+        self._to_lose = 0.0
+        """Plain rounds that looks may lose."""
         self._last: dict[tuple[int, bool], Shape] = {}
         """The last round of each kind."""
 
@@ -110,7 +114,12 @@ class Handicap:
             if streams in self._since_plain:
                 self._since_plain[streams] += 1
             self._just_drafted.add(streams)
+            self._drafted_in_a_row += 1
+            if self._drafted_in_a_row >= WIDTH:
+                self._since_drafts[streams.bit_length()] = 0
         else:
+            self._drafted_in_a_row = 0
+            self._to_lose = min(self._to_lose + LOOK_SHARE, MOST_LOST)
             for fading in (self._drafted.get(streams), self._anywhere):
                 if fading is not None:
                     fading.fade()
@@ -127,6 +136,9 @@ class Handicap:
         more = step.size if step.after[1] else -step.size
         if not step.after[1]:  # a look has told something
             self._patience[step.after[0]] = min(2 * self._patience[step.after[0]], LAST_LOOK)
+        elif step.weight == 1.0:  # and not a probe
+            size = step.after[0].bit_length()
+            self._drafts_after[size] = min(2 * self._drafts_after.get(size, FIRST_LOOK), LAST_LOOK)
         self._drafted.setdefault(step.after[0], _Mean()).add(more, step.weight)
         self._anywhere.add(more, step.weight)
 
@@ -140,18 +152,21 @@ class Handicap:
             return False
         return streams not in self._since_plain or self._since_plain[streams] >= self._patience[streams]
 
-    def wants_drafts(self, streams: int, margin: float, rounds: int) -> bool:
-        """The same of so many ``rounds`` with drafts where plain ones are thought to be better. What is wanted counts
-        as seen.
+    def take_look(self, streams: int, margin: float, loses: float) -> bool:
+        """Whether to draft for a few rounds where plain ones are thought to be better; it then counts as done.
 
-        Without it, a curve that makes drafts look a little too dear would never be found out: the rounds that could
-        tell are those that it rules out.
+        Without looks, a curve that makes drafts a little too dear would never be found out: the rounds that could tell
+        are those that it rules out.
+
+        ``margin``: see `wants_plain`; where the best that is believed would not make drafts pay, nothing is looked at.
+        ``loses``: plain rounds that it costs if all is as believed.
         """
         size = streams.bit_length()
-        after, loses = self._drafts_after.get(size, FIRST_LOOK), rounds * (1.0 - margin / self.factor(streams))
-        if margin < exp(-MOST) or self._since_drafts.get(size, 0) < max(after, loses / LOOK_SHARE):
+        due = self._since_drafts.get(size, 0) >= self._drafts_after.get(size, FIRST_LOOK)
+        if not due or margin < exp(-MOST) or loses > self._to_lose:
             return False
-        self._since_drafts[size], self._drafts_after[size] = 0, min(2 * after, LAST_LOOK)
+        self._since_drafts[size] = 0
+        self._to_lose -= loses
         return True
 
     def factor(self, streams: int) -> float:

@@ -2,7 +2,8 @@
 
 *Ours*: drafting costs something even where no draft is ever verified, so it has to pay at the load of the moment. Every
 stream keeps what its drafts promised and brought; of all sets of streams, block lengths and thresholds the one with the
-most tokens a second is taken. A stream that is left out is probed now and then, as far as a small budget of time goes.
+most tokens a second is taken. A stream that is left out is probed now and then, as far as a small budget of time goes;
+and a few rounds are run the other way now and then, plain or with drafts, so that a wrong idea of costs is found out.
 
 Only past rounds go in, so whatever is decided here is lossless under every verification.
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from dspark_stream.spec.capacity import Array, Costs, Outlay
 from dspark_stream.spec.handicap import Handicap
+from dspark_stream.spec.neighbours import WIDTH
 from dspark_stream.types import Acceptance
 
 THRESHOLDS: Array = np.array([0.0, 0.03, 0.07, 0.12, 0.18, 0.25, 0.33, 0.42, 0.52, 0.64, 0.78])
@@ -32,8 +34,8 @@ POOL_COUNTS_AS = 8.0
 STALE_AFTER = 512
 """Rounds without drafts in which a stream's own past fades by the factor e."""
 POOL_TAKES = 16
-"""A stream's first drafts that all streams' past takes in, of later ones those that draft whole blocks: those
-that are drafted for most are not what the next one is likely to be like."""
+"""A stream's first drafts that all streams' past takes in, of later ones those of one round in so many: those that are
+drafted for most are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
 WORTHWHILE = 1.03
@@ -41,7 +43,7 @@ WORTHWHILE = 1.03
 rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
 PLAN_HOLDS, REST_HOLDS = 8, 64
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
-PLAIN_LOOK, DRAFTS_LOOK = 4, 5
+PLAIN_LOOK, DRAFTS_LOOK = 4, WIDTH
 """The same of decisions that are made only to see what plain rounds take, or rounds with drafts."""
 NOBODY_HOLDS = 16
 """Rounds for which a decision to draft for nobody stands while streams come and go, where there are three or more and
@@ -50,8 +52,8 @@ LONGEST_HOLD = 32
 """A decision to draft for everybody, as before, holds twice as long, up to so many rounds: at one stream, deciding
 takes a twentieth of a round."""
 WHOLE_EVERY, WHOLE_LATER, EARLY = 16, 64, 128
-"""Of so many rounds with drafts one drafts whole blocks, so that later slots stay known: of the first ones, of later
-ones, and how many are the first."""
+"""Of so many rounds with drafts one drafts whole blocks, so that later slots stay known: of an engine's first ones, of
+later ones, and how many are the first."""
 PROBE_SHARE = 0.005
 """Of all decoding time, what probes may take to draft. What their tokens bring is not set off: that is in doubt where
 probes are made, and the drafter is out of the caches there."""
@@ -236,8 +238,8 @@ class Skipping:
             self._holds = min(self._holds, NOBODY_HOLDS)
             return self._plan
         self._for, self._costs, self._age, self._not_for = present, costs, 0, 0
-        self._plan, self._holds = self._decide(pasts, position, costs)
-        if self._holds in (PLAIN_LOOK, DRAFTS_LOOK):  # probes would spoil the look
+        self._plan, self._holds, looks = self._decide(pasts, position, costs)
+        if looks:  # probes would spoil it
             return self._plan
         due = [
             r
@@ -289,40 +291,42 @@ class Skipping:
             row = tail.whole(survival)
             past.tally.add(row, length, took)
             past.drafted += 1
-            if past.drafted <= POOL_TAKES or self._whole:
+            if past.drafted <= POOL_TAKES or past.drafted % POOL_TAKES == 0:
                 self._pools[past.acceptance].add(row, length, took)
 
     # --- deciding ----------------------------------------------------------------------------------------
 
-    def _decide(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> tuple[Plan, int]:
-        """A plan, and the rounds for which it holds."""
+    def _decide(self, pasts: Sequence[DraftPast | None], position: float, costs: Costs) -> tuple[Plan, int, bool]:
+        """A plan, the rounds for which it holds, and whether it is there only to look."""
         streams = len(pasts)
         may = [r for r, past in enumerate(pasts) if past is not None]
         outlay = costs.outlay(streams, position, len(may), self._gamma)
         plain = streams / outlay.plain_ms
         nobody = Plan([False] * streams, 0, 0, plain)
         if not may:
-            return nobody, REST_HOLDS
+            return nobody, REST_HOLDS, False
         outlook = self._outlook([past for past in pasts if past is not None], streams, outlay)
         rate = outlook.tokens / outlook.ms
         n, t, g = np.unravel_index(int(rate.argmax()), rate.shape)
         chosen = {may[i] for i in outlook.order[: n + 1, t, g]}
         best = Plan([r in chosen for r in range(streams)], int(g) + 1, int(g) + 1, float(rate[n, t, g]))
         margin = best.price / (WORTHWHILE * plain)
-        if margin <= (1.0 if costs.rough else self.handicap.factor(streams)):
+        factor = 1.0 if costs.rough else self.handicap.factor(streams)
+        if margin <= factor:
             self._all_of = ()
-            if not costs.rough and self.handicap.wants_drafts(streams, margin, DRAFTS_LOOK):
-                return best._replace(price=plain), DRAFTS_LOOK
+            loses = DRAFTS_LOOK * float(outlook.ms[n, t, g]) / outlay.plain_ms * (1.0 - margin / factor)
+            if not costs.rough and self.handicap.take_look(streams, margin, loses):
+                return best._replace(price=plain), DRAFTS_LOOK, True  # what is verified has to be worth plain rounds
             self._not_for = streams
-            return nobody, REST_HOLDS
+            return nobody, REST_HOLDS, False
         if not costs.rough and self.handicap.wants_plain(streams, margin):
-            return nobody, PLAIN_LOOK
+            return nobody, PLAIN_LOOK, True
         for r in chosen:
             _of(pasts, r).wait = FIRST_WAIT
         everybody = self._for if n + 1 == len(may) else ()  # with somebody left out, probes are due now and then
         self._steady = min(2 * self._steady, LONGEST_HOLD) if everybody and everybody == self._all_of else PLAN_HOLDS
         self._all_of = everybody
-        return best, self._steady
+        return best, self._steady, False
 
     def _outlook(self, pasts: Sequence[DraftPast], streams: int, outlay: Outlay) -> _Outlook:
         expected = self._expected(pasts)  # [2, m, T, G]
