@@ -26,9 +26,6 @@ MOST = 0.25
 FIRST_LOOK, LAST_LOOK = 16, 512
 """Rounds with drafts of a number of streams after which plain ones are wanted again, to hold the others against, or
 plain ones after which drafts are: at first, and at most; twice as many every time."""
-LOOK_SHARE, MOST_LOST = 0.001, 4.0
-"""Of all plain rounds, what looks at drafts may lose by what is believed of them, and how many are saved up for it.
-What the drafter has to catch up with is not counted: that would leave next to none."""
 FADES_IN, LEAST_COUNT = 512, 1.0
 """Plain rounds in which what is known of rounds with drafts counts less by the factor e, down to so many changes: only
 probes and looks, which are rare, tell of a machine that has changed meanwhile.
@@ -86,8 +83,6 @@ class Handicap:
         self._drafts_after: dict[int, int] = {}
         """After how many of them the next look is due."""
         self._drafted_in_a_row = 0
-        self._to_lose = 0.0
-        """Plain rounds that looks may lose."""
         self._last: dict[tuple[int, bool], Shape] = {}
         """The last round of each kind."""
 
@@ -119,7 +114,6 @@ class Handicap:
                 self._since_drafts[streams.bit_length()] = 0
         else:
             self._drafted_in_a_row = 0
-            self._to_lose = min(self._to_lose + LOOK_SHARE, MOST_LOST)
             for fading in (self._drafted.get(streams), self._anywhere):
                 if fading is not None:
                     fading.fade()
@@ -152,21 +146,19 @@ class Handicap:
             return False
         return streams not in self._since_plain or self._since_plain[streams] >= self._patience[streams]
 
-    def take_look(self, streams: int, margin: float, loses: float) -> bool:
+    def take_look(self, streams: int, margin: float) -> bool:
         """Whether to draft for a few rounds where plain ones are thought to be better; it then counts as done.
 
         Without looks, a curve that makes drafts a little too dear would never be found out: the rounds that could tell
         are those that it rules out.
 
         ``margin``: see `wants_plain`; where the best that is believed would not make drafts pay, nothing is looked at.
-        ``loses``: plain rounds that it costs if all is as believed.
         """
         size = streams.bit_length()
         due = self._since_drafts.get(size, 0) >= self._drafts_after.get(size, FIRST_LOOK)
-        if not due or margin < exp(-MOST) or loses > self._to_lose:
+        if not due or margin < exp(-MOST):
             return False
         self._since_drafts[size] = 0
-        self._to_lose -= loses
         return True
 
     def factor(self, streams: int) -> float:

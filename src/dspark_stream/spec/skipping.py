@@ -45,6 +45,9 @@ PLAN_HOLDS, REST_HOLDS = 8, 64
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
 PLAIN_LOOK, DRAFTS_LOOK = 4, WIDTH
 """The same of decisions that are made only to see what plain rounds take, or rounds with drafts."""
+LOOK_SHARE, LOOK_MOST = 0.001, 2.5
+"""Of the time of all plain rounds, what looks at drafts may lose by what is believed of them, and how many times such a
+round is saved up for it. What the drafter has to catch up with is not counted: that would leave next to none."""
 NOBODY_HOLDS = 16
 """Rounds for which a decision to draft for nobody stands while streams come and go, where there are three or more and
 they do not become fewer by more than a quarter."""
@@ -200,6 +203,9 @@ class Skipping:
         }  # acceptance differs by how it is verified
         self._tails: dict[Acceptance, Tail] = {a: Tail(gamma, POOL_MEMORY) for a in self._pools}
         self._credit_ms = 0.0
+        """What probes may still take."""
+        self._to_lose_ms = 0.0
+        """The same of looks at drafts."""
         self._for: tuple[DraftPast | None, ...] = ()
         self._age = self._holds = 0
         self._not_for = 0
@@ -270,6 +276,8 @@ class Skipping:
         """What a round showed: promises of those that drafted (else empty), verified and accepted tokens, its time."""
         if any(past is not None for past in pasts):
             self._credit_ms = min(self._credit_ms + PROBE_SHARE * ms, PROBE_MOST * ms)
+            if not any(survivals):
+                self._to_lose_ms = min(self._to_lose_ms + LOOK_SHARE * ms, LOOK_MOST * ms)
         if self._whole and all(len(survival) < self._gamma for survival in survivals):
             self._whole = False  # there was no room for whole blocks: the next round is to make up for it
         else:
@@ -314,8 +322,9 @@ class Skipping:
         factor = 1.0 if costs.rough else self.handicap.factor(streams)
         if margin <= factor:
             self._all_of = ()
-            loses = DRAFTS_LOOK * float(outlook.ms[n, t, g]) / outlay.plain_ms * (1.0 - margin / factor)
-            if not costs.rough and self.handicap.take_look(streams, margin, loses):
+            loses_ms = DRAFTS_LOOK * float(outlook.ms[n, t, g]) * (1.0 - margin / factor)
+            if not costs.rough and loses_ms <= self._to_lose_ms and self.handicap.take_look(streams, margin):
+                self._to_lose_ms -= loses_ms
                 return best._replace(price=plain), DRAFTS_LOOK, True  # what is verified has to be worth plain rounds
             self._not_for = streams
             return nobody, REST_HOLDS, False
