@@ -438,12 +438,12 @@ def test_nothing_is_looked_at_right_after_drafts():
 
 
 def test_looks_at_drafts_lose_no_more_than_their_share(monkeypatch):
-    """Of the time of adaptive plain rounds; a machine that decodes plainly by order earns nothing for looks."""
+    """Of the time of plain rounds."""
     looks = []
     monkeypatch.setattr(Handicap, "take_look", lambda *_: looks.append(1) or True)
     skipping, streams = Skipping(GAMMA), pasts(8)
     drive(skipping, streams, 10_000, msgspec.structs.replace(BUSY, verify_ms=[5.0, 5.0 + 63 * 1.5]), [BAD] * 8)
-    assert 0 < len(looks) < 20  # 144 of them were free of charge
+    assert 0 < len(looks) < 20  # 144 if they cost nothing
 
 
 def test_nobody_looks_for_what_could_not_change_a_decision():
