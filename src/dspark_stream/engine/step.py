@@ -99,8 +99,8 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
         return models.rounds.decode_round(streams, slowest_ms)
     models.late_ms = 0.0
     clock = [time.perf_counter()]
-    plan = _plan(models, streams, slowest_ms)
     costs, position = models.costs_of(streams), _position(streams)
+    plan = _plan(models, streams, position, costs, slowest_ms)
     cost = costs.round_cost(len(streams), position, sum(plan.drafting), plan.slots)
     clock.append(time.perf_counter())
     blocks = _draft(models, streams, plan)
@@ -129,19 +129,18 @@ def _position(streams: Sequence[Stream]) -> float:
     return sum([s.position for s in streams]) / len(streams)
 
 
-def _plan(models: Models, streams: Sequence[Stream], slowest_ms: float) -> Plan:
+def _plan(models: Models, streams: Sequence[Stream], position: float, costs: Costs, slowest_ms: float) -> Plan:
     """Who is drafted for, from the past alone: everybody under a static schedule, else whoever it pays for."""
     slots = models.schedule.slots(models.gamma) if models.drafter else 0
     if slots is None:
-        plan = models.skipping.plan([s.past for s in streams], _position(streams), models.costs_of(streams))
+        plan = models.skipping.plan([s.past for s in streams], position, costs)
     else:
         plan = Plan([s.drafts and slots > 0 for s in streams], slots, slots, 0.0)
     if not any(plan.drafting) or slowest_ms == inf:
         return plan
-    costs = models.costs_of(streams)
     owed_ms = 1e-3 * costs.curve.feature_us * _owed(streams, plan)
     for some in dict.fromkeys((plan.slots, plan.paying)):
-        cost = costs.round_cost(len(streams), _position(streams), sum(plan.drafting), some)
+        cost = costs.round_cost(len(streams), position, sum(plan.drafting), some)
         if owed_ms + cost.ms[0] <= slowest_ms:
             return plan._replace(slots=some)
     return Plan([False] * len(streams), 0, 0, plan.price)  # drafting alone would take too long, with nothing verified

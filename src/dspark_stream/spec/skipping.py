@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from math import exp
 from typing import NamedTuple
@@ -38,19 +39,21 @@ POOL_TAKES = 16
 drafted for most are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
-WORTHWHILE = 1.03
+WORTHWHILE = 1.01
 """Drafting must promise so many times the throughput of plain decoding: less is within what can be known, and plain
 rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
-PLAN_HOLDS, REST_HOLDS = 8, 64
+PLAN_HOLDS, REST_HOLDS = 16, 64
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
 PLAIN_LOOK, DRAFTS_LOOK = 4, WIDTH
 """The same of decisions that are made only to see what plain rounds take, or rounds with drafts."""
-LOOK_SHARE, LOOK_MOST = 0.001, 2.5
+LOOK_SHARE, LOOK_MOST = 0.002, 2.5
 """Of the time of all plain rounds, what looks at drafts may lose by what is believed of them, and how many times such a
 round is saved up for it. What the drafter has to catch up with is not counted: that would leave next to none."""
 NOBODY_HOLDS = 16
 """Rounds for which a decision to draft for nobody stands while streams come and go, where there are three or more and
 they do not become fewer by more than a quarter."""
+ANOTHER = 1.02
+"""Costs of which some have changed by so many times what others have are decided by anew at once."""
 LONGEST_HOLD = 32
 """A decision to draft for everybody, as before, holds twice as long, up to so many rounds: at one stream, deciding
 takes a twentieth of a round."""
@@ -106,7 +109,7 @@ def settle(tallies: Sequence[Tally]) -> None:
     above = rows >= THRESHOLDS[:, None]  # [n, T, γ]
     counts = [len(tally._new) for tally in some]
     first = [0, *accumulate(counts[:-1])]
-    weight = np.concatenate([tally._keep ** np.arange(n - 1, -1, -1) for tally, n in zip(some, counts, strict=True)])
+    weight = np.concatenate([_fading(tally._keep, n) for tally, n in zip(some, counts, strict=True)])
     counted = above * weight[:, None, None]
     promised = np.add.reduceat(counted * rows, first)
     counted, seen = np.add.reduceat(counted, first), np.add.reduceat(weight, first)
@@ -117,6 +120,13 @@ def settle(tallies: Sequence[Tally]) -> None:
         tally.sums[0] += promised[i]
         tally.sums[1] += counted[i]
         tally._new.clear()
+
+
+@lru_cache(maxsize=256)
+def _fading(keep: float, rounds: int) -> Array:
+    """Weights of so many rounds, oldest first."""
+    weights: Array = keep ** np.arange(rounds - 1, -1, -1, dtype=np.float64)
+    return weights
 
 
 class Tail:
@@ -185,7 +195,6 @@ class _Outlook(NamedTuple):
     """Streams by falling worth, [m, T, G]."""
     tokens: Array
     """Committed tokens of a round that drafts for the first n of them, [m, T, G]."""
-    batch_tokens: Array
     ms: Array
 
 
@@ -234,16 +243,16 @@ class Skipping:
         """The plan at hand, or a new one where that has been held long enough."""
         present = tuple(pasts)
         self._age += 1
-        same = costs is self._costs  # else the plan's price is another pace's
-        if same and present == self._for and self._age < self._holds:
+        self._reprice(costs)
+        if present == self._for and self._age < self._holds:
             return self._plan
-        if same and present != self._for and self._age < self._outlasts(len(present)):
+        if present != self._for and self._age < self._outlasts(len(present)):
             # somebody came or went: among many that is no reason yet to decide anew, who came is not drafted for
             chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
             self._for, self._plan = present, self._plan._replace(drafting=[past in chosen for past in present])
             self._holds = min(self._holds, NOBODY_HOLDS)
             return self._plan
-        self._for, self._costs, self._age, self._not_for = present, costs, 0, 0
+        self._for, self._age, self._not_for = present, 0, 0
         self._plan, self._holds, looks = self._decide(pasts, position, costs)
         if looks:  # probes would spoil it
             return self._plan
@@ -253,6 +262,20 @@ class Skipping:
             if past is not None and not self._plan.drafting[r] and past.waited + 1 >= past.wait
         ]
         return self._with_probes(due, pasts, position, costs) if due and self._credit_ms > 0 else self._plan
+
+    def _reprice(self, costs: Costs) -> None:
+        """Go by other costs. Where all takes longer alike the plan at hand stands, and a millisecond is worth less.
+
+        Costs follow a machine's pace by steps, often every second: deciding at each would take longer than it wins.
+        """
+        if self._costs is not None and costs is not self._costs:
+            now, before = costs.curve, self._costs.curve
+            was, takes = (c.verify_ms + c.draft_ms for c in (before, now))
+            slower = [a / b for a, b in zip(takes, was, strict=False)]
+            self._plan = self._plan._replace(price=self._plan.price / slower[0])
+            if max(slower) > ANOTHER * min(slower):
+                self._holds = 0
+        self._costs = costs
 
     def _outlasts(self, streams: int) -> int:
         """Rounds for which a plan stands even though the company has become another one, of so many."""
@@ -338,15 +361,17 @@ class Skipping:
         return best, self._steady, False
 
     def _outlook(self, pasts: Sequence[DraftPast], streams: int, outlay: Outlay) -> _Outlook:
-        expected = self._expected(pasts)  # [2, m, T, G]
+        expected = self._expected(pasts)  # [3, m, T, G]
         order = (THRESHOLDS[:, None] * expected[1] - expected[0]).argsort(axis=0)
         ranked: Array = expected[:, order, np.arange(len(THRESHOLDS))[:, None], np.arange(self._gamma)]
-        tokens, batch_tokens = streams + ranked.cumsum(axis=1)
-        ms = np.interp(batch_tokens, outlay.tokens, outlay.verify_ms) + outlay.beside_ms[:, None]
-        return _Outlook(order, tokens, batch_tokens, ms)
+        accepted, verified, variance = ranked.cumsum(axis=1)
+        most = streams + np.multiply.outer(np.arange(1, len(pasts) + 1), np.arange(1, self._gamma + 1))[:, None]
+        ms = mean_ms(streams + verified, variance, most, outlay) + outlay.beside_ms[:, None]
+        return _Outlook(order, streams + accepted, ms)
 
     def _expected(self, pasts: Sequence[DraftPast]) -> Array:
-        """Accepted and verified tokens that each stream's draft would bring, by threshold and slots, [2, m, T, G]."""
+        """Accepted and verified tokens that each stream's draft would bring, and the variance of the latter, by
+        threshold and slots, [3, m, T, G]."""
         kinds = sorted({past.acceptance for past in pasts})
         pools = [self._pools[kind] for kind in kinds]
         settle([*pools, *(past.tally for past in pasts)])
@@ -357,7 +382,10 @@ class Skipping:
         seen = np.array([past.tally.seen for past in pasts]) * weight
         both = (sums + shared) / (seen + POOL_COUNTS_AS)[:, None, None, None]
         both[:, 0] *= np.array([self._correction(past) for past in pasts])[:, None, None]
-        expected: Array = np.minimum(both, 1.0).swapaxes(0, 1).cumsum(axis=3)
+        each: Array = np.minimum(both, 1.0).swapaxes(0, 1)  # of slots verified, their share of rounds is P(ℓ ≥ k)
+        squares = each[1:] * np.arange(1, 2 * self._gamma, 2)  # E[ℓ²] = Σ (2k - 1)·P(ℓ ≥ k)
+        expected: Array = np.concatenate([each, squares]).cumsum(axis=3)
+        expected[2] = np.maximum(expected[2] - expected[1] ** 2, 0.0)
         return expected
 
     def _correction(self, past: DraftPast) -> float:
@@ -398,6 +426,21 @@ class Skipping:
             more_ms = more_ms - costs.draft_ms(drafting, plan.slots, position)
         missed = sum(_of(pasts, r).owed for r in chosen)
         return max(0.0, float(more_ms)) + 1e-3 * costs.curve.feature_us * missed
+
+
+def mean_ms(batch_tokens: Array, variance: Array, most: Array, outlay: Outlay) -> Array:
+    """A target pass in the mean over rounds whose B has that mean and variance, and is never above ``most``.
+
+    Where the curve bends upwards, a round of three tokens and one of five take longer than two of four. Two sizes stand
+    for all: of the same mean and variance, as far apart on either side as sizes that rounds can have allow.
+    """
+    spread = np.sqrt(variance)
+    above = np.maximum(spread, variance / (batch_tokens - outlay.tokens[0] + 1e-9))
+    above = np.minimum(above, most - batch_tokens) + 1e-9
+    below = variance / above
+    at = np.interp([batch_tokens - below, batch_tokens + above], outlay.tokens, outlay.verify_ms)
+    mean: Array = at[0] + (at[1] - at[0]) * below / (below + above)
+    return mean
 
 
 def _of(pasts: Sequence[DraftPast | None], r: int) -> DraftPast:
