@@ -186,14 +186,20 @@ def test_another_pace_changes_the_price_at_once_and_decides_nothing():
     assert skipping.decisions == before
 
 
-def test_another_machine_is_decided_about_when_the_plan_has_been_held():
-    """Guards against plans that go by what rounds used to cost."""
-    skipping, streams = Counted(GAMMA), pasts(1)
-    drive(skipping, streams, 20 * PLAN_HOLDS, IDLE, [GOOD])
-    decided(skipping, streams, IDLE, [GOOD], all)
-    dear = msgspec.structs.replace(IDLE, draft_ms=[15.0, 30.0])
-    plans = drive(skipping, streams, LONGEST_HOLD + PLAN_HOLDS, dear, [GOOD])
-    assert not any(any(plan.drafting) for plan in plans[LONGEST_HOLD:])
+def test_another_machine_is_decided_about_at_once():
+    """Guards against plans that go by what parts of a round used to cost beside each other, in whatever company."""
+    skipping, streams = Counted(GAMMA), pasts(6)
+    drive(skipping, streams, 20 * PLAN_HOLDS, IDLE, [GOOD] * 6)
+    decided(skipping, streams, IDLE, [GOOD] * 6, all)
+    before = skipping.decisions
+    for share, decisions in ((1.01, 0), (1.03, 1)):  # of what passes take, drafts take so much more
+        apart = Costs(IDLE.scaled(1.0, [1.0, 1.0], [share, share]))
+        skipping.plan(streams, 100.0, apart)
+        assert skipping.decisions == before + decisions
+    skipping.plan(streams[1:], 100.0, apart)
+    assert skipping.decisions == before + 1
+    skipping.plan(streams, 100.0, Costs(IDLE))  # another company and other costs in one
+    assert skipping.decisions == before + 2
 
 
 def test_decisions_that_come_out_alike_hold_longer():
@@ -476,7 +482,7 @@ def test_a_curve_that_makes_drafts_dear_is_found_out(looks, monkeypatch):
     """Guards against a verdict that rules out the very rounds that would show it wrong; probes tell too little."""
     if not looks:
         monkeypatch.setattr(Handicap, "take_look", lambda *_: False)
-    survival = [0.31, 0.01, 0.01, 0.01]  # by the curve too little for drafts to pay
+    survival = [0.27, 0.01, 0.01, 0.01]  # by the curve too little for drafts to pay
     skipping, streams, costs = Skipping(GAMMA), pasts(4), Costs(IDLE)
     drafted = []
     for i in range(1400):
@@ -484,17 +490,17 @@ def test_a_curve_that_makes_drafts_dear_is_found_out(looks, monkeypatch):
         rows = [survival[: plan.slots] if drafts else [] for drafts in plan.drafting]
         lengths, count = [len(row[:1]) for row in rows], sum(plan.drafting)
         expected = costs.round_cost(4, 100.0, count, plan.slots)(4 + sum(lengths))
-        skipping.learn(streams, rows, lengths, [0.31 * n for n in lengths], expected)
+        skipping.learn(streams, rows, lengths, [0.27 * n for n in lengths], expected)
         took = expected * (0.85 if count and i >= 600 else 1.0)  # from then on they would pay
         skipping.handicap.see(Shape(4, 100.0, count, plan.slots, 4 + sum(lengths)), took, expected)
         drafted.append(count > 0)
     assert sum(drafted[300:600]) < 15
-    assert sum(drafted[1000:]) > 350 if looks else sum(drafted[1000:]) < 200
+    assert sum(drafted[1000:]) > 350 if looks else sum(drafted[1000:]) < 50
 
 
 def test_drafting_ends_where_its_rounds_take_longer_than_they_should():
     """Guards against a curve that flatters drafting a little, for as long as the service runs."""
-    survival = [0.3, 0.1, 0.02, 0.01]  # pays by some 20 %
+    survival = [0.37, 0.1, 0.02, 0.01]  # pays by some 25 %, less than its rounds are to take longer
     for times, low, high, late in ((1.0, 0.9, 1.0, 1.0), (1.25, 0.0, 0.2, 0.05)):
         skipping, streams, costs = Skipping(GAMMA), pasts(1), Costs(IDLE)
         drafted = []
@@ -508,23 +514,31 @@ def test_drafting_ends_where_its_rounds_take_longer_than_they_should():
         assert low <= sum(drafted[1000:]) / 1000 <= late, times  # once that is known
 
 
+CURVED = Outlay(5.0, np.array([3.0, 4.0, 5.0]), np.array([5.0, 7.0, 12.0]), np.zeros((1, 1)))
+"""Passes of three, four and five tokens."""
+
+
+def in_the_mean(batch_tokens, variance, most):
+    return mean_ms(*(np.array([x]) for x in (batch_tokens, variance, most)), CURVED).item()
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_a_pass_takes_what_it_does_in_the_mean(share):
-    """Guards against the cost of the mean size where costs bend: one slot that is verified in a share of rounds."""
-    outlay = Outlay(5.0, np.array([3.0, 4.0, 5.0]), np.array([5.0, 7.0, 12.0]), np.zeros((1, 1)))
-
-    def in_the_mean(batch_tokens, variance, most):
-        return mean_ms(*(np.array([x]) for x in (batch_tokens, variance, most)), outlay).item()
-
+def test_a_pass_of_one_slot_takes_what_its_two_sizes_do(share):
+    """Guards against sizes that no round has: one slot is verified in a share of rounds, or not."""
     assert in_the_mean(3 + share, share * (1 - share), 4.0) == pytest.approx(5.0 + 2.0 * share)
+
+
+def test_a_pass_takes_what_it_does_in_the_mean():
+    """Guards against the cost of the mean size where costs bend."""
     assert in_the_mean(4.0, 0.0, 4.0) == in_the_mean(4.0, 0.0, 5.0) == pytest.approx(7.0)
-    assert in_the_mean(4.0, 1.0, 5.0) == pytest.approx(8.5)  # three tokens, or five
+    assert in_the_mean(4.0, 1.0, 5.0) == pytest.approx(8.5)  # three tokens or five, each in half of the rounds
+    assert in_the_mean(3.5, 0.75, 5.0) == pytest.approx(6.75)  # three in three quarters, five in the others
     assert in_the_mean(3.0, 0.0, 5.0) == pytest.approx(5.0)
 
 
 def test_the_variance_of_a_length_is_that_of_the_rounds_that_were_seen():
     skipping, (past,) = Skipping(GAMMA), pasts(1)
-    lengths = [0, 4, 4, 1, 2, 2, 0, 3] * 40
+    lengths = [0, 4, 4, 1, 2, 2, 0, 3, 1] * 40
     for length in lengths:
         skipping.learn([past], [[0.9] * length + [0.001] * (GAMMA - length)], [length], [length], 5.0)
     _, verified, variance = skipping._expected([past])
@@ -533,7 +547,7 @@ def test_the_variance_of_a_length_is_that_of_the_rounds_that_were_seen():
     for slots in range(1, GAMMA + 1):
         cut = np.minimum(lengths, slots)
         mean = np.average(cut, weights=weights)
-        assert verified[0, threshold, slots - 1] == pytest.approx(mean, abs=0.15)
+        assert verified[0, threshold, slots - 1] == pytest.approx(mean, abs=0.1)
         assert variance[0, threshold, slots - 1] == pytest.approx(
-            np.average((cut - mean) ** 2, weights=weights), abs=0.25
+            np.average((cut - mean) ** 2, weights=weights), abs=0.1
         )

@@ -170,6 +170,17 @@ class Costs:
             self._drawing[shares] = Costs(dearer, rough=shares[1] > 0)
         return self._drawing[shares]
 
+    def slower(self, than: Costs, apart: float) -> float | None:
+        """How many times as long everything takes as by other costs; None where it is not everything alike: where some
+        passes or drafts have changed by more than ``apart`` times what others have.
+        """
+        now, then = self.curve, than.curve
+        if (now.tokens, now.streams) != (then.tokens, then.streams):
+            return None
+        pairs = [*zip(now.verify_ms, then.verify_ms, strict=True), *zip(now.draft_ms, then.draft_ms, strict=True)]
+        times = [a / b for a, b in pairs if b > 0]
+        return times[0] if times and max(times) <= apart * min(times) else None
+
     def verify_ms(self, batch_tokens: Any, streams: int, position: float) -> Any:
         """A target pass over B tokens of R streams at mean position p̄; B may be an array."""
         c = self.curve

@@ -40,20 +40,21 @@ drafted for most are not what the next one is likely to be like."""
 OPTIMISM = 0.7
 """Conditional acceptance that is believed in before anything was seen."""
 WORTHWHILE = 1.01
-"""Drafting must promise so many times the throughput of plain decoding: less is within what can be known, and plain
-rounds after one that drafted find less of their weights in the processor's caches, which nobody charges."""
+"""Drafting must promise so many times the throughput of plain decoding: where it wins nothing, nothing is to be run."""
 PLAN_HOLDS, REST_HOLDS = 16, 64
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
+COMPANY_HOLDS = 8
+"""Rounds for which a plan stands at most while streams come and go."""
 PLAIN_LOOK, DRAFTS_LOOK = 4, WIDTH
 """The same of decisions that are made only to see what plain rounds take, or rounds with drafts."""
 LOOK_SHARE, LOOK_MOST = 0.002, 2.5
 """Of the time of all plain rounds, what looks at drafts may lose by what is believed of them, and how many times such a
 round is saved up for it. What the drafter has to catch up with is not counted: that would leave next to none."""
 NOBODY_HOLDS = 16
-"""Rounds for which a decision to draft for nobody stands while streams come and go, where there are three or more and
-they do not become fewer by more than a quarter."""
+"""The same of a decision to draft for nobody, where there are three or more and they do not become fewer by more than a
+quarter."""
 ANOTHER = 1.02
-"""Costs of which some have changed by so many times what others have are decided by anew at once."""
+"""Where some of the costs that a plan was made by have changed by so many times what others have, it is made anew."""
 LONGEST_HOLD = 32
 """A decision to draft for everybody, as before, holds twice as long, up to so many rounds: at one stream, deciding
 takes a twentieth of a round."""
@@ -196,6 +197,7 @@ class _Outlook(NamedTuple):
     tokens: Array
     """Committed tokens of a round that drafts for the first n of them, [m, T, G]."""
     ms: Array
+    """What it takes, in the mean."""
 
 
 class Skipping:
@@ -220,6 +222,11 @@ class Skipping:
         self._not_for = 0
         """Streams of the company of which the last decision was that drafts pay for none; 0 if it was another one."""
         self._costs: Costs | None = None
+        """What the last decision was made by."""
+        self._now: Costs | None = None
+        """What its price was last told by."""
+        self._price = 0.0
+        """That of the decision."""
         self._steady = PLAN_HOLDS
         self._all_of: tuple[DraftPast | None, ...] = ()
         """The company of which the last decision drafted for everybody; it held for ``_steady`` rounds."""
@@ -243,17 +250,18 @@ class Skipping:
         """The plan at hand, or a new one where that has been held long enough."""
         present = tuple(pasts)
         self._age += 1
-        self._reprice(costs)
-        if present == self._for and self._age < self._holds:
+        stands = self._stands(costs)
+        if stands and present == self._for and self._age < self._holds:
             return self._plan
-        if present != self._for and self._age < self._outlasts(len(present)):
+        if stands and present != self._for and self._age < self._outlasts(len(present)):
             # somebody came or went: among many that is no reason yet to decide anew, who came is not drafted for
             chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
             self._for, self._plan = present, self._plan._replace(drafting=[past in chosen for past in present])
             self._holds = min(self._holds, NOBODY_HOLDS)
             return self._plan
-        self._for, self._age, self._not_for = present, 0, 0
+        self._for, self._costs, self._now, self._age, self._not_for = present, costs, costs, 0, 0
         self._plan, self._holds, looks = self._decide(pasts, position, costs)
+        self._price = self._plan.price
         if looks:  # probes would spoil it
             return self._plan
         due = [
@@ -263,25 +271,24 @@ class Skipping:
         ]
         return self._with_probes(due, pasts, position, costs) if due and self._credit_ms > 0 else self._plan
 
-    def _reprice(self, costs: Costs) -> None:
-        """Go by other costs. Where all takes longer alike the plan at hand stands, and a millisecond is worth less.
+    def _stands(self, costs: Costs) -> bool:
+        """Whether these costs leave the plan as it is: where all takes longer alike, only its price is another.
 
-        Costs follow a machine's pace by steps, often every second: deciding at each would take longer than it wins.
+        Costs follow a machine's pace by steps, at times several a second: deciding at each would take longer than it
+        wins.
         """
-        if self._costs is not None and costs is not self._costs:
-            now, before = costs.curve, self._costs.curve
-            was, takes = (c.verify_ms + c.draft_ms for c in (before, now))
-            slower = [a / b for a, b in zip(takes, was, strict=False)]
-            self._plan = self._plan._replace(price=self._plan.price / slower[0])
-            if max(slower) > ANOTHER * min(slower):
-                self._holds = 0
-        self._costs = costs
+        if costs is not self._now:
+            slower = None if self._costs is None else costs.slower(self._costs, ANOTHER)
+            if slower is None:
+                return False
+            self._now, self._plan = costs, self._plan._replace(price=self._price / slower)
+        return True
 
     def _outlasts(self, streams: int) -> int:
         """Rounds for which a plan stands even though the company has become another one, of so many."""
         if self._not_for and streams > 2 and 4 * streams >= 3 * self._not_for:
             return NOBODY_HOLDS  # at this load it did not pay, and it does no better with as many others
-        return min(PLAN_HOLDS, streams // 2)
+        return min(COMPANY_HOLDS, streams // 2)
 
     def corrected(self, past: DraftPast, survival: Sequence[float]) -> list[float]:
         """Promises times what such promises have been worth so far."""
@@ -432,7 +439,8 @@ def mean_ms(batch_tokens: Array, variance: Array, most: Array, outlay: Outlay) -
     """A target pass in the mean over rounds whose B has that mean and variance, and is never above ``most``.
 
     Where the curve bends upwards, a round of three tokens and one of five take longer than two of four. Two sizes stand
-    for all: of the same mean and variance, as far apart on either side as sizes that rounds can have allow.
+    for all: a standard deviation to either side of the mean, moved where that is beyond what rounds can have. Streams'
+    lengths count as independent.
     """
     spread = np.sqrt(variance)
     above = np.maximum(spread, variance / (batch_tokens - outlay.tokens[0] + 1e-9))
