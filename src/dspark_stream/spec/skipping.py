@@ -43,16 +43,14 @@ WORTHWHILE = 1.01
 """Drafting must promise so many times the throughput of plain decoding: where it wins nothing, nothing is to be run."""
 PLAN_HOLDS, REST_HOLDS = 16, 64
 """Rounds between two decisions while the streams are the same ones: with drafts to learn from, and without."""
-COMPANY_HOLDS = 8
-"""Rounds for which a plan stands at most while streams come and go."""
 PLAIN_LOOK, DRAFTS_LOOK = 4, WIDTH
 """The same of decisions that are made only to see what plain rounds take, or rounds with drafts."""
 LOOK_SHARE, LOOK_MOST = 0.002, 2.5
 """Of the time of all plain rounds, what looks at drafts may lose by what is believed of them, and how many times such a
 round is saved up for it. What the drafter has to catch up with is not counted: that would leave next to none."""
-NOBODY_HOLDS = 16
-"""The same of a decision to draft for nobody, where there are three or more and they do not become fewer by more than a
-quarter."""
+COMPANY_HOLDS, NOBODY_HOLDS = 8, 16
+"""Rounds for which a plan stands at most while streams come and go, and for which a decision to draft for nobody does,
+where there are three or more and they do not become fewer by more than a quarter."""
 ANOTHER = 1.02
 """Where some of the costs that a plan was made by have changed by so many times what others have, it is made anew."""
 LONGEST_HOLD = 32
@@ -250,10 +248,10 @@ class Skipping:
         """The plan at hand, or a new one where that has been held long enough."""
         present = tuple(pasts)
         self._age += 1
-        stands = self._stands(costs)
-        if stands and present == self._for and self._age < self._holds:
-            return self._plan
-        if stands and present != self._for and self._age < self._outlasts(len(present)):
+        same = present == self._for
+        if self._stands(costs) and self._age < (self._holds if same else self._outlasts(len(present))):
+            if same:
+                return self._plan
             # somebody came or went: among many that is no reason yet to decide anew, who came is not drafted for
             chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
             self._for, self._plan = present, self._plan._replace(drafting=[past in chosen for past in present])
