@@ -342,6 +342,23 @@ def test_going_on_from_a_drafter_begins_where_it_ended(target_folder, run_folder
     assert "no drafter to start from" in capsys.readouterr().err
 
 
+def test_a_drafter_can_be_made_deeper(target_folder, run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    answers = ["--answers", str(run_folder / "answers.jsonl")]
+    argv = ["--target", str(target_folder), *answers, *TRAINING, "--steps", "1", "--add-layers", "1"]
+    again = [*argv, "--init", str(run_folder / "drafter"), "--run-dir", str(tmp_path / "on")]
+    assert command.main(again) == 0
+    before, after = held_out_lengths(run_folder)[-1], held_out_lengths(tmp_path / "on")[-1]
+    assert after == pytest.approx(before, abs=0.25)
+    out = tmp_path / "on" / "drafter"
+    for file, field in (("train.json", "layers"), ("config.json", "num_hidden_layers")):
+        assert json.loads((out / file).read_text())[field] == 2
+    assert "1 of them put on top of its own" in (out / "card.md").read_text()
+    assert command.main(again) == 0  # the same command is the same run
+    assert command.main([*argv, "--run-dir", str(tmp_path / "new")]) == 2
+    assert "name it with --init" in capsys.readouterr().err
+
+
 def test_a_signal_stops_after_the_step_with_its_state_saved(target_folder, run_folder, tmp_path, monkeypatch):
     real = pipeline.Trainer.train_step
 

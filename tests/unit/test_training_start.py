@@ -14,6 +14,7 @@ from dspark_stream.training import pipeline
 from dspark_stream.training.answers import Answer, Split
 from dspark_stream.training.blocks import BlockAttend, make_batch
 from dspark_stream.training.features import SelfAttend, compute_features
+from dspark_stream.training.initial import deepened
 from dspark_stream.training.plan import TrainPlan
 from dspark_stream.training.validate import walk
 from tiny import tiny_target
@@ -66,6 +67,36 @@ def test_layers_of_noise_can_be_asked_for():
     assert torch.equal(drafter.layers[0].input_layernorm.weight, torch.ones(target.hidden_size))
     with pytest.raises(ConfigError, match="start 'other'"):
         plan(start="other")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_added_layers_change_nothing_until_they_are_trained(family):
+    target = family_target(family)
+    drafter = pipeline.new_drafter(plan(layers=1), loaded(target), ANSWERS)
+    with torch.no_grad():  # away from where it starts
+        for parameter in drafter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    drafter.requires_grad_(False)
+    deeper = deepened(drafter, 2).requires_grad_(True)
+    assert len(deeper.layers) == deeper.config.num_layers == deeper.config.backbone.num_hidden_layers == 3
+    features = compute_features(target, ANSWERS[:2])
+    batch = make_batch(ANSWERS[:2], features, [torch.tensor([3, 9])] * 2, gamma=3, mask_id=drafter.config.mask_token_id)
+
+    def hidden(of):
+        return of.block_hidden(batch.block_ids, batch.block_positions, BlockAttend(of, batch))
+
+    assert torch.equal(hidden(deeper), hidden(drafter))
+    hidden(deeper).square().sum().backward()
+    for layer in list(deeper.layers)[1:]:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            assert projection.weight.grad.abs().max() > 0  # so they do not stay as they are
+    assert deepened(drafter, 0) is drafter
+
+
+def test_layers_cannot_be_added_where_norms_follow_projections():
+    drafter = pipeline.new_drafter(plan(layers=1), loaded(family_target("gemma4")), ANSWERS)
+    with pytest.raises(ConfigError, match="gemma4_text"):
+        deepened(drafter, 1)
 
 
 def test_later_layers_keep_their_function_under_the_shared_norm():

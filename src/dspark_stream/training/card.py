@@ -34,6 +34,8 @@ def write_card(
     head = "none (DFlash)" if not config.markov_rank else f"{config.markov_head_type}, rank {config.markov_rank}"
     figures = last_figures(run_folder)
     began = "the target's last ones" if plan.init is None else f"the drafter {Path(plan.init).name}"
+    if plan.add_layers:
+        began += f", {plan.add_layers} of them put on top of its own"
     lines = [
         f"# DSpark drafter for {target_name}",
         "",

@@ -72,6 +72,11 @@ SHAPE: list[Option] = [
         {"metavar": "DRAFTER"},
     ),
     (
+        "add_layers",
+        "with --init: layers put on top of its own, which change nothing until they are trained",
+        {"type": int},
+    ),
+    (
         "start",
         "what layers start from: the target's last ones where shapes allow, or noise, to compare",
         {"choices": STARTS},

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dspark_stream.errors import ConfigError
-from dspark_stream.models.drafter import Drafter
+from dspark_stream.models.drafter import Drafter, backbone_config
 from dspark_stream.models.target import Target
 from dspark_stream.training.answers import Answer
 
@@ -74,6 +75,33 @@ def start_from_target(drafter: Drafter, target: Target, seed: int, layers_too: b
         _start_head(drafter.markov_head, target)
     if drafter.confidence_head is not None:
         drafter.confidence_head.proj.weight.zero_()
+
+
+@torch.no_grad()
+def deepened(drafter: Drafter, count: int) -> Drafter:
+    """``drafter`` with ``count`` more layers on top: copies of its last that add nothing to what they are given yet.
+
+    Their two output projections are zero, so it drafts exactly as before; everything else of a copy is already of use
+    to them (block expansion, as of LLaMA Pro, arXiv 2401.02415).
+
+    Raises:
+        ConfigError: a family whose layers normalise what the projections give, which has no gradient at zero.
+    """
+    if not count:
+        return drafter
+    old = drafter.config
+    if old.family not in PLAIN_NORMS:
+        raise ConfigError(f"layers cannot be added to a drafter of the family {old.family!r}", param="add_layers")
+    backbone = backbone_config(drafter.target.config, old.num_layers + count)
+    config = replace(old, backbone=backbone, num_layers=old.num_layers + count)
+    deeper = Drafter(config, drafter.target, drafter.draft_ids).to(drafter.target.device, drafter.fc.weight.dtype)
+    deeper.load_state_dict(drafter.state_dict(), strict=False)
+    for layer in list(deeper.layers)[old.num_layers :]:
+        layer.load_state_dict(drafter.layers[-1].state_dict())
+        output: Any = layer
+        output.self_attn.o_proj.weight.zero_()
+        output.mlp.down_proj.weight.zero_()
+    return deeper
 
 
 def _copy_matching(to: nn.Module, source: nn.Module) -> bool:

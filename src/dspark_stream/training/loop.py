@@ -25,6 +25,7 @@ from dspark_stream.training.blocks import make_batch, sample_anchors
 from dspark_stream.training.features import FeatureSource
 from dspark_stream.training.log import loss_fields, open_log, spoken
 from dspark_stream.training.loss import LossParts
+from dspark_stream.training.muon import Muon
 from dspark_stream.training.validate import Walked, walk
 from dspark_stream.training.workers import Share, Workers, mean_parts
 
@@ -259,17 +260,15 @@ class Trainer:
 def make_optimizers(drafter: Drafter, config: LoopConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between hidden states, AdamW for the rest (norms, the heads' tables), at one rate.
 
-    Muon's update is scaled to have the size that AdamW's would have (``match_rms_adamw``). For the same tokens it
-    trains further than AdamW alone, which is what counts where time is dear (docs/decisions/008).
+    Muon's update is scaled to have the size that AdamW's would have. For the same tokens it trains further than AdamW
+    alone, which is what counts where time is dear (docs/decisions/008).
     """
     named = [(n, p) for n, p in drafter.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if p.ndim == 2 and n.startswith(("layers.", "fc."))] if config.muon else []
     rest = [p for _, p in named if not any(p is m for m in matrices)]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(Muon(matrices, lr=config.lr))
     optimizers.append(torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
     return optimizers
 

@@ -40,7 +40,7 @@ from dspark_stream.training.answering import Scribe, read_files
 from dspark_stream.training.answers import Answer, Split, draft_vocabulary, read_answers, split_answers
 from dspark_stream.training.card import hardware, write_card
 from dspark_stream.training.features import FeatureSource
-from dspark_stream.training.initial import default_taps, pick_mask_token, start_from_target
+from dspark_stream.training.initial import deepened, default_taps, pick_mask_token, start_from_target
 from dspark_stream.training.loop import LoopConfig, Trainer
 from dspark_stream.training.plan import FILE, TrainPlan
 from dspark_stream.training.writers import EngineWriter, OpenVinoWriter, Writer, choose_writer
@@ -169,7 +169,8 @@ def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) ->
     """A drafter that starts from the target, or another drafter; float32, on its device. Sets the target's taps."""
     target = loaded.target
     if plan.init is not None:
-        return load_drafter(Path(plan.init), target).to(torch.float32).train().requires_grad_(True)
+        drafter = load_drafter(Path(plan.init), target).to(torch.float32)
+        return deepened(drafter, plan.add_layers).train().requires_grad_(True)
     taps = plan.taps or default_taps(target.num_layers)
     target.set_taps(taps)
     mask = plan.mask_token_id

@@ -44,6 +44,8 @@ class TrainPlan:
     # drafter
     init: str | None = None
     """Folder of a drafter to go on from; the shape is its."""
+    add_layers: int = 0
+    """Layers put on top of those of ``init``; they pass on what they are given until they are trained."""
     start: Start = "target"
     layers: int = 2
     block_size: int = 7
@@ -66,6 +68,7 @@ class TrainPlan:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("layers", 1, 32),
+            ("add_layers", 0, 32),
             ("block_size", 1, 64),
             ("rank", 1, 4096),
             ("batch", 1, 4096),
@@ -109,12 +112,14 @@ MAY_CHANGE = frozenset(
 
 
 def shaped(plan: TrainPlan) -> TrainPlan:
-    """The plan with the shape of the drafter that it starts from, if it does.
+    """The plan with the shape of the drafter that it starts from, if it does, and of the layers added to it.
 
     Raises:
-        ConfigError: that drafter's configuration cannot be read.
+        ConfigError: that drafter's configuration cannot be read, or layers are to be added to none.
     """
     if plan.init is None:
+        if plan.add_layers:
+            raise ConfigError("add_layers puts layers on those of a drafter: name it with --init", param="add_layers")
         return plan
     path = Path(plan.init) / "config.json"
     try:
@@ -122,7 +127,7 @@ def shaped(plan: TrainPlan) -> TrainPlan:
         rank, kind = raw.get("markov_rank") or 0, raw.get("markov_head_type")
         return replace(
             plan,
-            layers=raw["num_hidden_layers"],
+            layers=raw["num_hidden_layers"] + plan.add_layers,
             block_size=raw["block_size"],
             head="none" if not rank else kind if kind in ("gated", "rnn") else "markov",
             rank=rank or plan.rank,
