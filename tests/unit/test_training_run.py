@@ -355,8 +355,11 @@ def test_a_drafter_can_be_made_deeper(target_folder, run_folder, tmp_path, monke
         assert json.loads((out / file).read_text())[field] == 2
     assert "1 of them put on top of its own" in (out / "card.md").read_text()
     assert command.main(again) == 0  # the same command is the same run
+    assert "going on from step 1" in capsys.readouterr().err
+    assert command.main([*again, "--out", str(run_folder / "drafter")]) == 2
+    assert "must be another folder" in capsys.readouterr().err
     assert command.main([*argv, "--run-dir", str(tmp_path / "new")]) == 2
-    assert "name it with --init" in capsys.readouterr().err
+    assert "needs --init" in capsys.readouterr().err
 
 
 def test_a_signal_stops_after_the_step_with_its_state_saved(target_folder, run_folder, tmp_path, monkeypatch):

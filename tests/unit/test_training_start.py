@@ -6,6 +6,8 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
 from dspark_stream.errors import ConfigError
 from dspark_stream.models.cache import Extent, KVStore
+from dspark_stream.models.checkpoint import save_drafter
+from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.families import ATTENTION_NAME
 from dspark_stream.models.loading import LoadedTarget
 from dspark_stream.models.target import Target
@@ -15,7 +17,7 @@ from dspark_stream.training.answers import Answer, Split
 from dspark_stream.training.blocks import BlockAttend, make_batch
 from dspark_stream.training.features import SelfAttend, compute_features
 from dspark_stream.training.initial import deepened
-from dspark_stream.training.plan import TrainPlan
+from dspark_stream.training.plan import TrainPlan, shaped
 from dspark_stream.training.validate import walk
 from tiny import tiny_target
 
@@ -72,13 +74,18 @@ def test_layers_of_noise_can_be_asked_for():
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_added_layers_change_nothing_until_they_are_trained(family):
     target = family_target(family)
-    drafter = pipeline.new_drafter(plan(layers=1), loaded(target), ANSWERS)
+    drafter = pipeline.new_drafter(plan(layers=1, draft_vocab=20), loaded(target), ANSWERS)
+    drafter.config.backbone.rms_norm_eps *= 2  # its own, not the target's
+    drafter = Drafter(drafter.config, target, drafter.draft_ids)
     with torch.no_grad():  # away from where it starts
         for parameter in drafter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01)
     drafter.requires_grad_(False)
     deeper = deepened(drafter, 2).requires_grad_(True)
     assert len(deeper.layers) == deeper.config.num_layers == deeper.config.backbone.num_hidden_layers == 3
+    assert deeper.config.backbone.rms_norm_eps == drafter.config.backbone.rms_norm_eps
+    assert all(torch.equal(deeper.state_dict()[name], tensor) for name, tensor in drafter.state_dict().items())
+    assert torch.equal(deeper.draft_ids, drafter.draft_ids)
     features = compute_features(target, ANSWERS[:2])
     batch = make_batch(ANSWERS[:2], features, [torch.tensor([3, 9])] * 2, gamma=3, mask_id=drafter.config.mask_token_id)
 
@@ -93,10 +100,12 @@ def test_added_layers_change_nothing_until_they_are_trained(family):
     assert deepened(drafter, 0) is drafter
 
 
-def test_layers_cannot_be_added_where_norms_follow_projections():
+def test_layers_cannot_be_added_where_norms_follow_projections(tmp_path):
     drafter = pipeline.new_drafter(plan(layers=1), loaded(family_target("gemma4")), ANSWERS)
+    save_drafter(drafter, tmp_path)
     with pytest.raises(ConfigError, match="gemma4_text"):
-        deepened(drafter, 1)
+        shaped(plan(init=str(tmp_path), add_layers=1))
+    assert shaped(plan(init=str(tmp_path))).layers == 1
 
 
 def test_later_layers_keep_their_function_under_the_shared_norm():

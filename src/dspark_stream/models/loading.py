@@ -58,6 +58,11 @@ def cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """What a device multiplies fastest, of bfloat16 and float32."""
+    return torch.bfloat16 if device.type == "cuda" or cpu_has_bfloat16() else torch.float32
+
+
 def pick_dtype(dtype: DType, own: torch.dtype | None, device: torch.device) -> torch.dtype:
     """``auto``: a checkpoint's own precision, with bfloat16 only where the machine has it.
 
@@ -65,7 +70,7 @@ def pick_dtype(dtype: DType, own: torch.dtype | None, device: torch.device) -> t
     """
     if dtype != "auto":
         return DTYPES[dtype]
-    fast = torch.bfloat16 if device.type == "cuda" or cpu_has_bfloat16() else torch.float32
+    fast = fast_dtype(device)
     return own if own == torch.float32 else fast
 
 

@@ -68,7 +68,7 @@ DATA: list[Option] = [
 SHAPE: list[Option] = [
     (
         "init",
-        "folder of a drafter to go on from, with its shape: the options below do not count",
+        "folder of a drafter to go on from, with its shape: of the options below only --add-layers counts",
         {"metavar": "DRAFTER"},
     ),
     (
@@ -146,6 +146,10 @@ def run(args: argparse.Namespace) -> int:
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     plan = shaped(TrainPlan(**values))
     folder: Path = args.run_dir or Path("runs") / run_name(plan.target)
+    out: Path = args.out or folder / "drafter"
+    if plan.add_layers and plan.init is not None and out.resolve() == Path(plan.init).resolve():
+        # the same command again would add them to what it had written
+        raise ConfigError("--out is the drafter of --init; with --add-layers it must be another folder", param="out")
     progress = Progress()
     settle(plan, folder)
 
@@ -158,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     if plan.threads:
         torch.set_num_threads(plan.threads)
     try:
-        finished = run_stages(plan, folder, args.out or folder / "drafter", progress)
+        finished = run_stages(plan, folder, out, progress)
     except OSError as error:  # what no stage could say better: a log line, say, on a full disk
         raise ConfigError(f"{error}; what is done is kept in {folder}", param="run_dir") from error
     if not finished:

@@ -82,25 +82,19 @@ def deepened(drafter: Drafter, count: int) -> Drafter:
     """``drafter`` with ``count`` more layers on top: copies of its last that add nothing to what they are given yet.
 
     Their two output projections are zero, so it drafts exactly as before; everything else of a copy is already of use
-    to them (block expansion, as of LLaMA Pro, arXiv 2401.02415).
-
-    Raises:
-        ConfigError: a family whose layers normalise what the projections give, which has no gradient at zero.
+    to them (block expansion, as of LLaMA Pro, arXiv 2401.02415). For the families of `plan.CAN_DEEPEN`.
     """
     if not count:
         return drafter
-    old = drafter.config
-    if old.family not in PLAIN_NORMS:
-        raise ConfigError(f"layers cannot be added to a drafter of the family {old.family!r}", param="add_layers")
-    backbone = backbone_config(drafter.target.config, old.num_layers + count)
-    config = replace(old, backbone=backbone, num_layers=old.num_layers + count)
+    old, tensors = drafter.config, dict(drafter.state_dict())
+    total = old.num_layers + count
+    for i in range(old.num_layers, total):
+        for name, tensor in drafter.layers[-1].state_dict().items():
+            silent = name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+            tensors[f"layers.{i}.{name}"] = torch.zeros_like(tensor) if silent else tensor
+    config = replace(old, backbone=backbone_config(old.backbone, total), num_layers=total)
     deeper = Drafter(config, drafter.target, drafter.draft_ids).to(drafter.target.device, drafter.fc.weight.dtype)
-    deeper.load_state_dict(drafter.state_dict(), strict=False)
-    for layer in list(deeper.layers)[old.num_layers :]:
-        layer.load_state_dict(drafter.layers[-1].state_dict())
-        output: Any = layer
-        output.self_attn.o_proj.weight.zero_()
-        output.mlp.down_proj.weight.zero_()
+    deeper.load_state_dict(tensors)
     return deeper
 
 

@@ -1,18 +1,17 @@
 """Muon: momentum whose every update is made orthogonal (K. Jordan, kellerjordan.github.io/posts/muon), for matrices.
 
-torch has one too, which multiplies in bfloat16 on every machine; a CPU without it in hardware takes a minute over a
-step of a small drafter that way, and a second in float32.
+torch has one too, which multiplies in bfloat16 on every machine; a CPU without it in hardware takes a minute to update
+a small drafter that way, and a second in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from dspark_stream.models.loading import cpu_has_bfloat16
+from dspark_stream.models.loading import fast_dtype
 
 STEPS = 5
 QUINTIC = (3.4445, -4.775, 2.0315)
@@ -38,27 +37,23 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every matrix that has a gradient."""
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every matrix that has a gradient. No closure is taken."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                buffer = state.setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = state["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonal(p.grad.lerp(buffer, group["momentum"]), self.precision or fast_dtype(p.device))
                 p.add_(update, alpha=-group["lr"] * ADAMW_RMS * max(p.shape) ** 0.5)
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """What a device multiplies fastest, of bfloat16 and float32."""
-    return torch.bfloat16 if device.type == "cuda" or cpu_has_bfloat16() else torch.float32
-
-
 def orthogonal(update: Tensor, precision: torch.dtype) -> Tensor:
-    """UVᵀ of ``update`` = USVᵀ [m, n], roughly: singular values between some 0.7 and 1.2 (Newton-Schulz)."""
+    """UVᵀ of ``update`` = USVᵀ [m, n], roughly: singular values that are not tiny go to 0.7 … 1.2 (Newton-Schulz)."""
     a, b, c = QUINTIC
     tall = update.shape[0] > update.shape[1]
     x = (update.T if tall else update).to(precision)

@@ -18,6 +18,9 @@ STARTS: tuple[Start, ...] = ("target", "random")
 HEADS: tuple[HeadChoice, ...] = ("markov", "gated", "rnn", "none")
 FILE = "train.json"
 OWN_PROMPTS = 2000
+CAN_DEEPEN = ("llama", "qwen3")
+"""Families whose layers add the output projections as they are. Where a norm comes between, a layer that adds nothing
+would add its full share after the smallest step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,7 @@ class TrainPlan:
             ("anchors", 1, 4096),
             ("own_prompts", 0, 2**24),
             ("turns", 1, 64),
+            ("follow_ups", 0, 1),
             ("answer_tokens", 2, 2**20),
             ("streams", 1, 4096),
             ("held_out", 1, 10_000),
@@ -82,12 +86,11 @@ class TrainPlan:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} {getattr(self, name)} is not in {low} … {high}", param=name)
-        if self.head not in HEADS:
-            raise ConfigError(f"head {self.head!r}; known: {', '.join(HEADS)}", param="head")
-        if self.start not in STARTS:
-            raise ConfigError(f"start {self.start!r}; known: {', '.join(STARTS)}", param="start")
-        if not 0 <= self.follow_ups <= 1:
-            raise ConfigError(f"follow_ups {self.follow_ups} is not in 0 … 1", param="follow_ups")
+        for name, known in (("head", HEADS), ("start", STARTS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} {getattr(self, name)!r}; known: {', '.join(known)}", param=name)
+        if self.add_layers and self.init is None:
+            raise ConfigError("--add-layers puts layers on those of a drafter and needs --init", param="add_layers")
         if not self.steps and not self.minutes:
             raise ConfigError("no end: give --steps or --minutes", param="minutes")
         for name in ("lr", "checkpoint_minutes", *(("minutes",) if self.minutes is not None else ())):
@@ -112,18 +115,21 @@ MAY_CHANGE = frozenset(
 
 
 def shaped(plan: TrainPlan) -> TrainPlan:
-    """The plan with the shape of the drafter that it starts from, if it does, and of the layers added to it.
+    """The plan with the shape of the drafter that it starts from, if it does, the layers added to it among them.
 
     Raises:
-        ConfigError: that drafter's configuration cannot be read, or layers are to be added to none.
+        ConfigError: that drafter's configuration cannot be read, or layers of its family cannot be added.
     """
     if plan.init is None:
-        if plan.add_layers:
-            raise ConfigError("add_layers puts layers on those of a drafter: name it with --init", param="add_layers")
         return plan
     path = Path(plan.init) / "config.json"
     try:
         raw: dict[str, Any] = json.loads(path.read_text())
+        if plan.add_layers and raw["model_type"] not in CAN_DEEPEN:
+            raise ConfigError(
+                f"layers cannot be added to a drafter of type {raw['model_type']!r}, only {', '.join(CAN_DEEPEN)}",
+                param="add_layers",
+            )
         rank, kind = raw.get("markov_rank") or 0, raw.get("markov_head_type")
         return replace(
             plan,
