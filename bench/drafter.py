@@ -58,6 +58,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/drafter.csv"))
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", default=None)
     args = parser.parse_args()
+    called = [text.rpartition("=")[0] or Path(text).name for text in args.drafter or ["auto"]]
+    for what, names in (("--prompts", [path.stem for path in args.prompts]), ("--drafter", called)):
+        if len(set(names)) < len(names):
+            parser.error(f"{what}: two have one name ({', '.join(names)})")
     files = {path: read_prompts(path, args.limit) for path in args.prompts}
     rows: list[Row] = []
     bins: Bins = {}

@@ -65,7 +65,8 @@ def main() -> None:
                         runs.setdefault(label, []).append(point)
             print(f"repeat {repeat + 1} of {args.repeats}", flush=True)
     show(runs, first)
-    write_csv(args.out, [{"drafter": n, **msgspec.to_builtins(p)} for n, points in runs.items() for p in points])
+    rows = [{"drafter": name, **msgspec.to_builtins(p)} for name, points in runs.items() for p in points]
+    write_csv(args.out, [{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
 
 
 def show(runs: dict[str, list[Point]], first: str) -> None:

@@ -78,7 +78,10 @@ def calibrate(
     Raises:
         DsparkError: the engine failed.
     """
-    prompts = [p for p in prompts if len(p) + 2 <= max_model_len]
+    fit = [p for p in prompts if len(p) + 2 <= max_model_len]
+    if len(fit) < len(prompts):
+        progress.say(f"{len(prompts) - len(fit)} prompts are too long for the model and passed over")
+    prompts = fit
     fitted: dict[str, list[float]] = {}
     fits: dict[Acceptance, Fit] = {}
     for way in WAYS:

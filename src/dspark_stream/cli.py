@@ -402,7 +402,10 @@ def _add_reproduce(into: _Subparsers) -> None:
 # --- train -------------------------------------------------------------------------------------------------
 
 _TRAIN_EPILOG = """\
-example:
+examples:
+  dspark-stream train --target ./my-model --minutes 60      # the target writes prompts and answers itself
+  dspark-stream serve ./my-model --drafter runs/my-model/drafter
+
   dspark-stream train --prompts math.jsonl code.jsonl --run-dir runs/mine --minutes 30 --out ./my-drafter
   dspark-stream serve --drafter ./my-drafter
 """
@@ -410,7 +413,7 @@ example:
 
 def _add_train(into: _Subparsers, *, fill: bool) -> None:
     parser = _add_command(
-        into, "train", commands.train, "train a drafter for a target from prompt files", _TRAIN_EPILOG
+        into, "train", commands.train, "train a drafter for a target, from prompt files or with none", _TRAIN_EPILOG
     )
     if fill:
         from dspark_stream.training.command import add_arguments

@@ -246,7 +246,7 @@ def _print_text(text: str) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a pair on prompt files; a table or JSON on stdout."""
-    from dspark_stream.evaluate import Plan, parts_table, quantisation_cost, read_prompts, table
+    from dspark_stream.evaluate import Plan, labels, parts_table, quantisation_cost, read_prompts, table
 
     config = settings.resolve(vars(args)).config
     if args.streams > config.max_num_seqs:
@@ -269,7 +269,8 @@ def evaluate(args: argparse.Namespace) -> int:
         report = {"files": figures, "all": together, "unquantised": unquantised, "engine": info, "plan": plan}
         print(json.dumps(msgspec.to_builtins(report)))
         return 0
-    rows = {Path(name).name: one for name, one in figures.items()} if len(figures) > 1 else {}
+    several = len(figures) > 1
+    rows = dict(zip(labels([Path(name) for name in figures]), figures.values(), strict=True)) if several else {}
     rows["all"] = together
     if unquantised is not None:
         rows["all, unquantised"] = unquantised

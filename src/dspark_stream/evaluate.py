@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from dspark_stream.engine.boundary import Tokenizer
-from dspark_stream.errors import ConfigError, InternalError
+from dspark_stream.errors import ConfigError, ContextLengthError, InternalError
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import Bin, expected_calibration_error, reliability
@@ -48,7 +48,7 @@ figures, for each file and in all:
   prompt_lookup_length    accepted length that prompt lookup would have had on the same texts: the tokens after the
                           latest earlier place of the last 3 (else 2) tokens, at most 7, are its drafts
   by_turn, by_context     accepted length and rounds by how many turns the user has had and by where rounds start
-  passed_over             later turns that were not asked: the conversation had become too long for max_model_len
+  passed_over             prompts, and later turns, that were not asked: too long for max_model_len with their answer
   tokens_per_s_user       mean over streams: tokens after the first / time since the first
   tokens_per_s_total      all tokens / wall time, prompts included
   rounds                  verification rounds
@@ -250,15 +250,30 @@ def run_prompts(
 ) -> Tally:
     """Run ``prompts``, ``plan.streams`` at once, turn by turn, and count.
 
-    A conversation whose next turn would not fit ``max_model_len`` ends before it, which is said and counted.
+    A prompt that would not fit ``max_model_len`` with its answer is passed over, and a conversation whose next turn
+    would not ends before it; both are said and counted.
 
     Raises:
-        DsparkError: a prompt that the engine refuses, or a stream that failed.
+        DsparkError: no prompt that fits, one that the engine refuses, or a stream that failed.
     """
+    longest = engine.info.max_model_len
+
+    def fits(number: int, ids: Sequence[int]) -> bool:
+        return len(ids) + plan.sampling_of(number).max_tokens <= longest
+
     tally = Tally()
     chats = [[(turn.role, turn.content) for turn in prompt.messages] for prompt in prompts]
     begun_s = time.perf_counter()
-    asked = {i: tuple(tokenizer.encode_chat(chat)) for i, chat in enumerate(chats)}
+    encoded = {i: tuple(tokenizer.encode_chat(chat)) for i, chat in enumerate(chats)}
+    asked = {i: ids for i, ids in encoded.items() if fits(i, ids)}
+    if left_out := [str(i + 1) for i in encoded if i not in asked]:
+        progress.say(f"{label}: too long for the model with its answer, and passed over: prompt {', '.join(left_out)}")
+        tally.passed_over += len(left_out)
+    if left_out and not asked:
+        raise ContextLengthError(
+            f"{label}: no prompt fits with max_tokens {plan.sampling.max_tokens} of answer: max_model_len is {longest}",
+            param="max_tokens",
+        )
     for turn in range(1, plan.turns + 1):
         named = label if turn == 1 else f"{label}, turn {turn}"
         users = {i: sum(role == "user" for role, _ in chats[i]) for i in asked}
@@ -271,10 +286,10 @@ def run_prompts(
             follow_up = prompts[i].follow_ups[turn - 1]
             chats[i] += [("assistant", tokenizer.decode(answer).strip()), ("user", follow_up)]
             ids = tuple(tokenizer.encode_chat(chats[i]))
-            if len(ids) + plan.sampling.max_tokens > engine.info.max_model_len:
-                too_long += 1
-            else:
+            if fits(i, ids):
                 asked[i] = ids
+            else:
+                too_long += 1
         if too_long:
             progress.say(f"{label}: {too_long} conversations end after turn {turn}: the next is too long for the model")
             tally.passed_over += too_long
@@ -456,6 +471,12 @@ def quantisation_cost(quantised: Figures, bare: Figures) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """What to call files: their names, or where two are the same their whole paths."""
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def evaluate(

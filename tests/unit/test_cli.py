@@ -248,6 +248,15 @@ def test_eval_prints_a_table(loaded, tmp_path, capsys):
     assert "two.jsonl: 100%" in said.err
 
 
+def test_eval_tells_files_of_one_name_apart(loaded, tmp_path, capsys):
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths.append(str(write_prompts(tmp_path / folder / "one.jsonl", 2)))
+    assert cli.main(["eval", "--prompts", *paths]) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]] == [*paths, "all"]
+
+
 def test_eval_goes_on_with_follow_ups(loaded, tmp_path, capsys):
     path = tmp_path / "chat.jsonl"
     turn = {"messages": [{"role": "user", "content": "one"}]}
@@ -265,18 +274,23 @@ def test_eval_passes_over_a_turn_that_is_too_long(monkeypatch, tmp_path, capsys)
     path = tmp_path / "chat.jsonl"
     turns = [["short", "short"], ["x" * 60, "never asked"], ["short", "y" * 60]]
     lines = [{"messages": [{"role": "user", "content": "one"}], "follow_ups": f} for f in turns]
+    lines.append({"messages": [{"role": "user", "content": "z" * 80}]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = ["eval", "--prompts", str(path), "--turns", "3", "--max-tokens", "20"]
     assert cli.main([*argv, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)["all"]
     assert figures["prompts"] == 3 + 2 + 1
-    assert figures["passed_over"] == 2
+    assert figures["passed_over"] == 3
     assert list(figures["by_turn"]) == ["1", "2", "3"]
     engines = (FakeEngine(SEVEN_WORDS, info=model_info(max_model_len=100)), FakeTokenizer())
     assert cli.main(argv) == 0
     said = capsys.readouterr().err
     assert "1 conversations end after turn 1" in said
     assert "1 conversations end after turn 2" in said
+    assert "passed over: prompt 4" in said
+    engines = (FakeEngine(SEVEN_WORDS, info=model_info(max_model_len=100)), FakeTokenizer())
+    assert cli.main([*argv[:-1], "100"]) == 2
+    assert "max_model_len is 100" in capsys.readouterr().err
 
 
 def test_eval_of_a_quantised_drafter_tells_what_it_costs(loaded, tmp_path, capsys):

@@ -2,19 +2,22 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from disk import files_no_larger_than
 from dspark_stream.errors import ConfigError, InternalError
 from dspark_stream.local import LocalEngine
-from dspark_stream.progress import SILENT
+from dspark_stream.progress import SILENT, Progress
 from dspark_stream.training.answering import (
     OWN_DOMAIN,
     OWN_TEMPERATURE,
     Scribe,
+    given_prompts,
     plan_questions,
     read_files,
     take_up,
@@ -22,7 +25,7 @@ from dspark_stream.training.answering import (
 )
 from dspark_stream.training.answers import Answer, answer_line, draft_vocabulary, read_answers, split_answers
 from dspark_stream.training.initial import default_taps, pick_mask_token
-from dspark_stream.training.plan import TrainPlan, settle
+from dspark_stream.training.plan import TrainPlan, alone, settle
 from dspark_stream.training.writers import EngineWriter, Written, choose_writer
 from fakes import FakeEngine, FakeTokenizer, Script
 
@@ -36,11 +39,12 @@ def plan(**values):
 # --- answers files -------------------------------------------------------------------------------------------
 
 
-def test_an_answer_survives_its_line():
-    answer = Answer((1, 2), (3, 4, 5), "math", 1.0)
-    path_line = answer_line(answer, index=7)
-    assert path_line.endswith("\n")
-    assert json.loads(path_line)["index"] == 7
+@pytest.mark.parametrize("held_out", [True, False])
+def test_an_answer_survives_its_line(tmp_path, held_out):
+    answer = Answer((1, 2), (3, 4, 5), "math", 1.0, held_out)
+    line = answer_line(answer, index=7)
+    assert json.loads(line)["index"] == 7
+    assert read_answers(answers_file(tmp_path, line), VOCAB) == [answer]
 
 
 def answers_file(tmp_path, text):
@@ -54,7 +58,21 @@ LINE = answer_line(Answer((1, 2), (3, 4, 5)))
 
 def test_an_answers_file_cut_in_half_keeps_its_whole_lines(tmp_path):
     path = answers_file(tmp_path, LINE * 3 + LINE[:20])
-    assert len(read_answers(path, VOCAB)) == 3
+    said = io.StringIO()
+    assert len(read_answers(path, VOCAB, progress=Progress(said))) == 3
+    assert "line 4 was cut off" in said.getvalue()
+
+
+def test_answers_without_tokens_are_left_out_and_counted(tmp_path):
+    path = answers_file(tmp_path, LINE + answer_line(Answer((1,), ())) * 2)
+    said = io.StringIO()
+    assert len(read_answers(path, VOCAB, progress=Progress(said))) == 1
+    assert "2 answers without tokens" in said.getvalue()
+
+
+def test_lines_end_at_newlines_and_nowhere_else(tmp_path):
+    further = LINE.replace("{", '{"note": "a\u2028b\x85c", ', 1)
+    assert len(read_answers(answers_file(tmp_path, further * 2), VOCAB)) == 2
 
 
 @pytest.mark.parametrize(
@@ -155,6 +173,8 @@ def test_mask_token_is_one_that_no_text_contains():
         ({"block_size": 65}, "block_size"),
         ({"limit": 0}, "limit"),
         ({"draft_vocab": -1}, "draft_vocab"),
+        ({"seed": 2**63}, "seed"),
+        ({"prompts": ("p.jsonl",)}, "answers"),
     ],
 )
 def test_a_plan_out_of_range_names_the_setting(values, param):
@@ -164,13 +184,25 @@ def test_a_plan_out_of_range_names_the_setting(values, param):
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
-    settle(plan(lr=1e-3), tmp_path / "run")
+    settle(plan(lr=5e-3), tmp_path / "run")
+    settle(plan(lr=1e-3), tmp_path / "run")  # nothing was made with the plan before: it was only refused, say
+    (tmp_path / "run" / "answers.jsonl").touch()
     settle(plan(lr=1e-3, steps=99), tmp_path / "run")  # how far to go may change
-    with pytest.raises(ConfigError, match=r"lr: 0\.001 → 0\.002"):
+    with pytest.raises(ConfigError, match=r"lr: 0\.001 → 0\.002.* --answers .*answers\.jsonl"):
         settle(plan(lr=2e-3), tmp_path / "run")
     (tmp_path / "run" / "train.json").write_text("{")
     with pytest.raises(ConfigError, match=r"train\.json"):
         settle(plan(), tmp_path / "run")
+
+
+def test_a_folder_holds_one_run_at_a_time(tmp_path):
+    with alone(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="another run is at work"), alone(tmp_path / "run"):
+            pass
+        with alone(tmp_path / "other"):
+            pass
+    with alone(tmp_path / "run"):
+        pass
 
 
 # --- the texts -------------------------------------------------------------------------------------------------
@@ -223,7 +255,7 @@ def texts_plan(**values):
 
 def write_texts(run_plan, folder, writer):
     folder.mkdir(exist_ok=True)
-    return Scribe(run_plan, folder, writer, Codec(), SILENT).write_answers()
+    return Scribe(run_plan, folder, given_prompts(run_plan, folder), writer, Codec(), SILENT).write_answers()
 
 
 def test_an_unreadable_prompt_line_is_named_before_anything_is_asked(tmp_path):
@@ -258,6 +290,18 @@ def test_whatever_stage_a_kill_comes_in_the_end_is_the_same(tmp_path, files):
             write_texts(run_plan, folder, first)
         assert write_texts(run_plan, folder, second).read_text() == text
         assert sorted(first.asked + second.asked) == sorted(whole.asked)
+
+
+def test_prompt_files_that_change_while_a_run_is_stopped_change_nothing_of_it(tmp_path):
+    path = Path(prompt_file(tmp_path, 30))
+    run_plan = texts_plan(prompts=(str(path),), follow_ups=0.5)
+    text = write_texts(run_plan, tmp_path / "whole", StubWriter()).read_text()
+    with pytest.raises(InternalError):
+        write_texts(run_plan, tmp_path / "run", StubWriter(fail_after=12))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[5:]))
+    assert write_texts(run_plan, tmp_path / "run", StubWriter()).read_text() == text
+    path.unlink()
+    assert given_prompts(run_plan, tmp_path / "run") == given_prompts(run_plan, tmp_path / "whole")
 
 
 def test_a_target_writes_its_own_prompts_and_what_is_no_use_is_left_out(tmp_path):

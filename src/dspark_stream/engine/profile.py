@@ -19,6 +19,7 @@ from dspark_stream import __version__
 from dspark_stream.engine.backlog import PIECE
 from dspark_stream.engine.step import Models, decode_round
 from dspark_stream.engine.stream import Stream
+from dspark_stream.files import write_whole
 from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator, KVStore
 from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.native import NativeTarget
@@ -120,9 +121,7 @@ def load_or_measure(
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(msgspec.json.encode(_Stored(key, curve)))
-        part.replace(path)
+        write_whole(path, msgspec.json.encode(_Stored(key, curve)))
     except OSError as error:
         progress.say(f"the capacity curve could not be kept in {folder}: {error}; it will be measured again next time")
     return curve

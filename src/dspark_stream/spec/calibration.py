@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from dspark_stream.errors import ConfigError, ModelLoadError
+from dspark_stream.files import write_whole
 from dspark_stream.types import Acceptance
 
 CALIBRATION_FILE = "calibration.json"
@@ -104,12 +105,9 @@ def save_calibration(calibration: Calibration, folder: Path) -> Path:
         ConfigError: the folder cannot be written.
     """
     path = folder / CALIBRATION_FILE
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
-        part.replace(path)
+        write_whole(path, msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {error}", param="drafter") from error
     return path
 

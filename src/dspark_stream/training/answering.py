@@ -5,6 +5,7 @@ both kinds of text. What is asked, how, and with which seed is a function of the
 killed run goes on with exactly what is missing. One file a stage in the run's folder, each in the order of its
 prompts::
 
+    given.jsonl    prompts of the files, as they were at the beginning: those may change or go
     prompts.jsonl  user turns that the target wrote itself
     turn-1.jsonl   answers; then turn-2.prompts.jsonl, turn-2.jsonl and so on
     answers.jsonl  all answers
@@ -22,14 +23,18 @@ from typing import Any
 
 from dspark_stream.errors import ConfigError, InvalidRequestError
 from dspark_stream.evaluate import read_prompts
+from dspark_stream.files import write_whole
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.progress import Progress
 from dspark_stream.training.answers import Answer, answer_line
-from dspark_stream.training.plan import OWN_PROMPTS, TrainPlan
+from dspark_stream.training.plan import ANSWERS, OWN_PROMPTS, TrainPlan
 from dspark_stream.training.writers import Ask, Writer
 
 Turns = tuple[tuple[str, str], ...]
 """(role, content) pairs."""
+Asked = tuple[str, Turns]
+"""A prompt: its domain, and turns that end with the user's."""
+GIVEN = "given.jsonl"
 
 OWN_DOMAIN = "self"
 OPENINGS = (
@@ -116,16 +121,26 @@ def take_up(path: Path) -> dict[int, str]:
 class Scribe:
     """Runs the stages of one plan, in one folder, with one writer."""
 
-    def __init__(self, plan: TrainPlan, folder: Path, writer: Writer, codec: TextCodec, progress: Progress) -> None:
-        self.plan, self.folder, self.writer, self.codec, self.progress = plan, folder, writer, codec, progress
+    def __init__(
+        self,
+        plan: TrainPlan,
+        folder: Path,
+        prompts: Sequence[Asked],
+        writer: Writer,
+        codec: TextCodec,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.folder, self.prompts = plan, folder, prompts
+        self.writer, self.codec, self.progress = writer, codec, progress
 
     def write_answers(self) -> Path:
         """All stages; ``folder / 'answers.jsonl'``, complete.
 
         Raises:
             InternalError: the engine failed; what is written stays.
-            ConfigError: prompts that cannot be read, or no room on the disk (what is written stays, and counts).
+            ConfigError: no room on the disk (what is written stays, and counts).
         """
+        self._write(self.folder / GIVEN, "".join(json.dumps(one) + "\n" for one in self.prompts))
         questions = plan_questions(self.plan, self._prompts())
         lines: list[str] = []
         for turn in range(1, self.plan.turns + 1):
@@ -133,11 +148,11 @@ class Scribe:
             lines += [ledger.lines[i] for i in sorted(ledger.lines)]
             if turn < self.plan.turns:
                 questions = self._follow_up(questions, ledger, turn + 1)
-        path = self.folder / "answers.jsonl"
-        part = path.with_name("answers.jsonl.part")
+        return self._write(self.folder / ANSWERS, "".join(lines))
+
+    def _write(self, path: Path, text: str) -> Path:
         try:
-            part.write_text("".join(lines), encoding="utf-8")
-            part.replace(path)
+            write_whole(path, text)
         except OSError as error:
             raise ConfigError(
                 f"{path} cannot be written: {error}; run the same command again", param="run_dir"
@@ -146,9 +161,9 @@ class Scribe:
 
     # --- prompts ---------------------------------------------------------------------------------------------
 
-    def _prompts(self) -> list[tuple[str, Turns]]:
-        """(domain, turns) of every prompt: of the files, and the target's own."""
-        prompts = read_files(self.plan.prompts)
+    def _prompts(self) -> list[Asked]:
+        """Every prompt: of the files, and the target's own."""
+        prompts = list(self.prompts)
         wanted = self.plan.own_prompts or (0 if prompts else OWN_PROMPTS)
         if wanted:
             texts = self._user_turns([()] * wanted, "prompts", "prompts that the target writes")
@@ -252,17 +267,33 @@ def usable(text: str, seen: set[str]) -> bool:
     return True
 
 
-def read_files(files: Sequence[str]) -> list[tuple[str, Turns]]:
-    """(domain, turns) of every line.
+def given_prompts(plan: TrainPlan, folder: Path) -> list[Asked]:
+    """Prompts of the plan's files, or what they were when the run in ``folder`` began.
 
     Raises:
         ConfigError: a file or a line of it cannot be read; nothing has been asked yet.
+    """
+    path = folder / GIVEN
+    if not path.exists():
+        return read_files(plan.prompts)
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return [(domain, tuple((role, content) for role, content in turns)) for domain, turns in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be taken up: {error}", param="run_dir") from error
+
+
+def read_files(files: Sequence[str]) -> list[Asked]:
+    """Every line of prompt files.
+
+    Raises:
+        ConfigError: a file or a line of it cannot be read.
     """
     prompts = [(p.domain or Path(f).stem, p.messages) for f in files for p in read_prompts(Path(f))]
     return [(domain, tuple((m.role, m.content) for m in messages)) for domain, messages in prompts]
 
 
-def plan_questions(plan: TrainPlan, prompts: Sequence[tuple[str, Turns]]) -> list[Question]:
+def plan_questions(plan: TrainPlan, prompts: Sequence[Asked]) -> list[Question]:
     """What is to be asked, in order: all prompts shuffled together, from the seed.
 
     With a limit above the number of prompts they are asked again, those times at temperature 1 only: a second greedy

@@ -2,8 +2,7 @@
 
 A line is ``{"domain", "temperature", "prompt_ids", "answer_ids"}``, with ``"held_out": true`` where it must never be
 trained on (so that a later run that goes on from a drafter holds out what the earlier one did); further fields are left
-alone. Token ids, not
-text: a drafter must learn the very tokens that the target chose.
+alone. Token ids, not text: a drafter must learn the very tokens that the target chose.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark_stream.errors import ConfigError
+from dspark_stream.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,16 @@ class Split:
     held_out: list[Answer]
 
 
-def read_answers(path: Path, vocab_size: int, *, limit: int | None = None) -> list[Answer]:
-    """All complete answers of a file; what a killed writer left half-written at the very end is passed over.
+def read_answers(path: Path, vocab_size: int, *, limit: int | None = None, progress: Progress = SILENT) -> list[Answer]:
+    """All complete answers of a file. Left out, and said: answers without tokens or prompt, and what a killed writer
+    left half-written at the very end.
 
     Raises:
         ConfigError: no such file, nothing in it, or a broken line that is not the last (the message has its number).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
         raise ConfigError(f"answers file {path} cannot be read: {error}", param="answers") from error
     answers: list[Answer] = []
     for number, line in enumerate(lines, 1):
@@ -61,16 +62,19 @@ def read_answers(path: Path, vocab_size: int, *, limit: int | None = None) -> li
         try:
             answers.append(parse_answer(line, vocab_size))
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith("\n"):
+            if number == len(lines) and not line.endswith(b"\n"):
+                progress.say(f"{path}, line {number} was cut off and is left out")
                 break
             raise ConfigError(f"{path}, line {number}: no usable answer: {error}", param="answers") from error
     usable = [a for a in answers if a.answer_ids and a.prompt_ids]
     if not usable:
         raise ConfigError(f"{path} holds no answer with a prompt", param="answers")
+    if len(usable) < len(answers):
+        progress.say(f"{path}: {len(answers) - len(usable)} answers without tokens are left out")
     return usable
 
 
-def parse_answer(line: str, vocab_size: int) -> Answer:
+def parse_answer(line: bytes, vocab_size: int) -> Answer:
     """One line.
 
     Raises:
@@ -109,8 +113,8 @@ def split_answers(answers: list[Answer], held_out: int, seed: int) -> Split:
     lines of the file say that they are held out, those and no others are.
 
     By conversation, not by answer: a prompt answered twice must not be on both sides, nor a turn and a later one of the
-    same conversation. Greedy answers are what the walk of
-    `validate.py` needs; where a file has none, sampled ones stand in (their figure is then a lower bound).
+    same conversation. Greedy answers are what the walk of `validate.py` needs; where a file has none, sampled ones
+    stand in (their figure is then a lower bound).
     """
     of_prompt: dict[tuple[int, ...], list[Answer]] = {}
     roots = first_turns(answers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -12,32 +13,64 @@ import torch
 from dspark_kernels.cpu import cpu_name
 from dspark_stream import __version__
 from dspark_stream.calibrate import Fit
+from dspark_stream.models.drafter import DrafterConfig
 from dspark_stream.training.answers import Answer, Split
 from dspark_stream.training.log import last_figures
 from dspark_stream.training.loop import Trainer
 from dspark_stream.training.plan import FILE, TrainPlan
 from dspark_stream.types import Acceptance
 
+CARD = "card.md"
 
-def write_card(
-    plan: TrainPlan,
-    trainer: Trainer,
-    split: Split,
-    target_name: str,
-    run_folder: Path,
-    fits: dict[Acceptance, Fit],
-    machine: str,
-) -> str:
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is told of a training when its models are gone."""
+
+    target: str
+    split: Split
+    config: DrafterConfig
+    vocab: tuple[int, int]
+    """Draft tokens, target tokens."""
+    parameters: int
+    steps: int
+    rows: int
+    elapsed_s: float
+    machine: str
+    feature_bytes: int
+    """On disk."""
+
+    @classmethod
+    def by(cls, trainer: Trainer, split: Split, target: str) -> Trained:
+        """Of a trainer at its end."""
+        drafter = trainer.drafter
+        return cls(
+            target=target,
+            split=split,
+            config=drafter.config,
+            vocab=(drafter.draft_vocab_size, drafter.vocab_size),
+            parameters=sum(p.numel() for p in trainer.parameters),
+            steps=trainer.step,
+            rows=trainer.rows,
+            elapsed_s=trainer.elapsed_s,
+            machine=hardware(trainer.device),
+            feature_bytes=trainer.features.nbytes,
+        )
+
+
+def write_card(plan: TrainPlan, trained: Trained, run_folder: Path, fits: dict[Acceptance, Fit]) -> str:
     """The card as Markdown. Held-out figures are the log's last, and those of the calibration's rounds."""
-    config = trainer.drafter.config
-    parameters = sum(p.numel() for p in trainer.parameters)
+    config, split = trained.config, trained.split
     head = "none (DFlash)" if not config.markov_rank else f"{config.markov_head_type}, rank {config.markov_rank}"
     figures = last_figures(run_folder)
-    began = "the target's last ones" if plan.init is None else f"the drafter {Path(plan.init).name}"
+    if plan.init is None:
+        began = "the target's last ones where shapes allow" if plan.start == "target" else "noise"
+    else:
+        began = f"the drafter {Path(plan.init).name}"
     if plan.add_layers:
         began += f", {plan.add_layers} of them put on top of its own"
     lines = [
-        f"# DSpark drafter for {target_name}",
+        f"# DSpark drafter for {trained.target}",
         "",
         f"Made by `dspark-stream train` {__version__}; every setting is in `{FILE}` beside this card.",
         "",
@@ -46,10 +79,10 @@ def write_card(
         f"| layers | {config.num_layers}, started from {began} |",
         f"| block size γ | {config.block_size} |",
         f"| sequential head | {head} |",
-        f"| draft vocabulary | {trainer.drafter.draft_vocab_size} of {trainer.drafter.vocab_size} tokens |",
+        f"| draft vocabulary | {trained.vocab[0]} of {trained.vocab[1]} tokens |",
         f"| taps | {', '.join(map(str, config.target_layer_ids))} |",
         f"| mask token | {config.mask_token_id} |",
-        f"| own parameters | {parameters / 1e6:.1f} million |",
+        f"| own parameters | {trained.parameters / 1e6:.1f} million |",
         "",
         "## Data",
         "",
@@ -61,8 +94,8 @@ def write_card(
         "",
         "## Training",
         "",
-        f"- {trainer.step} steps, {trainer.rows // config.block_size} blocks of γ rows, seed {plan.seed}",
-        f"- {trainer.elapsed_s / 60:.0f} minutes of training on {machine}",
+        f"- {trained.steps} steps, {trained.rows // config.block_size} blocks of γ rows, seed {plan.seed}",
+        f"- {trained.elapsed_s / 60:.0f} minutes of training on {trained.machine}",
         "",
         "## Held-out figures",
         "",
@@ -98,13 +131,14 @@ def _sources(plan: TrainPlan) -> Iterable[str]:
     if plan.licences:
         yield from plan.licences
         return
-    if plan.prompts:
-        yield "Prompt files: " + ", ".join(Path(p).name for p in plan.prompts)
-    elif plan.answers:
+    if plan.answers:
         yield f"Answers file: {Path(plan.answers).name}"
     else:
-        yield "Prompts: none were given; the target wrote its own"
-        return
+        if plan.own_prompts or not plan.prompts:
+            yield "Prompts that the target wrote itself" + ("." if plan.prompts else "; none were given.")
+        if not plan.prompts:
+            return
+        yield "Prompt files: " + ", ".join(Path(p).name for p in plan.prompts)
     yield "Licences were not given (`--licence`)."
 
 

@@ -10,14 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dspark_stream.config import parse_bytes
 from dspark_stream.errors import ConfigError, DsparkError
 from dspark_stream.progress import Progress
-from dspark_stream.training.plan import HEADS, STARTS, TrainPlan, settle, shaped
+from dspark_stream.training.plan import HEADS, STARTS, TrainPlan, alone, settle, shaped
 
 EXIT_INTERRUPTED = 130
 
@@ -90,7 +90,7 @@ SHAPE: list[Option] = [
     ("mask_token_id", "id that stands for tokens not drafted yet (default: an unused special token)", {"type": int}),
 ]
 TRAINING: list[Option] = [
-    ("minutes", "end after so many minutes of training", {"type": float}),
+    ("minutes", "end after so many minutes of training (this or --steps is needed)", {"type": float}),
     ("steps", "end after so many steps (the first of both ends it)", {"type": int}),
     ("batch", "sequences a step", {"type": int}),
     ("anchors", "blocks a sequence and step", {"type": int}),
@@ -150,19 +150,33 @@ def run(args: argparse.Namespace) -> int:
     if plan.add_layers and plan.init is not None and out.resolve() == Path(plan.init).resolve():
         # the same command again would add them to what it had written
         raise ConfigError("--out is the drafter of --init; with --add-layers it must be another folder", param="out")
-    progress = Progress()
-    settle(plan, folder)
+    with alone(folder):
+        return _run_in(folder, out, plan)
 
+
+def _run_in(folder: Path, out: Path, plan: TrainPlan) -> int:
     import torch
 
+    from dspark_stream.models.loading import pick_device
     from dspark_stream.training.pipeline import run_stages
     from dspark_stream.training.workers import keep_freed_memory
+    from dspark_stream.training.writers import choose_writer
 
+    if not plan.answers:
+        plan = replace(plan, writer=choose_writer(plan.writer, plan.target, pick_device(plan.device).type))
+    settle(plan, folder)
+    progress = Progress()
     keep_freed_memory()
     if plan.threads:
         torch.set_num_threads(plan.threads)
     try:
         finished = run_stages(plan, folder, out, progress)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the GPU's memory is full: {error}; a smaller --batch or --anchors takes less to train, fewer --streams "
+            f"less to write and to calibrate; what is done is kept in {folder}",
+            param="batch",
+        ) from error
     except OSError as error:  # what no stage could say better: a log line, say, on a full disk
         raise ConfigError(f"{error}; what is done is kept in {folder}", param="run_dir") from error
     if not finished:

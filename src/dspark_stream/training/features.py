@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dspark_kernels.ragged_attention import Segment, ragged_attention
 from dspark_stream.errors import ConfigError
+from dspark_stream.files import write_whole
 from dspark_stream.models.attention import int_tensor
 from dspark_stream.models.target import Target
 from dspark_stream.progress import SILENT, Progress
@@ -137,6 +138,9 @@ class FeatureSource:
                 file.truncate(size)
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not after an hour's work
             except OSError as error:
+                self.close()
+                for other in self._files:  # what is there of them would be missing where it is tried again
+                    (self.folder / f"{other}.bin").unlink(missing_ok=True)
                 free = shutil.disk_usage(self.folder).free
                 raise ConfigError(
                     f"no room for {size / 2**30:.1f} GiB of features at {path} ({free / 2**30:.1f} GiB free): "
@@ -160,6 +164,9 @@ class FeatureSource:
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "done.json"
         self._done = self._marked(mark)
+        if self._done and (short := self._cut_short()):
+            progress.say(f"{short} is not as long as it was left: the features are computed anew")
+            self._done = 0
         if not self._done:  # the files are about to be written over: what they were is no longer true
             mark.unlink(missing_ok=True)
         self._open()
@@ -172,7 +179,7 @@ class FeatureSource:
                     self._write(i, features)
                 self._done = batch.stop
                 # what is written reaches the disk in the kernel's own time: enough after a kill, which this is for
-                replace_text(mark, json.dumps({"key": self._key, "sequences": self._done}))
+                write_whole(mark, json.dumps({"key": self._key, "sequences": self._done}))
                 bar.advance(self._row[batch.stop] - self._row[batch.start])
 
     def _marked(self, mark: Path) -> int:
@@ -182,6 +189,14 @@ class FeatureSource:
             return int(said["sequences"]) if said["key"] == self._key else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0
+
+    def _cut_short(self) -> Path | None:
+        """A file that holds less than all rows, or is gone; files have their full size from the beginning."""
+        for name, (begin, width, dtype) in self._layout.items():
+            path = self.folder / f"{name}.bin"
+            if not path.exists() or path.stat().st_size != begin[self.cached] * width * dtype.itemsize:
+                return path
+        return None
 
     def _next_batch(self) -> range:
         stop = self._done + 1
@@ -204,7 +219,12 @@ class FeatureSource:
 
     def _compute(self, indices: list[int]) -> list[Features]:
         with self._computing:
-            return self._compute_alone(indices)
+            computed = self._compute_alone(indices)
+        # rounded as on disk, so that the budget changes no weights
+        return [
+            f._replace(taps=f.taps.bfloat16().to(f.taps.dtype), final=f.final.bfloat16().to(f.final.dtype))
+            for f in computed
+        ]
 
     def _compute_alone(self, indices: list[int]) -> list[Features]:
         out: list[Features] = []
@@ -241,10 +261,3 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's own memory."""
     raw: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(raw)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never half of one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)

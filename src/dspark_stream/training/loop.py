@@ -97,7 +97,7 @@ class Trainer:
         per_epoch = len(self.answers) // size
         epoch, at = divmod(step, per_epoch)
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(mixed(self.config.seed, epoch))
             self._order = (epoch, torch.randperm(len(self.answers), generator=generator))
         return [int(i) for i in self._order[1][at * size : (at + 1) * size]]
 
@@ -107,7 +107,11 @@ class Trainer:
         return [sample_anchors(a, self.config.anchors, generator) for a in answers]
 
     def train_step(self) -> LossParts:
-        """One optimiser step."""
+        """One optimiser step.
+
+        Raises:
+            ConfigError: a gradient that is not finite; the weights and the state saved last are as they were.
+        """
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.config.lr * rate(self.progress)
@@ -117,9 +121,15 @@ class Trainer:
             answers,
             self.features,
             [len(self.held_out) + i for i in indices],
-            self.anchors(answers, self.config.seed * 1_000_003 + 500_009 + self.step),
+            self.anchors(answers, mixed(self.config.seed, 500_009 + self.step)),
         )
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        if not norm.isfinite():
+            raise ConfigError(
+                f"step {self.step + 1}: the gradient is not finite, with --lr {self.config.lr:g}: give a smaller one "
+                "and another --run-dir",
+                param="lr",
+            )
         for optimizer in self.optimizers:
             optimizer.step()
         self.workers.follow()
@@ -166,6 +176,7 @@ class Trainer:
                     log(line)
                     progress.say(f"step {self.step}, held out: {spoken(line)}")
                     self.elapsed_s = time.monotonic() - started
+                    last = self.progress >= 1  # validating takes time, too
                 if last or stopped or self.elapsed_s - saved_s > 60 * c.checkpoint_minutes:
                     self.save()
                     saved_s = self.elapsed_s
@@ -278,3 +289,8 @@ def rate(progress: float) -> float:
     if progress < WARM_UP:
         return max(progress, 1e-3) / WARM_UP
     return (1 - progress) / (1 - WARM_UP)
+
+
+def mixed(seed: int, number: int) -> int:
+    """A seed for one draw of many."""
+    return (seed * 1_000_003 + number) % 2**63

@@ -3,6 +3,7 @@
 Each stage leaves its result in the run's folder and starts where a killed one stopped::
 
     train.json     the plan
+    lock           held while a run is at work
     answers.jsonl  what the target wrote (answering.py names the files on the way), or a snapshot of the file given
     features/      the target's hidden states, within the budget; needed only while training
     state.pt       weights, optimiser and place of the training
@@ -13,10 +14,11 @@ Each stage leaves its result in the run's folder and starts where a killed one s
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +31,7 @@ from dspark_stream.calibrate import Fit, calibrate, calibration_config
 from dspark_stream.config import Config, default_cache_dir
 from dspark_stream.engine.build import build_engine
 from dspark_stream.errors import ConfigError
+from dspark_stream.files import write_whole
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
@@ -36,13 +39,13 @@ from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import CALIBRATION_FILE, save_calibration
-from dspark_stream.training.answering import Scribe, read_files
+from dspark_stream.training.answering import Scribe, given_prompts
 from dspark_stream.training.answers import Answer, Split, draft_vocabulary, read_answers, split_answers
-from dspark_stream.training.card import hardware, write_card
+from dspark_stream.training.card import CARD, Trained, write_card
 from dspark_stream.training.features import FeatureSource
 from dspark_stream.training.initial import deepened, default_taps, pick_mask_token, start_from_target
 from dspark_stream.training.loop import LoopConfig, Trainer
-from dspark_stream.training.plan import FILE, TrainPlan
+from dspark_stream.training.plan import ANSWERS, FILE, TrainPlan
 from dspark_stream.training.writers import EngineWriter, OpenVinoWriter, Writer, choose_writer
 from dspark_stream.types import Acceptance
 
@@ -53,34 +56,53 @@ CALIBRATION_TOKENS = 256
 def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> bool:
     """All stages; False where a signal ended the training early (its state is saved).
 
+    One stage's models are gone before the next one's are loaded: a target that fits once can be trained for.
+
     Raises:
         DsparkError: whatever cannot be used or written, said in words; what is done is kept.
     """
+    if is_finished(folder, out):
+        progress.say(f"nothing is left to do: the drafter is in {out}")
+        return True
     target_name = plan.target
     if target_name == "embedded":
         target_name = str(ensure_embedded_model(default_cache_dir(), progress))
-    with progress.stage(f"loading {target_name}"):
-        loaded = load_target(target_name, device=plan.device)
-    answers_file = answers_stage(plan, target_name, loaded, folder, progress)
-    answers = read_answers(answers_file, loaded.target.vocab_size, limit=plan.limit if plan.answers else None)
-    split = split_answers(fitting(answers, plan, loaded, progress), plan.held_out, plan.seed)
-    if not split.train or not split.held_out:
-        raise ConfigError("too few answers: some must be trained on and some held out", param="answers")
-    trainer = new_trainer(plan, loaded, split, folder, progress)
-    with contextlib.closing(trainer):
-        with asked_to_stop() as stop:
-            finished = trainer.run(progress, stop)
-        if not finished:
-            return False
-    save(trainer, out, folder)
-    machine = hardware(trainer.device)  # before an engine on kernels of its own leaves torch only one thread
-    fits = calibration_stage(plan, target_name, split, out, progress)
-    write_text(out / "card.md", write_card(plan, trainer, split, loaded.name, folder, fits, machine))
+    if not (folder / ANSWERS).exists():
+        answers_stage(plan, target_name, folder, progress)
+    trained = training_stage(plan, target_name, folder, out, progress)
+    if trained is None:
+        return False
+    give_memory_back()
+    fits = calibration_stage(plan, target_name, trained.split, out, progress)
+    try:
+        write_whole(out / CARD, write_card(plan, trained, folder, fits))
+    except OSError as error:
+        raise _unwritable(out, error) from error
     progress.say(f"the drafter is in {out}")
-    if trainer.features.nbytes:
-        size = trainer.features.nbytes / 2**30
+    if trained.feature_bytes:
+        size = trained.feature_bytes / 2**30
         progress.say(f"{folder / 'features'} ({size:.1f} GiB) is of use only to train this run further")
     return True
+
+
+def is_finished(folder: Path, out: Path) -> bool:
+    """Whether this very plan has come to its end in ``out``: the card is written last."""
+    if not (out / CARD).exists() or not (out / FILE).exists():
+        return False
+    return (out / FILE).read_bytes() == (folder / FILE).read_bytes()
+
+
+def load(plan: TrainPlan, target_name: str, progress: Progress) -> LoadedTarget:
+    """The target, on the plan's device."""
+    with progress.stage(f"loading {target_name}"):
+        return load_target(target_name, device=plan.device)
+
+
+def give_memory_back() -> None:
+    """What nobody holds any more, the GPU's too: an engine takes what it finds free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -106,34 +128,45 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 # --- answers -------------------------------------------------------------------------------------------------
 
 
-def answers_stage(plan: TrainPlan, target_name: str, loaded: LoadedTarget, folder: Path, progress: Progress) -> Path:
-    """The run's answers file, complete: a snapshot of the one given, or written by the target now."""
-    path = folder / "answers.jsonl"
-    if path.exists():
-        return path
+def answers_stage(plan: TrainPlan, target_name: str, folder: Path, progress: Progress) -> None:
+    """The run's answers file, complete: a snapshot of the one given, or written by the target now.
+
+    What could be refused of the plan is refused here, before hours of writing.
+    """
+    prompts = [] if plan.answers else given_prompts(plan, folder)
+    loaded = load(plan, target_name, progress)
+    new_drafter(plan, loaded, [])
+    target = loaded.target
     if plan.answers is not None:
-        return snapshot_answers(Path(plan.answers), path)
+        read_answers(Path(plan.answers), target.vocab_size, limit=plan.limit)
+        snapshot_answers(Path(plan.answers), folder / ANSWERS)
+        return
     if loaded.codec is None:
         raise ConfigError(f"{target_name} has no tokenizer: give --answers", param="prompts")
-    read_files(plan.prompts)  # a broken line is to be said before anything is loaded to answer it
+    codec, stop_ids, max_positions, device = loaded.codec, target.eos_token_ids, target.max_positions, target.device
+    del loaded, target
+    give_memory_back()
     threads = torch.get_num_threads()
     try:
-        with contextlib.closing(open_writer(plan, target_name, loaded, progress)) as writer:
-            return Scribe(plan, folder, writer, loaded.codec, progress).write_answers()
+        with contextlib.closing(open_writer(plan, target_name, stop_ids, max_positions, device, progress)) as writer:
+            Scribe(plan, folder, prompts, writer, codec, progress).write_answers()
     finally:
         torch.set_num_threads(threads)  # an engine on kernels of its own leaves torch only one
 
 
-def open_writer(plan: TrainPlan, target_name: str, loaded: LoadedTarget, progress: Progress) -> Writer:
+def open_writer(
+    plan: TrainPlan,
+    target_name: str,
+    stop_ids: Sequence[int],
+    max_positions: int,
+    device: torch.device,
+    progress: Progress,
+) -> Writer:
     """Who writes this plan's texts, ready."""
-    if choose_writer(plan.writer, target_name, loaded.target.device.type) == "openvino":
+    if choose_writer(plan.writer, target_name, device.type) == "openvino":
         progress.say("answers are written by OpenVINO GenAI")
         return OpenVinoWriter(
-            target_name,
-            loaded.target.eos_token_ids,
-            streams=plan.streams,
-            threads=plan.threads,
-            max_model_len=loaded.target.max_positions,
+            target_name, stop_ids, streams=plan.streams, threads=plan.threads, max_model_len=max_positions
         )
     config = Config(
         model=target_name, drafter="none", device=plan.device, threads=plan.threads, max_num_seqs=plan.streams
@@ -142,16 +175,15 @@ def open_writer(plan: TrainPlan, target_name: str, loaded: LoadedTarget, progres
     return EngineWriter(LocalEngine(engine), plan.streams, engine.info.max_model_len)
 
 
-def snapshot_answers(source: Path, path: Path) -> Path:
+def snapshot_answers(source: Path, path: Path) -> None:
     """Copy a given answers file into the run's folder: it may grow or go while the run goes on."""
-    part = path.with_name("answers.jsonl.part")
+    part = path.with_name(path.name + ".part")
     try:
         shutil.copyfile(source, part)
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise ConfigError(f"{source} cannot be copied to {path.parent}: {error}", param="answers") from error
-    return path
 
 
 def fitting(answers: list[Answer], plan: TrainPlan, loaded: LoadedTarget, progress: Progress) -> list[Answer]:
@@ -163,6 +195,29 @@ def fitting(answers: list[Answer], plan: TrainPlan, loaded: LoadedTarget, progre
 
 
 # --- training --------------------------------------------------------------------------------------------------
+
+
+def training_stage(plan: TrainPlan, target_name: str, folder: Path, out: Path, progress: Progress) -> Trained | None:
+    """Train to the plan's end and save the drafter; None where a signal ended it early."""
+    loaded = load(plan, target_name, progress)
+    limit = plan.limit if plan.answers else None
+    answers = read_answers(folder / ANSWERS, loaded.target.vocab_size, limit=limit, progress=progress)
+    answers = fitting(answers, plan, loaded, progress)
+    split = split_answers(answers, plan.held_out, plan.seed)
+    if not split.train or not split.held_out:
+        raise ConfigError(
+            f"too few answers: of {len(answers)}, {len(split.train)} are to be trained on and {len(split.held_out)} "
+            "held out, and neither may be none",
+            param="answers",
+        )
+    trainer = new_trainer(plan, loaded, split, folder, progress)
+    with contextlib.closing(trainer):
+        with asked_to_stop() as stop:
+            finished = trainer.run(progress, stop)
+        if not finished:
+            return None
+    save(trainer, out, folder)
+    return Trained.by(trainer, split, loaded.name)
 
 
 def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) -> Drafter:
@@ -236,29 +291,24 @@ def new_trainer(plan: TrainPlan, loaded: LoadedTarget, split: Split, folder: Pat
 
 
 def save(trainer: Trainer, out: Path, folder: Path) -> None:
-    """Write the drafter and the plan; a calibration of earlier weights goes.
+    """Write the drafter and the plan; calibration and card of earlier weights go.
 
     Raises:
-        ConfigError: no room; the run's state is still there, so nothing but this has to be done again.
+        ConfigError: no room. What was in ``out`` is still there, and so is the run's state: nothing but this has to be
+            done again.
     """
+    new = out / "drafter.part"
     try:
-        (out / CALIBRATION_FILE).unlink(missing_ok=True)
-        save_drafter(trainer.drafter, out)
+        save_drafter(trainer.drafter, new)
+        shutil.copyfile(folder / FILE, new / FILE)
+        for stale in (CARD, CALIBRATION_FILE):
+            (out / stale).unlink(missing_ok=True)
+        for path in list(new.iterdir()):
+            path.replace(out / path.name)
     except (OSError, SafetensorError) as error:
         raise _unwritable(out, error) from error
-    write_text(out / FILE, (folder / FILE).read_text())
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file beside the weights.
-
-    Raises:
-        ConfigError: no room.
-    """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _unwritable(out: Path, error: Exception) -> ConfigError:

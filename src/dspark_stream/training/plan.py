@@ -5,18 +5,25 @@ No torch here: the command line reads this to print its help.
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dspark_stream.errors import ConfigError
+from dspark_stream.files import write_whole
+from dspark_stream.types import MAX_SEED
 
 HeadChoice = Literal["markov", "gated", "rnn", "none"]
 Start = Literal["target", "random"]
 STARTS: tuple[Start, ...] = ("target", "random")
 HEADS: tuple[HeadChoice, ...] = ("markov", "gated", "rnn", "none")
 FILE = "train.json"
+LOCK = "lock"
+ANSWERS = "answers.jsonl"
 OWN_PROMPTS = 2000
 CAN_DEEPEN = ("llama", "qwen3")
 """Families whose layers add the output projections as they are. Where a norm comes between, a layer that adds nothing
@@ -83,6 +90,10 @@ class TrainPlan:
             ("streams", 1, 4096),
             ("held_out", 1, 10_000),
             ("validate_every", 1, 2**40),
+            ("seed", 0, MAX_SEED),
+            ("draft_vocab", 0, 2**24),
+            ("feature_budget", 0, 2**60),
+            ("threads", 0, 4096),
         ):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} {getattr(self, name)} is not in {low} … {high}", param=name)
@@ -91,6 +102,8 @@ class TrainPlan:
                 raise ConfigError(f"{name} {getattr(self, name)!r}; known: {', '.join(known)}", param=name)
         if self.add_layers and self.init is None:
             raise ConfigError("--add-layers puts layers on those of a drafter and needs --init", param="add_layers")
+        if self.answers and (self.prompts or self.own_prompts):
+            raise ConfigError("--answers stands instead of --prompts and --own-prompts", param="answers")
         if not self.steps and not self.minutes:
             raise ConfigError("no end: give --steps or --minutes", param="minutes")
         for name in ("lr", "checkpoint_minutes", *(("minutes",) if self.minutes is not None else ())):
@@ -100,9 +113,6 @@ class TrainPlan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value} is not above 0", param=name)
-        for name in ("draft_vocab", "feature_budget", "threads", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} {getattr(self, name)} is below 0", param=name)
 
 
 MAY_CHANGE = frozenset(
@@ -111,7 +121,8 @@ MAY_CHANGE = frozenset(
         *("streams", "writer"),
     }
 )
-"""Settings that a resumed run may be given anew: they change how far and how fast, not what is learnt from what."""
+"""Settings that a resumed run may be given anew: how far to go, how fast, and who writes what is still to be written.
+Other threads share the sums of a gradient differently, so they change the last bits of weights."""
 
 
 def shaped(plan: TrainPlan) -> TrainPlan:
@@ -145,8 +156,30 @@ def shaped(plan: TrainPlan) -> TrainPlan:
         raise ConfigError(f"no drafter to start from at {path}: {error!r}", param="init") from error
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made if missing: two runs in one would write into each other's files.
+
+    Raises:
+        ConfigError: another run is at work in it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be used: {error}", param="run_dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when the process ends, however it does
+        except BlockingIOError:
+            raise ConfigError(
+                f"another run is at work in {folder}: wait for it, or give another --run-dir", param="run_dir"
+            ) from None
+        yield
+
+
 def settle(plan: TrainPlan, folder: Path) -> None:
-    """Save the plan in a run's folder; in a folder that has one, check that this is the same run.
+    """Save the plan in a run's folder; in a folder where a run has written anything, check that this is the same one.
 
     Raises:
         ConfigError: the folder is another run's (the message names what differs), or cannot be written.
@@ -154,20 +187,19 @@ def settle(plan: TrainPlan, folder: Path) -> None:
     path = folder / FILE
     raw: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
     try:
-        if path.exists():
+        if path.exists() and any(one.name not in (FILE, LOCK) for one in folder.iterdir()):
             # settings that are newer than that run had their defaults in it
             earlier = json.loads(json.dumps({f.name: f.default for f in fields(plan)})) | json.loads(path.read_text())
             names = [f.name for f in fields(plan) if f.name not in MAY_CHANGE]
             differing = [f"{n}: {earlier.get(n)} → {raw[n]}" for n in names if earlier.get(n) != raw[n]]
             if differing:
+                texts = f"; its texts can be used there: --answers {folder / ANSWERS}"
                 raise ConfigError(
                     f"{folder} holds a run with other settings ({'; '.join(differing)}): give the same or another "
-                    "--run-dir",
+                    f"--run-dir{texts if (folder / ANSWERS).exists() else ''}",
                     param="run_dir",
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(FILE + ".part")
-        part.write_text(json.dumps(raw, indent=2) + "\n")
-        part.replace(path)
+        write_whole(path, json.dumps(raw, indent=2) + "\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be used: {error}", param="run_dir") from error

@@ -62,7 +62,7 @@ def choose_writer(name: WriterName, target: str, device: str) -> Literal["engine
     Raises:
         ConfigError: OpenVINO was asked for and cannot.
     """
-    able = target.endswith(".gguf") and device != "cuda"
+    able = (target == "embedded" or target.endswith(".gguf")) and device != "cuda"
     installed = importlib.util.find_spec(OPENVINO) is not None
     if name == "openvino" and not (able and installed):
         why = (
