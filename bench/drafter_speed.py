@@ -38,7 +38,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="prompts of each file")
     parser.add_argument("--out", type=Path, default=Path("runs/drafter_speed.csv"))
     args = parser.parse_args()
-    files = [read_prompts(path, args.limit) for path in args.prompts]
+    names = [text.rpartition("=")[0] for text in args.drafter]
+    if len({*names, "", PLAIN}) < len(names) + 2:
+        parser.error(f"--drafter: each needs a name of its own, as in NAME=FOLDER, and not {PLAIN}")
+    files = [read_prompts(path, args.limit) for path in args.prompts]  # one of each in turn, to the shortest's end
     prompts = [p for some in zip(*files, strict=False) for p in some] or shipped_prompts()
     runs: dict[str, list[Point]] = {}
     with ExitStack() as open_engines:

@@ -25,6 +25,7 @@ from dspark_stream.spec.calibration import (
 from dspark_stream.spec.platt import Observed, fit_scaling
 from dspark_stream.spec.survival import prefix_survival
 from dspark_stream.types import (
+    MAX_SEED,
     Acceptance,
     FinishedEvent,
     GenerationRequest,
@@ -144,7 +145,7 @@ def _observe(
                 sampling=SamplingParams(
                     max_tokens=min(max_tokens, max_model_len - len(ids)),
                     temperature=0.0 if way == "greedy" else 1.0,
-                    seed=seed + number,
+                    seed=(seed + number) % (MAX_SEED + 1),
                 ),
                 verification="coupled" if way == "coupled" else "rejection",
                 record_rounds=True,

@@ -19,6 +19,7 @@ from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import Bin, expected_calibration_error, reliability
 from dspark_stream.types import (
+    MAX_SEED,
     FinishedEvent,
     GenerationRequest,
     Mode,
@@ -95,7 +96,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         share = 2.0 * (number * GOLDEN % 1.0) - 1.0
         return msgspec.structs.replace(
             self.sampling,
-            seed=(self.sampling.seed or 0) + number,
+            seed=((self.sampling.seed or 0) + number) % (MAX_SEED + 1),
             max_tokens=max(1, round(self.sampling.max_tokens * (1.0 + self.spread * share))),
         )
 
@@ -254,7 +255,7 @@ def run_prompts(
     would not ends before it; both are said and counted.
 
     Raises:
-        DsparkError: no prompt that fits, one that the engine refuses, or a stream that failed.
+        DsparkError: a prompt that the engine refuses, or a stream that failed.
     """
     longest = engine.info.max_model_len
 
@@ -266,13 +267,11 @@ def run_prompts(
     begun_s = time.perf_counter()
     encoded = {i: tuple(tokenizer.encode_chat(chat)) for i, chat in enumerate(chats)}
     asked = {i: ids for i, ids in encoded.items() if fits(i, ids)}
-    if left_out := [str(i + 1) for i in encoded if i not in asked]:
-        progress.say(f"{label}: too long for the model with its answer, and passed over: prompt {', '.join(left_out)}")
+    if left_out := [i + 1 for i in encoded if i not in asked]:
         tally.passed_over += len(left_out)
-    if left_out and not asked:
-        raise ContextLengthError(
-            f"{label}: no prompt fits with max_tokens {plan.sampling.max_tokens} of answer: max_model_len is {longest}",
-            param="max_tokens",
+        progress.say(
+            f"{label}: {len(left_out)} prompts are passed over, the first of them prompt {left_out[0]}: with max_tokens "
+            f"{plan.sampling.max_tokens} they are longer than max_model_len, {longest}"
         )
     for turn in range(1, plan.turns + 1):
         named = label if turn == 1 else f"{label}, turn {turn}"
@@ -486,11 +485,20 @@ def evaluate(
     plan: Plan,
     progress: Progress,
 ) -> tuple[dict[str, Figures], Figures]:
-    """Run every file (path → prompts) in turn; returns the figures of each, and of all together."""
+    """Run every file (path → prompts) in turn; returns the figures of each, and of all together.
+
+    Raises:
+        DsparkError: no prompt fits, or see `run_prompts`.
+    """
     together = Tally()
     figures = {}
     for name, prompts in files.items():
         tally = run_prompts(engine, tokenizer, prompts, plan, progress, Path(name).name)
         figures[name] = tally.figures()
         together += tally
+    if not together.prompts:
+        raise ContextLengthError(
+            f"no prompt fits with max_tokens {plan.sampling.max_tokens}: max_model_len is {engine.info.max_model_len}",
+            param="max_tokens",
+        )
     return figures, together.figures()

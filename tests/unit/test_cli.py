@@ -287,7 +287,7 @@ def test_eval_passes_over_a_turn_that_is_too_long(monkeypatch, tmp_path, capsys)
     said = capsys.readouterr().err
     assert "1 conversations end after turn 1" in said
     assert "1 conversations end after turn 2" in said
-    assert "passed over: prompt 4" in said
+    assert "1 prompts are passed over, the first of them prompt 4" in said
     engines = (FakeEngine(SEVEN_WORDS, info=model_info(max_model_len=100)), FakeTokenizer())
     assert cli.main([*argv[:-1], "100"]) == 2
     assert "max_model_len is 100" in capsys.readouterr().err

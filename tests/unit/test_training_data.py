@@ -41,7 +41,7 @@ def plan(**values):
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_an_answer_survives_its_line(tmp_path, held_out):
-    answer = Answer((1, 2), (3, 4, 5), "math", 1.0, held_out)
+    answer = Answer((1, 2), (3, 4, 5), "math", 1.0, held_out, "engine")
     line = answer_line(answer, index=7)
     assert json.loads(line)["index"] == 7
     assert read_answers(answers_file(tmp_path, line), VOCAB) == [answer]
@@ -221,6 +221,8 @@ class Codec(FakeTokenizer):
 class StubWriter:
     """Writes what follows from the question alone; fails after so many texts."""
 
+    name = "stub"
+
     def __init__(self, fail_after=None, max_model_len=2048):
         self.fail_after, self.max_model_len = fail_after, max_model_len
         self.asked = []
@@ -310,6 +312,7 @@ def test_a_target_writes_its_own_prompts_and_what_is_no_use_is_left_out(tmp_path
     turns = [a for a in writer.asked if a.temperature == OWN_TEMPERATURE]
     assert len(turns) == 40
     assert len({a.seed for a in turns}) == 40
+    assert {a.writer for a in answers} == {"stub"}
     assert len(answers) == 40 - 8  # a tenth stutters, a tenth never ends
     assert {a.domain for a in answers} == {OWN_DOMAIN}
     assert sum(a.temperature == 0 for a in answers) == 16

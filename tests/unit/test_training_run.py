@@ -2,12 +2,15 @@
 
 import contextlib
 import csv
+import errno
+import gc
 import json
 import os
 import re
 import shutil
 import signal
 import types
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -20,6 +23,7 @@ from dspark_stream.errors import ConfigError
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.loading import load_target
+from dspark_stream.models.target import Target
 from dspark_stream.progress import SILENT, Progress
 from dspark_stream.spec.calibration import load_calibration
 from dspark_stream.training import command, loop, pipeline
@@ -233,15 +237,25 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_drafter_is_saved_whole_or_not_at_all(target_folder, run_folder, tmp_path):
+def test_a_full_disk_leaves_the_earlier_drafter_whole(target_folder, run_folder, tmp_path, monkeypatch):
     shutil.copytree(run_folder / "drafter", tmp_path / "out")
     before = contents(tmp_path / "out")
     trainer = trainer_of(target_folder, run_folder / "answers.jsonl", tmp_path / "run")
-    for room in (200, 2000):
-        with files_no_larger_than(room), pytest.raises(ConfigError, match="cannot be written"):
-            pipeline.save(trainer, tmp_path / "out", run_folder)
-        assert contents(tmp_path / "out") == before
-    pipeline.save(trainer, tmp_path / "out", run_folder)
+    folder = tmp_path / "run"
+    shutil.copy(run_folder / "train.json", folder)
+
+    def full(source, to):
+        raise OSError(errno.ENOSPC, "No space left on device", str(to))
+
+    with files_no_larger_than(2000), pytest.raises(ConfigError, match="cannot be written"):  # of the weights
+        pipeline.save(trainer, tmp_path / "out", folder)
+    assert contents(tmp_path / "out") == before
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.shutil, "copyfile", full)  # of the last file
+        with pytest.raises(ConfigError, match="cannot be written"):
+            pipeline.save(trainer, tmp_path / "out", folder)
+    assert contents(tmp_path / "out") == before
+    pipeline.save(trainer, tmp_path / "out", folder)
     after = contents(tmp_path / "out")
     assert before.keys() - after.keys() == {"card.md", "calibration.json"}  # of other weights
     assert after["model.safetensors"] != before["model.safetensors"]
@@ -303,10 +317,10 @@ def test_features_that_were_cut_short_are_computed_anew(target_folder, run_folde
             assert torch.equal(a.taps, b.taps)
 
 
-def again(target_folder, prompts, run_folder):
+def again(target_folder, prompts, run_folder, *more):
     """The command of a finished run, in a copy of its folder."""
     argv = ["--target", str(target_folder), "--prompts", str(prompts), "--run-dir", str(run_folder), *SHAPE, *TRAINING]
-    return command.main([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0"])
+    return command.main([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0", *more])
 
 
 def test_a_kill_while_calibrating_costs_the_calibration_alone(
@@ -316,8 +330,7 @@ def test_a_kill_while_calibrating_costs_the_calibration_alone(
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     finished = {name: (folder / "drafter" / name).read_bytes() for name in ("calibration.json", "card.md")}
-    for name in finished:
-        (folder / "drafter" / name).unlink()
+    (folder / "finished.json").unlink()
     rounds = 0
 
     def killed(self, *args):
@@ -347,7 +360,7 @@ def test_a_full_disk_while_calibrating_is_said_and_made_good(
     monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
-    (folder / "drafter" / "card.md").unlink()  # so it has not come to its end
+    (folder / "finished.json").unlink()
     real = pipeline.save_calibration
 
     def full(calibration, out):
@@ -389,7 +402,9 @@ def test_what_is_wrong_is_said_before_anything_is_written(target_folder, run_fol
     """And the folder stays free for the command that is right."""
     folder = tmp_path / "run"
     broken = tmp_path / "broken.jsonl"
+    few = tmp_path / "few.jsonl"
     line = (run_folder / "answers.jsonl").read_text().partition("\n")[0]
+    few.write_text(f"{line}\n")
     broken.write_text(f"{line}\n{line[:-9]}\n{line}\n")
     texts = ["--prompts", str(prompts)]
     for wrong, said in (
@@ -398,6 +413,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(target_folder, run_fol
         ([*texts, "--mask-token-id", "48"], "mask_token_id 48"),
         ([*texts, "--taps", "1,77"], "77"),
         (["--answers", str(broken)], f"{broken}, line 2"),
+        (["--answers", str(few)], f"{few}: too few answers: of 1, 1 are to be trained on and 0 held out"),
     ):
         argv = ["--target", str(target_folder), "--run-dir", str(folder), *TRAINING, "--steps", "1", *wrong]
         assert command.main(argv) == 2
@@ -417,15 +433,65 @@ def test_a_run_from_before_a_setting_had_its_default(tmp_path):
     settle(plan, tmp_path)
 
 
-def test_the_same_command_again_has_nothing_left_to_do(run_folder, target_folder, prompts, capsys):
+def finished_in(folder, run_folder):
+    """A copy of a finished run that knows where it is now."""
+    shutil.copytree(run_folder, folder)
+    said = json.loads((folder / "finished.json").read_text())
+    (folder / "finished.json").write_text(json.dumps(said | {"out": str(folder / "drafter")}, indent=2) + "\n")
+
+
+def test_the_same_command_again_has_nothing_left_to_do(run_folder, target_folder, prompts, tmp_path, capsys):
     """It leaves a better calibration alone, too."""
-    before = contents(run_folder / "drafter")
-    times = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*") if path.is_file()}
-    assert again(target_folder, prompts, run_folder) == 0
-    assert "nothing is left to do" in capsys.readouterr().err
-    assert contents(run_folder / "drafter") == before
-    changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert changed <= {"train.json", "lock"}
+    folder = tmp_path / "run"
+    finished_in(folder, run_folder)
+    (folder / "drafter" / "calibration.json").write_text("a better one")
+
+    def times():
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("train.json", "lock")]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
+    for more in ([], ["--threads", "1", "--streams", "3"]):
+        assert again(target_folder, prompts, folder, *more) == 0
+        assert "nothing is left to do" in capsys.readouterr().err
+        assert times() == before
+
+
+def test_what_is_finished_is_this_run_in_this_place(target_folder, prompts, run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    folder = tmp_path / "run"
+    finished_in(folder, run_folder)
+    weights = folder / "drafter" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    assert again(target_folder, prompts, folder) == 0  # its state is there, so nothing is trained anew
+    assert weights.read_bytes() == whole
+    assert again(target_folder, prompts, folder, "--out", str(tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
+    assert "nothing is left" not in capsys.readouterr().err
+    assert again(target_folder, prompts, folder, "--out", str(tmp_path / "out"), "--steps", "82") == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != whole
+
+
+def test_a_target_is_held_once(target_folder, prompts, tmp_path, monkeypatch):
+    """By whatever needs one: the rehearsal, the writer, the training, the calibration."""
+    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    targets, alive = weakref.WeakSet(), []
+    real = Target.__init__
+
+    def init(self, *args, **kwargs):
+        alive.append(len(targets))
+        real(self, *args, **kwargs)
+        targets.add(self)
+
+    monkeypatch.setattr(Target, "__init__", init)
+    gc.disable()  # the pipeline has to see to it
+    try:
+        argv = ["--target", str(target_folder), "--prompts", str(prompts), *SHAPE, *TRAINING, "--steps", "1"]
+        assert command.main([*argv, "--limit", "20", "--held-out", "2", "--run-dir", str(tmp_path / "run")]) == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0, 0]
 
 
 def test_going_on_from_a_drafter_begins_where_it_ended(target_folder, run_folder, tmp_path, capsys):

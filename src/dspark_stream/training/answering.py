@@ -225,7 +225,7 @@ class Scribe:
                 tokens = 0
                 for ask, ids, ended in self.writer.write(asks()):
                     question = by_index[ask.number]
-                    answer = Answer(ask.prompt_ids, ids, question.domain, ask.temperature)
+                    answer = Answer(ask.prompt_ids, ids, question.domain, ask.temperature, writer=self.writer.name)
                     yield ask.number, answer_line(answer, index=ask.number, ended=ended)
                     tokens += len(ids)
                     bar.advance(note=f"{tokens} tokens")

@@ -1,8 +1,8 @@
 """Answer files: what the target wrote to prompts. JSONL, one answer a line.
 
-A line is ``{"domain", "temperature", "prompt_ids", "answer_ids"}``, with ``"held_out": true`` where it must never be
-trained on (so that a later run that goes on from a drafter holds out what the earlier one did); further fields are left
-alone. Token ids, not text: a drafter must learn the very tokens that the target chose.
+A line is ``{"domain", "temperature", "prompt_ids", "answer_ids", "writer"}``, with ``"held_out": true`` where it must
+never be trained on (so that a later run that goes on from a drafter holds out what the earlier one did); further fields
+are left alone. Token ids, not text: a drafter must learn the very tokens that the target chose.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Answer:
     domain: str = ""
     temperature: float = 0.0
     held_out: bool = False
+    writer: str = ""
+    """Who let the target write it, where that is known."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -93,6 +95,7 @@ def parse_answer(line: bytes, vocab_size: int) -> Answer:
         str(raw.get("domain", "")),
         float(raw.get("temperature", 0.0)),
         raw.get("held_out") is True,
+        str(raw.get("writer", "")),
     )
 
 
@@ -104,7 +107,9 @@ def answer_line(answer: Answer, **further: object) -> str:
         "temperature": answer.temperature,
         "prompt_ids": answer.prompt_ids,
         "answer_ids": answer.answer_ids,
-    } | ({"held_out": True} if answer.held_out else {})
+        **({"held_out": True} if answer.held_out else {}),
+        **({"writer": answer.writer} if answer.writer else {}),
+    }
     return json.dumps(fields) + "\n"
 
 

@@ -90,7 +90,7 @@ def write_card(plan: TrainPlan, trained: Trained, run_folder: Path, fits: dict[A
         "",
         *_data(split),
         "",
-        *(f"- {line}" for line in _sources(plan)),
+        *(f"- {line}" for line in (*_sources(plan), *_writers(split))),
         "",
         "## Training",
         "",
@@ -140,6 +140,12 @@ def _sources(plan: TrainPlan) -> Iterable[str]:
             return
         yield "Prompt files: " + ", ".join(Path(p).name for p in plan.prompts)
     yield "Licences were not given (`--licence`)."
+
+
+def _writers(split: Split) -> Iterable[str]:
+    by = Counter(a.writer for a in (*split.train, *split.held_out) if a.writer)
+    if by:
+        yield "Answers written by: " + ", ".join(f"{name} ({count})" for name, count in by.most_common())
 
 
 def _figures(figures: dict[str, str], gamma: int) -> Iterable[str]:

@@ -10,14 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from dspark_stream.config import parse_bytes
 from dspark_stream.errors import ConfigError, DsparkError
 from dspark_stream.progress import Progress
-from dspark_stream.training.plan import HEADS, STARTS, TrainPlan, alone, settle, shaped
+from dspark_stream.training.plan import ANSWERS, HEADS, STARTS, TrainPlan, alone, settle, shaped
 
 EXIT_INTERRUPTED = 130
 
@@ -157,13 +157,9 @@ def run(args: argparse.Namespace) -> int:
 def _run_in(folder: Path, out: Path, plan: TrainPlan) -> int:
     import torch
 
-    from dspark_stream.models.loading import pick_device
     from dspark_stream.training.pipeline import run_stages
     from dspark_stream.training.workers import keep_freed_memory
-    from dspark_stream.training.writers import choose_writer
 
-    if not plan.answers:
-        plan = replace(plan, writer=choose_writer(plan.writer, plan.target, pick_device(plan.device).type))
     settle(plan, folder)
     progress = Progress()
     keep_freed_memory()
@@ -173,8 +169,8 @@ def _run_in(folder: Path, out: Path, plan: TrainPlan) -> int:
         finished = run_stages(plan, folder, out, progress)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"the GPU's memory is full: {error}; a smaller --batch or --anchors takes less to train, fewer --streams "
-            f"less to write and to calibrate; what is done is kept in {folder}",
+            f"the GPU's memory is full: {error}; fewer --streams take less to write and to calibrate; a smaller "
+            f"--batch or --anchors takes less to train, in a run of its own: --run-dir NEW --answers {folder / ANSWERS}",
             param="batch",
         ) from error
     except OSError as error:  # what no stage could say better: a log line, say, on a full disk

@@ -139,7 +139,7 @@ class FeatureSource:
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not after an hour's work
             except OSError as error:
                 self.close()
-                for other in self._files:  # what is there of them would be missing where it is tried again
+                for other in () if self._done else self._files:  # half of them would only take room from a smaller try
                     (self.folder / f"{other}.bin").unlink(missing_ok=True)
                 free = shutil.disk_usage(self.folder).free
                 raise ConfigError(
@@ -191,7 +191,7 @@ class FeatureSource:
             return 0
 
     def _cut_short(self) -> Path | None:
-        """A file that holds less than all rows, or is gone; files have their full size from the beginning."""
+        """A file that has not its size, which is all its rows' from the beginning; or is gone."""
         for name, (begin, width, dtype) in self._layout.items():
             path = self.folder / f"{name}.bin"
             if not path.exists() or path.stat().st_size != begin[self.cached] * width * dtype.itemsize:
@@ -220,7 +220,7 @@ class FeatureSource:
     def _compute(self, indices: list[int]) -> list[Features]:
         with self._computing:
             computed = self._compute_alone(indices)
-        # rounded as on disk, so that the budget changes no weights
+        # rounded as on disk, so that the budget decides no more than last bits
         return [
             f._replace(taps=f.taps.bfloat16().to(f.taps.dtype), final=f.final.bfloat16().to(f.final.dtype))
             for f in computed

@@ -26,6 +26,7 @@ from dspark_stream.training.features import FeatureSource
 from dspark_stream.training.log import loss_fields, open_log, spoken
 from dspark_stream.training.loss import LossParts
 from dspark_stream.training.muon import Muon
+from dspark_stream.training.plan import ANSWERS
 from dspark_stream.training.validate import Walked, walk
 from dspark_stream.training.workers import Share, Workers, mean_parts
 
@@ -126,8 +127,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         if not norm.isfinite():
             raise ConfigError(
-                f"step {self.step + 1}: the gradient is not finite, with --lr {self.config.lr:g}: give a smaller one "
-                "and another --run-dir",
+                f"step {self.step + 1}: the gradient is not finite, with --lr {self.config.lr:g}: give a smaller one in "
+                f"a run of its own: --run-dir NEW --answers {self.folder / ANSWERS}",
                 param="lr",
             )
         for optimizer in self.optimizers:

@@ -9,12 +9,15 @@ Each stage leaves its result in the run's folder and starts where a killed one s
     state.pt       weights, optimiser and place of the training
     log.csv        losses and held-out accepted lengths
     drafter/       the drafter in DeepSpec's format, its calibration, its card and the plan
+    finished.json  what came of it: written last, so that the same command again leaves the drafter alone
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
+import json
 import shutil
 import signal
 import threading
@@ -49,6 +52,7 @@ from dspark_stream.training.plan import ANSWERS, FILE, TrainPlan
 from dspark_stream.training.writers import EngineWriter, OpenVinoWriter, Writer, choose_writer
 from dspark_stream.types import Acceptance
 
+FINISHED = "finished.json"
 CALIBRATION_STREAMS = 16
 CALIBRATION_TOKENS = 256
 
@@ -61,7 +65,7 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> 
     Raises:
         DsparkError: whatever cannot be used or written, said in words; what is done is kept.
     """
-    if is_finished(folder, out):
+    if is_finished(plan, folder, out):
         progress.say(f"nothing is left to do: the drafter is in {out}")
         return True
     target_name = plan.target
@@ -72,10 +76,10 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> 
     trained = training_stage(plan, target_name, folder, out, progress)
     if trained is None:
         return False
-    give_memory_back()
     fits = calibration_stage(plan, target_name, trained.split, out, progress)
     try:
         write_whole(out / CARD, write_card(plan, trained, folder, fits))
+        write_whole(folder / FINISHED, finish(plan, out))
     except OSError as error:
         raise _unwritable(out, error) from error
     progress.say(f"the drafter is in {out}")
@@ -85,15 +89,23 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> 
     return True
 
 
-def is_finished(folder: Path, out: Path) -> bool:
-    """Whether this very plan has come to its end in ``out``: the card is written last."""
-    if not (out / CARD).exists() or not (out / FILE).exists():
+def finish(plan: TrainPlan, out: Path) -> str:
+    """What a run's folder remembers of its end: what was trained, and which weights that gave where."""
+    weights = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    return json.dumps({"plan": plan.essence(), "out": str(out.resolve()), "weights": weights}, indent=2) + "\n"
+
+
+def is_finished(plan: TrainPlan, folder: Path, out: Path) -> bool:
+    """Whether the run in ``folder`` has come to this plan's end, and its weights are still in ``out``."""
+    try:
+        return (folder / FINISHED).read_text() == finish(plan, out)
+    except OSError:
         return False
-    return (out / FILE).read_bytes() == (folder / FILE).read_bytes()
 
 
 def load(plan: TrainPlan, target_name: str, progress: Progress) -> LoadedTarget:
     """The target, on the plan's device."""
+    give_memory_back()
     with progress.stage(f"loading {target_name}"):
         return load_target(target_name, device=plan.device)
 
@@ -135,35 +147,31 @@ def answers_stage(plan: TrainPlan, target_name: str, folder: Path, progress: Pro
     """
     prompts = [] if plan.answers else given_prompts(plan, folder)
     loaded = load(plan, target_name, progress)
-    new_drafter(plan, loaded, [])
-    target = loaded.target
+    target, codec = loaded.target, loaded.codec
     if plan.answers is not None:
-        read_answers(Path(plan.answers), target.vocab_size, limit=plan.limit)
+        new_drafter(plan, loaded, usable_answers(plan, loaded, Path(plan.answers), progress).train)
         snapshot_answers(Path(plan.answers), folder / ANSWERS)
         return
-    if loaded.codec is None:
+    new_drafter(plan, loaded, [])
+    if codec is None:
         raise ConfigError(f"{target_name} has no tokenizer: give --answers", param="prompts")
-    codec, stop_ids, max_positions, device = loaded.codec, target.eos_token_ids, target.max_positions, target.device
+    name = choose_writer(plan.writer, target_name, target.device.type)
+    stop_ids, max_positions = target.eos_token_ids, target.max_positions
     del loaded, target
     give_memory_back()
     threads = torch.get_num_threads()
     try:
-        with contextlib.closing(open_writer(plan, target_name, stop_ids, max_positions, device, progress)) as writer:
+        with contextlib.closing(open_writer(plan, name, target_name, stop_ids, max_positions, progress)) as writer:
             Scribe(plan, folder, prompts, writer, codec, progress).write_answers()
     finally:
         torch.set_num_threads(threads)  # an engine on kernels of its own leaves torch only one
 
 
 def open_writer(
-    plan: TrainPlan,
-    target_name: str,
-    stop_ids: Sequence[int],
-    max_positions: int,
-    device: torch.device,
-    progress: Progress,
+    plan: TrainPlan, name: str, target_name: str, stop_ids: Sequence[int], max_positions: int, progress: Progress
 ) -> Writer:
-    """Who writes this plan's texts, ready."""
-    if choose_writer(plan.writer, target_name, device.type) == "openvino":
+    """Who writes this plan's texts (``name`` of `choose_writer`), ready."""
+    if name == "openvino":
         progress.say("answers are written by OpenVINO GenAI")
         return OpenVinoWriter(
             target_name, stop_ids, streams=plan.streams, threads=plan.threads, max_model_len=max_positions
@@ -186,6 +194,26 @@ def snapshot_answers(source: Path, path: Path) -> None:
         raise ConfigError(f"{source} cannot be copied to {path.parent}: {error}", param="answers") from error
 
 
+def usable_answers(plan: TrainPlan, loaded: LoadedTarget, path: Path, progress: Progress) -> Split:
+    """Answers to train on and to hold out.
+
+    Raises:
+        ConfigError: the file cannot be read, or there are too few in it.
+    """
+    limit = plan.limit if plan.answers else None
+    answers = fitting(
+        read_answers(path, loaded.target.vocab_size, limit=limit, progress=progress), plan, loaded, progress
+    )
+    split = split_answers(answers, plan.held_out, plan.seed)
+    if not split.train or not split.held_out:
+        raise ConfigError(
+            f"{path}: too few answers: of {len(answers)}, {len(split.train)} are to be trained on and "
+            f"{len(split.held_out)} held out, and neither may be none",
+            param="answers",
+        )
+    return split
+
+
 def fitting(answers: list[Answer], plan: TrainPlan, loaded: LoadedTarget, progress: Progress) -> list[Answer]:
     """Answers that end, a block included, within the target's positions."""
     fit = [a for a in answers if len(a) + plan.block_size <= loaded.target.max_positions]
@@ -200,16 +228,7 @@ def fitting(answers: list[Answer], plan: TrainPlan, loaded: LoadedTarget, progre
 def training_stage(plan: TrainPlan, target_name: str, folder: Path, out: Path, progress: Progress) -> Trained | None:
     """Train to the plan's end and save the drafter; None where a signal ended it early."""
     loaded = load(plan, target_name, progress)
-    limit = plan.limit if plan.answers else None
-    answers = read_answers(folder / ANSWERS, loaded.target.vocab_size, limit=limit, progress=progress)
-    answers = fitting(answers, plan, loaded, progress)
-    split = split_answers(answers, plan.held_out, plan.seed)
-    if not split.train or not split.held_out:
-        raise ConfigError(
-            f"too few answers: of {len(answers)}, {len(split.train)} are to be trained on and {len(split.held_out)} "
-            "held out, and neither may be none",
-            param="answers",
-        )
+    split = usable_answers(plan, loaded, folder / ANSWERS, progress)
     trainer = new_trainer(plan, loaded, split, folder, progress)
     with contextlib.closing(trainer):
         with asked_to_stop() as stop:
@@ -295,16 +314,16 @@ def save(trainer: Trainer, out: Path, folder: Path) -> None:
 
     Raises:
         ConfigError: no room. What was in ``out`` is still there, and so is the run's state: nothing but this has to be
-            done again.
+            done again. (A kill between the last renames leaves a mixture, which the same command mends.)
     """
     new = out / "drafter.part"
     try:
         save_drafter(trainer.drafter, new)
         shutil.copyfile(folder / FILE, new / FILE)
-        for stale in (CARD, CALIBRATION_FILE):
-            (out / stale).unlink(missing_ok=True)
-        for path in list(new.iterdir()):
-            path.replace(out / path.name)
+        for stale in (folder / FINISHED, out / CARD, out / CALIBRATION_FILE):
+            stale.unlink(missing_ok=True)
+        for name in ("model.safetensors", "config.json", FILE):
+            (new / name).replace(out / name)
     except (OSError, SafetensorError) as error:
         raise _unwritable(out, error) from error
     finally:
@@ -321,6 +340,7 @@ def calibration_stage(
     plan: TrainPlan, target_name: str, split: Split, out: Path, progress: Progress
 ) -> dict[Acceptance, Fit]:
     """Calibrate the saved drafter on the held-out prompts, in the engine: what it is worth there, by way to accept."""
+    give_memory_back()
     streams = min(plan.streams, CALIBRATION_STREAMS)
     config = Config(model=target_name, drafter=str(out), device=plan.device, threads=plan.threads, max_num_seqs=streams)
     engine, _ = build_engine(calibration_config(config), progress)

@@ -114,13 +114,14 @@ class TrainPlan:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value} is not above 0", param=name)
 
+    def essence(self) -> dict[str, Any]:
+        """What decides the result, as JSON has it: all but how it is come by."""
+        raw: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in raw.items() if name not in HOW}
 
-MAY_CHANGE = frozenset(
-    {
-        *("steps", "minutes", "validate_every", "checkpoint_minutes", "feature_budget", "licences", "threads"),
-        *("streams", "writer"),
-    }
-)
+
+HOW = frozenset({"validate_every", "checkpoint_minutes", "feature_budget", "threads", "streams", "writer"})
+MAY_CHANGE = HOW | {"steps", "minutes", "licences"}
 """Settings that a resumed run may be given anew: how far to go, how fast, and who writes what is still to be written.
 Other threads share the sums of a gradient differently, so they change the last bits of weights."""
 
@@ -175,6 +176,8 @@ def alone(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another run is at work in {folder}: wait for it, or give another --run-dir", param="run_dir"
             ) from None
+        except OSError:  # a file system without locks: then nobody is kept out
+            pass
         yield
 
 
@@ -187,7 +190,7 @@ def settle(plan: TrainPlan, folder: Path) -> None:
     path = folder / FILE
     raw: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
     try:
-        if path.exists() and any(one.name not in (FILE, LOCK) for one in folder.iterdir()):
+        if path.exists() and any(one.name not in (FILE, FILE + ".part", LOCK) for one in folder.iterdir()):
             # settings that are newer than that run had their defaults in it
             earlier = json.loads(json.dumps({f.name: f.default for f in fields(plan)})) | json.loads(path.read_text())
             names = [f.name for f in fields(plan) if f.name not in MAY_CHANGE]

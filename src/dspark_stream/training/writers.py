@@ -43,6 +43,7 @@ class Written(NamedTuple):
 class Writer(Protocol):
     """Writes many texts side by side."""
 
+    name: str
     max_model_len: int
 
     def write(self, asks: Iterable[Ask]) -> Iterator[Written]:
@@ -62,7 +63,7 @@ def choose_writer(name: WriterName, target: str, device: str) -> Literal["engine
     Raises:
         ConfigError: OpenVINO was asked for and cannot.
     """
-    able = (target == "embedded" or target.endswith(".gguf")) and device != "cuda"
+    able = target.endswith(".gguf") and device != "cuda"
     installed = importlib.util.find_spec(OPENVINO) is not None
     if name == "openvino" and not (able and installed):
         why = (
@@ -76,6 +77,8 @@ def choose_writer(name: WriterName, target: str, device: str) -> Literal["engine
 
 class EngineWriter:
     """Our engine, plain mode."""
+
+    name = "engine"
 
     def __init__(self, engine: LocalEngine, streams: int, max_model_len: int) -> None:
         self._engine, self._streams, self.max_model_len = engine, streams, max_model_len
@@ -113,6 +116,8 @@ class EngineWriter:
 
 class OpenVinoWriter:
     """OpenVINO GenAI's continuous batching on the CPU, from the GGUF file itself."""
+
+    name = "openvino"
 
     def __init__(self, gguf: str, stop_ids: Iterable[int], *, streams: int, threads: int, max_model_len: int) -> None:
         import openvino_genai
