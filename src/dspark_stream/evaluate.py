@@ -270,8 +270,8 @@ def run_prompts(
     if left_out := [i + 1 for i in encoded if i not in asked]:
         tally.passed_over += len(left_out)
         progress.say(
-            f"{label}: {len(left_out)} prompts are passed over, the first of them prompt {left_out[0]}: with max_tokens "
-            f"{plan.sampling.max_tokens} they are longer than max_model_len, {longest}"
+            f"{label}: {len(left_out)} prompts are passed over, the first of them prompt {left_out[0]}: with "
+            f"max_tokens {plan.sampling.max_tokens} they are longer than max_model_len, {longest}"
         )
     for turn in range(1, plan.turns + 1):
         named = label if turn == 1 else f"{label}, turn {turn}"

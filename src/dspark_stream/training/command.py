@@ -169,8 +169,8 @@ def _run_in(folder: Path, out: Path, plan: TrainPlan) -> int:
         finished = run_stages(plan, folder, out, progress)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"the GPU's memory is full: {error}; fewer --streams take less to write and to calibrate; a smaller "
-            f"--batch or --anchors takes less to train, in a run of its own: --run-dir NEW --answers {folder / ANSWERS}",
+            f"the GPU's memory is full: {error}; fewer --streams take less to write and to calibrate; a smaller --batch"
+            f" or --anchors takes less to train, in a run of its own: --run-dir NEW --answers {folder / ANSWERS}",
             param="batch",
         ) from error
     except OSError as error:  # what no stage could say better: a log line, say, on a full disk

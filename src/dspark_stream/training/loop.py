@@ -127,7 +127,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         if not norm.isfinite():
             raise ConfigError(
-                f"step {self.step + 1}: the gradient is not finite, with --lr {self.config.lr:g}: give a smaller one in "
+                f"step {self.step + 1}: the gradient is not finite, with --lr {self.config.lr:g}: a smaller one is "
                 f"a run of its own: --run-dir NEW --answers {self.folder / ANSWERS}",
                 param="lr",
             )
