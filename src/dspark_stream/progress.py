@@ -53,7 +53,7 @@ class Progress:
 
     @contextmanager
     def bar(self, label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
-        """Show work of a known length; ``unit`` "B" counts bytes. Advance it from any one thread."""
+        """Show work of a known length; ``unit`` "B" counts bytes, "s" seconds. Advance it from any one thread."""
         bar = Bar(self, label, total, unit)
         try:
             yield bar
@@ -106,7 +106,7 @@ class Bar:
             self._draw(last=True)
 
     def _draw(self, *, last: bool) -> None:
-        if not self._owner._enabled:
+        if not self._owner._enabled or (self._total == 0 and not self.done):  # no work, no bar
             return
         from tqdm import tqdm
 
@@ -121,11 +121,17 @@ class Bar:
             unit=self._unit,
             unit_scale=self._unit == "B",
             postfix=self._note or None,
-            bar_format=None if self._owner._terminal else _LOG_FORMAT,
+            bar_format=_FORMATS[self._owner._terminal, self._unit == "s"],
         )
         self._owner._draw(meter, last=last)
 
 
-_LOG_FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_FORMATS = {
+    (True, False): None,
+    (True, True): "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]",
+    (False, False): "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+    (False, True): "{desc}: {percentage:3.0f}% [{elapsed}<{remaining}{postfix}]",
+}
+"""By whether it is a terminal, and whether the work is counted in seconds, which have no rate."""
 SILENT = Progress(enabled=False)
 """Shows nothing."""

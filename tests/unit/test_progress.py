@@ -69,3 +69,19 @@ def test_silence():
     with progress.stage("loading"), progress.bar("eating", total=2) as bar:
         bar.advance()
     assert stream.getvalue() == ""
+
+
+def test_no_work_shows_no_bar():
+    for stream in (Terminal(), io.StringIO()):
+        with Progress(stream).bar("eating", total=0):
+            pass
+        assert stream.getvalue() == ""
+
+
+def test_seconds_have_no_rate():
+    for stream in (Terminal(), io.StringIO()):
+        with Progress(stream).bar("training", total=60, unit="s") as bar:
+            bar.reach(30)
+        shown = stream.getvalue()
+        assert "50%" in shown
+        assert "s/s" not in shown

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from disk import files_no_larger_than
-from dspark_stream.errors import ConfigError, InternalError
+from dspark_stream.errors import ConfigError, InternalError, InvalidRequestError
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import SILENT, Progress
 from dspark_stream.training.answering import (
@@ -187,9 +187,13 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     settle(plan(lr=5e-3), tmp_path / "run")
     settle(plan(lr=1e-3), tmp_path / "run")  # nothing was made with the plan before: it was only refused, say
     (tmp_path / "run" / "answers.jsonl").touch()
-    settle(plan(lr=1e-3, steps=99), tmp_path / "run")  # how far to go may change
-    with pytest.raises(ConfigError, match=r"lr: 0\.001 → 0\.002.* --answers .*answers\.jsonl"):
-        settle(plan(lr=2e-3), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"answers: a → b.* --answers .*answers\.jsonl"):
+        settle(plan(answers="b"), tmp_path / "run")
+    settle(plan(lr=2e-3, answers="./a"), tmp_path / "run")  # nothing was trained yet
+    (tmp_path / "run" / "state.pt").touch()
+    settle(plan(lr=2e-3, steps=99), tmp_path / "run")  # how far to go may change
+    with pytest.raises(ConfigError, match=r"lr: 0\.002 → 0\.001"):
+        settle(plan(lr=1e-3), tmp_path / "run")
     (tmp_path / "run" / "train.json").write_text("{")
     with pytest.raises(ConfigError, match=r"train\.json"):
         settle(plan(), tmp_path / "run")
@@ -201,8 +205,10 @@ def test_a_folder_holds_one_run_at_a_time(tmp_path):
             pass
         with alone(tmp_path / "other"):
             pass
+    assert not (tmp_path / "run").exists()  # nothing came of it
     with alone(tmp_path / "run"):
-        pass
+        (tmp_path / "run" / "answers.jsonl").touch()
+    assert (tmp_path / "run" / "answers.jsonl").exists()
 
 
 # --- the texts -------------------------------------------------------------------------------------------------
@@ -333,6 +339,25 @@ def test_later_turns_go_on_from_what_was_said(tmp_path):
             before = [bytes(a.prompt_ids) + bytes(a.answer_ids) for a in by_turn[later - 1]]
             assert begun in before
         assert {a.temperature for a in by_turn[2]} == {0.0, 1.0}
+
+
+class OneTurnCodec(Codec):
+    """A template that takes a single turn."""
+
+    def encode_open_turn(self, history, opening=""):
+        if history:
+            raise InvalidRequestError("only one turn is supported", param="input")
+        return super().encode_open_turn(history, opening)
+
+
+def test_a_template_that_refuses_later_turns_costs_those_alone(tmp_path):
+    run_plan = texts_plan(prompts=(prompt_file(tmp_path, 30),), follow_ups=0.5)
+    said = io.StringIO()
+    tmp_path.joinpath("run").mkdir()
+    prompts = given_prompts(run_plan, tmp_path / "run")
+    path = Scribe(run_plan, tmp_path / "run", prompts, StubWriter(), OneTurnCodec(), Progress(said)).write_answers()
+    assert len(read_answers(path, 1000)) == 30
+    assert "chat template refuses 10 of them" in said.getvalue()
 
 
 @pytest.mark.parametrize(

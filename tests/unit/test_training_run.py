@@ -344,8 +344,7 @@ def test_a_kill_while_calibrating_costs_the_calibration_alone(
     real = LocalEngine.run
     with monkeypatch.context() as patch:
         patch.setattr(LocalEngine, "run", killed)
-        with pytest.raises(KeyboardInterrupt):
-            again(target_folder, prompts, folder)
+        assert again(target_folder, prompts, folder) == command.EXIT_INTERRUPTED
     weights = (folder / "drafter" / "model.safetensors").read_bytes()
     assert not (folder / "drafter" / "calibration.json").exists()
     assert again(target_folder, prompts, folder) == 0
@@ -412,19 +411,21 @@ def test_what_is_wrong_is_said_before_anything_is_written(target_folder, run_fol
         ([*texts, "--target", str(tmp_path / "nobody")], "nobody"),
         ([*texts, "--mask-token-id", "48"], "mask_token_id 48"),
         ([*texts, "--taps", "1,77"], "77"),
+        ([*texts, "--out", str(broken)], f"{broken} is no folder to write in"),
+        (["--answers", str(prompts)], "line 1: no usable answer: it has no prompt_ids and no answer_ids"),
         (["--answers", str(broken)], f"{broken}, line 2"),
         (["--answers", str(few)], f"{few}: too few answers: of 1, 1 are to be trained on and 0 held out"),
     ):
         argv = ["--target", str(target_folder), "--run-dir", str(folder), *TRAINING, "--steps", "1", *wrong]
         assert command.main(argv) == 2
         assert said in capsys.readouterr().err
-        assert {path.name for path in folder.iterdir()} <= {"train.json", "lock"}
+        assert not folder.exists()
 
 
 def test_a_run_from_before_a_setting_had_its_default(tmp_path):
     plan = TrainPlan(steps=1, answers="a.jsonl")
     settle(plan, tmp_path)
-    (tmp_path / "answers.jsonl").touch()
+    (tmp_path / "state.pt").touch()
     saved = json.loads((tmp_path / "train.json").read_text())
     del saved["start"]
     (tmp_path / "train.json").write_text(json.dumps(saved))
@@ -528,7 +529,7 @@ def test_a_drafter_can_be_made_deeper(target_folder, run_folder, tmp_path, monke
     assert "needs --init" in capsys.readouterr().err
 
 
-def test_a_signal_stops_after_the_step_with_its_state_saved(target_folder, run_folder, tmp_path, monkeypatch):
+def test_a_signal_stops_after_the_step_with_its_state_saved(target_folder, run_folder, tmp_path, monkeypatch, capfd):
     real = pipeline.Trainer.train_step
 
     def train_step(self):
@@ -544,4 +545,5 @@ def test_a_signal_stops_after_the_step_with_its_state_saved(target_folder, run_f
     assert command.main(argv) == command.EXIT_INTERRUPTED
     assert signal.getsignal(signal.SIGTERM) == before
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
+    assert "stopping after this step; once more ends it now" in capfd.readouterr().err
     assert not (tmp_path / "drafter").exists()

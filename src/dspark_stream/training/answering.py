@@ -25,7 +25,7 @@ from dspark_stream.errors import ConfigError, InvalidRequestError
 from dspark_stream.evaluate import read_prompts
 from dspark_stream.files import write_whole
 from dspark_stream.models.tokenizer import TextCodec
-from dspark_stream.progress import Progress
+from dspark_stream.progress import SILENT, Progress
 from dspark_stream.training.answers import Answer, answer_line
 from dspark_stream.training.plan import ANSWERS, OWN_PROMPTS, TrainPlan
 from dspark_stream.training.writers import Ask, Writer
@@ -175,13 +175,20 @@ class Scribe:
         ledger = Ledger(self.folder / f"{name}.jsonl" if name == "prompts" else self.folder / f"{name}.prompts.jsonl")
         rng = random.Random(f"{self.plan.seed} {name}")
         openings = [rng.choice(OPENINGS) for _ in histories]
+        refused = 0
 
         def asks() -> Iterator[Ask]:
+            nonlocal refused
             for index, (history, opening) in enumerate(zip(histories, openings, strict=True)):
-                if index not in ledger.lines:
+                if index in ledger.lines:
+                    continue
+                try:
                     ids = self.codec.encode_open_turn(history, opening)
-                    if len(ids) + OWN_TOKENS <= self.writer.max_model_len:
-                        yield Ask(index, tuple(ids), OWN_TEMPERATURE, OWN_TOP_P, OWN_TOKENS, self._seed(name, index))
+                except InvalidRequestError:
+                    refused += 1
+                    continue
+                if len(ids) + OWN_TOKENS <= self.writer.max_model_len:
+                    yield Ask(index, tuple(ids), OWN_TEMPERATURE, OWN_TOP_P, OWN_TOKENS, self._seed(name, index))
 
         if not ledger.done:
             with self.progress.bar(label, len(histories) - len(ledger.lines), "turn") as bar:
@@ -193,8 +200,14 @@ class Scribe:
                         bar.advance()
 
                 ledger.keep(lines())
+        if refused:
+            self.progress.say(f"{label}: the target's chat template refuses {refused} of them")
         seen: set[str] = set()
-        return {row["index"]: row["text"] for row in ledger.read() if row["ended"] and usable(row["text"], seen)}
+        rows = ledger.read()
+        texts = {row["index"]: row["text"] for row in rows if row["ended"] and usable(row["text"], seen)}
+        if len(texts) < len(rows):
+            self.progress.say(f"{label}: {len(texts)} of {len(rows)} are of use; others do not end or say nothing new")
+        return texts
 
     # --- answers ---------------------------------------------------------------------------------------------
 
@@ -267,7 +280,7 @@ def usable(text: str, seen: set[str]) -> bool:
     return True
 
 
-def given_prompts(plan: TrainPlan, folder: Path) -> list[Asked]:
+def given_prompts(plan: TrainPlan, folder: Path, progress: Progress = SILENT) -> list[Asked]:
     """Prompts of the plan's files, or what they were when the run in ``folder`` began.
 
     Raises:
@@ -278,9 +291,12 @@ def given_prompts(plan: TrainPlan, folder: Path) -> list[Asked]:
         return read_files(plan.prompts)
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return [(domain, tuple((role, content) for role, content in turns)) for domain, turns in lines]
+        prompts = [(domain, tuple((role, content) for role, content in turns)) for domain, turns in lines]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be taken up: {error}", param="run_dir") from error
+    if prompts:
+        progress.say(f"going on with the {len(prompts)} prompts that the run began with")
+    return prompts
 
 
 def read_files(files: Sequence[str]) -> list[Asked]:

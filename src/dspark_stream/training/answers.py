@@ -63,7 +63,7 @@ def read_answers(path: Path, vocab_size: int, *, limit: int | None = None, progr
             break
         try:
             answers.append(parse_answer(line, vocab_size))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 progress.say(f"{path}, line {number} was cut off and is left out")
                 break
@@ -80,11 +80,13 @@ def parse_answer(line: bytes, vocab_size: int) -> Answer:
     """One line.
 
     Raises:
-        ValueError, KeyError, TypeError: not JSON, a field missing, or ids that the target does not have.
+        ValueError, TypeError: not JSON, a field missing, or ids that the target does not have.
     """
     raw = json.loads(line)
     if not isinstance(raw, dict):
         raise TypeError("not a JSON object")
+    if missing := [name for name in ("prompt_ids", "answer_ids") if name not in raw]:
+        raise ValueError(f"it has no {' and no '.join(missing)}")
     ids = {name: tuple(int(i) for i in raw[name]) for name in ("prompt_ids", "answer_ids")}
     for name, values in ids.items():
         if values and not 0 <= min(values) <= max(values) < vocab_size:

@@ -95,7 +95,7 @@ def write_card(plan: TrainPlan, trained: Trained, run_folder: Path, fits: dict[A
         "## Training",
         "",
         f"- {trained.steps} steps, {trained.rows // config.block_size} blocks of γ rows, seed {plan.seed}",
-        f"- {trained.elapsed_s / 60:.0f} minutes of training on {trained.machine}",
+        f"- {trained.elapsed_s / 60:.1f} minutes of training on {trained.machine}",
         "",
         "## Held-out figures",
         "",
@@ -165,6 +165,9 @@ def _figures(figures: dict[str, str], gamma: int) -> Iterable[str]:
 
 
 def _fits(fits: dict[Acceptance, Fit]) -> Iterable[str]:
+    if not fits:
+        yield "Not calibrated: the held-out prompts gave too few rounds. `dspark-stream calibrate` takes others."
+        return
     yield "The held-out prompts, run by the engine with all drafts verified: greedily, and at temperature 1 under both"
     yield "verifications. Expected calibration error of prefix survival, mean over positions: before calibration, after"
     yield "it on the same rounds, and what chance alone would show if every promise were right."

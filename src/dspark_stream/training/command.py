@@ -40,20 +40,33 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 DATA: list[Option] = [
-    ("target", 'model to draft for: "embedded", a folder, a .gguf file or a hub name', {"metavar": "MODEL"}),
+    (
+        "target",
+        'model to draft for: "embedded", a folder, a .gguf file or a hub name',
+        {"metavar": "MODEL", "flags": ("--target", "--model")},
+    ),
     (
         "prompts",
-        "JSONL files of prompts (messages); the target answers them (default: it writes prompts, too)",
+        'JSONL files of prompts, a line {"messages": [{"role": "user", "content": …}]}, with a "domain" or not; the '
+        "target answers them (default: it writes prompts, too)",
         {"nargs": "+", "metavar": "FILE"},
     ),
-    ("own_prompts", "user turns that the target is let write (default: 2000 without --prompts)", {"type": int}),
+    (
+        "own_prompts",
+        "user turns that the target is let write; 0: 2000 without --prompts, else none",
+        {"type": int},
+    ),
     ("turns", "most turns of a conversation; later ones are written by the target", {"type": int}),
     ("follow_ups", "share of conversations that go on after their first answer", {"type": float, "metavar": "SHARE"}),
-    ("answers", "JSONL file of answers that the target wrote before, instead of --prompts", {"metavar": "FILE"}),
+    (
+        "answers",
+        "JSONL file of answers that the target wrote before, as answers.jsonl of a run, instead of --prompts",
+        {"metavar": "FILE"},
+    ),
     (
         "licences",
         "a line on data and its licence for the card; may be repeated",
-        {"flag": "--licence", "action": "append", "metavar": "TEXT"},
+        {"flags": ("--licence",), "action": "append", "metavar": "TEXT"},
     ),
     ("limit", "most answers to write or to use (default: one a prompt; more than prompts: asked again)", {"type": int}),
     ("answer_tokens", "most tokens of an answer", {"type": int}),
@@ -112,19 +125,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name, help_text, given in options:
             told = {"metavar": "N"} | given if "choices" not in given else dict(given)
-            flag = told.pop("flag", "--" + name.replace("_", "-"))
+            flags = told.pop("flags", ("--" + name.replace("_", "-"),))
             default: Any = [] if told.get("action") == "append" else defaults[name]
             described = help_text
             if default not in (None, (), []) and "default:" not in help_text:
                 shown = f"{default // 2**30}GiB" if told.get("type") is _size else default
                 described = f"{help_text} (default: {shown})"
-            group.add_argument(flag, dest=name, default=default, help=described, **told)
+            group.add_argument(*flags, dest=name, default=default, help=described, **told)
     group = parser.add_argument_group("places")
     group.add_argument(
         "--run-dir",
         type=Path,
         metavar="FOLDER",
-        help="folder of the run; the same command goes on where a stopped one left it (default: runs/NAME)",
+        help="folder of the run (default: runs/NAME); the same command goes on where a stopped one left it. How far "
+        "and how fast it goes (--minutes, --steps, --streams …) may be given anew, and what concerns training alone "
+        "until it has begun",
     )
     group.add_argument(
         "--out",
@@ -150,6 +165,9 @@ def run(args: argparse.Namespace) -> int:
     if plan.add_layers and plan.init is not None and out.resolve() == Path(plan.init).resolve():
         # the same command again would add them to what it had written
         raise ConfigError("--out is the drafter of --init; with --add-layers it must be another folder", param="out")
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"no drafter can be written to {out}: {there} is no folder to write in", param="out")
     with alone(folder):
         return _run_in(folder, out, plan)
 
@@ -175,6 +193,8 @@ def _run_in(folder: Path, out: Path, plan: TrainPlan) -> int:
         ) from error
     except OSError as error:  # what no stage could say better: a log line, say, on a full disk
         raise ConfigError(f"{error}; what is done is kept in {folder}", param="run_dir") from error
+    except KeyboardInterrupt:
+        finished = False
     if not finished:
         progress.say(f"stopped; the same command goes on from {folder}")
         return EXIT_INTERRUPTED

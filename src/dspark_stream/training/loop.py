@@ -83,6 +83,8 @@ class Trainer:
         self.rows = 0
         """Block rows trained so far."""
         self.elapsed_s = 0.0
+        self.began_with: str | None = None
+        """Fingerprint of the target; after `resume`, of the one that the state was trained with."""
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def close(self) -> None:
@@ -181,7 +183,7 @@ class Trainer:
                 if last or stopped or self.elapsed_s - saved_s > 60 * c.checkpoint_minutes:
                     self.save()
                     saved_s = self.elapsed_s
-                bar.reach(int(self.elapsed_s - first_s) if c.minutes else self.step - first, note)
+                bar.reach(min(int(self.elapsed_s - first_s), int(left)) if c.minutes else self.step - first, note)
                 if stopped and not last:
                     return False
         return True
@@ -238,6 +240,7 @@ class Trainer:
             "step": self.step,
             "rows": self.rows,
             "elapsed_s": self.elapsed_s,
+            "target": self.began_with,
             "drafter": self.drafter.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
@@ -263,6 +266,7 @@ class Trainer:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.step, self.rows, self.elapsed_s = int(state["step"]), int(state["rows"]), float(state["elapsed_s"])
+            self.began_with = state.get("target")
         except Exception as error:  # whatever torch raises for a broken archive or other shapes
             raise ConfigError(f"{path} cannot be taken up: {error}", param="run_dir") from error
         self.workers.follow()

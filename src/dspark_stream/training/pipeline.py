@@ -18,6 +18,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import os
 import shutil
 import signal
 import threading
@@ -40,7 +41,7 @@ from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
 from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.loading import LoadedTarget, load_target
-from dspark_stream.progress import Progress
+from dspark_stream.progress import SILENT, Progress
 from dspark_stream.spec.calibration import CALIBRATION_FILE, save_calibration
 from dspark_stream.training.answering import Scribe, given_prompts
 from dspark_stream.training.answers import Answer, Split, draft_vocabulary, read_answers, split_answers
@@ -71,9 +72,9 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> 
     target_name = plan.target
     if target_name == "embedded":
         target_name = str(ensure_embedded_model(default_cache_dir(), progress))
-    if not (folder / ANSWERS).exists():
-        answers_stage(plan, target_name, folder, progress)
-    trained = training_stage(plan, target_name, folder, out, progress)
+    trained = training_stage(
+        plan, target_name, answers_stage(plan, target_name, folder, progress), folder, out, progress
+    )
     if trained is None:
         return False
     fits = calibration_stage(plan, target_name, trained.split, out, progress)
@@ -125,6 +126,8 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
+        # not by `Progress`, whose lock this very thread may hold
+        os.write(2, b"\nstopping after this step; once more ends it now, without what is not saved yet\n")
         for one, handler in before.items():
             signal.signal(one, handler)
 
@@ -140,18 +143,20 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 # --- answers -------------------------------------------------------------------------------------------------
 
 
-def answers_stage(plan: TrainPlan, target_name: str, folder: Path, progress: Progress) -> None:
+def answers_stage(plan: TrainPlan, target_name: str, folder: Path, progress: Progress) -> LoadedTarget | None:
     """The run's answers file, complete: a snapshot of the one given, or written by the target now.
 
-    What could be refused of the plan is refused here, before hours of writing.
+    What could be refused of the plan is refused here, before hours of writing. Returns the target if it is still there.
     """
-    prompts = [] if plan.answers else given_prompts(plan, folder)
+    if (folder / ANSWERS).exists():
+        return None
+    prompts = [] if plan.answers else given_prompts(plan, folder, progress)
     loaded = load(plan, target_name, progress)
     target, codec = loaded.target, loaded.codec
     if plan.answers is not None:
-        new_drafter(plan, loaded, usable_answers(plan, loaded, Path(plan.answers), progress).train)
+        new_drafter(plan, loaded, usable_answers(plan, loaded, Path(plan.answers), SILENT).train)
         snapshot_answers(Path(plan.answers), folder / ANSWERS)
-        return
+        return loaded
     new_drafter(plan, loaded, [])
     if codec is None:
         raise ConfigError(f"{target_name} has no tokenizer: give --answers", param="prompts")
@@ -165,6 +170,7 @@ def answers_stage(plan: TrainPlan, target_name: str, folder: Path, progress: Pro
             Scribe(plan, folder, prompts, writer, codec, progress).write_answers()
     finally:
         torch.set_num_threads(threads)  # an engine on kernels of its own leaves torch only one
+    return None
 
 
 def open_writer(
@@ -211,6 +217,8 @@ def usable_answers(plan: TrainPlan, loaded: LoadedTarget, path: Path, progress: 
             f"{len(split.held_out)} held out, and neither may be none",
             param="answers",
         )
+    tokens = sum(len(a.answer_ids) for a in split.train)
+    progress.say(f"{len(split.train)} answers of {tokens} tokens to train on, {len(split.held_out)} held out")
     return split
 
 
@@ -225,9 +233,11 @@ def fitting(answers: list[Answer], plan: TrainPlan, loaded: LoadedTarget, progre
 # --- training --------------------------------------------------------------------------------------------------
 
 
-def training_stage(plan: TrainPlan, target_name: str, folder: Path, out: Path, progress: Progress) -> Trained | None:
+def training_stage(
+    plan: TrainPlan, target_name: str, loaded: LoadedTarget | None, folder: Path, out: Path, progress: Progress
+) -> Trained | None:
     """Train to the plan's end and save the drafter; None where a signal ended it early."""
-    loaded = load(plan, target_name, progress)
+    loaded = loaded or load(plan, target_name, progress)
     split = usable_answers(plan, loaded, folder / ANSWERS, progress)
     trainer = new_trainer(plan, loaded, split, folder, progress)
     with contextlib.closing(trainer):
@@ -304,8 +314,11 @@ def new_trainer(plan: TrainPlan, loaded: LoadedTarget, split: Split, folder: Pat
         checkpoint_minutes=plan.checkpoint_minutes,
     )
     trainer = Trainer(drafter, split.train, split.held_out, features, config, folder)
+    trainer.began_with = loaded.fingerprint
     if trainer.resume():
         progress.say(f"going on from step {trainer.step}")
+        if trainer.began_with not in (None, loaded.fingerprint):
+            progress.say(f"{plan.target} has moved or changed since this run began, and is taken as it is now")
     return trainer
 
 
@@ -332,7 +345,7 @@ def save(trainer: Trainer, out: Path, folder: Path) -> None:
 
 def _unwritable(out: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"the drafter cannot be written to {out}: {error}; run the same command again when there is room", param="out"
+        f"the drafter cannot be written to {out}: {error}; run the same command again when it can", param="out"
     )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +26,7 @@ HEADS: tuple[HeadChoice, ...] = ("markov", "gated", "rnn", "none")
 FILE = "train.json"
 LOCK = "lock"
 ANSWERS = "answers.jsonl"
+STATE = "state.pt"
 OWN_PROMPTS = 2000
 CAN_DEEPEN = ("llama", "qwen3")
 """Families whose layers add the output projections as they are. Where a norm comes between, a layer that adds nothing
@@ -120,6 +123,10 @@ class TrainPlan:
         return {name: value for name, value in raw.items() if name not in HOW}
 
 
+TEXTS = frozenset(
+    {"target", "prompts", "answers", "seed", "limit", "own_prompts", "turns", "follow_ups", "answer_tokens"}
+)
+"""Settings that texts depend on. Until a state is saved all others may be given anew: only texts are there."""
 HOW = frozenset({"validate_every", "checkpoint_minutes", "feature_budget", "threads", "streams", "writer"})
 MAY_CHANGE = HOW | {"steps", "minutes", "licences"}
 """Settings that a resumed run may be given anew: how far to go, how fast, and who writes what is still to be written.
@@ -159,11 +166,13 @@ def shaped(plan: TrainPlan) -> TrainPlan:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, which is made if missing: two runs in one would write into each other's files.
+    """Hold a run's folder: two runs in one would write into each other's files. It is made if missing, and goes again
+    if the run leaves nothing in it but its plan.
 
     Raises:
         ConfigError: another run is at work in it, or it cannot be written.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
@@ -178,7 +187,18 @@ def alone(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks: then nobody is kept out
             pass
-        yield
+        try:
+            yield
+        finally:
+            if made and {one.name for one in folder.iterdir()} <= {FILE, LOCK}:
+                shutil.rmtree(folder)
+
+
+def one_place(value: Any) -> Any:
+    """A setting as it is compared: ``./a`` and ``a/`` are ``a``."""
+    if isinstance(value, list):
+        return [one_place(one) for one in value]
+    return os.path.normpath(value) if isinstance(value, str) else value
 
 
 def settle(plan: TrainPlan, folder: Path) -> None:
@@ -193,8 +213,11 @@ def settle(plan: TrainPlan, folder: Path) -> None:
         if path.exists() and any(one.name not in (FILE, FILE + ".part", LOCK) for one in folder.iterdir()):
             # settings that are newer than that run had their defaults in it
             earlier = json.loads(json.dumps({f.name: f.default for f in fields(plan)})) | json.loads(path.read_text())
-            names = [f.name for f in fields(plan) if f.name not in MAY_CHANGE]
-            differing = [f"{n}: {earlier.get(n)} → {raw[n]}" for n in names if earlier.get(n) != raw[n]]
+            fixed = {f.name for f in fields(plan)} - MAY_CHANGE
+            if not (folder / STATE).exists():
+                fixed &= TEXTS
+            pairs = {f.name: (earlier.get(f.name), raw[f.name]) for f in fields(plan) if f.name in fixed}
+            differing = [f"{n}: {old} → {new}" for n, (old, new) in pairs.items() if one_place(old) != one_place(new)]
             if differing:
                 texts = f"; its texts can be used there: --answers {folder / ANSWERS}"
                 raise ConfigError(
