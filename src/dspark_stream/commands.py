@@ -220,7 +220,8 @@ def generate(args: argparse.Namespace) -> int:
     print()
     speed = "" if answer.tokens_per_s is None else f", {answer.tokens_per_s:.1f} tokens/s"
     length = "" if answer.accepted_length is None else f", accepted length {answer.accepted_length:.2f}"
-    if engine.info.gamma and args.mode == "dspark" and not any(r.draft_tokens for r in answer.rounds):
+    drafts = args.mode == "dspark" and engine.info.gamma and engine.info.schedule == "adaptive"
+    if drafts and answer.rounds and not any(r.draft_tokens for r in answer.rounds):
         length = ", nothing drafted since it did not seem to pay (--schedule fixed:3 drafts all the same)"
     print(
         f"[{len(answer.output_ids)} tokens in {len(answer.rounds)} rounds{speed}{length}, "

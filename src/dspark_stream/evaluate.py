@@ -100,6 +100,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             max_tokens=max(1, round(self.sampling.max_tokens * (1.0 + self.spread * share))),
         )
 
+    def fits(self, number: int, ids: Sequence[int], engine: LocalEngine) -> bool:
+        """Whether a prompt's tokens and its answer's are no more than the engine holds."""
+        return len(ids) + self.sampling_of(number).max_tokens <= engine.info.max_model_len
+
 
 class Part(msgspec.Struct, frozen=True):
     """Some of the rounds."""
@@ -255,23 +259,17 @@ def run_prompts(
     would not ends before it; both are said and counted.
 
     Raises:
-        DsparkError: a prompt that the engine refuses, or a stream that failed.
+        DsparkError: no prompt that fits, one that the engine refuses, or a stream that failed.
     """
-    longest = engine.info.max_model_len
-
-    def fits(number: int, ids: Sequence[int]) -> bool:
-        return len(ids) + plan.sampling_of(number).max_tokens <= longest
-
     tally = Tally()
     chats = [[(turn.role, turn.content) for turn in prompt.messages] for prompt in prompts]
     begun_s = time.perf_counter()
-    encoded = {i: tuple(tokenizer.encode_chat(chat)) for i, chat in enumerate(chats)}
-    asked = {i: ids for i, ids in encoded.items() if fits(i, ids)}
-    if left_out := [i + 1 for i in encoded if i not in asked]:
+    asked = encode_prompts(engine, tokenizer, prompts, plan, label)
+    if left_out := [i + 1 for i in range(len(prompts)) if i not in asked]:
         tally.passed_over += len(left_out)
         progress.say(
             f"{label}: {len(left_out)} prompts are passed over, the first of them prompt {left_out[0]}: with "
-            f"max_tokens {plan.sampling.max_tokens} they are longer than max_model_len, {longest}"
+            f"max_tokens {plan.sampling.max_tokens} they are longer than max_model_len, {engine.info.max_model_len}"
         )
     for turn in range(1, plan.turns + 1):
         named = label if turn == 1 else f"{label}, turn {turn}"
@@ -285,7 +283,7 @@ def run_prompts(
             follow_up = prompts[i].follow_ups[turn - 1]
             chats[i] += [("assistant", tokenizer.decode(answer).strip()), ("user", follow_up)]
             ids = tuple(tokenizer.encode_chat(chats[i]))
-            if fits(i, ids):
+            if plan.fits(i, ids, engine):
                 asked[i] = ids
             else:
                 too_long += 1
@@ -296,6 +294,26 @@ def run_prompts(
             break
     tally.wall_s = time.perf_counter() - begun_s
     return tally
+
+
+def encode_prompts(
+    engine: LocalEngine, tokenizer: Tokenizer, prompts: Sequence[Prompt], plan: Plan, label: str
+) -> dict[int, tuple[int, ...]]:
+    """Tokens of the prompts that fit the engine with their answers, by number.
+
+    Raises:
+        ContextLengthError: none does.
+    """
+    chats = [[(turn.role, turn.content) for turn in prompt.messages] for prompt in prompts]
+    encoded = {i: tuple(tokenizer.encode_chat(chat)) for i, chat in enumerate(chats)}
+    fit = {i: ids for i, ids in encoded.items() if plan.fits(i, ids, engine)}
+    if encoded and not fit:
+        raise ContextLengthError(
+            f"{label}: no prompt fits with max_tokens {plan.sampling.max_tokens}: max_model_len is "
+            f"{engine.info.max_model_len}",
+            param="max_tokens",
+        )
+    return fit
 
 
 def _run_turn(
@@ -488,17 +506,14 @@ def evaluate(
     """Run every file (path → prompts) in turn; returns the figures of each, and of all together.
 
     Raises:
-        DsparkError: no prompt fits, or see `run_prompts`.
+        DsparkError: a file of which no prompt fits (before any is run), or see `run_prompts`.
     """
+    for name, prompts in files.items():
+        encode_prompts(engine, tokenizer, prompts, plan, name)
     together = Tally()
     figures = {}
     for name, prompts in files.items():
         tally = run_prompts(engine, tokenizer, prompts, plan, progress, Path(name).name)
         figures[name] = tally.figures()
         together += tally
-    if not together.prompts:
-        raise ContextLengthError(
-            f"no prompt fits with max_tokens {plan.sampling.max_tokens}: max_model_len is {engine.info.max_model_len}",
-            param="max_tokens",
-        )
     return figures, together.figures()

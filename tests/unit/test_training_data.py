@@ -187,16 +187,26 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     settle(plan(lr=5e-3), tmp_path / "run")
     settle(plan(lr=1e-3), tmp_path / "run")  # nothing was made with the plan before: it was only refused, say
     (tmp_path / "run" / "answers.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"answers: a → b.* --answers .*answers\.jsonl"):
-        settle(plan(answers="b"), tmp_path / "run")
-    settle(plan(lr=2e-3, answers="./a"), tmp_path / "run")  # nothing was trained yet
+    for other in ({"answers": "b"}, {"target": "b"}):  # whose texts they are not
+        with pytest.raises(ConfigError, match=r"(answers: a|target: embedded) → b\).* --run-dir$"):
+            settle(plan(**other), tmp_path / "run")
+    settle(plan(lr=2e-3, limit=5, answers="./a"), tmp_path / "run")  # nothing was trained yet
     (tmp_path / "run" / "state.pt").touch()
-    settle(plan(lr=2e-3, steps=99), tmp_path / "run")  # how far to go may change
-    with pytest.raises(ConfigError, match=r"lr: 0\.002 → 0\.001"):
-        settle(plan(lr=1e-3), tmp_path / "run")
+    settle(plan(lr=2e-3, limit=5, steps=99), tmp_path / "run")  # how far to go may change
+    with pytest.raises(ConfigError, match=r"lr: 0\.002 → 0\.001.* --answers .*answers\.jsonl"):
+        settle(plan(lr=1e-3, limit=5), tmp_path / "run")
     (tmp_path / "run" / "train.json").write_text("{")
     with pytest.raises(ConfigError, match=r"train\.json"):
         settle(plan(), tmp_path / "run")
+
+
+def test_texts_are_of_one_plan(tmp_path):
+    settle(texts_plan(prompts=("p",)), tmp_path)
+    (tmp_path / "turn-1.jsonl").touch()
+    settle(texts_plan(prompts=("./p",), layers=3), tmp_path)
+    for other in ({"turns": 2}, {"seed": 1}, {"prompts": ("p", "q")}, {"answer_tokens": 9}):
+        with pytest.raises(ConfigError, match="other settings"):
+            settle(texts_plan(**({"prompts": ("p",)} | other)), tmp_path)
 
 
 def test_a_folder_holds_one_run_at_a_time(tmp_path):

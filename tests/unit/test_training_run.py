@@ -452,7 +452,7 @@ def test_the_same_command_again_has_nothing_left_to_do(run_folder, target_folder
         return {path: path.stat().st_mtime_ns for path in files}
 
     before = times()
-    for more in ([], ["--threads", "1", "--streams", "3"]):
+    for more in ([], ["--threads", "1", "--streams", "3"], ["--target", f"{target_folder}/"]):
         assert again(target_folder, prompts, folder, *more) == 0
         assert "nothing is left to do" in capsys.readouterr().err
         assert times() == before
@@ -527,6 +527,17 @@ def test_a_drafter_can_be_made_deeper(target_folder, run_folder, tmp_path, monke
     assert "must be another folder" in capsys.readouterr().err
     assert command.main([*argv, "--run-dir", str(tmp_path / "new")]) == 2
     assert "needs --init" in capsys.readouterr().err
+
+
+def test_a_signal_is_heeded_where_nobody_reads_what_is_said(monkeypatch):
+    def write(to, text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(pipeline.os, "write", write)
+    with pipeline.asked_to_stop() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
 
 
 def test_a_signal_stops_after_the_step_with_its_state_saved(target_folder, run_folder, tmp_path, monkeypatch, capfd):

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from dspark_stream.engine.boundary import Tokenizer
+from dspark_stream.errors import ContextLengthError
 from dspark_stream.evaluate import Message, Plan, Prompt, Tally, run_prompts
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import SILENT
@@ -89,6 +90,12 @@ def measure(
         spread=0.5,
     )
     tally = run_prompts(local, tokenizer, asked, plan, SILENT, variant)
+    if tally.passed_over:  # loads would not be what they are called
+        raise ContextLengthError(
+            f"{tally.passed_over} prompts are too long with answers of some {tokens} tokens: max_model_len is "
+            f"{local.info.max_model_len}",
+            param="max_model_len",
+        )
     figures = tally.figures()
     rounds = len(tally.rounds)
     point = Point(

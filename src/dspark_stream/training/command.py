@@ -17,7 +17,7 @@ from typing import Any
 from dspark_stream.config import parse_bytes
 from dspark_stream.errors import ConfigError, DsparkError
 from dspark_stream.progress import Progress
-from dspark_stream.training.plan import ANSWERS, HEADS, STARTS, TrainPlan, alone, settle, shaped
+from dspark_stream.training.plan import HEADS, STARTS, TrainPlan, alone, anew, settle, shaped
 
 EXIT_INTERRUPTED = 130
 
@@ -53,7 +53,7 @@ DATA: list[Option] = [
     ),
     (
         "own_prompts",
-        "user turns that the target is let write; 0: 2000 without --prompts, else none",
+        "prompts that the target writes itself (default: 2000 without --prompts, else none)",
         {"type": int},
     ),
     ("turns", "most turns of a conversation; later ones are written by the target", {"type": int}),
@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder of the run (default: runs/NAME); the same command goes on where a stopped one left it. How far "
         "and how fast it goes (--minutes, --steps, --streams …) may be given anew, and what concerns training alone "
-        "until it has begun",
+        "until its state is first saved",
     )
     group.add_argument(
         "--out",
@@ -165,9 +165,12 @@ def run(args: argparse.Namespace) -> int:
     if plan.add_layers and plan.init is not None and out.resolve() == Path(plan.init).resolve():
         # the same command again would add them to what it had written
         raise ConfigError("--out is the drafter of --init; with --add-layers it must be another folder", param="out")
-    there = next(path for path in (out, *out.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"no drafter can be written to {out}: {there} is no folder to write in", param="out")
+    try:
+        there = next(path for path in (out, *out.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise NotADirectoryError(f"{there} is no folder to write in")
+    except OSError as error:
+        raise ConfigError(f"no drafter can be written to {out}: {error}", param="out") from error
     with alone(folder):
         return _run_in(folder, out, plan)
 
@@ -187,8 +190,8 @@ def _run_in(folder: Path, out: Path, plan: TrainPlan) -> int:
         finished = run_stages(plan, folder, out, progress)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"the GPU's memory is full: {error}; fewer --streams take less to write and to calibrate; a smaller --batch"
-            f" or --anchors takes less to train, in a run of its own: --run-dir NEW --answers {folder / ANSWERS}",
+            f"the GPU's memory is full: {error}; fewer --streams take less to write and to calibrate, a smaller "
+            f"--batch or --anchors less to train, {anew(folder)}",
             param="batch",
         ) from error
     except OSError as error:  # what no stage could say better: a log line, say, on a full disk

@@ -26,7 +26,7 @@ from dspark_stream.training.features import FeatureSource
 from dspark_stream.training.log import loss_fields, open_log, spoken
 from dspark_stream.training.loss import LossParts
 from dspark_stream.training.muon import Muon
-from dspark_stream.training.plan import ANSWERS
+from dspark_stream.training.plan import STATE, anew
 from dspark_stream.training.validate import Walked, walk
 from dspark_stream.training.workers import Share, Workers, mean_parts
 
@@ -54,7 +54,7 @@ class LoopConfig:
 
 
 class Trainer:
-    """Trains one drafter; everything that a resumed run needs is in ``folder / 'state.pt'``.
+    """Trains one drafter; everything that a resumed run needs is in ``folder / STATE``.
 
     Args:
         drafter: new, float32, on the target's device.
@@ -129,8 +129,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         if not norm.isfinite():
             raise ConfigError(
-                f"step {self.step + 1}: the gradient is not finite, with --lr {self.config.lr:g}: a smaller one is "
-                f"a run of its own: --run-dir NEW --answers {self.folder / ANSWERS}",
+                f"step {self.step + 1}: the gradient is not finite, with --lr {self.config.lr:g}: give a smaller "
+                f"one, {anew(self.folder)}",
                 param="lr",
             )
         for optimizer in self.optimizers:
@@ -155,7 +155,7 @@ class Trainer:
     def run(self, progress: Progress = SILENT, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train from where the folder stands to the end. Validates and saves on the way, and at the end.
 
-        ``stop`` is asked after every step; when it says so the state is saved. Returns whether the end was reached.
+        ``stop`` is asked after every step; when it says so the state is saved. Returns False where it did.
         """
         c = self.config
         started = time.monotonic() - self.elapsed_s
@@ -184,7 +184,7 @@ class Trainer:
                     self.save()
                     saved_s = self.elapsed_s
                 bar.reach(min(int(self.elapsed_s - first_s), int(left)) if c.minutes else self.step - first, note)
-                if stopped and not last:
+                if stopped:
                     return False
         return True
 
@@ -234,8 +234,8 @@ class Trainer:
         Raises:
             ConfigError: the disk is full; the earlier state is still there.
         """
-        path = self.folder / "state.pt"
-        part = path.with_name("state.pt.part")
+        path = self.folder / STATE
+        part = path.with_name(STATE + ".part")
         state = {
             "step": self.step,
             "rows": self.rows,
@@ -257,7 +257,7 @@ class Trainer:
         Raises:
             ConfigError: there is one, and it is broken or of another drafter.
         """
-        path = self.folder / "state.pt"
+        path = self.folder / STATE
         if not path.exists():
             return False
         try:

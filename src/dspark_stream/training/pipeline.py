@@ -23,6 +23,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,7 +50,7 @@ from dspark_stream.training.card import CARD, Trained, write_card
 from dspark_stream.training.features import FeatureSource
 from dspark_stream.training.initial import deepened, default_taps, pick_mask_token, start_from_target
 from dspark_stream.training.loop import LoopConfig, Trainer
-from dspark_stream.training.plan import ANSWERS, FILE, TrainPlan
+from dspark_stream.training.plan import ANSWERS, FILE, HOW, TrainPlan, unlike
 from dspark_stream.training.writers import EngineWriter, OpenVinoWriter, Writer, choose_writer
 from dspark_stream.types import Acceptance
 
@@ -93,15 +94,17 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> 
 def finish(plan: TrainPlan, out: Path) -> str:
     """What a run's folder remembers of its end: what was trained, and which weights that gave where."""
     weights = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
-    return json.dumps({"plan": plan.essence(), "out": str(out.resolve()), "weights": weights}, indent=2) + "\n"
+    return json.dumps({"plan": asdict(plan), "out": str(out.resolve()), "weights": weights}, indent=2) + "\n"
 
 
 def is_finished(plan: TrainPlan, folder: Path, out: Path) -> bool:
     """Whether the run in ``folder`` has come to this plan's end, and its weights are still in ``out``."""
     try:
-        return (folder / FINISHED).read_text() == finish(plan, out)
-    except OSError:
+        then, now = json.loads((folder / FINISHED).read_text()), json.loads(finish(plan, out))
+        differing = unlike(then.pop("plan"), now.pop("plan"))
+    except (OSError, ValueError, LookupError, TypeError):
         return False
+    return not differing.keys() - HOW and then == now
 
 
 def load(plan: TrainPlan, target_name: str, progress: Progress) -> LoadedTarget:
@@ -126,10 +129,11 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        # not by `Progress`, whose lock this very thread may hold
-        os.write(2, b"\nstopping after this step; once more ends it now, without what is not saved yet\n")
         for one, handler in before.items():
             signal.signal(one, handler)
+        # not by `Progress`, whose lock this very thread may hold; and who reads what it says may be gone
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more ends it now, without what is not saved yet\n")
 
     if threading.current_thread() is threading.main_thread():
         before.update({one: signal.signal(one, note) for one in (signal.SIGTERM, signal.SIGINT)})
@@ -318,7 +322,7 @@ def new_trainer(plan: TrainPlan, loaded: LoadedTarget, split: Split, folder: Pat
     if trainer.resume():
         progress.say(f"going on from step {trainer.step}")
         if trainer.began_with not in (None, loaded.fingerprint):
-            progress.say(f"{plan.target} has moved or changed since this run began, and is taken as it is now")
+            progress.say(f"{plan.target} is of another name, size or time than at the beginning: it is taken as it is")
     return trainer
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -117,16 +116,13 @@ class TrainPlan:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value} is not above 0", param=name)
 
-    def essence(self) -> dict[str, Any]:
-        """What decides the result, as JSON has it: all but how it is come by."""
-        raw: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {name: value for name, value in raw.items() if name not in HOW}
-
 
 TEXTS = frozenset(
     {"target", "prompts", "answers", "seed", "limit", "own_prompts", "turns", "follow_ups", "answer_tokens"}
 )
 """Settings that texts depend on. Until a state is saved all others may be given anew: only texts are there."""
+GIVEN_TEXTS = frozenset({"target", "prompts", "own_prompts", "answers"})
+"""The same where texts are given."""
 HOW = frozenset({"validate_every", "checkpoint_minutes", "feature_budget", "threads", "streams", "writer"})
 MAY_CHANGE = HOW | {"steps", "minutes", "licences"}
 """Settings that a resumed run may be given anew: how far to go, how fast, and who writes what is still to be written.
@@ -172,8 +168,8 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another run is at work in it, or it cannot be written.
     """
-    made = not folder.exists()
     try:
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
     except OSError as error:
@@ -190,15 +186,34 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and {one.name for one in folder.iterdir()} <= {FILE, LOCK}:
-                shutil.rmtree(folder)
+            with suppress(OSError):
+                if made and {one.name for one in folder.iterdir()} <= {FILE, LOCK}:
+                    for name in (FILE, LOCK):
+                        (folder / name).unlink(missing_ok=True)
+                    folder.rmdir()
 
 
-def one_place(value: Any) -> Any:
-    """A setting as it is compared: ``./a`` and ``a/`` are ``a``."""
-    if isinstance(value, list):
-        return [one_place(one) for one in value]
-    return os.path.normpath(value) if isinstance(value, str) else value
+def unlike(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings of two plans (as JSON has them) that are not the same, by name: then and now.
+
+    What a plan lacks is newer than it and had its default in it; ``./a`` and ``a/`` are ``a``.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(one) for one in value]
+        return os.path.normpath(value) if isinstance(value, str) else value
+
+    defaults = json.loads(json.dumps({f.name: f.default for f in fields(TrainPlan)}))
+    earlier, now = defaults | earlier, defaults | now
+    return {n: (earlier[n], now[n]) for n in defaults if plain(earlier[n]) != plain(now[n])}
+
+
+def anew(folder: Path) -> str:
+    """Where what concerns training alone can be given anew, in words."""
+    if (folder / STATE).exists():
+        return f"in a run of its own: --run-dir NEW --answers {folder / ANSWERS}, without prompts"
+    return "in the same folder, where nothing is trained yet"
 
 
 def settle(plan: TrainPlan, folder: Path) -> None:
@@ -211,18 +226,14 @@ def settle(plan: TrainPlan, folder: Path) -> None:
     raw: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
     try:
         if path.exists() and any(one.name not in (FILE, FILE + ".part", LOCK) for one in folder.iterdir()):
-            # settings that are newer than that run had their defaults in it
-            earlier = json.loads(json.dumps({f.name: f.default for f in fields(plan)})) | json.loads(path.read_text())
-            fixed = {f.name for f in fields(plan)} - MAY_CHANGE
-            if not (folder / STATE).exists():
-                fixed &= TEXTS
-            pairs = {f.name: (earlier.get(f.name), raw[f.name]) for f in fields(plan) if f.name in fixed}
-            differing = [f"{n}: {old} → {new}" for n, (old, new) in pairs.items() if one_place(old) != one_place(new)]
-            if differing:
-                texts = f"; its texts can be used there: --answers {folder / ANSWERS}"
+            differing = unlike(json.loads(path.read_text()), raw)
+            texts = GIVEN_TEXTS if plan.answers else TEXTS
+            refused = differing.keys() - MAY_CHANGE if (folder / STATE).exists() else differing.keys() & texts
+            if refused:
+                told = "; ".join(f"{name}: {old} → {new}" for name, (old, new) in differing.items() if name in refused)
+                hint = "" if refused & texts else f", where its texts are of use: --answers {folder / ANSWERS}"
                 raise ConfigError(
-                    f"{folder} holds a run with other settings ({'; '.join(differing)}): give the same or another "
-                    f"--run-dir{texts if (folder / ANSWERS).exists() else ''}",
+                    f"{folder} holds a run with other settings ({told}): give the same or another --run-dir{hint}",
                     param="run_dir",
                 )
         folder.mkdir(parents=True, exist_ok=True)
