@@ -9,6 +9,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 import types
 import weakref
 from dataclasses import replace
@@ -154,6 +157,25 @@ def test_a_killed_run_ends_at_the_same_weights(target_folder, run_folder, tmp_pa
     other = trainer_of(target_folder, answers, tmp_path / "other", head=head, seed=1)
     other.run()
     assert not same(weights(whole), weights(other))
+
+
+def test_a_process_that_is_killed_outright_ends_at_the_same_weights(target_folder, run_folder, tmp_path):
+    """The command itself, ended by SIGKILL while it trains and given again."""
+    answers = ["--answers", str(run_folder / "answers.jsonl"), "--steps", "60", "--checkpoint-minutes", "0.0001"]
+    argv = [sys.executable, "-m", "dspark_stream.training.command", "--target", str(target_folder), *answers]
+    argv += [*SHAPE, *TRAINING, "--threads", "1", "--run-dir"]
+    state = tmp_path / "killed" / "state.pt"
+    with subprocess.Popen([*argv, str(tmp_path / "killed")], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+    assert 0 < torch.load(state, weights_only=True)["step"] < 60
+    assert not (tmp_path / "killed" / "drafter").exists()
+    for name in ("killed", "whole"):
+        subprocess.run([*argv, str(tmp_path / name)], check=True, stderr=subprocess.DEVNULL)
+    killed, whole = ((tmp_path / name / "drafter" / "model.safetensors").read_bytes() for name in ("killed", "whole"))
+    assert killed == whole
 
 
 @pytest.mark.parametrize("head", ["markov", "none"])
