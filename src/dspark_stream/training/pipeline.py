@@ -62,7 +62,7 @@ CALIBRATION_TOKENS = 256
 def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> bool:
     """All stages; False where a signal ended the training early (its state is saved).
 
-    One stage's models are gone before the next one's are loaded: a target that fits once can be trained for.
+    One stage's models are gone before the next one's are loaded, so that the target is held once.
 
     Raises:
         DsparkError: whatever cannot be used or written, said in words; what is done is kept.
