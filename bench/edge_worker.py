@@ -26,7 +26,7 @@ class Dspark:
         from dspark_stream.config import Config
         from dspark_stream.engine.build import build_engine
         from dspark_stream.local import LocalEngine
-        from dspark_stream.models.native import NativeTarget
+        from dspark_stream.models.native.drafter import NativeTarget
         from dspark_stream.progress import Progress
 
         config = Config(model=model, threads=threads, max_num_seqs=16, max_model_len=2048)
@@ -61,7 +61,7 @@ class Dspark:
     def one_pass(self, rows: int, context: int) -> float:
         """Milliseconds of one target pass over so many rows of one stream."""
         from dspark_stream.models.cache import Extent
-        from dspark_stream.models.target import Rows
+        from dspark_stream.models.torch.target import Rows
 
         target = self.engine._models.target
         store = target.make_store(context + 64)
@@ -79,7 +79,7 @@ class Dspark:
         import torch
 
         from dspark_stream.models.cache import Extent
-        from dspark_stream.models.target import Rows
+        from dspark_stream.models.torch.target import Rows
 
         target = self.engine._models.target
         logits = target.forward([Rows(Extent(0, len(ids) + 16), 0, ids[:-1])], target.make_store(len(ids) + 16)).logits

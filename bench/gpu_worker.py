@@ -29,7 +29,7 @@ from dspark_stream.engine.gpu.runner import CANDIDATES, GraphRounds
 from dspark_stream.engine.step import Models
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.embedded import ensure_embedded_model
-from dspark_stream.models.quant import Quant, quantise_linears
+from dspark_stream.models.torch.quant import Quant, quantise_linears
 from dspark_stream.progress import SILENT, Progress
 from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.types import GenerationRequest, Mode, SamplingParams, TokensEvent

@@ -7,10 +7,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
-from dspark_stream.models.cache import ExtentAllocator, KVStore
-from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
-from dspark_stream.models.families import ATTENTION_NAME
-from dspark_stream.models.target import Target
+from dspark_stream.models.cache import ExtentAllocator
+from dspark_stream.models.torch.store import KVStore
+from dspark_stream.models.torch.drafter import Drafter, DrafterConfig, backbone_config
+from dspark_stream.models.torch.layers import ATTENTION_NAME
+from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.schedule import Adaptive, Schedule

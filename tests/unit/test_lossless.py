@@ -23,13 +23,13 @@ from dspark_kernels.cpu.build import compiler
 from dspark_stream.engine.stream import round_key
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.distributions import NativeDistributions
-from dspark_stream.models.target import TargetOutput
+from dspark_stream.models.torch.target import TargetOutput
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import RoundCost
 from dspark_stream.spec.draft import walk
 from dspark_stream.spec.noise import NoiseCache
-from dspark_stream.spec.sampling import race
+from dspark_stream.models.torch.distributions import race
 from dspark_stream.spec.schedule import Adaptive, Candidate, EarlyStop, Fixed, Lagged, Threshold, admit
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, SamplingParams

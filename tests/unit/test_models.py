@@ -14,10 +14,10 @@ from transformers import Gemma4TextConfig, LlamaForCausalLM, Qwen3Config
 from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter, read_config, save_drafter
-from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
+from dspark_stream.models.torch.drafter import Drafter, DrafterConfig, backbone_config
 from dspark_stream.models.loading import load_target, pick_dtype
-from dspark_stream.models.quant import quantise_linears
-from dspark_stream.models.target import Rows
+from dspark_stream.models.torch.quant import quantise_linears
+from dspark_stream.models.torch.target import Rows
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import draft
@@ -205,8 +205,8 @@ def test_families_build_a_drafter_from_a_targets_config(softcap):
 def family_target(config):
     from transformers import AutoModelForCausalLM
 
-    from dspark_stream.models.families import ATTENTION_NAME
-    from dspark_stream.models.target import Target
+    from dspark_stream.models.torch.layers import ATTENTION_NAME
+    from dspark_stream.models.torch.target import Target
 
     torch.manual_seed(0)
     return Target(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dspark_stream.spec.accept import match
 from dspark_stream.spec.noise import NoiseCache, RoundUniforms, token_exponentials
-from dspark_stream.spec.sampling import distributions, race, residual, sample, truncate
+from dspark_stream.models.torch.distributions import distributions, race, residual, sample, truncate
 from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.types import SamplingParams
 

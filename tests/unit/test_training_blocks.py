@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dspark_stream.models.cache import Extent, KVStore
+from dspark_stream.models.cache import Extent
+from dspark_stream.models.torch.store import KVStore
 from dspark_stream.training.answers import Answer
 from dspark_stream.training.blocks import (
     IGNORE,

@@ -26,7 +26,7 @@ from dspark_stream.errors import ConfigError
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.loading import load_target
-from dspark_stream.models.target import Target
+from dspark_stream.models.torch.target import Target
 from dspark_stream.progress import SILENT, Progress
 from dspark_stream.spec.calibration import load_calibration
 from dspark_stream.training import command, loop, pipeline

@@ -31,8 +31,21 @@ GROUP = 32
 """Weights that share a scale; inputs of every matrix are a multiple of it."""
 LANES = 16
 """Token slots of a key tile."""
+RING_GRAIN = 64
+"""Rings are multiples of this many token slots."""
 LARGEST_RANK = 4096
 """Of a sequential head."""
+
+
+class Kind(IntEnum):
+    """How a matrix keeps its weights (csrc/matrix.h): bits of a quant, _M with a minimum of its own for each group."""
+
+    FOUR = 0
+    FOUR_M = 1
+    FIVE = 2
+    FIVE_M = 3
+    SIX = 4
+    EIGHT = 5
 
 
 class Source(IntEnum):
@@ -49,22 +62,32 @@ class Source(IntEnum):
     Q6_K = 14
 
     @property
-    def bits(self) -> int:
-        """That a matrix needs to hold its quants as they are (Q6_K, two scales to a group: rounded to 8)."""
-        return 4 if self in (Source.F32, Source.Q4_0, Source.Q4_1, Source.Q4_K) else 8
+    def kind(self) -> Kind | None:
+        """What holds its quants as they are; None: of floats, any."""
+        return _BLOCKS[self][2]
 
     @property
     def block(self) -> int:
         """Weights of a block; rows are whole blocks."""
-        return 256 if self >= Source.Q4_K else GROUP
+        return _BLOCKS[self][0]
 
     def nbytes(self, weights: int) -> int:
         """Bytes of that many weights."""
-        return _BLOCK_BYTES[self] * weights // self.block
+        return _BLOCKS[self][1] * weights // self.block
 
 
-_BLOCK_BYTES = {Source.F32: 128, Source.Q4_0: 18, Source.Q4_1: 20, Source.Q5_0: 22, Source.Q5_1: 24, Source.Q8_0: 34,
-                Source.Q4_K: 144, Source.Q5_K: 176, Source.Q6_K: 210}  # fmt: skip
+_BLOCKS: dict[Source, tuple[int, int, Kind | None]] = {
+    Source.F32: (GROUP, 128, None),
+    Source.Q4_0: (GROUP, 18, Kind.FOUR),
+    Source.Q4_1: (GROUP, 20, Kind.FOUR_M),
+    Source.Q5_0: (GROUP, 22, Kind.FIVE),
+    Source.Q5_1: (GROUP, 24, Kind.FIVE_M),
+    Source.Q8_0: (GROUP, 34, Kind.EIGHT),
+    Source.Q4_K: (256, 144, Kind.FOUR_M),
+    Source.Q5_K: (256, 176, Kind.FIVE_M),
+    Source.Q6_K: (256, 210, Kind.SIX),
+}
+"""Weights of a block, its bytes, and what holds them."""
 
 
 @cache
@@ -81,7 +104,7 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         raise NoCompilerError(f"{path} cannot be loaded: {error}; remove it to have it built anew") from error
     pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     double, done = ctypes.c_double, ctypes.c_bool
-    two, three = [integer] * 2, [pointer] * 3
+    two, two_at, three, place = [integer] * 2, [pointer] * 2, [pointer] * 3, [long, integer]
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "isa": (ctypes.c_char_p, []),
         "error": (ctypes.c_char_p, []),
@@ -95,15 +118,18 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "take": (None, [pointer, pointer, integer, pointer]),
         "rows": (None, [pointer, pointer, integer, pointer]),
         "product": (done, [*three, integer, pointer, integer, pointer]),
-        "llama": (pointer, [*[integer] * 6, real, *[pointer] * 3]),
+        "llama": (pointer, [*[integer] * 6, real, real, done, pointer, pointer, integer]),
         "free_llama": (None, [pointer]),
-        "add_layer": (done, [pointer] * 10),
-        "forward": (done, [pointer, pointer, integer, *[pointer] * 7, long, pointer, integer, pointer]),
+        "add_layer": (done, [*three, *two]),
+        "forward": (done, [pointer, pointer, integer, *[pointer] * 8, *place, pointer, integer, pointer]),
         "walk": (done, [*[pointer] * 4, *two, *[pointer] * 7]),
-        "draft": (done, [*[pointer] * 5, *[integer] * 3, *[pointer] * 4, long, *[pointer] * 7]),
+        "draft": (
+            done,
+            [*three, real, *[pointer] * 2, *[integer] * 3, pointer, integer, *three, *place, *[pointer] * 7],
+        ),
         "run": (
             done,
-            [*[pointer] * 4, integer, *[pointer] * 4, long, pointer, integer, *[pointer] * 2, integer, *[pointer] * 2],
+            [*three, real, pointer, integer, *[pointer] * 4, *place, pointer, integer, *two_at, integer, *two_at],
         ),
         "weigh": (done, [pointer, pointer, *two, pointer, pointer]),
         "draw": (integer, [pointer, integer, double, double]),
@@ -113,7 +139,7 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
             integer,
             [pointer, pointer, integer, pointer, pointer, integer, *[pointer] * 3, integer, pointer, double, pointer],
         ),
-        "append_context": (done, [*[pointer] * 4, integer, *[pointer] * 5, long]),
+        "append_context": (done, [*[pointer] * 4, integer, *[pointer] * 5, *place]),
     }
     signatures |= {
         "read_rate": (double, [pointer, pointer, long]),
@@ -219,17 +245,17 @@ class Context:
 
 
 class PackedMatrix:
-    """Weights [outputs, inputs] of 4 or 8 bits in the kernels' own order.
+    """Weights [outputs, inputs] in the kernels' own order.
 
     Raises:
         ValueError: inputs that are no multiple of 32.
     """
 
-    def __init__(self, context: Context, outputs: int, inputs: int, bits: int) -> None:
-        if inputs % GROUP or min(outputs, inputs) < 1 or bits not in (4, 8):
-            raise ValueError(f"a packed matrix of {outputs} x {inputs} with {bits} bits: inputs must divide by {GROUP}")
-        self.context, self.outputs, self.inputs, self.bits = context, outputs, inputs, bits
-        self.handle = context.library.matrix(outputs, inputs, bits)
+    def __init__(self, context: Context, outputs: int, inputs: int, kind: Kind) -> None:
+        if inputs % GROUP or min(outputs, inputs) < 1:
+            raise ValueError(f"a packed matrix of {outputs} x {inputs}: inputs must divide by {GROUP}")
+        self.context, self.outputs, self.inputs, self.kind = context, outputs, inputs, Kind(kind)
+        self.handle = context.library.matrix(outputs, inputs, kind)
         if not self.handle:
             raise MemoryError(context.library.error().decode())
         self._free = _free_with(self, context.library.free_matrix, self.handle)
@@ -243,9 +269,10 @@ class PackedMatrix:
         """Set channels ``first`` … ``first + count - 1`` from rows of ``data``: ``rows[i]``, or i in order.
 
         Raises:
-            ValueError: data too short for the rows, quants of other bits, channels that the matrix does not have.
+            ValueError: data too short for the rows, quants of another kind, channels that the matrix does not have.
         """
-        if source.bits > self.bits or self.inputs % source.block or not 0 <= first <= first + count <= self.outputs:
+        fits = source.kind in (self.kind, None) and self.inputs % source.block == 0
+        if not fits or not 0 <= first <= first + count <= self.outputs:
             raise ValueError(f"{source.name} rows for channels {first} … {first + count - 1} do not fit this matrix")
         data = np.ascontiguousarray(data)
         needed = (count if rows is None else int(rows.max(initial=-1)) + 1) * source.nbytes(self.inputs)
@@ -258,7 +285,7 @@ class PackedMatrix:
     def take(self, rows: Sequence[int] | Ints) -> PackedMatrix:
         """Some of its channels as a matrix of their own."""
         chosen = self._checked(rows)
-        out = PackedMatrix(self.context, len(chosen), self.inputs, self.bits)
+        out = PackedMatrix(self.context, len(chosen), self.inputs, self.kind)
         self.context.library.take(self.handle, _at(chosen), len(chosen), out.handle)
         return out
 
@@ -299,6 +326,16 @@ class PackedMatrix:
         return int(self.handle)
 
 
+def sampling_rows(rows: Sequence[tuple[float, float, float, int]]) -> Floats:
+    """What rows are drawn by, as the kernels read it [n, 4]: temperature (0: the greatest), top-p (1: off), min-p (0:
+    off), top-k (0: off).
+    """
+    out = np.empty((len(rows), 4), dtype=np.float32)
+    out[:, :3] = [row[:3] for row in rows] or np.empty((0, 3))
+    out.view(np.int32)[:, 3] = [min(row[3], 2**31 - 1) for row in rows]
+    return out
+
+
 class Weights(NamedTuple):
     """N rows that tokens are drawn from: probabilities before they are divided by their sums."""
 
@@ -307,14 +344,17 @@ class Weights(NamedTuple):
     totals: Doubles  # [N]
 
     @classmethod
-    def of(cls, context: Context, scores: Floats, temperatures: Sequence[float]) -> Weights:
-        """exp(score/temperature), up to a factor, in place of scores [N, V]; temperatures [N] above 0."""
+    def of(cls, context: Context, scores: Floats, sampling: Floats) -> Weights:
+        """exp(score/temperature), up to a factor, in place of scores [N, V], 0 where a token is cut off.
+
+        ``sampling``: `sampling_rows` [N, 4], every temperature above 0.
+        """
         rows, width = scores.shape
-        by = np.array(temperatures, dtype=np.float32)
         _must(scores.dtype == np.float32 and scores.flags.c_contiguous and width > 0, "scores of another kind")
-        _must(by.shape == (rows,) and (by > 0).all(), "a temperature above 0 is needed for every row")
+        _check_sampling(sampling, rows)
+        _must((sampling[:, 0] > 0).all(), "a temperature above 0 is needed for every row")
         totals = np.empty(rows)
-        _done(context, context.library.weigh(context.handle, _at(scores), rows, width, _at(by), _at(totals)))
+        _done(context, context.library.weigh(context.handle, _at(scores), rows, width, _at(sampling), _at(totals)))
         return cls(context, scores, totals)
 
     def probability(self, row: int, token: int) -> float:
@@ -400,6 +440,13 @@ class Weights(NamedTuple):
             _must(len(ids) == 0 or 0 <= ids[0] <= ids[-1] < width, "ids outside the vocabulary")
 
 
+def _check_sampling(sampling: Floats, rows: int) -> None:
+    _must(
+        sampling.dtype == np.float32 and sampling.shape == (rows, 4) and sampling.flags.c_contiguous,
+        "sampling of other rows",
+    )
+
+
 class Walked(NamedTuple):
     """What a walk through R blocks of γ slots drafted."""
 
@@ -415,7 +462,7 @@ class _Heads(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("w2", "w1", "confidence", "draft_ids")),
-        *((name, ctypes.c_int32) for name in ("rank", "vocabulary", "hidden_size", "with_markov")),
+        *((name, ctypes.c_int32) for name in ("rank", "vocabulary", "hidden_size", "with_markov", "w1_of_drafts")),
         ("confidence_bias", ctypes.c_float),
     )
 
@@ -424,8 +471,8 @@ class Head:
     """A drafter's sequential and confidence head: rank r, hidden size H, draft vocabulary Vd.
 
     Args:
-        w1: [V, r]; None without a sequential head.
-        w2: [Vd, r], 8 bits.
+        w1: [V, r], or [Vd, r]: then other tokens' rows are zeros; None without a sequential head.
+        w2: [Vd, r].
         confidence: [H] or [H + r]; None without a confidence head.
         draft_ids: [Vd], ascending; None: all of the target's.
 
@@ -448,7 +495,7 @@ class Head:
         _must(hidden_size % LANES == 0 and rank % GROUP == 0 and rank <= LARGEST_RANK, f"sizes {hidden_size}, {rank}")
         _must(draft_ids is None or len(draft_ids) == vocabulary, f"not {vocabulary} draft ids")
         if w2 is not None:
-            _must((w2.outputs, w2.inputs, w2.bits) == (vocabulary, rank, 8), "W2 of another size")
+            _must((w2.outputs, w2.inputs) == (vocabulary, rank), "W2 of another size")
         with_markov = confidence is not None and len(confidence) > hidden_size
         if confidence is not None:
             _must(len(confidence) == hidden_size + rank * with_markov, "confidence weights of another size")
@@ -458,14 +505,15 @@ class Head:
             ("draft ids", draft_ids, np.int32),
         ):
             _must(array is None or (array.dtype == dtype and array.flags.c_contiguous), f"{name} of another type")
-        largest = vocabulary - 1 if draft_ids is None else int(draft_ids[-1])
+        self.w1_of_drafts = w1 is not None and draft_ids is not None and len(w1) == vocabulary
+        largest = vocabulary - 1 if draft_ids is None or self.w1_of_drafts else int(draft_ids[-1])
         _must(w1 is None or largest < len(w1), "W1 of a smaller vocabulary")
         self.w1, self.w2, self.confidence, self.draft_ids = w1, w2, confidence, draft_ids
         self.vocabulary, self.hidden_size = vocabulary, hidden_size
         self._struct = _Heads(
             None if w2 is None else w2.handle,
             *map(_at, (w1, confidence, draft_ids)),
-            *(rank, vocabulary, hidden_size, with_markov),
+            *(rank, vocabulary, hidden_size, with_markov, self.w1_of_drafts),
             confidence_bias,
         )
         self.address = ctypes.addressof(self._struct)
@@ -476,7 +524,7 @@ class Head:
         base: Floats,
         hidden: Floats,
         anchors: Ints,
-        temperatures: Sequence[float] = (),
+        sampling: Floats | None = None,
         uniforms: Doubles | None = None,
     ) -> Walked:
         """Drafts of R streams, slot after slot.
@@ -485,7 +533,7 @@ class Head:
             base: logits before any bias [R, γ, Vd]; written over where a stream samples.
             hidden: [R, γ, H].
             anchors: [R].
-            temperatures: [R], 0 for greedy drafts; empty: all are.
+            sampling: `sampling_rows` [R, 4], temperature 0 for greedy drafts; None: all are.
             uniforms: [R, γ] in [0, 1), for those that sample.
         """
         streams, gamma, vocabulary = base.shape
@@ -494,9 +542,9 @@ class Head:
         _must(base.dtype == hidden.dtype == np.float32, "base logits or hidden states that are not float32")
         _must(base.flags.c_contiguous and hidden.flags.c_contiguous, "arrays that are not contiguous")
         _must(anchors.shape == (streams,), "anchors of other streams")
-        if self.w1 is not None and len(anchors):
+        if self.w1 is not None and len(anchors) and not self.w1_of_drafts:
             _must(0 <= int(anchors.min()) <= int(anchors.max()) < len(self.w1), "anchors outside the vocabulary")
-        out = _Drafted(context, self, anchors, gamma, temperatures, uniforms)
+        out = _Drafted(context, self, anchors, gamma, sampling, uniforms)
         library = context.library
         done = library.walk(
             context.handle, self.address, _at(base), _at(hidden), streams, gamma, out.anchors, *out.drawn, *out.places
@@ -514,7 +562,7 @@ class _Drafted:
         head: Head,
         anchors: Ints,
         gamma: int,
-        temperatures: Sequence[float],
+        sampling: Floats | None,
         uniforms: Doubles | None,
     ) -> None:
         streams = len(anchors)
@@ -526,16 +574,15 @@ class _Drafted:
         self._keep: list[npt.NDArray[Any]] = [anchors]
         self.anchors = _at(anchors)
         self.drawn: tuple[int | None, int | None] = (None, None)
-        """Addresses of temperatures and uniforms."""
+        """Addresses of sampling and uniforms."""
         self._totals: Doubles | None = None
-        if any(t > 0 for t in temperatures):
-            by = np.array(temperatures, dtype=np.float32)
-            _must(by.shape == (streams,), "temperatures of other streams")
+        if sampling is not None and (sampling[:, 0] > 0).any():
+            _check_sampling(sampling, streams)
             _must(uniforms is not None and uniforms.shape == (streams, gamma), "uniforms of other streams")
             _must(uniforms is not None and uniforms.dtype == np.float64 and uniforms.flags.c_contiguous, "uniforms")
             assert uniforms is not None
-            self._keep += [by, uniforms]
-            self.drawn = _at(by), _at(uniforms)
+            self._keep += [sampling, uniforms]
+            self.drawn = _at(sampling), _at(uniforms)
             self._totals = np.ones(streams * gamma)
         # tokens, indices and confidence logits of four bytes each lie together: one address to ask for
         self._out = np.zeros((3, streams, gamma), dtype=np.int32)
@@ -558,33 +605,44 @@ class _Drafted:
 
 
 class LayerWeights(NamedTuple):
-    """One layer's."""
+    """One layer's; None, or 0, where there is none."""
 
-    qkv: PackedMatrix  # [(Hq + 2·Hk)·D, H]
+    q: PackedMatrix  # [Hq·D, H]
+    k: PackedMatrix  # [Hk·D, H]
+    v: PackedMatrix  # [Hk·D, H]
     o: PackedMatrix  # [H, Hq·D]
     gate: PackedMatrix  # [inner, H]
     up: PackedMatrix  # [inner, H]
     down: PackedMatrix  # [H, inner]
     input_norm: npt.NDArray[Any]  # [H]
-    post_norm: npt.NDArray[Any]  # [H]
+    post_norm: npt.NDArray[Any]  # [H], before the MLP
     q_norm: npt.NDArray[Any] | None = None  # [D]
     k_norm: npt.NDArray[Any] | None = None  # [D]
+    bias: npt.NDArray[Any] | None = None  # [(Hq + 2·Hk)·D], of q, k and v
+    after_attention: npt.NDArray[Any] | None = None  # [H], a norm of what attention adds
+    after_mlp: npt.NDArray[Any] | None = None  # [H], likewise
+    window: int = 0
+    """Positions that a row sees at most, itself among them."""
+    rope: int = 0
+    """Which of the model's rotary tables."""
 
 
 class Pass(NamedTuple):
-    """Where T rows stand. Row r sees ``visible[r]`` slots from ``first_slot[r]`` (a multiple of 16) on."""
+    """Where T rows stand. Row r sees positions ``begin[r]`` … ``visible[r] - 1`` of its stream, whose first lies at
+    slot ``first_slot[r]`` (a multiple of 16). ``begin`` None: 0 for all."""
 
     position: Ints
     slot: Ints
     first_slot: Ints
     visible: Ints
+    begin: Ints | None = None
 
 
 class Place(NamedTuple):
     """A store's addresses."""
 
-    addresses: tuple[int, int, int]
-    """Of keys and values, and the token slots that they have."""
+    addresses: tuple[int, int, int, int]
+    """Of keys and values, the token slots that they have, and the ring."""
     shape: tuple[int, int, int]
     """Layers, key heads, head size."""
     store: Store
@@ -599,14 +657,19 @@ class Store(NamedTuple):
 
     keys: Words
     values: Words
+    ring: int = 0
+    """Positions of a stream that are kept, a multiple of `RING_GRAIN`: position i at its first slot + i mod ring. 0:
+    all."""
 
     @staticmethod
-    def zeros(layers: int, slots: int, kv_heads: int, head_size: int) -> Store:
+    def zeros(layers: int, slots: int, kv_heads: int, head_size: int, ring: int = 0) -> Store:
         """Room for ``slots`` (rounded up to whole tiles); costs no memory until it is written."""
+        _must(ring >= 0 and ring % RING_GRAIN == 0, f"a ring of {ring}")
         tiles = -(-slots // LANES)
         return Store(
             _untouched(layers, kv_heads, tiles, head_size, LANES),
             _untouched(layers, kv_heads, tiles * LANES, head_size),
+            ring,
         )
 
     @property
@@ -614,7 +677,7 @@ class Store(NamedTuple):
         """Where it is, for `Llama.run` and others: asked for once, since it takes time."""
         layers, kv_heads, slots, head_size = self.values.shape
         _must(self.keys.shape == (layers, kv_heads, slots // LANES, head_size, LANES), "keys of other values")
-        addresses = self.keys.ctypes.data, self.values.ctypes.data, slots
+        addresses = self.keys.ctypes.data, self.values.ctypes.data, slots, self.ring
         return Place(addresses, (layers, kv_heads, head_size), self)
 
     def clear(self, slot: int, size: int) -> None:
@@ -636,11 +699,20 @@ def _untouched(*shape: int) -> Words:
     return np.frombuffer(memory, dtype=np.uint16, count=math.prod(shape)).reshape(shape)
 
 
+class Rope(NamedTuple):
+    """A rotary table: [positions, D/2] each."""
+
+    cosine: npt.NDArray[Any]
+    sine: npt.NDArray[Any]
+
+
 class Llama:
     """Decoder layers and final norm.
 
     Args:
-        cosine: rotary table [positions, D/2]; ``sine`` likewise.
+        ropes: rotary tables; layers say which is theirs.
+        score_scale: of query · key; None: 1/√D.
+        gelu: the gate's activation is GELU by tanh, else SiLU.
 
     Raises:
         ValueError: sizes that the kernels cannot do (they work in groups of 32 and lanes of 16), or weights that do
@@ -655,36 +727,42 @@ class Llama:
         kv_heads: int,
         eps: float,
         final_norm: npt.NDArray[Any],
-        cosine: npt.NDArray[Any],
-        sine: npt.NDArray[Any],
+        ropes: Sequence[Rope],
         layers: Sequence[LayerWeights],
+        score_scale: float | None = None,
+        gelu: bool = False,
     ) -> None:
-        if not layers:
-            raise ValueError("no layers")
+        if not layers or not ropes:
+            raise ValueError("no layers, or no rotary table")
         first = layers[0]
-        self.context, self.hidden, self.num_layers = context, first.qkv.inputs, len(layers)
-        self.heads, self.kv_heads, self.head_size = heads, kv_heads, first.qkv.outputs // (heads + 2 * kv_heads)
-        self.inner, self.positions = first.gate.outputs, len(cosine)
+        self.context, self.hidden, self.num_layers = context, first.q.inputs, len(layers)
+        self.heads, self.kv_heads, self.head_size = heads, kv_heads, first.q.outputs // heads
+        self.inner, self.positions = first.gate.outputs, len(ropes[0].cosine)
         d, h = self.head_size, self.hidden
         if d % 32 or d > 256 or h % GROUP or self.inner % GROUP or heads % kv_heads:
             raise ValueError(f"heads of {d}, hidden size {h}, inner size {self.inner} are not for these kernels")
-        final, cosine, sine = _floats(final_norm, h), _floats(cosine), _floats(sine)
-        if cosine.shape != sine.shape or cosine.shape[1:] != (d // 2,):
-            raise ValueError(f"rotary tables of {cosine.shape} and {sine.shape} for heads of {d}")
+        final, tables = _floats(final_norm, h), [_floats(t) for rope in ropes for t in rope]
+        if any(table.shape != (self.positions, d // 2) for table in tables):
+            raise ValueError(f"rotary tables of {[table.shape for table in tables]} for heads of {d}")
         library = context.library
         self.handle = library.llama(
-            h, heads, kv_heads, d, self.inner, self.positions, eps, _at(final), _at(cosine), _at(sine)
+            *(h, heads, kv_heads, d, self.inner, self.positions, eps, score_scale or d**-0.5, gelu),
+            *(_at(final), (ctypes.c_void_p * len(tables))(*map(_at, tables)), len(ropes)),
         )
         if not self.handle:
             raise MemoryError(library.error().decode())
         _free_with(self, library.free_llama, self.handle)
         for layer in layers:
+            if not 0 <= layer.rope < len(ropes) or layer.window < 0:
+                raise ValueError(f"rotary table {layer.rope} or window {layer.window}")
             self._add(layer)
 
     def _add(self, layer: LayerWeights) -> None:
-        h, q = self.hidden, self.heads * self.head_size
+        h, q, kv, d = self.hidden, self.heads * self.head_size, self.kv_heads * self.head_size, self.head_size
         shapes = {
-            "qkv": (q + 2 * self.kv_heads * self.head_size, h),
+            "q": (q, h),
+            "k": (kv, h),
+            "v": (kv, h),
             "o": (h, q),
             "gate": (self.inner, h),
             "up": (self.inner, h),
@@ -694,10 +772,14 @@ class Llama:
             matrix: PackedMatrix = getattr(layer, name)
             if (matrix.outputs, matrix.inputs) != shape:
                 raise ValueError(f"{name} is {matrix.outputs} x {matrix.inputs}, expected {shape[0]} x {shape[1]}")
-        norms: list[Floats | None] = [_floats(layer.input_norm, h), _floats(layer.post_norm, h)]
-        norms += [None if n is None else _floats(n, self.head_size) for n in (layer.q_norm, layer.k_norm)]
-        matrices = [getattr(layer, name).give() for name in shapes]
-        _done(self.context, self.context.library.add_layer(self.handle, *matrices, *map(_at, norms)))
+        sizes = {"q_norm": d, "k_norm": d, "bias": q + 2 * kv, "after_attention": h, "after_mlp": h}
+        vectors: list[Floats | None] = [_floats(layer.input_norm, h), _floats(layer.post_norm, h)]
+        for name, size in sizes.items():
+            vector = getattr(layer, name)
+            vectors.append(None if vector is None else _floats(vector, size))
+        matrices = (ctypes.c_void_p * len(shapes))(*(getattr(layer, name).give() for name in shapes))
+        places = (ctypes.c_void_p * len(vectors))(*map(_at, vectors))
+        _done(self.context, self.context.library.add_layer(self.handle, matrices, places, layer.window, layer.rope))
 
     def forward(self, x: Floats, where: Pass, store: Store, tap_layers: Ints, taps: Floats) -> None:
         """x [T, H] becomes the final hidden states, in place; taps [T, taps·H] those of ``tap_layers``, ascending."""
@@ -728,6 +810,7 @@ class Llama:
         taps: Room,
         wanted: Sequence[int] | None = None,
         logits: Room | None = None,
+        embedding_scale: float = 1.0,
     ) -> tuple[Floats, Floats | Ints]:
         """A whole pass in one call, in which every row sees what comes before it in its stream, and itself.
 
@@ -761,6 +844,7 @@ class Llama:
             self.context.handle,
             self.handle,
             embedding.handle,
+            embedding_scale,
             lm_head.handle,
             streams,
             at,
@@ -789,8 +873,10 @@ class Llama:
         anchors: Sequence[int],
         place: Place,
         base: Room,
-        temperatures: Sequence[float] = (),
+        sampling: Floats | None = None,
         uniforms: Doubles | None = None,
+        embedding_scale: float = 1.0,
+        window: int = 0,
     ) -> Walked:
         """Blocks of γ drafts for R streams in one call: anchor and masks through layers, LM head and `Head.walk`.
 
@@ -800,7 +886,8 @@ class Llama:
             anchors: [R].
             place: `Store.place`.
             base: where base logits go; `Walked.weights` are a view of it, good until it is next written to.
-            temperatures: see `Head.walk`; ``uniforms`` likewise.
+            sampling: see `Head.walk`; ``uniforms`` likewise.
+            window: positions before the anchor that a block sees; 0: all.
 
         Raises:
             ValueError: tokens, positions or slots that are not there.
@@ -808,22 +895,24 @@ class Llama:
         self._check_sizes(place, embedding.inputs, lm_head.inputs)
         _must(gamma > 0, "blocks without slots")
         _must(len(where) == 3 * len(anchors) and all(rows == gamma for rows in where[2::3]), "blocks of other streams")
-        _must(head.w1 is None or len(head.w1) >= embedding.outputs, "W1 of a smaller vocabulary")
+        _must(head.w1 is None or head.w1_of_drafts or len(head.w1) >= embedding.outputs, "W1 of a smaller vocabulary")
         _must(lm_head.outputs == head.vocabulary and head.hidden_size == self.hidden, "heads of another drafter")
         streams = len(anchors)
         words = np.array([*anchors, *where], dtype=np.int32)
-        out = _Drafted(self.context, head, words[:streams], gamma, temperatures, uniforms)
+        out = _Drafted(self.context, head, words[:streams], gamma, sampling, uniforms)
         scores = base.get(streams, gamma, lm_head.outputs)
         done = self.context.library.draft(
             self.context.handle,
             self.handle,
             embedding.handle,
+            embedding_scale,
             lm_head.handle,
             head.address,
             mask,
             streams,
             gamma,
             (out.anchors or 0) + 4 * streams,
+            window,
             out.anchors,
             *place.addresses,
             base.address,
@@ -872,6 +961,8 @@ class Llama:
     def _check(self, x: Floats, where: Pass, store: Store) -> None:
         _must(x.dtype == np.float32 and x.shape[1:] == (self.hidden,) and x.flags.c_contiguous, "rows")
         for name, array in where._asdict().items():
+            if array is None and name == "begin":
+                continue
             _must(array.dtype == np.int32 and array.shape == (len(x),) and array.flags.c_contiguous, name)
         self._check_sizes(store.place)
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dspark_stream.models.cache import Extent, KVStore
-from dspark_stream.models.drafter import Drafter
+from dspark_stream.models.cache import Extent
+from dspark_stream.models.protocols import Drafter, Store
 
 ROOM, TOGETHER = 64, 128 * 2**20
 """Positions that may be kept of every stream, and bytes of all together: where there are few streams, more of each.
@@ -38,15 +38,18 @@ class Backlog:
         """Position of the first row."""
         self.count = 0
 
-    def add(self, taps: Tensor, row: int, count: int, position: int) -> None:
+    def add(self, taps: Tensor, row: int, count: int, position: int, window: int = 0) -> None:
         """Append rows ``row`` … of a pass's ``taps`` [B, taps·H]: ``count`` positions from ``position`` on.
 
         They follow the positions that are here. The tensor is kept, not copied, and shared by the pass's streams.
+        ``window``: of more positions only the latest so many will ever be seen (0: all).
         """
         if not self.count:
             self.first = position
         self._parts.append((taps, row, count))
         self.count += count
+        if window and self.count > window:
+            self.take(self.count - window)
 
     def take(self, most: int) -> list[Tensor]:
         """The first positions that are here, in order, at most so many; the others stay."""
@@ -61,13 +64,12 @@ class Backlog:
         return taken
 
 
-def hand_over(
-    owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: KVStore, most: int = sys.maxsize
-) -> None:
+def hand_over(owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: Store, most: int = sys.maxsize) -> None:
     """Give the drafter what these streams' backlogs keep, ``most`` positions of it, in as few products as go well."""
     positions: list[int] = []
     slots: list[int] = []
     parts: list[Tensor] = []
+    ring = drafter.ring
     for extent, backlog in owed:
         at = backlog.first
         parts_of_stream = backlog.take(most)
@@ -79,7 +81,7 @@ def hand_over(
                     positions, slots, parts = [], [], []
                 parts.append(piece)
                 positions += range(at, at + len(piece))
-                slots += range(extent.slot + at, extent.slot + at + len(piece))
+                slots += extent.context_slots(range(at, at + len(piece)), ring)
                 at += len(piece)
     if parts:
         drafter.append_context(_joined(parts), positions, slots, store)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dspark_kernels.cpu import Context, NoCompilerError, best_isa, supported_isas
+from dspark_kernels.cpu import Context, Kind, NoCompilerError, best_isa, supported_isas
 from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
 from dspark_stream.drafters import shipped_drafter
@@ -20,14 +20,15 @@ from dspark_stream.engine.worker import EngineThread
 from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
-from dspark_stream.models.drafter import Drafter
 from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.geometry import UnsupportedError
 from dspark_stream.models.loading import LoadedTarget, load_target
-from dspark_stream.models.native import NativeTarget
-from dspark_stream.models.quant import KERNEL_BITS, WEIGHT_ONLY_BITS, quantise_linears
-from dspark_stream.models.target import Target
+from dspark_stream.models.native.target import NativeTarget
+from dspark_stream.models.protocols import Drafter
 from dspark_stream.models.tokenizer import TextCodec
+from dspark_stream.models.torch.drafter import Drafter as TorchDrafter
+from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, quantise_linears
+from dspark_stream.models.torch.target import Target as TorchTarget
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import Calibration, load_calibration
 from dspark_stream.spec.schedule import parse_schedule
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 CPU_THREADS = torch.get_num_threads()
 """What torch takes for this machine, asked before anybody sets it."""
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+KERNEL_KINDS: dict[str, Kind] = {"w8a8": Kind.EIGHT, "w4a8": Kind.FOUR_M}
+"""How the CPU's kernels keep weights that come as floats, by the setting's name."""
 
 
 def build_engine(
@@ -61,26 +64,17 @@ def build_engine(
     path = str(ensure_embedded_model(config.cache_dir, progress)) if embedded else config.model
     with progress.stage(f"loading {config.model}"):
         kernels = open_kernels(config, progress)
-        bits = KERNEL_BITS.get(config.target_quant)
-        loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels, bits=bits)
+        kind = KERNEL_KINDS.get(config.target_quant)
+        loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels, kind=kind)
     target = loaded.target
     drafter, calibration, drafter_folder = _load_drafter(config, loaded, progress)
     if drafter is None and config.drafter != "none":
         progress.say(f"no drafter is shipped for {loaded.name}: decoding is plain; --drafter names one")
-    native = isinstance(target, NativeTarget)
     # on the kernels little is left to torch, and two pools on the same cores would wait for each other
-    torch.set_num_threads(1 if native else config.threads or CPU_THREADS)
-    if not native:
-        for module, quant in ((target.decoder, config.target_quant), (drafter, config.draft_quant)):
-            if module is not None:
-                quantise_linears(module, quant)
-        if target.device.type == "cuda":
-            _prepare_for_gpu(target, drafter, config)
-    if native or can_pack(target.device, target.dtype):
-        target.pack()
-        if drafter:
-            with _refused_by_kernels():
-                drafter.pack(KERNEL_BITS.get(config.draft_quant))
+    torch.set_num_threads(1 if isinstance(target, NativeTarget) else config.threads or CPU_THREADS)
+    if isinstance(target, TorchTarget):
+        assert drafter is None or isinstance(drafter, TorchDrafter)
+        _prepare_on_torch(target, drafter, config)
 
     max_model_len = config.max_model_len or target.max_positions
     if max_model_len > target.max_positions:
@@ -88,18 +82,22 @@ def build_engine(
             f"max_model_len {max_model_len} is more than the model's {target.max_positions}", param="max_model_len"
         )
     gamma = drafter.gamma if drafter else 0
-    per_token = sum(s.nbytes(target.kv_dtype) for s in [*target.kv_shapes, *(drafter.kv_shapes if drafter else [])])
-    affordable = max(GRAIN, config.kv_memory // per_token - gamma - 2 * GRAIN)
+    ring = drafter.ring if drafter else 0
+    drafter_bytes = sum(s.nbytes(target.kv_dtype) for s in drafter.kv_shapes) if drafter else 0
+    per_token = sum(s.nbytes(target.kv_dtype) for s in target.kv_shapes) + (0 if ring else drafter_bytes)
+    rings = ring * config.max_num_seqs
+    for_slots = config.kv_memory - rings * drafter_bytes
+    affordable = max(GRAIN, for_slots // per_token - gamma - 2 * GRAIN)
     if not config.max_model_len and affordable < max_model_len:
         progress.say(
             f"max_model_len is {affordable} of the model's {max_model_len}: kv_memory of {config.kv_memory >> 20} MiB "
             "holds no longer stream"
         )
         max_model_len = affordable
-    slots = slots_for_budget(config.kv_memory, per_token, max_model_len + gamma + 1)
-    allocator = ExtentAllocator(slots)
+    slots = slots_for_budget(config.kv_memory, per_token, max_model_len + gamma + 1, rings * drafter_bytes)
+    allocator = ExtentAllocator(slots, ring, rings)
     target_kv = target.make_store(slots)
-    drafter_kv = drafter.make_store(slots) if drafter else None
+    drafter_kv = drafter.make_store(rings or slots) if drafter else None
     folder = "" if drafter_folder is None else _weights_stamp(drafter_folder)
     curve = load_or_measure(
         target,
@@ -135,7 +133,7 @@ def build_engine(
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_token_bytes=codec.max_token_bytes if codec else 1,
-        dtype=kernels.isa if native and kernels else str(target.dtype).removeprefix("torch."),
+        dtype=kernels.isa if kernels and target.runner else str(target.dtype).removeprefix("torch."),
         device=str(target.device),
         target_quant=config.target_quant,
         draft_quant=config.draft_quant,
@@ -163,9 +161,22 @@ def _captured_rounds(models: Models, config: Config, longest: int, progress: Pro
     return rounds
 
 
-def _prepare_for_gpu(target: Target, drafter: Drafter | None, config: Config) -> None:
+def _prepare_on_torch(target: TorchTarget, drafter: TorchDrafter | None, config: Config) -> None:
+    """Quantised as asked for, and laid out for the device."""
+    quantise_linears(target.decoder, config.target_quant)
+    if drafter is not None:
+        quantise_linears(drafter, config.draft_quant)
+    if target.device.type == "cuda":
+        _prepare_for_gpu(target, drafter, config)
+    if can_pack(target.device, target.dtype):
+        target.pack()
+        if drafter is not None:
+            drafter.pack()
+
+
+def _prepare_for_gpu(target: TorchTarget, drafter: TorchDrafter | None, config: Config) -> None:
     """Fewer launches a layer, and a head of its own for a drafter whose weights are our kernel's."""
-    from dspark_stream.models.fusing import fuse_layers
+    from dspark_stream.models.torch.fusing import fuse_layers
 
     fused = fuse_layers(target.decoder)
     if drafter is not None:
@@ -181,7 +192,7 @@ def open_kernels(config: Config, progress: Progress) -> Context | None:
         config.cpu_kernels == "off"
         or config.device == "cuda"
         or (config.device == "auto" and torch.cuda.is_available())
-        or {config.target_quant, config.draft_quant} - {"none", *KERNEL_BITS}  # bitsandbytes' are torch's
+        or {config.target_quant, config.draft_quant} - {"none", *KERNEL_KINDS}  # bitsandbytes' are torch's
     ):
         return None
     isa = best_isa() if config.cpu_kernels == "auto" else config.cpu_kernels
@@ -203,11 +214,11 @@ def _load_drafter(
     if folder is None:
         return None, Calibration(), None
     with _refused_by_kernels():
-        drafter = load_drafter(folder, loaded.target)
+        drafter = load_drafter(folder, loaded.target, KERNEL_KINDS.get(config.draft_quant))
     if config.calibration == "none":
         return drafter, Calibration(), folder
     calibration = load_calibration(folder)
-    if calibration is None and drafter.confidence_head is not None:
+    if calibration is None and drafter.has_confidence:
         progress.say(f"{folder.name} is not calibrated: confidences count as they come; dspark-stream calibrate helps")
     return drafter, calibration or Calibration(), folder
 

@@ -14,16 +14,13 @@ import msgspec
 import torch
 
 from dspark_kernels.cpu import cpu_name
-from dspark_kernels.cpu.build import library_path
 from dspark_stream import __version__
 from dspark_stream.engine.backlog import PIECE
 from dspark_stream.engine.step import Models, decode_round
 from dspark_stream.engine.stream import Stream
 from dspark_stream.files import write_whole
-from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator, KVStore
-from dspark_stream.models.drafter import Drafter
-from dspark_stream.models.native import NativeTarget
-from dspark_stream.models.target import Target
+from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator
+from dspark_stream.models.protocols import Drafter, Store, Target
 from dspark_stream.progress import Progress
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
@@ -51,7 +48,7 @@ SOME_STREAMS = 16
 """What drawing costs is measured with so many streams at most."""
 SLOW_MS, ONCE_MS = 80.0, 240.0
 """Points that take so long are run twice, or once: buffers and what is left of the noise are small beside them."""
-FORMAT = "curve 11"
+FORMAT = "curve 12"
 ANY_CURVE = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0])
 """Rounds that are measured need one to go by."""
 
@@ -63,10 +60,6 @@ class _Stored(msgspec.Struct):
 
 def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[str], quants: Sequence[str]) -> list[str]:
     """Everything that a curve depends on, in words."""
-    runner = ""
-    if isinstance(target, NativeTarget):
-        context = target.llama.context
-        runner = f"{library_path(context.isa).name} x{context.threads}"
     device = (
         torch.cuda.get_device_name(target.device)
         if target.device.type == "cuda"
@@ -78,7 +71,7 @@ def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[st
         f"torch {torch.__version__}",
         device,
         str(target.dtype),
-        runner,
+        target.runner,
         f"gamma {drafter.gamma if drafter else 0}",
         *quants,
         *fingerprints,
@@ -87,9 +80,9 @@ def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[st
 
 def load_or_measure(
     target: Target,
-    target_kv: KVStore,
+    target_kv: Store,
     drafter: Drafter | None,
-    drafter_kv: KVStore | None,
+    drafter_kv: Store | None,
     allocator: ExtentAllocator,
     *,
     max_seqs: int,
@@ -251,9 +244,9 @@ class _Bench:
     def __init__(
         self,
         target: Target,
-        target_kv: KVStore,
+        target_kv: Store,
         drafter: Drafter | None,
-        drafter_kv: KVStore | None,
+        drafter_kv: Store | None,
         allocator: ExtentAllocator,
         max_seqs: int,
         max_model_len: int,
@@ -307,7 +300,7 @@ class _Bench:
         if far:
             points += [Point("long", n, self.long_ms) for n in (1, self.long_rows)]
         if self._drafter:
-            features = min(PIECE, self._extents[0].size, self.context + self.max_tokens)
+            features = min(PIECE, self._drafter.ring or PIECE, self._extents[0].size, self.context + self.max_tokens)
             points += [Point("draft", n, self.draft_ms) for n in streams]
             points += [Point("after", n, self.after_ms) for n in streams]
             points += [Point("slot", n, self.slot_ms) for n in streams]
@@ -388,7 +381,7 @@ class _Bench:
         assert self._drafter is not None
         assert self._drafter_kv is not None
         positions = list(range(count))
-        slots = [self._extents[0].slot + p for p in positions]
+        slots = self._extents[0].context_slots(positions, self._drafter.ring)
         taps = self._taps(count)
         begun = time.perf_counter()
         self._drafter.append_context(taps, positions, slots, self._drafter_kv)

@@ -18,15 +18,12 @@ import torch
 from dspark_stream.engine.backlog import ROOM, hand_over, room
 from dspark_stream.engine.drift import Drift, watch
 from dspark_stream.engine.stream import Stream
-from dspark_stream.models.cache import KVStore
-from dspark_stream.models.drafter import Drafter
-from dspark_stream.models.target import Rows, Target
+from dspark_stream.models.protocols import Drafter, Rows, Store, Target
 from dspark_stream.spec.accept import Outcome, accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
 from dspark_stream.spec.draft import Block, acceptance_of, draft, is_greedy
 from dspark_stream.spec.handicap import Shape
-from dspark_stream.spec.sampling import is_cut
 from dspark_stream.spec.schedule import Candidate, Schedule
 from dspark_stream.spec.skipping import Plan, Skipping
 from dspark_stream.spec.survival import AcceptanceHistory
@@ -46,9 +43,9 @@ class Models:
     """What a step works with; made once (build.py)."""
 
     target: Target
-    target_kv: KVStore
+    target_kv: Store
     drafter: Drafter | None
-    drafter_kv: KVStore | None
+    drafter_kv: Store | None
     calibration: Calibration
     history: AcceptanceHistory
     schedule: Schedule
@@ -70,7 +67,7 @@ class Models:
         drawn = [s for s in streams if not is_greedy(s)]
         if not drawn:
             return self.costs
-        by_torch = sum(s.verification == "coupled" or is_cut(s.sampling) for s in drawn)
+        by_torch = sum(s.verification == "coupled" for s in drawn)
         return self.costs.drawing((len(drawn) - by_torch) / len(streams), by_torch / len(streams))
 
     @property
@@ -273,7 +270,7 @@ def _keep_context(
         copy = taps.clone() if whole else taps[rows]
         at = 0
         for stream, row, count in mine:
-            _owe(stream, copy, row if whole else at, count, stream.position)
+            _owe(models, stream, copy, row if whole else at, count, stream.position)
             at += count
     most = ROOM if bounded else room(len(streams), taps)  # where rounds are, nobody should have much to catch up with
     begun = time.perf_counter()
@@ -290,15 +287,15 @@ def _keep_prompt(
     copy = taps.clone()
     for stream, row, start, count in chunks:
         if stream.drafts:
-            _owe(stream, copy, row, count, start)
+            _owe(models, stream, copy, row, count, start)
     bounded = any(s.max_chunk_gap_ms < inf for s in company)
     most = 0 if models.rounds is not None else ROOM if bounded else room(len(company), taps)
     _hand_over(models, [stream for stream, _, _, _ in chunks if stream.backlog.count > most])
 
 
-def _owe(stream: Stream, taps: torch.Tensor, row: int, count: int, position: int) -> None:
+def _owe(models: Models, stream: Stream, taps: torch.Tensor, row: int, count: int, position: int) -> None:
     """Keep rows of ``taps`` for when the stream is drafted for."""
-    stream.backlog.add(taps, row, count, position)
+    stream.backlog.add(taps, row, count, position, models.drafter.context_window if models.drafter else 0)
     if stream.past is not None:
         stream.past.owed = stream.backlog.count
 

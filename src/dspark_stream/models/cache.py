@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from dspark_kernels.ragged_attention import PAD
 from dspark_stream.errors import ConfigError
 
 GRAIN = 16
@@ -23,42 +19,84 @@ GRAIN = 16
 
 
 class Extent(NamedTuple):
-    """``size`` token slots from ``slot`` on; position i of the stream that owns it lies at ``slot + i``."""
+    """``size`` token slots from ``slot`` on; position i of the stream that owns it lies at ``slot + i``.
+
+    The drafter's context of the same positions lies in its own store: from ``slot`` on too, or, where it keeps the
+    latest ones only, in a ring that begins at ``context`` (`context_slots`).
+    """
 
     slot: int
     size: int
+    context: int = 0
+
+    def context_slots(self, positions: Sequence[int], ring: int) -> list[int]:
+        """Where the drafter's store has those positions, with a ring of that many slots (0: with none)."""
+        return [self.context + p % ring for p in positions] if ring else [self.slot + p for p in positions]
+
+
+class _Holes(NamedTuple):
+    """A sorted list of stretches that are free: (first, size)."""
+
+    free: list[tuple[int, int]]
+
+    def take(self, size: int) -> int | None:
+        """The first slot of the first stretch that is long enough."""
+        for i, (first, room) in enumerate(self.free):
+            if room >= size:
+                self.free[i : i + 1] = [(first + size, room - size)] if room > size else []
+                return first
+        return None
+
+    def give(self, first: int, size: int) -> None:
+        """Give a stretch back; it merges with the holes beside it."""
+        insort(self.free, (first, size))
+        merged: list[tuple[int, int]] = []
+        for at, room in self.free:
+            if merged and sum(merged[-1]) == at:
+                merged[-1] = (merged[-1][0], merged[-1][1] + room)
+            else:
+                merged.append((at, room))
+        self.free[:] = merged
 
 
 class ExtentAllocator:
-    """First fit over a sorted free list that merges neighbours. Raises nothing: no room is None."""
+    """First fit. Raises nothing: no room is None.
 
-    def __init__(self, total: int) -> None:
-        self.total = total - total % GRAIN
+    Args:
+        total: token slots.
+        ring: slots of a stream's ring in the drafter's store; 0: there are none.
+        ring_total: slots of that store.
+    """
+
+    def __init__(self, total: int, ring: int = 0, ring_total: int = 0) -> None:
+        self.total, self.ring = total - total % GRAIN, ring
         self.used = 0
-        self._free: list[Extent] = [Extent(0, self.total)] if self.total else []
+        self._slots = _Holes([(0, self.total)] if self.total else [])
+        self._rings = _Holes([(0, ring_total)] if ring_total else [])
+
+    def _ring_of(self, size: int) -> int:
+        """Whoever is shorter than a ring never comes round."""
+        return min(size, self.ring)
 
     def allocate(self, tokens: int) -> Extent | None:
         """An extent of at least ``tokens`` slots, or None while there is no stretch that long."""
         size = max(GRAIN, -(-tokens // GRAIN) * GRAIN)
-        for i, hole in enumerate(self._free):
-            if hole.size >= size:
-                rest = Extent(hole.slot + size, hole.size - size)
-                self._free[i : i + 1] = [rest] if rest.size else []
-                self.used += size
-                return Extent(hole.slot, size)
-        return None
+        slot = self._slots.take(size)
+        if slot is None:
+            return None
+        context = self._rings.take(self._ring_of(size)) if self.ring else 0
+        if context is None:
+            self._slots.give(slot, size)
+            return None
+        self.used += size
+        return Extent(slot, size, context)
 
     def free(self, extent: Extent) -> None:
-        """Give an extent back; it merges with the holes beside it."""
+        """Give an extent back."""
         self.used -= extent.size
-        insort(self._free, extent)
-        merged: list[Extent] = []
-        for hole in self._free:
-            if merged and merged[-1].slot + merged[-1].size == hole.slot:
-                merged[-1] = Extent(merged[-1].slot, merged[-1].size + hole.size)
-            else:
-                merged.append(hole)
-        self._free = merged
+        self._slots.give(extent.slot, extent.size)
+        if self.ring:
+            self._rings.give(extent.context, self._ring_of(extent.size))
 
 
 class KVShape(NamedTuple):
@@ -73,47 +111,15 @@ class KVShape(NamedTuple):
         return self.heads * (self.key_dim + self.value_dim) * dtype.itemsize
 
 
-class KVStore:
-    """Keys and values of one model's layers over all token slots.
-
-    Slots are written before they count; attention may look a little past what counts, masked, so all start at zero.
-    """
-
-    def __init__(self, shapes: Sequence[KVShape], slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.keys: list[Tensor] = []  # L x [N, Hk, D]
-        self.values: list[Tensor] = []  # L x [N, Hk, Dv]
-        for shape in shapes:
-            self.keys.append(_zeros((slots + PAD, shape.heads, shape.key_dim), dtype, device))
-            self.values.append(_zeros((slots + PAD, shape.heads, shape.value_dim), dtype, device))
-
-    def clear(self, extent: Extent) -> None:
-        """Zero an extent."""
-        for tensor in (*self.keys, *self.values):
-            tensor[extent.slot : extent.slot + extent.size] = 0
-
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put rows ``key`` [T, Hk, D] and ``value`` [T, Hk, Dv] at ``slots`` [T]."""
-        self.keys[layer].index_copy_(0, slots, key)
-        self.values[layer].index_copy_(0, slots, value)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that, on a CPU, cost no memory until they are written: the system hands out zeroed pages by itself."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
-
-
-def slots_for_budget(budget_bytes: int, bytes_per_token: int, longest: int) -> int:
-    """How many token slots ``budget_bytes`` buys.
+def slots_for_budget(budget_bytes: int, bytes_per_token: int, longest: int, taken_bytes: int = 0) -> int:
+    """How many token slots ``budget_bytes`` buys, of which ``taken_bytes`` go to the drafter's rings.
 
     Raises:
         ConfigError: less than one stream of ``longest`` tokens; names the smallest budget that would do.
     """
-    slots = budget_bytes // bytes_per_token
+    slots = max(0, budget_bytes - taken_bytes) // bytes_per_token
     if slots < longest + GRAIN:
-        need = -(-(longest + GRAIN) * bytes_per_token // 2**20)
+        need = -(-((longest + GRAIN) * bytes_per_token + taken_bytes) // 2**20)
         raise ConfigError(
             f"kv_memory of {budget_bytes / 2**20:.0f} MiB holds {slots} tokens at {bytes_per_token} bytes each, less "
             f"than one stream of max_model_len: give at least {need}MiB or a smaller max_model_len",

@@ -1,14 +1,18 @@
 """Drafter checkpoints in DeepSpec's format (design/checkpoints.md, A), read and written.
 
 Ours beside theirs: `draft_vocab_size` in the config with a tensor `d2t` [Vd] of offsets (target id = draft id +
-d2t[draft id], as the speculators format has it), and no `embed_tokens`, no `lm_head` where the target's are meant.
+d2t[draft id], as the speculators format has it), W1 with rows for the draft vocabulary alone where it has as many,
+`context_window`, matrices in GGUF's blocks (`weight_blocks`, see blocks.py), and no `embed_tokens`, no `lm_head` where
+the target's are meant.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast, get_args, overload
 
 import msgspec
 import torch
@@ -16,18 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dspark_kernels.cpu import Kind, Source
 from dspark_stream.errors import ModelLoadError
-from dspark_stream.models.drafter import (
-    ARCHITECTURES,
-    Drafter,
-    DrafterConfig,
-    backbone_config,
-    full_attention_shape,
-)
+from dspark_stream.models.blocks import Blocks, as_floats, quantised
+from dspark_stream.models.drafter_config import DrafterConfig, HeadType
+from dspark_stream.models.families import FAMILIES
 from dspark_stream.models.geometry import geometry_of
-from dspark_stream.models.heads import HeadType
-from dspark_stream.models.native import NativeDrafter, NativeTarget
-from dspark_stream.models.target import Target
+from dspark_stream.models.native.drafter import NativeDrafter, native_shapes
+from dspark_stream.models.native.target import NativeTarget
+from dspark_stream.models.torch.drafter import Drafter, backbone_config, full_attention_shape
+from dspark_stream.models.torch.target import Target
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 """Copies of the target's tensors that released checkpoints carry; the target's own are used instead."""
@@ -47,6 +49,8 @@ class _Fields(msgspec.Struct):
     confidence_head_with_markov: bool = False
     num_anchors: int | None = None
     draft_vocab_size: int | None = None
+    context_window: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 0
+    weight_blocks: dict[str, str] = {}
 
 
 def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
@@ -65,16 +69,14 @@ def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
         fields = msgspec.convert(raw, _Fields)
     except msgspec.ValidationError as error:
         raise ModelLoadError(f"{path}: {error}", param="drafter") from error
-    if not set(fields.architectures) & set(ARCHITECTURES.values()):
+    known = dict.fromkeys(family.drafter for family in FAMILIES.values())
+    if not set(fields.architectures) & set(known):
         raise ModelLoadError(
-            f"{path}: architecture {fields.architectures} is no DSpark drafter; known: "
-            f"{', '.join(dict.fromkeys(ARCHITECTURES.values()))}",
+            f"{path}: architecture {fields.architectures} is no DSpark drafter; known: {', '.join(known)}",
             param="architectures",
         )
-    if (model_type := raw.get("model_type")) not in ARCHITECTURES:
-        raise ModelLoadError(
-            f"{path}: model_type {model_type!r}; known: {', '.join(ARCHITECTURES)}", param="model_type"
-        )
+    if (model_type := raw.get("model_type")) not in FAMILIES:
+        raise ModelLoadError(f"{path}: model_type {model_type!r}; known: {', '.join(FAMILIES)}", param="model_type")
     rank = fields.markov_rank or 0
     kind = fields.markov_head_type or "vanilla" if rank else "vanilla"
     if kind not in get_args(HeadType):
@@ -95,6 +97,7 @@ def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
         confidence_head_with_markov=fields.confidence_head_with_markov and rank > 0,
         num_anchors=fields.num_anchors or 512,
         draft_vocab_size=fields.draft_vocab_size,
+        context_window=fields.context_window,
     )
 
 
@@ -118,30 +121,30 @@ def _text_config(raw: dict[str, Any], path: Path) -> Any:
         raise ModelLoadError(f"{path}: {error}", param="drafter") from error
 
 
-def load_drafter(folder: Path, target: Target) -> Drafter:
-    """A drafter checkpoint as a module on the target's device and in its dtype. Sets the target's taps.
+@overload
+def load_drafter(folder: Path, target: Target, kind: Kind | None = None) -> Drafter: ...
+@overload
+def load_drafter(folder: Path, target: NativeTarget, kind: Kind | None = None) -> NativeDrafter: ...
+def load_drafter(folder: Path, target: Target | NativeTarget, kind: Kind | None = None) -> Drafter | NativeDrafter:
+    """A drafter checkpoint on the target's runner, device and precision. Sets the target's taps.
+
+    Args:
+        folder: the checkpoint.
+        target: what it drafts for; its own family may be another.
+        kind: on the CPU's kernels, how matrices are kept that come as floats; None: as `NativeDrafter` says.
 
     Raises:
         UnsupportedError: the target runs on the CPU's kernels, and these cannot run the drafter.
         ModelLoadError: unreadable, tensors missing, left over or of the wrong shape, or made for another target.
     """
-    # the kernels refuse other families by themselves; of another one than the target's more is to be said
-    native = isinstance(target, NativeTarget) and _model_type(folder) in (target.config.model_type, None)
+    native = isinstance(target, NativeTarget)
     config = read_config(folder, native=native)
-    tensors: dict[str, Tensor] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelLoadError(f"no *.safetensors in {folder}", param="drafter")
-    try:
-        for file in files:
-            tensors.update(load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise ModelLoadError(f"{file} is broken: {error}", param="drafter") from error
+    tensors = _read_tensors(folder)
     hidden = int(config.backbone.hidden_size)
-    if hidden != target.hidden_size or config.family != target.config.model_type:
+    if hidden != target.hidden_size:
         raise ModelLoadError(
-            f"{folder} drafts for a {config.family} of hidden size {hidden}; the target is a "
-            f"{target.config.model_type} of {target.hidden_size}",
+            f"{folder} drafts for a target of hidden size {hidden}; this one is a {target.family} of "
+            f"{target.hidden_size}",
             param="drafter",
         )
     if config.mask_token_id >= target.vocab_size:
@@ -151,55 +154,90 @@ def load_drafter(folder: Path, target: Target) -> Drafter:
         )
     for name in FROZEN:
         tensors.pop(name, None)
-    draft_ids = None
-    if (d2t := tensors.pop("d2t", None)) is not None:
-        draft_ids = (d2t.long() + torch.arange(len(d2t))).to(target.device)
-        if (
-            not len(d2t)
-            or int(d2t.min()) < 0
-            or int(draft_ids[-1]) >= target.vocab_size
-            or bool((d2t.diff() < 0).any())
-        ):
-            raise ModelLoadError(
-                f"{folder}: d2t does not name ascending, different token ids below {target.vocab_size}", param="drafter"
-            )
+    draft_ids = _draft_ids(folder, tensors, target.vocab_size)
+    w1 = tensors.get(W1)
+    config = replace(
+        config,
+        confidence_bias="confidence_head.proj.bias" in tensors,
+        w1_of_drafts=w1 is not None and draft_ids is not None and w1.shape[0] == len(draft_ids) != target.vocab_size,
+    )
     target.set_taps(config.target_layer_ids)
-    bias = "confidence_head.proj.bias" in tensors
-    config = DrafterConfig(**{**config.__dict__, "confidence_bias": bias})
-    drafter = NativeDrafter(config, target, draft_ids) if native else Drafter(config, target, draft_ids)
-    expected = drafter.state_dict()
+    if isinstance(target, NativeTarget):
+        vocab = target.vocab_size if draft_ids is None else len(draft_ids)
+        _check_shapes(folder, tensors, native_shapes(config, target.vocab_size, vocab))
+        return NativeDrafter(config, target, tensors, draft_ids, kind)
+    drafter = Drafter(config, target, None if draft_ids is None else draft_ids.to(target.device))
+    _check_shapes(folder, tensors, {name: tensor.shape for name, tensor in drafter.state_dict().items()})
+    drafter.load_state_dict({name: as_floats(tensor) for name, tensor in tensors.items()})
+    return drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
+
+
+def _check_shapes(folder: Path, tensors: Mapping[str, Tensor | Blocks], expected: Mapping[str, Sequence[int]]) -> None:
     wrong = [
-        f"{name} {tuple(tensors[name].shape)} ≠ {tuple(expected[name].shape)}"
-        for name in expected
-        if name in tensors and tensors[name].shape != expected[name].shape
+        f"{name} {tuple(tensors[name].shape)} ≠ {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != tuple(shape)
     ]
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or extra or wrong:
         parts = [("missing", sorted(missing)), ("unknown", sorted(extra)), ("of the wrong shape", wrong)]
         said = "; ".join(f"{what}: {', '.join(names[:4])}" for what, names in parts if names)
         raise ModelLoadError(f"{folder}: tensors {said}", param="drafter")
-    drafter.load_state_dict(tensors)
-    return drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
 
 
-def _model_type(folder: Path) -> str | None:
+W1 = "markov_head.markov_w1.weight"
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor | Blocks]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelLoadError(f"no *.safetensors in {folder}", param="drafter")
+    read: dict[str, Tensor] = {}
     try:
-        found = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None  # `read_config` says what is wrong
-    return found if isinstance(found, str) else None
+        for file in files:
+            read.update(load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise ModelLoadError(f"{file} is broken: {error}", param="drafter") from error
+    kinds = msgspec.convert(json.loads((folder / "config.json").read_text()), _Fields).weight_blocks
+    tensors: dict[str, Tensor | Blocks] = dict(read)
+    for name, source in kinds.items():
+        data = read.get(name)
+        if source not in Source.__members__ or source == "F32":
+            raise ModelLoadError(
+                f"{folder}: weight_blocks of {name} are {source!r}, which is not known", param="drafter"
+            )
+        if data is None or data.dtype != torch.uint8 or data.dim() != 2 or data.shape[1] % _row(source):
+            raise ModelLoadError(f"{folder}: {name} does not have rows of {source} blocks", param="drafter")
+        tensors[name] = Blocks(data, Source[source])
+    return tensors
+
+
+def _row(source: str) -> int:
+    return Source[source].nbytes(Source[source].block)
+
+
+def _draft_ids(folder: Path, tensors: dict[str, Tensor | Blocks], vocab: int) -> Tensor | None:
+    """The draft vocabulary [Vd], taken out of the tensors; None where there is none."""
+    d2t = tensors.pop("d2t", None)
+    if d2t is None:
+        return None
+    ids = as_floats(d2t).long() + torch.arange(d2t.shape[0])
+    if not len(ids) or int(ids[0]) < 0 or int(ids[-1]) >= vocab or bool((ids.diff() < 1).any()):
+        raise ModelLoadError(
+            f"{folder}: d2t does not name ascending, different token ids below {vocab}", param="drafter"
+        )
+    return ids
 
 
 def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config and weights so that `load_drafter` (and, vocabulary permitting, DeepSpec) reads them back."""
-    folder.mkdir(parents=True, exist_ok=True)
     c = drafter.config
     raw: dict[str, Any] = c.backbone.to_dict()
     for derived in ("_name_or_path", "_model_name_or_path", "per_layer_config"):
         raw.pop(derived, None)
     raw |= full_attention_shape(c.backbone)
     raw |= {
-        "architectures": [ARCHITECTURES[c.family]],
+        "architectures": [FAMILIES[c.family].drafter],
         "num_target_layers": drafter.target.num_layers,
         "num_hidden_layers": c.num_layers,
         "block_size": c.block_size,
@@ -213,12 +251,49 @@ def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.bflo
         "tie_word_embeddings": False,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if c.context_window:
+        raw["context_window"] = c.context_window
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in drafter.state_dict().items()}
     if drafter.draft_ids is not None:
         raw["draft_vocab_size"] = drafter.draft_vocab_size
         ids = drafter.draft_ids.cpu()
         tensors["d2t"] = ids - torch.arange(len(ids))
+    write_checkpoint(folder, raw, tensors)
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Config and tensors as a checkpoint; the weights appear whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / "model.safetensors.part"
-    save_file(tensors, part, metadata={"format": "pt"})
+    save_file(dict(tensors), part, metadata={"format": "pt"})
     part.replace(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def quantise_checkpoint(source: Path, folder: Path, blocks: Source, ends: Source, keep: Collection[str] = ()) -> None:
+    """A checkpoint with its matrices in GGUF's blocks: what the kernels run is then what the file has.
+
+    Args:
+        source: of floats.
+        folder: where it goes.
+        blocks: of the layers' matrices.
+        ends: of `fc` and W2, which are the smallest and the most sensitive.
+        keep: names of matrices that stay as they are.
+
+    Raises:
+        ModelLoadError: ``source`` is no checkpoint.
+    """
+    read_config(source, native=True)
+    raw = json.loads((source / "config.json").read_text())
+    tensors: dict[str, Tensor] = {}
+    kinds: dict[str, str] = {}
+    for name, tensor in _read_tensors(source).items():
+        floats = as_floats(tensor)
+        kind = ends if name in ("fc.weight", "markov_head.markov_w2.weight") else blocks
+        if floats.dim() == 2 and name.startswith(("layers.", "fc.", "markov_head.markov_w2")) and name not in keep:
+            tensors[name], kinds[name] = quantised(floats, kind).data, kind.name
+        else:
+            tensors[name] = floats if floats.dtype in (torch.int32, torch.int64) else floats.half()
+    if "d2t" in tensors:
+        tensors["d2t"] = tensors["d2t"].to(torch.int32)
+    write_checkpoint(folder, raw | {"weight_blocks": kinds, "dtype": "float16"}, tensors)

@@ -1,38 +1,46 @@
-"""What tokens are drawn from: torch's tensors (`spec/sampling.py`), or rows of weights on the CPU kernels (here).
+"""What tokens are drawn from, as the algorithm sees it: rows of distributions over the target's or the draft
+vocabulary.
 
-Symbols: N rows, V vocabulary, Vd draft vocabulary. Uniforms are in [0, 1).
+Two kinds: torch's tensors (torch/distributions.py) and weights on the CPU's kernels (native/distributions.py). Symbols:
+ℓ verification length, V vocabulary, Vd draft vocabulary. Uniforms are in [0, 1).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Walked, Weights
 
-Ints = npt.NDArray[np.int32]
+class Judged(NamedTuple):
+    """What stands of a draft block: x_1 … x_accepted, then ``bonus``."""
+
+    accepted: int
+    bonus: int
 
 
-class Distributions(Protocol):
+class Distributions(ABC):
     """Distributions of some rows."""
 
+    @abstractmethod
     def probability(self, row: int, token: int) -> float:
         """Of one token of a row."""
 
+    @abstractmethod
     def probabilities(self, row: int) -> Tensor:
         """Of a row [V], float32."""
 
+    @abstractmethod
     def draw(self, row: int, uniform: float) -> int:
         """A token of a row, by inverse transform; never one of probability 0."""
 
+    @abstractmethod
     def overlap(self, row: int, share: float, q: Tensor, draft_ids: Tensor | None) -> float:
         """Σ min(share · p, q) over the vocabulary; q and draft_ids as for `draw_rest`."""
 
+    @abstractmethod
     def draw_rest(self, row: int, uniform: float, share: float, q: Tensor, draft_ids: Tensor | None) -> int:
         """A token of max(share · p - q, 0), of p where rounding leaves nothing of that.
 
@@ -44,66 +52,43 @@ class Distributions(Protocol):
             draft_ids: the tokens that they are of [Vd], ascending; None: all.
         """
 
-
-class NativeDistributions:
-    """`Distributions` on the CPU kernels: rows of `Weights` from ``first`` on, over the tokens ``ids`` (None: all)."""
-
-    def __init__(self, weights: Weights, first: int = 0, ids: Ints | None = None) -> None:
-        self._weights, self._first, self._draft_ids = weights, first, ids
-
-    def probability(self, row: int, token: int) -> float:
-        """See `Distributions.probability`."""
-        return self._weights.probability(self._first + row, token)
-
-    def probabilities(self, row: int) -> Tensor:
-        """See `Distributions.probabilities`."""
-        return torch.from_numpy(self._weights.probabilities(self._first + row))
-
-    def draw(self, row: int, uniform: float) -> int:
-        """See `Distributions.draw`."""
-        return self._weights.draw(self._first + row, uniform)
-
-    def overlap(self, row: int, share: float, q: Tensor, draft_ids: Tensor | None) -> float:
-        """See `Distributions.overlap`."""
-        return self._weights.overlap(self._first + row, share, q.numpy(), _ids(draft_ids))
-
-    def draw_rest(self, row: int, uniform: float, share: float, q: Tensor, draft_ids: Tensor | None) -> int:
-        """See `Distributions.draw_rest`."""
-        return self._weights.draw_rest(self._first + row, uniform, share, q.numpy(), _ids(draft_ids))
-
     def judge(
         self,
         first: int,
         tokens: Sequence[int],
-        q: NativeDistributions,
+        q: Distributions,
         indices: Sequence[int],
+        draft_ids: Tensor | None,
         accept: Sequence[float],
         uniform: float,
-    ) -> tuple[int, int]:
-        """How many of the drafts ``tokens`` stand, and the bonus token: `spec.accept.rejection` in one call."""
-        return self._weights.judge(
-            self._first + first, tokens, q._weights, q._first, indices, q._draft_ids, accept, uniform
-        )
+    ) -> Judged:
+        """Block verification: the longest prefix of the drafts that stands, judged as a whole; then the bonus token.
 
+        share[k], w_k = min(1, w_{k-1} · p_t(x_k)/p_d(x_k)) with w_0 = 1, is the probability that at least x_1 … x_k
+        stand (given these drafts). So all ℓ stand with probability w_ℓ. Where no longer prefix stands, x_1 … x_k do
+        with what is still missing from w_k: (w_k - s_k)/(1 - s_k), where s_k = Σ min(w_k p_t, p_d) is what longer ones
+        give. The bonus token is from max(w_k p_t - p_d, 0), after ℓ from the next p_t. (Sun et al., arXiv 2403.10444,
+        where w is p and Algorithm 2 is this; docs/decisions/019-blocks-judged-whole.md.)
 
-def _ids(draft_ids: Tensor | None) -> Ints | None:
-    return None if draft_ids is None else draft_ids.numpy().astype(np.int32)
-
-
-class Walk(NamedTuple):
-    """Blocks of R streams, g ≤ γ slots each, drafted in one call."""
-
-    tokens: list[list[int]]  # [R, g], target ids
-    logits: list[list[float]] | None  # [R, g], of confidence
-    walked: Walked
-    draft_ids: Ints | None  # [Vd]
-
-    def indices(self, r: int) -> list[int]:
-        """A stream's drafts as draft vocabulary indices."""
-        own: list[int] = self.walked.indices[r].tolist()
-        return own
-
-    def q(self, r: int) -> NativeDistributions:
-        """What a stream that sampled drew from, a row a slot."""
-        assert self.walked.weights is not None
-        return NativeDistributions(self.walked.weights, r * len(self.tokens[r]), self.draft_ids)
+        Args:
+            first: p_t's row of the first draft; the ℓ after it are the others' and the bonus token's.
+            tokens: x_1 … x_ℓ, target ids.
+            q: what they were drawn from, row k-1 for x_k.
+            indices: the same drafts in q's vocabulary.
+            draft_ids: see `draw_rest`.
+            accept: uniforms [ℓ or more].
+            uniform: what the bonus token is drawn by.
+        """
+        length, share = len(tokens), [1.0]
+        for k in range(length):
+            p_x, q_x = self.probability(first + k, tokens[k]), q.probability(k, indices[k])
+            share.append(min(share[k] * p_x / q_x, 1.0))  # what was drawn has q_x > 0; NaN stays, and refuses
+        if length == 0 or accept[length - 1] < share[length]:
+            return Judged(length, self.draw(first + length, uniform))
+        for k in range(length - 1, 0, -1):
+            if accept[k - 1] >= share[k]:
+                continue  # what is missing from w_k is at most w_k
+            missing = share[k] - self.overlap(first + k, share[k], q.probabilities(k), draft_ids)  # below 0 by rounding
+            if accept[k - 1] * (missing + 1.0 - share[k]) < missing:
+                return Judged(k, self.draw_rest(first + k, uniform, share[k], q.probabilities(k), draft_ids))
+        return Judged(0, self.draw_rest(first, uniform, 1.0, q.probabilities(0), draft_ids))

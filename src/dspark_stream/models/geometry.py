@@ -1,4 +1,4 @@
-"""Sizes and constants of a Llama-like model, as a `config.json` of `transformers` or a GGUF file's metadata has them.
+"""Sizes and constants of a decoder, as a `config.json` of `transformers` or a GGUF file's metadata has them.
 
 The CPU's kernels need no more of a config than this; the library that would read all of it takes 150 MB and three
 seconds to import.
@@ -6,16 +6,22 @@ seconds to import.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
 
 from dspark_stream.errors import ModelLoadError
+from dspark_stream.models.families import FAMILIES, Family, by_gguf, family_named, supported
+from dspark_stream.models.gguf import GgufFile
+from dspark_stream.models.rotary import Rotary, RotaryError, rotary_of_config, rotary_of_gguf
 
-KERNEL_FAMILIES = ("llama", "qwen3")
-"""Families that the CPU's kernels run."""
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Constant = Annotated[float, msgspec.Meta(gt=0.0, le=1e12)]
+LOCAL_BASE = 10_000.0
+"""Rotary base of Gemma's layers with a window, where nothing else is said."""
+GEMMA3_27B_LAYERS = 62
+"""Its GGUF files do not say that its queries are scaled by H / heads instead of the head size."""
 
 
 class UnsupportedError(Exception):
@@ -23,7 +29,7 @@ class UnsupportedError(Exception):
 
 
 class Geometry(msgspec.Struct, frozen=True, kw_only=True):
-    """What the kernels are told about a model."""
+    """What a runner is told about a model."""
 
     model_type: str
     hidden_size: Size
@@ -35,7 +41,20 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
     layers: Size
     vocab: Size
     eps: Constant
-    rope_base: Constant
+    rotary: Rotary
+    local_rotary: Rotary | None = None
+    """Of layers with a window, where it is another."""
+    window: int = 0
+    """Positions that a row of such a layer sees, itself among them; 0: there are none."""
+    windowed: tuple[bool, ...] = ()
+    """Which layers have one; empty: none."""
+    score_scale: Constant | None = None
+    """Of query · key; None: 1/√D."""
+
+    @property
+    def family(self) -> Family:
+        """Its facts."""
+        return FAMILIES[self.model_type]
 
 
 class _Fields(msgspec.Struct):
@@ -51,64 +70,194 @@ class _Fields(msgspec.Struct):
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     rope_theta: Constant | None = None
+    rope_local_base_freq: Constant | None = None
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: float | None = None
     attention_bias: bool | None = False
     mlp_bias: bool | None = False
-    hidden_act: str | None = "silu"
+    hidden_act: str | None = None
+    hidden_activation: str | None = None
+    use_sliding_window: bool | None = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    sliding_window_pattern: int | None = None
+    query_pre_attn_scalar: Constant | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
 
 
-def checked(geometry: dict[str, Any], source: str, param: str = "model") -> Geometry:
-    """A geometry whose numbers are in range.
-
-    Raises:
-        ModelLoadError: one that is not; the message names ``source``, the field and its limit.
-    """
+def _checked(geometry: dict[str, Any], source: str, param: str) -> Geometry:
+    """A geometry whose numbers are in range; the error names ``source``, the field and its limit."""
     try:
         return msgspec.convert(geometry, Geometry)
     except msgspec.ValidationError as error:
         raise ModelLoadError(f"{source}: {error}", param=param) from error
 
 
-def geometry_of(raw: dict[str, Any], source: str, param: str = "model") -> Geometry:
+def geometry_of(raw: Mapping[str, Any], source: str, param: str = "model") -> Geometry:
     """Of a `config.json`, read from ``source``.
 
     Raises:
         UnsupportedError: a family or a setting that the kernels cannot do.
-        ModelLoadError: a field that is missing, of another type or out of range.
+        ModelLoadError: a field that is missing, of another type or out of range; rotary scaling that is not known.
     """
-    family = raw.get("model_type")
-    if family not in KERNEL_FAMILIES:
-        raise UnsupportedError(f"model type {family}")
+    family = family_named(raw.get("model_type"))
+    if family is None or not family.native:
+        raise UnsupportedError(f"model type {raw.get('model_type')}")
+    if raw.get("model_type") in family.wrappers and isinstance(raw.get("text_config"), dict):
+        raw = raw["text_config"]
     try:
-        fields = msgspec.convert(raw, _Fields)
+        f = msgspec.convert(dict(raw), _Fields)
     except msgspec.ValidationError as error:
         raise ModelLoadError(f"{source}: {error}", param=param) from error
-    for rope in (fields.rope_parameters or {}, fields.rope_scaling or {}):
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise UnsupportedError("rotary positions that differ by layer")
-        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-            raise UnsupportedError(f"its rotary positions are scaled ({kind})")
-    if fields.attention_bias or fields.mlp_bias:
-        raise UnsupportedError("its layers have biases")
-    if fields.hidden_act != "silu":
-        raise UnsupportedError(f"its activation is {fields.hidden_act}")
-    heads = fields.num_attention_heads
-    own = {"qwen3": 128}.get(family)  # the library's default of the family; else what the heads divide
-    return checked(
+    _refuse_unknown_parts(family, f)
+    heads = f.num_attention_heads
+    windowed = _windowed(family, f)
+    if any(windowed) and not f.sliding_window:
+        raise ModelLoadError(f"{source}: layers with a window, and no sliding_window", param=param)
+    try:
+        rotary, local = _rotaries(family, f)
+    except RotaryError as error:
+        raise ModelLoadError(f"{source}: {error}", param=param) from error
+    return _checked(
         {
-            "model_type": family,
-            "hidden_size": fields.hidden_size,
+            "model_type": family.name,
+            "hidden_size": f.hidden_size,
             "heads": heads,
-            "kv_heads": fields.num_key_value_heads or heads,
-            "head_size": fields.head_dim or own or fields.hidden_size // heads,
-            "inner": fields.intermediate_size,
-            "positions": fields.max_position_embeddings,
-            "layers": fields.num_hidden_layers,
-            "vocab": fields.vocab_size,
-            "eps": fields.rms_norm_eps,
-            "rope_base": (fields.rope_parameters or {}).get("rope_theta") or fields.rope_theta or 10000.0,
+            "kv_heads": f.num_key_value_heads or heads,
+            "head_size": f.head_dim or family.default_head_size or f.hidden_size // heads,
+            "inner": f.intermediate_size,
+            "positions": f.max_position_embeddings,
+            "layers": f.num_hidden_layers,
+            "vocab": f.vocab_size,
+            "eps": f.rms_norm_eps,
+            "rotary": rotary,
+            "local_rotary": local,
+            "window": (f.sliding_window or 0) if any(windowed) else 0,
+            "windowed": windowed if any(windowed) else (),
+            "score_scale": f.query_pre_attn_scalar**-0.5 if f.query_pre_attn_scalar else None,
         },
         source,
         param,
+    )
+
+
+def _refuse_unknown_parts(family: Family, f: _Fields) -> None:
+    """What some checkpoints of these families have and the kernels do not."""
+    if f.attention_bias or f.mlp_bias:
+        raise UnsupportedError("biases in layers of its family")
+    if f.attn_logit_softcapping or f.final_logit_softcapping:
+        raise UnsupportedError("soft-capped logits")
+    if f.partial_rotary_factor not in (None, 1.0):
+        raise UnsupportedError(f"rotary positions of a part of each head ({f.partial_rotary_factor})")
+    activation = f.hidden_activation or f.hidden_act
+    known = ("gelu_pytorch_tanh", "gelu_tanh") if family.gelu else ("silu", "swish")
+    if activation is not None and activation not in known:
+        raise UnsupportedError(f"activation {activation}")
+
+
+def _windowed(family: Family, f: _Fields) -> tuple[bool, ...]:
+    """Which layers have a window."""
+    if f.layer_types is not None:
+        if not set(f.layer_types) <= {"full_attention", "sliding_attention"}:
+            raise UnsupportedError(f"layers of type {', '.join(sorted(set(f.layer_types)))}")
+        if len(f.layer_types) != f.num_hidden_layers:
+            raise UnsupportedError(f"{len(f.layer_types)} layer_types for {f.num_hidden_layers} layers")
+        return tuple(kind == "sliding_attention" for kind in f.layer_types)
+    if family.windows:
+        return every(f.sliding_window_pattern or family.windows, f.num_hidden_layers)
+    if f.use_sliding_window:
+        raise UnsupportedError("windows in some of its layers, without layer_types")
+    return (False,) * f.num_hidden_layers
+
+
+def every(pattern: int, layers: int) -> tuple[bool, ...]:
+    """All layers have a window but each ``pattern``-th."""
+    return tuple((i + 1) % pattern != 0 for i in range(layers))
+
+
+def _rotaries(family: Family, f: _Fields) -> tuple[Rotary, Rotary | None]:
+    """The rotary embedding, and that of layers with a window where the family has another."""
+    given, scaling, positions = f.rope_parameters or {}, f.rope_scaling or {}, f.max_position_embeddings
+    base = f.rope_theta or 10_000.0
+    by_layer = {name: value for name, value in given.items() if isinstance(value, dict)}
+    if not family.windows:
+        if by_layer:
+            raise RotaryError(f"rotary positions by layer type ({', '.join(by_layer)}), which {family.title} has not")
+        return rotary_of_config({**scaling, **given}, base, positions), None
+    whole = by_layer.get("full_attention") or {**scaling, **{k: v for k, v in given.items() if k not in by_layer}}
+    local = by_layer.get("sliding_attention") or {}
+    base = f.rope_theta or 1_000_000.0
+    return (
+        rotary_of_config(whole, base, positions),
+        rotary_of_config(local, f.rope_local_base_freq or LOCAL_BASE, positions),
+    )
+
+
+def geometry_of_gguf(gguf: GgufFile) -> Geometry:
+    """Of a GGUF file's metadata.
+
+    Raises:
+        UnsupportedError: an architecture that the kernels cannot run.
+        ModelLoadError: a field that is missing or out of range; rotary scaling that is not known.
+    """
+    architecture = gguf.fields.get("general.architecture")
+    family = by_gguf(architecture)
+    if family is None:
+        raise ModelLoadError(
+            f"{gguf.path} is a {architecture}; supported from GGUF: "
+            f"{', '.join(f.gguf for f in FAMILIES.values() if f.gguf)} (and from folders: {supported()})",
+            param="model",
+        )
+    if not family.native:
+        raise UnsupportedError(f"architecture {architecture}")
+
+    def number(name: str, default: Any = None) -> Any:
+        value = gguf.fields.get(f"{architecture}.{name}", default)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            said = "is missing" if value is None else f"is {str(value)[:40]}, one number is needed"
+            raise ModelLoadError(f"{gguf.path}: {architecture}.{name} {said}", param="model")
+        return value
+
+    hidden, heads, positions = (
+        int(number(name)) for name in ("embedding_length", "attention.head_count", "context_length")
+    )
+    layers = int(number("block_count"))
+    size = int(number("attention.key_length", family.default_head_size or hidden // max(1, heads)))
+    if int(number("attention.value_length", size)) != size or int(number("rope.dimension_count", size)) != size:
+        raise UnsupportedError("keys, values and rotary positions of unlike sizes")
+    divisors = tuple(gguf.floats("rope_freqs.weight").tolist()) if "rope_freqs.weight" in gguf.tensors else ()
+    windowed = every(family.windows, layers) if family.windows else ()
+    scale = None
+    if family.windows and layers == GEMMA3_27B_LAYERS:
+        scale = (hidden / heads) ** -0.5
+    try:
+        rotary = rotary_of_gguf(
+            gguf.fields, str(architecture), float(number("rope.freq_base", 10_000.0)), positions, divisors
+        )
+    except RotaryError as error:
+        raise ModelLoadError(f"{gguf.path}: {error}", param="model") from error
+    return _checked(
+        {
+            "model_type": family.name,
+            "hidden_size": hidden,
+            "heads": heads,
+            "kv_heads": int(number("attention.head_count_kv", heads)),
+            "head_size": size,
+            "inner": int(number("feed_forward_length")),
+            "positions": positions,
+            "layers": layers,
+            "vocab": gguf.tensor("token_embd.weight").shape[0],
+            "eps": float(number("attention.layer_norm_rms_epsilon")),
+            "rotary": rotary,
+            "local_rotary": Rotary(base=float(number("rope.freq_base_swa", LOCAL_BASE))) if family.windows else None,
+            "window": int(number("attention.sliding_window")) if any(windowed) else 0,
+            "windowed": windowed,
+            "score_scale": scale,
+        },
+        str(gguf.path),
+        "model",
     )

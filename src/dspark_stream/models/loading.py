@@ -13,26 +13,28 @@ from typing import Any, Literal
 
 import torch
 
-from dspark_kernels.cpu import Context
+from dspark_kernels.cpu import Context, Kind
 from dspark_stream.errors import ModelLoadError
-from dspark_stream.models.geometry import UnsupportedError
+from dspark_stream.models.families import family_named, supported
+from dspark_stream.models.geometry import UnsupportedError, geometry_of_gguf
 from dspark_stream.models.gguf import GgufFile
-from dspark_stream.models.native_loading import target_from_folder, target_from_gguf
-from dspark_stream.models.target import Target
+from dspark_stream.models.native.loading import target_from_folder, target_from_gguf
+from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf, codec_from_hub
+from dspark_stream.models.torch.rotary import turn_as
+from dspark_stream.models.torch.target import Target
 
 log = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAMILIES = ("llama", "qwen3", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
 
 @dataclass(frozen=True)
 class LoadedTarget:
     """A target with what came beside it."""
 
-    target: Target
+    target: Target | NativeTarget
     codec: TextCodec | None
     """None for a folder without a tokenizer: token ids only."""
     name: str
@@ -80,13 +82,13 @@ def load_target(
     dtype: DType = "auto",
     device: str = "auto",
     kernels: Context | None = None,
-    bits: int | None = None,
+    kind: Kind | None = None,
 ) -> LoadedTarget:
     """A target by local folder, GGUF file or hub name.
 
     Args:
         kernels: the CPU's integer kernels, to run a model that they can run; None for torch alone (training).
-        bits: of weights, to have a checkpoint folder quantised on load for those kernels; None: torch runs it.
+        kind: of weights, to have a checkpoint folder quantised on load for those kernels; None: torch runs it.
 
     Raises:
         ModelLoadError: missing, broken, or of a family that is not known.
@@ -96,7 +98,7 @@ def load_target(
     if path.suffix == ".gguf" or path.is_file():
         if not path.is_file():
             raise ModelLoadError(f"no GGUF file at {path}", param="model")
-        if bits is not None:
+        if kind is not None:
             raise ModelLoadError(f"{path} is quantised already: it is run as it is", param="target_quant")
         gguf = GgufFile(path)
         if kernels is not None and where.type == "cpu" and dtype == "auto":
@@ -108,18 +110,18 @@ def load_target(
         return _load_gguf(gguf, dtype, where)
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelLoadError(f"no model folder or GGUF file at {name}", param="model")
-    if bits is not None:
-        return _load_quantised(path, name, kernels, bits)
+    if kind is not None:
+        return _load_quantised(path, name, kernels, kind)
     return _load_transformers(str(path) if path.is_dir() else name, dtype, where)
 
 
-def _load_quantised(path: Path, name: str, kernels: Context | None, bits: int) -> LoadedTarget:
+def _load_quantised(path: Path, name: str, kernels: Context | None, kind: Kind) -> LoadedTarget:
     """A checkpoint folder (a hub name: fetched first) on the CPU's integer kernels."""
     if kernels is None:
         raise ModelLoadError("integer weights need the CPU kernels, which are not in use here", param="target_quant")
     folder = path if path.is_dir() else _fetched(name)
     try:
-        target = target_from_folder(folder, bits, kernels)
+        target = target_from_folder(folder, kind, kernels)
     except UnsupportedError as error:
         raise ModelLoadError(f"{name} cannot run on the CPU kernels: {error}", param="target_quant") from error
     shown = path.name if path.is_dir() else name
@@ -139,7 +141,7 @@ def _fetched(name: str) -> Path:
 def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedTarget:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dspark_stream.models.families import ATTENTION_NAME
+    from dspark_stream.models.torch.layers import ATTENTION_NAME
 
     try:
         config = AutoConfig.from_pretrained(name)
@@ -147,10 +149,8 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
         raise ModelLoadError(
             f"{name} is no model folder, GGUF file or reachable hub name: {error}", param="model"
         ) from error
-    if config.model_type not in FAMILIES:
-        raise ModelLoadError(
-            f"{name} is a {config.model_type}; supported families: {', '.join(FAMILIES)}", param="model"
-        )
+    if family_named(config.model_type) is None:
+        raise ModelLoadError(f"{name} is a {config.model_type}; supported families: {supported()}", param="model")
     own = getattr(config.get_text_config(), "dtype", None) or torch.float32
     own = DTYPES.get(own, torch.float32) if isinstance(own, str) else own
     try:
@@ -171,12 +171,10 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
 
 def _load_gguf(gguf: GgufFile, dtype: DType, device: torch.device) -> LoadedTarget:
     path, fields = gguf.path, gguf.fields
-    family = fields.get("general.architecture")
-    if family not in FAMILIES:
-        raise ModelLoadError(f"{path} is a {family}; supported families: {', '.join(FAMILIES)}", param="model")
+    geometry = geometry_of_gguf(gguf)
     from transformers import AutoModelForCausalLM
 
-    from dspark_stream.models.families import ATTENTION_NAME
+    from dspark_stream.models.torch.layers import ATTENTION_NAME
 
     try:
         with quiet():
@@ -190,6 +188,7 @@ def _load_gguf(gguf: GgufFile, dtype: DType, device: torch.device) -> LoadedTarg
     except Exception as error:  # as above: any error class, all meaning a file that cannot be used
         raise ModelLoadError(f"{path} does not load: {error}", param="model") from error
     _check_complete(str(path), report)
+    turn_as(model, geometry)
     target = Target(model.to(device), eos_token_ids=_gguf_eos_ids(gguf))
     return LoadedTarget(target, codec_from_gguf(fields), path.stem, _fingerprint(path, str(path)))
 

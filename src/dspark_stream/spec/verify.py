@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspark_stream.models.cache import KVStore
-from dspark_stream.models.target import Rows, Target, TargetOutput
+from dspark_stream.models.protocols import Rows, Store, Target, Verified
 from dspark_stream.spec.draft import Block, StreamView, is_greedy
 
 
 def verify(
-    target: Target, store: KVStore, streams: Sequence[StreamView], blocks: Sequence[Block], lengths: Sequence[int]
-) -> TargetOutput:
-    """Row j of a stream gives the target's distribution for position p + 1 + j: logits [B, V], taps [B, taps·H].
+    target: Target, store: Store, streams: Sequence[StreamView], blocks: Sequence[Block], lengths: Sequence[int]
+) -> Verified:
+    """Row j of a stream gives the target's distribution for position p + 1 + j.
 
-    Where every stream is greedy, the target may give the rows' best tokens [B] instead of logits.
+    Where every stream is greedy, only the rows' best tokens are asked for.
     """
     rows = [
         Rows(s.extent, s.position, [s.anchor, *block.tokens[:length]])

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_stream.models.drafter import Drafter
+from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.training.answers import Answer
 from dspark_stream.training.features import Features
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from dspark_kernels.ragged_attention import Segment, ragged_attention
 from dspark_stream.errors import ConfigError
 from dspark_stream.files import write_whole
-from dspark_stream.models.attention import int_tensor
-from dspark_stream.models.target import Target
+from dspark_stream.models.torch.attention import int_tensor
+from dspark_stream.models.torch.target import Target
 from dspark_stream.progress import SILENT, Progress
 from dspark_stream.training.answers import Answer
 

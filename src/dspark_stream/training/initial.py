@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dspark_stream.errors import ConfigError
-from dspark_stream.models.drafter import Drafter, backbone_config
-from dspark_stream.models.target import Target
+from dspark_stream.models.torch.drafter import Drafter, backbone_config
+from dspark_stream.models.torch.target import Target
 from dspark_stream.training.answers import Answer
 
 PLAIN_NORMS = ("llama", "qwen3")

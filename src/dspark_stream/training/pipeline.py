@@ -39,9 +39,10 @@ from dspark_stream.errors import ConfigError
 from dspark_stream.files import write_whole
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
-from dspark_stream.models.drafter import Drafter, DrafterConfig, backbone_config
+from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.embedded import ensure_embedded_model
 from dspark_stream.models.loading import LoadedTarget, load_target
+from dspark_stream.models.torch.drafter import Drafter, backbone_config
 from dspark_stream.progress import SILENT, Progress
 from dspark_stream.spec.calibration import CALIBRATION_FILE, save_calibration
 from dspark_stream.training.answering import Scribe, given_prompts

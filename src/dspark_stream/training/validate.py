@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_stream.models.drafter import Drafter
+from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.training.answers import Answer
 from dspark_stream.training.features import Features
 

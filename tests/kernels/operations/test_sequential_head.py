@@ -8,7 +8,7 @@ import torch
 from dspark_kernels.sequential_head import reference
 from dspark_kernels.sequential_head.reference import prepare
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Sampling
-from dspark_stream.models.walk import head_weights
+from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.spec.calibration import Calibration, logit
 from dspark_stream.spec.draft import walk as engine_walk
 from dspark_stream.spec.survival import AcceptanceHistory

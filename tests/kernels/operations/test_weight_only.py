@@ -7,7 +7,7 @@ import torch
 
 from dspark_kernels.weight_only import WeightOnlyLinear
 from dspark_kernels.weight_only.reference import GROUP, Quantised, dequantise, linear, quantise
-from dspark_stream.models.quant import quantise_linears
+from dspark_stream.models.torch.quant import quantise_linears
 from tiny import tiny_drafter, tiny_target
 
 

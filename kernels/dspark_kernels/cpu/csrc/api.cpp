@@ -52,16 +52,18 @@ struct Found {  // the largest score that a thread has seen for one row
 };
 
 struct Context {  // a pool, and room for what products need
-    Pool pool;
     Quantised input;
     std::vector<Found> found;  // [threads, rows]
     std::vector<double> sums;  // likewise, of weights
+    std::vector<float> least;  // of each row, the score from which on tokens count
+    std::vector<std::vector<float>> rooms;  // of each thread
     Buffer<Best> best;         // likewise
     size_t best_size = 0;
-    std::vector<int32_t> position, slot, first_slot, visible, ids;  // of a pass's rows
+    std::vector<int32_t> position, slot, first_slot, visible, from, ids;  // of a pass's rows
     Buffer<float> hidden;
     size_t hidden_size = 0;
-    explicit Context(int threads) : pool(threads) {}
+    Pool pool;  // the last: its threads end first
+    explicit Context(int threads) : rooms(std::max(1, threads)), pool(threads) {}
 
     void reserve_best(int rows) {
         const size_t wanted = static_cast<size_t>(pool.size()) * rows;
@@ -92,11 +94,11 @@ float float_of(uint16_t h) {
     return out[0];
 }
 
-// Quants of x by w = d·q + m, and what they lose: the sum of squares.
-float round_group(const float* x, uint16_t d, uint16_t m, float most, uint8_t* q) {
-    const float scale = float_of(d), least = float_of(m), up = scale > 0.0f ? 1.0f / scale : 0.0f;
+// Quants of x [count] by w = d·q + m, and what they lose: the sum of squares.
+float round_some(const float* x, int count, float scale, float least, float most, uint8_t* q) {
+    const float up = scale != 0.0f ? 1.0f / scale : 0.0f;
     float lost = 0.0f;
-    for (int k = 0; k < GROUP; k++) {
+    for (int k = 0; k < count; k++) {
         const float n = std::min(most, std::max(0.0f, std::nearbyint((x[k] - least) * up)));
         const float off = scale * n + least - x[k];
         lost += off * off;
@@ -105,28 +107,45 @@ float round_group(const float* x, uint16_t d, uint16_t m, float most, uint8_t* q
     return lost;
 }
 
-// Floats to quants of 8 bits, symmetric; or of 4, between ends that lose least: those of the group, or somewhat closer
-// together, each moved once to where least squares would have it for the quants that it gives.
-void quantise_group(Matrix& to, int channel, int group, const float* x) {
-    uint8_t q[GROUP], best[GROUP];
-    const float low = *std::min_element(x, x + GROUP), high = *std::max_element(x, x + GROUP);
-    if (to.bits == 8) {
-        const uint16_t d = half_of(std::max(-low, high) / 127.0f), m = half_of(-128.0f * float_of(d));
-        round_group(x, d, m, 255.0f, q);
-        return to.put(channel, group, q, d, m);
-    }
+// Floats [count] to quants around zero. Of 8 bits so that the largest fits; of fewer the scale that loses least.
+uint16_t quantise_around_zero(const float* x, int count, Kind kind, uint8_t* best) {
+    const float middle = middle_of(kind);
+    const float most = std::max(-*std::min_element(x, x + count), *std::max_element(x, x + count));
+    uint8_t q[GROUP];
     float least = INFINITY;
-    uint16_t best_d = 0, best_m = half_of(low);
+    uint16_t best_d = 0;
+    std::fill_n(best, count, static_cast<uint8_t>(middle));
+    const auto attempt = [&](float d) {
+        const uint16_t half = half_of(d);
+        const float scale = float_of(half), lost = round_some(x, count, scale, -middle * scale, 2 * middle - 1, q);
+        if (!(lost < least)) return;
+        least = lost, best_d = half;
+        std::copy_n(q, count, best);
+    };
+    if (kind == EIGHT) return attempt(most / 127.0f), best_d;
+    const float at_most = *std::max_element(x, x + count) == most ? -most : most;  // the longer end takes the largest
+    for (int i = -6; i <= 6; i++) attempt(at_most / (-middle + 0.1f * static_cast<float>(i)));
+    return best_d;
+}
+
+// Floats to quants with m of its own, between ends that lose least: those of the group, or somewhat closer together, each
+// moved once to where least squares would have it for the quants that it gives.
+void quantise_between(const float* x, Kind kind, Quants& to) {
+    const float most = 2 * middle_of(kind) - 1;
+    const float low = *std::min_element(x, x + GROUP), high = *std::max_element(x, x + GROUP);
+    uint8_t q[GROUP];
+    float least = INFINITY;
+    to.d = 0, to.m = half_of(low);
+    std::fill_n(to.q, GROUP, uint8_t{0});
     const auto attempt = [&](float d, float m) {
         const uint16_t half_d = half_of(d), half_m = half_of(m);
-        const float lost = round_group(x, half_d, half_m, 15.0f, q);
+        const float lost = round_some(x, GROUP, float_of(half_d), float_of(half_m), most, q);
         if (!(lost < least)) return;
-        least = lost, best_d = half_d, best_m = half_m;
-        std::copy_n(q, GROUP, best);
+        least = lost, to.d = half_d, to.m = half_m;
+        std::copy_n(q, GROUP, to.q);
     };
-    std::fill_n(best, GROUP, uint8_t{0});
     for (const float part : {1.0f, 0.92f, 0.84f, 0.76f}) {
-        const float d = part * (high - low) / 15.0f, m = low + (1.0f - part) * (high - low) / 2.0f;
+        const float d = part * (high - low) / most, m = low + (1.0f - part) * (high - low) / 2.0f;
         attempt(d, m);
         float n = 0.0f, nn = 0.0f, xs = 0.0f, nx = 0.0f;
         for (int k = 0; k < GROUP; k++) {
@@ -138,7 +157,15 @@ void quantise_group(Matrix& to, int channel, int group, const float* x) {
         const float fitted = (GROUP * nx - n * xs) / spread;
         if (fitted > 0.0f) attempt(fitted, (xs - fitted * n) / GROUP);
     }
-    to.put(channel, group, best, best_d, best_m);
+}
+
+Quants quantise_group(Kind kind, const float* x) {
+    Quants to{};
+    if (has_m(kind)) return quantise_between(x, kind, to), to;
+    const int part = kind == SIX ? GROUP / 2 : GROUP;
+    to.d = quantise_around_zero(x, part, kind, to.q);
+    if (kind == SIX) to.second = quantise_around_zero(x + part, part, kind, to.q + part);
+    return to;
 }
 
 // out [rows, stride] = x [rows, inputs] · Wᵀ; stride ≥ outputs. best [rows]: each row's argmax. Either may be null.
@@ -182,7 +209,19 @@ struct Heads {
     const float* confidence;
     const int32_t* draft_ids;  // ascending; null: all
     int32_t rank, vocabulary, hidden_size, with_markov;
+    int32_t w1_of_drafts;  // w1 has rows of the draft vocabulary only; other tokens' are zero
     float confidence_bias;
+
+    // W1's row of a token; null: zeros. index: among the draft vocabulary where that is known, or -1.
+    const uint16_t* row_of(int32_t token, int32_t index) const {
+        if (!w1_of_drafts || !draft_ids) return w1 + static_cast<size_t>(token) * rank;
+        if (index < 0) {
+            const int32_t* at = std::lower_bound(draft_ids, draft_ids + vocabulary, token);
+            if (at == draft_ids + vocabulary || *at != token) return nullptr;
+            index = static_cast<int32_t>(at - draft_ids);
+        }
+        return w1 + static_cast<size_t>(index) * rank;
+    }
 };
 
 struct Drafts {  // of R streams and γ slots
@@ -192,17 +231,18 @@ struct Drafts {  // of R streams and γ slots
 };
 
 // The sequential head for R streams at once: token k of stream r is drawn from base [R, γ, Vd] plus W2·W1[token k-1];
-// its confidence logit is w·[h; W1[token k-1]] + b. Temperature 0 (temperature null: everybody's) takes the greatest. Else
-// base becomes weights where it stands, and `uniforms` [R, γ] draws among them.
+// its confidence logit is w·[h; W1[token k-1]] + b. Temperature 0 (sampling null: everybody's) takes the greatest. Else base
+// becomes weights where it stands, and `uniforms` [R, γ] draws among them.
 void walk(Context* context, const Heads& heads, float* base, const float* hidden, int streams, int gamma,
-          const int32_t* anchors, const float* temperature, const double* uniforms, const Drafts& to) {
+          const int32_t* anchors, const Sampling* sampling, const double* uniforms, const Drafts& to) {
     const int threads = context->pool.size(), vocabulary = heads.vocabulary, rank = heads.rank;
     const int tiles = (vocabulary + LANES - 1) / LANES;
     const Matrix* const w2 = heads.w2;
     const auto scores = [&](int r, int k) { return base + (static_cast<size_t>(r) * gamma + k) * vocabulary; };
-    const auto sampled = [&](int r) { return temperature && temperature[r] > 0.0f; };
-    bool any_sampled = false;
-    for (int r = 0; r < streams; r++) any_sampled |= sampled(r);
+    const auto sampled = [&](int r) { return sampling && sampling[r].temperature > 0.0f; };
+    bool any_sampled = false, any_top_k = false;
+    for (int r = 0; r < streams; r++) any_sampled |= sampled(r), any_top_k |= sampled(r) && sampling[r].top_k > 0;
+    context->least.assign(streams, -INFINITY);
     if (w2) context->input.reserve(streams, rank);
     context->found.resize(static_cast<size_t>(threads) * streams);
     context->sums.resize(context->found.size());
@@ -223,10 +263,12 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
         };
         for (int k = 0; k < gamma; k++) {
             for (int r = first_row; r < last_row; r++) {
-                const int64_t previous = k ? to.tokens[r * gamma + k - 1] : anchors[r];
                 const float* h = hidden + static_cast<size_t>(r * gamma + k) * heads.hidden_size;
-                if (heads.w1)
-                    for (int i = 0; i < rank; i += LANES) Floats::load_half(heads.w1 + previous * rank + i).store(e + i);
+                if (heads.w1) {
+                    const int before = r * gamma + k - 1;
+                    const uint16_t* row = k ? heads.row_of(to.tokens[before], to.indices[before]) : heads.row_of(anchors[r], -1);
+                    for (int i = 0; i < rank; i += LANES) (row ? Floats::load_half(row + i) : Floats::zero()).store(e + i);
+                }
                 if (w2) context->input.put_row(r, e);
                 if (heads.confidence) {
                     float logit = heads.confidence_bias + dot(h, heads.confidence, heads.hidden_size);
@@ -241,7 +283,7 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
                 for (int t = first; t < last; t++) {
                     Floats bias[ROWS];
                     for (int r = 0; r < some; r++) bias[r] = Floats::zero();
-                    if (w2) tile_rows<8>(*w2, t, context->input, from, some, bias);
+                    if (w2) tile_rows(*w2, t, context->input, from, some, bias);
                     const int lanes = std::min(LANES, vocabulary - t * LANES);
                     for (int r = 0; r < some; r++) {
                         float* at = scores(from + r, k) + t * LANES;
@@ -256,11 +298,16 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
                 }
             }
             context->pool.barrier();
+            if (any_top_k) {
+                for (int r = first_row; r < last_row; r++)
+                    if (sampled(r)) context->least[r] = kth_greatest(scores(r, k), vocabulary, sampling[r].top_k, context->rooms[thread]);
+                context->pool.barrier();
+            }
             if (any_sampled) {
                 for (int r = 0; r < streams; r++)
                     if (sampled(r))
                         context->sums[own + r] = weigh(scores(r, k), first * LANES, std::min(last * LANES, vocabulary),
-                                                       greatest(r).score, temperature[r]);
+                                                       greatest(r).score, sampling[r].temperature, context->least[r]);
                 context->pool.barrier();
             }
             for (int r = first_row; r < last_row; r++) {  // whoever drafts on for a stream says what it has come to
@@ -271,6 +318,7 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
                     to.totals[at] = 0;
                     for (int other = 0; other < threads; other++)
                         to.totals[at] += context->sums[static_cast<size_t>(other) * streams + r];
+                    to.totals[at] = cut(scores(r, k), vocabulary, to.totals[at], sampling[r], context->rooms[thread]);
                     index = draw(scores(r, k), vocabulary, uniforms[at] * to.totals[at]);
                 }
                 to.indices[at] = index;
@@ -282,7 +330,7 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
 }
 
 // What rows of a pass read and write goes by where they stand.
-void check(const Shape& s, const Pass& pass, int64_t slots) {
+void check(const Shape& s, const Pass& pass, int64_t slots, int ring) {
     const auto outside = [](const char* what, int64_t limit) {
         throw Refused(std::string(what) + " outside 0 … " + std::to_string(limit - 1));
     };
@@ -290,33 +338,42 @@ void check(const Shape& s, const Pass& pass, int64_t slots) {
         if (pass.position[r] < 0 || pass.position[r] >= s.positions) outside("positions", s.positions);
         if (pass.slot[r] < 0 || pass.slot[r] >= slots) outside("slots", slots);
         if (!pass.first_slot) continue;
-        if (pass.visible[r] < 1 || pass.first_slot[r] < 0) throw Refused("rows that see nothing");
+        const int from = pass.from ? pass.from[r] : 0;
+        if (from < 0 || pass.visible[r] <= from || pass.first_slot[r] < 0) throw Refused("rows that see nothing");
         if (pass.first_slot[r] % LANES) throw Refused("a stream that begins within a tile of 16");
-        if (static_cast<int64_t>(pass.first_slot[r]) + pass.visible[r] > slots) outside("rows see slots", slots);
+        if (ring && pass.visible[r] - from > ring) throw Refused("rows see more than a ring of " + std::to_string(ring));
+        const int64_t last = ring ? std::min(pass.visible[r], ring) : pass.visible[r];
+        if (pass.first_slot[r] + last > slots) outside("rows see slots", slots);
     }
 }
 
 // Neighbouring rows of each stream; where [streams, 3]: its first slot, its first row's position, its rows. A row sees what
-// comes before it and itself, or all rows of its stream.
-Pass lay_out(Context* context, int streams, const int32_t* where, bool causal) {
+// comes before it and itself; or, as rows of a draft block, all rows of its stream and of what is before them `window`
+// positions (0: all). Of a store with a ring the first slot is the ring's.
+Pass lay_out(Context* context, int streams, const int32_t* where, bool causal, int window, int ring) {
     Context& c = *context;
-    for (auto* list : {&c.position, &c.slot, &c.first_slot, &c.visible}) list->clear();
+    for (auto* list : {&c.position, &c.slot, &c.first_slot, &c.visible, &c.from}) list->clear();
     for (int i = 0; i < streams; i++, where += 3) {
         for (int r = 0; r < where[2]; r++) {
-            c.position.push_back(where[1] + r);
-            c.slot.push_back(where[0] + where[1] + r);
+            const int position = where[1] + r;
+            c.position.push_back(position);
+            c.slot.push_back(where[0] + (ring ? position % ring : position));
             c.first_slot.push_back(where[0]);
             c.visible.push_back(where[1] + (causal ? r + 1 : where[2]));
+            c.from.push_back(window ? std::max(0, where[1] - window) : 0);
         }
     }
-    return {static_cast<int>(c.position.size()), c.position.data(), c.slot.data(), c.first_slot.data(), c.visible.data()};
+    return {static_cast<int>(c.position.size()), c.position.data(), c.slot.data(), c.first_slot.data(), c.visible.data(),
+            c.from.data()};
 }
 
-void embed(const Matrix& m, const int32_t* ids, int count, float* out) {
+void embed(const Matrix& m, float scale, const int32_t* ids, int count, float* out) {
     for (int i = 0; i < count; i++) {
         if (ids[i] < 0 || ids[i] >= m.outputs)
             throw Refused("channels outside 0 … " + std::to_string(m.outputs - 1));
-        m.row(ids[i], out + static_cast<size_t>(i) * m.inputs);
+        float* const row = out + static_cast<size_t>(i) * m.inputs;
+        m.row(ids[i], row);
+        for (int k = 0; scale != 1.0f && k < m.inputs; k++) row[k] *= scale;
     }
 }
 
@@ -324,7 +381,7 @@ void embed(const Matrix& m, const int32_t* ids, int count, float* out) {
 void forward(Context* context, Llama* model, const Pass& pass, const Store& store, float* x, const int32_t* tap_layers,
              int taps, float* tap_out) {
     const Shape& s = model->shape;
-    check(s, pass, store.slots);
+    check(s, pass, store.slots, store.ring);
     for (int i = 0; i < taps; i++)
         for (int r = 0; r < (tap_layers[i] < 0 ? pass.rows : 0); r++)
             std::memcpy(tap_out + (static_cast<size_t>(r) * taps + i) * s.hidden, x + static_cast<size_t>(r) * s.hidden,
@@ -360,8 +417,8 @@ void dspark_free_context(Context* context) { delete context; }
 
 // --- matrices ---
 
-Matrix* dspark_matrix(int outputs, int inputs, int bits) {
-    return guarded([&] { return new Matrix(outputs, inputs, bits); });
+Matrix* dspark_matrix(int outputs, int inputs, int kind) {
+    return guarded([&] { return new Matrix(outputs, inputs, static_cast<Kind>(kind)); });
 }
 void dspark_free_matrix(Matrix* m) { delete m; }
 int64_t dspark_matrix_bytes(const Matrix* m) { return static_cast<int64_t>(m->bytes()); }
@@ -382,10 +439,10 @@ bool dspark_pack(Context* context, Matrix* to, int first, int count, const int32
                 const uint8_t* at = static_cast<const uint8_t*>(source) + row * (groups / layout.groups) * layout.bytes;
                 for (int g = 0; g < groups; g += layout.groups, at += layout.bytes)
                     read_block(at, type, [&](int i, const Group& group) {
-                        if (group.exact)
-                            to->put(channel, g + i, group.q, half_of(group.d), half_of(group.m));
-                        else
-                            quantise_group(*to, channel, g + i, group.x);
+                        if (!group.exact) return to->put(channel, g + i, quantise_group(to->kind, group.x));
+                        Quants exact{{}, half_of(group.d), half_of(group.m), half_of(group.second)};
+                        std::copy_n(group.q, GROUP, exact.q);
+                        to->put(channel, g + i, exact);
                     });
             }
         });
@@ -393,20 +450,10 @@ bool dspark_pack(Context* context, Matrix* to, int first, int count, const int32
     });
 }
 
-// Channels of one matrix as the channels of another of the same width: no rounding.
+// Channels of one matrix as the channels of another of the same width and kind: no rounding.
 void dspark_take(const Matrix* from, const int32_t* rows, int count, Matrix* to) {
-    for (int i = 0; i < count; i++) {
-        const int lane = rows[i] % LANES;
-        for (int g = 0; g < from->groups(); g++) {
-            const uint8_t* at = from->tile(rows[i] / LANES) + from->group_bytes() * g;
-            const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + from->group_bytes() - 4 * LANES);
-            uint8_t q[GROUP];
-            for (int k = 0; k < GROUP; k++)
-                q[k] = from->bits == 8 ? at[k / 4 * 64 + lane * 4 + k % 4]
-                                       : at[k / 8 * 64 + lane * 4 + k % 4] >> (k % 8 / 4 * 4) & 15;
-            to->put(i, g, q, scales[lane], scales[LANES + lane]);
-        }
-    }
+    for (int i = 0; i < count; i++)
+        for (int g = 0; g < from->groups(); g++) to->put(i, g, from->get(rows[i], g));
 }
 
 // Rows as floats [count, inputs]: an embedding.
@@ -421,65 +468,70 @@ bool dspark_product(Context* context, const Matrix* w, const float* x, int rows,
 
 // --- models ---
 
+// ropes: tables [positions][D/2], of each rope cosines and then sines.
 Llama* dspark_llama(int hidden, int heads, int kv_heads, int head_size, int inner, int positions, float eps,
-                    const float* final_norm, const float* cosine, const float* sine) {
+                    float score_scale, bool gelu, const float* final_norm, const float* const* ropes, int rope_count) {
     return guarded([&] {
         auto model = std::make_unique<Llama>();
-        model->shape = {hidden, heads, kv_heads, head_size, inner, positions, eps};
+        model->shape = {hidden, heads, kv_heads, head_size, inner, positions, eps, score_scale};
+        model->gelu = gelu;
         model->final_norm = copy(final_norm, hidden);
-        model->cosine = copy(cosine, static_cast<size_t>(positions) * head_size / 2);
-        model->sine = copy(sine, static_cast<size_t>(positions) * head_size / 2);
+        const size_t size = static_cast<size_t>(positions) * head_size / 2;
+        for (int i = 0; i < rope_count; i++) model->ropes.push_back({copy(ropes[2 * i], size), copy(ropes[2 * i + 1], size)});
         return model.release();
     });
 }
 void dspark_free_llama(Llama* model) { delete model; }
 
-// The matrices become the model's: their handles are not to be used or freed any more.
-bool dspark_add_layer(Llama* model, Matrix* qkv, Matrix* o, Matrix* gate, Matrix* up, Matrix* down,
-                      const float* input_norm, const float* post_norm, const float* q_norm, const float* k_norm) {
+// matrices: q, k, v, o, gate, up, down, which become the model's: their handles are not to be used or freed any more.
+// vectors: input_norm, post_norm, q_norm, k_norm, bias, after_attention, after_mlp; from the third on null where there is none.
+bool dspark_add_layer(Llama* model, Matrix* const* matrices, const float* const* vectors, int window, int rope) {
     return guarded([&] {
         const Shape& s = model->shape;
         Layer layer;
-        Matrix* const parts[] = {qkv, o, gate, up, down};
-        Matrix* const places[] = {&layer.qkv, &layer.o, &layer.gate, &layer.up, &layer.down};
-        for (int i = 0; i < 5; i++) {
-            *places[i] = std::move(*parts[i]);
-            delete parts[i];
+        Matrix* const places[] = {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down};
+        for (Matrix* const place : places) {
+            *place = std::move(**matrices);
+            delete *matrices++;
         }
-        layer.input_norm = copy(input_norm, s.hidden);
-        layer.post_norm = copy(post_norm, s.hidden);
-        layer.q_norm = copy(q_norm, s.head_size);
-        layer.k_norm = copy(k_norm, s.head_size);
+        layer.input_norm = copy(vectors[0], s.hidden);
+        layer.post_norm = copy(vectors[1], s.hidden);
+        layer.q_norm = copy(vectors[2], s.head_size);
+        layer.k_norm = copy(vectors[3], s.head_size);
+        layer.bias = copy(vectors[4], s.qkv());
+        layer.after_attention = copy(vectors[5], s.hidden);
+        layer.after_mlp = copy(vectors[6], s.hidden);
+        layer.window = window, layer.rope = rope;
         model->layers.push_back(std::move(layer));
         return true;
     });
 }
 
-// See forward.
+// See forward. from: see Pass.
 bool dspark_forward(Context* context, Llama* model, int rows, float* x, const int32_t* position, const int32_t* slot,
-                    const int32_t* first_slot, const int32_t* visible, uint16_t* keys, uint16_t* values, int64_t slots,
-                    const int32_t* tap_layers, int taps, float* tap_out) {
+                    const int32_t* first_slot, const int32_t* visible, const int32_t* from, uint16_t* keys, uint16_t* values,
+                    int64_t slots, int ring, const int32_t* tap_layers, int taps, float* tap_out) {
     return guarded([&] {
-        const Pass pass{rows, position, slot, first_slot, visible};
-        forward(context, model, pass, Store{keys, values, slots}, x, tap_layers, taps, tap_out);
+        const Pass pass{rows, position, slot, first_slot, visible, from};
+        forward(context, model, pass, Store{keys, values, slots, ring}, x, tap_layers, taps, tap_out);
         return true;
     });
 }
 
 // A whole pass of R streams, each row seeing what comes before it: embeddings of `ids`, layers, and of `count` rows (wanted:
 // which; null: of all) logits [count, V], or best [count], their argmax. where [R, 3]: see lay_out.
-bool dspark_run(Context* context, Llama* model, const Matrix* embedding, const Matrix* lm_head, int streams,
-                const int32_t* where, const int32_t* ids, uint16_t* keys, uint16_t* values, int64_t slots,
-                const int32_t* tap_layers, int taps, float* tap_out, const int32_t* wanted, int count, float* logits,
+bool dspark_run(Context* context, Llama* model, const Matrix* embedding, float embedding_scale, const Matrix* lm_head,
+                int streams, const int32_t* where, const int32_t* ids, uint16_t* keys, uint16_t* values, int64_t slots,
+                int ring, const int32_t* tap_layers, int taps, float* tap_out, const int32_t* wanted, int count, float* logits,
                 int32_t* best) {
     return guarded([&] {
         const int hidden = model->shape.hidden;
-        const Pass pass = lay_out(context, streams, where, true);
+        const Pass pass = lay_out(context, streams, where, true, 0, ring);
         for (int i = 0; wanted && i < count; i++)
             if (wanted[i] < 0 || wanted[i] >= pass.rows) throw Refused("logits of rows that are not there");
         float* x = hidden_of(context, pass.rows + (wanted ? count : 0), hidden);
-        embed(*embedding, ids, pass.rows, x);
-        forward(context, model, pass, Store{keys, values, slots}, x, tap_layers, taps, tap_out);
+        embed(*embedding, embedding_scale, ids, pass.rows, x);
+        forward(context, model, pass, Store{keys, values, slots, ring}, x, tap_layers, taps, tap_out);
         if (wanted) {
             float* const chosen = x + static_cast<size_t>(pass.rows) * hidden;
             for (int i = 0; i < count; i++)
@@ -495,67 +547,66 @@ bool dspark_run(Context* context, Llama* model, const Matrix* embedding, const M
 // A drafter's context: taps [rows, fc.inputs] → fc → norm → keys and values of every layer.
 bool dspark_append_context(Context* context, Llama* model, const Matrix* fc, const float* norm, int rows,
                            const float* taps, const int32_t* position, const int32_t* slot, uint16_t* keys,
-                           uint16_t* values, int64_t slots) {
+                           uint16_t* values, int64_t slots, int ring) {
     return guarded([&] {
         const Shape& s = model->shape;
-        const Pass pass{rows, position, slot, nullptr, nullptr};
-        check(s, pass, slots);
+        const Pass pass{rows, position, slot, nullptr, nullptr, nullptr};
+        check(s, pass, slots, ring);
         float* const features = hidden_of(context, rows, s.hidden);
         multiply(context, *fc, taps, rows, features, s.hidden, nullptr);
         for (int r = 0; r < rows; r++) {
             float* at = features + static_cast<size_t>(r) * s.hidden;
             rms_norm(at, norm, s.hidden, s.eps, at);
         }
-        model->write_context(context->pool, pass, Store{keys, values, slots}, features);
+        model->write_context(context->pool, pass, Store{keys, values, slots, ring}, features);
         return true;
     });
 }
 
 // See walk.
 bool dspark_walk(Context* context, const Heads* heads, float* base, const float* hidden, int streams, int gamma,
-                 const int32_t* anchors, const float* temperature, const double* uniforms, int32_t* tokens,
+                 const int32_t* anchors, const Sampling* sampling, const double* uniforms, int32_t* tokens,
                  int32_t* indices, double* totals, float* logits) {
     return guarded([&] {
-        walk(context, *heads, base, hidden, streams, gamma, anchors, temperature, uniforms,
+        walk(context, *heads, base, hidden, streams, gamma, anchors, sampling, uniforms,
              Drafts{tokens, indices, totals, logits});
         return true;
     });
 }
 
 // Blocks of γ drafts for R streams: anchor and masks through the drafter's layers, LM head [R, γ, Vd] and walk. where
-// [R, 3]: see lay_out, with γ rows each.
-bool dspark_draft(Context* context, Llama* model, const Matrix* embedding, const Matrix* lm_head, const Heads* heads,
-                  int mask, int streams, int gamma, const int32_t* where, const int32_t* anchors, uint16_t* keys,
-                  uint16_t* values, int64_t slots, float* base, const float* temperature, const double* uniforms,
-                  int32_t* tokens, int32_t* indices, double* totals, float* logits) {
+// [R, 3], window: see lay_out, with γ rows each.
+bool dspark_draft(Context* context, Llama* model, const Matrix* embedding, float embedding_scale, const Matrix* lm_head,
+                  const Heads* heads, int mask, int streams, int gamma, const int32_t* where, int window,
+                  const int32_t* anchors, uint16_t* keys, uint16_t* values, int64_t slots, int ring, float* base,
+                  const Sampling* sampling, const double* uniforms, int32_t* tokens, int32_t* indices, double* totals,
+                  float* logits) {
     return guarded([&] {
-        const Pass pass = lay_out(context, streams, where, false);
+        const Pass pass = lay_out(context, streams, where, false, window, ring);
         float* const x = hidden_of(context, pass.rows, model->shape.hidden);
         context->ids.assign(pass.rows, mask);
         for (int r = 0; r < streams; r++) context->ids[static_cast<size_t>(r) * gamma] = anchors[r];
-        embed(*embedding, context->ids.data(), pass.rows, x);
-        forward(context, model, pass, Store{keys, values, slots}, x, nullptr, 0, nullptr);
+        embed(*embedding, embedding_scale, context->ids.data(), pass.rows, x);
+        forward(context, model, pass, Store{keys, values, slots, ring}, x, nullptr, 0, nullptr);
         multiply(context, *lm_head, x, pass.rows, base, lm_head->outputs, nullptr);
-        walk(context, *heads, base, x, streams, gamma, anchors, temperature, uniforms,
+        walk(context, *heads, base, x, streams, gamma, anchors, sampling, uniforms,
              Drafts{tokens, indices, totals, logits});
         return true;
     });
 }
 
-// Scores [rows, width] to weights where they stand, by each row's temperature > 0; totals [rows]: their sums.
-bool dspark_weigh(Context* context, float* scores, int rows, int width, const float* temperature, double* totals) {
+// Scores [rows, width] to weights where they stand, by each row's sampling, temperature > 0; totals [rows]: their sums.
+bool dspark_weigh(Context* context, float* scores, int rows, int width, const Sampling* sampling, double* totals) {
     return guarded([&] {
-        const auto some = [&](int first, int last) {
-            for (int r = first; r < last; r++) {
-                float* const row = scores + static_cast<size_t>(r) * width;
-                totals[r] = weigh(row, 0, width, greatest(row, width), temperature[r]);
-            }
+        const auto some = [&](int first, int last, int thread) {
+            for (int r = first; r < last; r++)
+                totals[r] = weigh_row(scores + static_cast<size_t>(r) * width, width, sampling[r], context->rooms[thread]);
         };
-        if (rows == 1) return some(0, 1), true;  // done before another thread has woken up
+        if (rows == 1) return some(0, 1, 0), true;  // done before another thread has woken up
         context->pool.run([&](int thread) {
             int first, last;
             share(rows, 1, thread, context->pool.size(), &first, &last);
-            some(first, last);
+            some(first, last, thread);
         });
         return true;
     });

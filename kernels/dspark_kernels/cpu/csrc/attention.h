@@ -16,7 +16,7 @@ namespace dspark {
 
 struct Shape {
     int hidden, heads, kv_heads, head_size, inner, positions;
-    float eps;
+    float eps, score_scale;  // the latter: of query · key
     int qkv() const { return (heads + 2 * kv_heads) * head_size; }
     int group() const { return heads / kv_heads; }
 };
@@ -25,32 +25,50 @@ struct Shape {
 // piece. Keys in tiles of 16 slots with the slot as the innermost index, so that 16 scores are 16 lanes: [Hk][tiles][D][16];
 // values slot by slot: [Hk][slots][D]. For the matrix unit pairs of what is summed over lie together: [Hk][tiles][D/2][16][2]
 // and [Hk][slots/2][D][2].
+//
+// A store with a ring keeps a stream's latest positions only: position i lies at its first slot + i mod ring.
 struct Cache {  // of one layer
     uint16_t *keys, *values;
     int64_t slots;  // a multiple of 16
+    int ring;       // a multiple of RING_GRAIN, or 0
 
+    // use(p, until, slot) for positions first…last-1 in pieces that lie together, each from `slot` on.
+    template <typename Use>
+    void pieces(int64_t base, int first, int last, Use use) const {
+        if (!ring) return use(first, last, base + first);
+        for (int p = first, until; p < last; p = until) {
+            until = std::min(last, (p / ring + 1) * ring);
+            use(p, until, base + p % ring);
+        }
+    }
     uint16_t* keys_from(const Shape& s, int head, int64_t slot) const {  // the tile of `slot`
         return keys + (slots / LANES * head + slot / LANES) * s.head_size * LANES;
     }
 };
 
+constexpr int RING_GRAIN = 64;  // what the attention of any instruction set takes in one piece
+
 struct Store {
     uint16_t *keys, *values;
     int64_t slots;
+    int ring;
     Cache layer(int i, const Shape& s) const {
         const int64_t size = slots * s.kv_heads * s.head_size;
-        return {keys + i * size, values + i * size, slots};
+        return {keys + i * size, values + i * size, slots, ring};
     }
 };
 
-// One pass. Row r stands at position[r], its keys and values go to slot[r], and it sees the first visible[r] slots
-// from first_slot[r] on (those of its stream, itself among them; extents begin at multiples of 16).
+// One pass. Row r stands at position[r], its keys and values go to slot[r], and it sees positions from[r] (null: 0) to
+// visible[r]-1 of its stream, itself among them, which begins at first_slot[r], a multiple of 16.
 struct Pass {
     int rows;
-    const int32_t *position, *slot, *first_slot, *visible;
-};
+    const int32_t *position, *slot, *first_slot, *visible, *from;
 
-inline float score_scale(const Shape& s) { return 1.0f / std::sqrt(static_cast<float>(s.head_size)); }
+    // The first position that row r sees in a layer with that window (0: none).
+    int begin(int r, int window) const {
+        return std::max(from ? from[r] : 0, window ? visible[r] - window : 0);
+    }
+};
 
 #if defined(DSPARK_AMX)
 
@@ -84,11 +102,11 @@ class Attention {  // of one thread
     }
 
     // Rows first…first+rows-1, all of one stream, and the queries of one key head: quantised, into `out`.
-    void run(const Shape& s, const Cache& cache, const Pass& pass, int first, int rows, int head, const float* qkv,
-             Quantised& out) {
+    void run(const Shape& s, const Cache& cache, const Pass& pass, int window, int first, int rows, int head,
+             const float* qkv, Quantised& out) {
         const int group = s.group();
         for (int g = 0; g < group; g += QUERIES)
-            run_queries(s, cache, pass, first, rows, head, head * group + g, std::min(QUERIES, group - g), qkv, out);
+            run_queries(s, cache, pass, window, first, rows, head, head * group + g, std::min(QUERIES, group - g), qkv, out);
     }
 
    private:
@@ -100,11 +118,13 @@ class Attention {  // of one thread
     size_t size_ = 0;
     int stride_ = 0, head_size_ = 0;
 
-    void run_queries(const Shape& s, const Cache& cache, const Pass& pass, int first, int rows, int head,
+    void run_queries(const Shape& s, const Cache& cache, const Pass& pass, int window, int first, int rows, int head,
                      int first_query, int heads, const float* qkv, Quantised& out) {
         const int size = s.head_size, count = rows * heads;
         const int64_t base = pass.first_slot[first];
-        int longest = 0;
+        int longest = 0, begin = pass.begin(first, window);
+        for (int r = first; r < first + rows; r++) begin = std::min(begin, pass.begin(r, window));
+        begin = begin / BLOCK * BLOCK;  // what is before a row's own beginning weighs nothing: sums stay as they are
         for (int i = 0; i < count; i++) {
             const float* q = qkv + static_cast<size_t>(first + i / heads) * s.qkv() + (first_query + i % heads) * size;
             for (int d = 0; d < size; d += 2 * LANES)
@@ -112,16 +132,18 @@ class Attention {  // of one thread
             longest = std::max(longest, pass.visible[first + i / heads]);
         }
         use_matrix_unit_for_attention(count);
-        score(cache.keys_from(s, head, base), size, longest);
+        score(s, cache, head, base, begin, longest);
         Floats share_of[QUERIES];
-        for (int i = 0; i < count; i++)
-            share_of[i] = weigh(scores_.get() + static_cast<size_t>(i) * stride_, pass.visible[first + i / heads], longest,
-                                score_scale(s));
-        sum_values(cache.values + (cache.slots * head + base) * size, size, longest);
+        for (int i = 0; i < count; i++) {
+            const int r = first + i / heads;
+            share_of[i] = weigh(scores_.get() + static_cast<size_t>(i) * stride_, pass.begin(r, window) - begin,
+                                pass.visible[r] - begin, longest - begin, s.score_scale);
+        }
+        sum_values(s, cache, head, base, begin, longest);
         if (rows > 1 && !all_finite(sums_.get(), static_cast<size_t>(count) * size)) {
             // what a row does not see counts nothing, but nothing times no number is no number: each for itself
             for (int r = first; r < first + rows; r++)
-                run_queries(s, cache, pass, r, 1, head, first_query, heads, qkv, out);
+                run_queries(s, cache, pass, window, r, 1, head, first_query, heads, qkv, out);
             return;
         }
         for (int i = 0; i < count; i++)
@@ -140,56 +162,70 @@ class Attention {  // of one thread
         return sum_of(nothing) == 0.0f;
     }
 
-    // scores [queries][stride] of the first `longest` slots, whole tiles of 16: query · key.
-    void score(const uint16_t* keys, int size, int longest) const {
+    // scores [queries][stride] of positions begin…longest-1, whole tiles of 16: query · key.
+    void score(const Shape& s, const Cache& cache, int head, int64_t base, int begin, int longest) const {
+        const int size = s.head_size;
         const size_t tile = static_cast<size_t>(size) * LANES;
-        for (int p = 0; p < longest; p += 4 * LANES, keys += 4 * tile) {
-            const int tiles = std::min(4, (longest - p + LANES - 1) / LANES);
-            clear_tiles();
-            for (int d = 0; d < size; d += BLOCK)
-                multiply_tiles(queries_.get() + d, size * 2, keys + d * LANES, tile, 64, tiles);
-            store_tiles(scores_.get() + p, LANES, stride_ * 4, tiles);
-        }
+        cache.pieces(base, begin, longest, [&](int p, int until, int64_t slot) {
+            const uint16_t* keys = cache.keys_from(s, head, slot);
+            for (; p < until; p += 4 * LANES, keys += 4 * tile) {
+                const int tiles = std::min(4, (until - p + LANES - 1) / LANES);
+                clear_tiles();
+                for (int d = 0; d < size; d += BLOCK)
+                    multiply_tiles(queries_.get() + d, size * 2, keys + d * LANES, tile, 64, tiles);
+                store_tiles(scores_.get() + (p - begin), LANES, stride_ * 4, tiles);
+            }
+        });
     }
 
-    // One query's scores become weights, exp(score - greatest), in bfloat16 where they stand; those of slots that it does
-    // not see, to the end of the block, are nothing. What to divide by, as its inverse.
-    static Floats weigh(float* scores, int seen, int longest, float scale) {
-        const int whole = seen / BLOCK * BLOCK;
+    // One query's scores become weights, exp(score - greatest), in bfloat16 where they stand; those of positions that it does
+    // not see, before `from` and from `seen` to the end of the block, are nothing. What to divide by, as its inverse.
+    static Floats weigh(float* scores, int from, int seen, int longest, float scale) {
+        const int ahead = (from + BLOCK - 1) / BLOCK * BLOCK, whole = std::max(ahead, seen / BLOCK * BLOCK);
         Floats most[2] = {Floats::all(-INFINITY), Floats::all(-INFINITY)}, total[2] = {Floats::zero(), Floats::zero()};
-        for (int p = 0; p < whole; p += BLOCK) {
+        const auto look = [&](int p, int last) {
+            for (; p < last; p += LANES)
+                most[0] = max(most[0], Floats::load(scores + p).keep(seen - p, -INFINITY).drop(from - p, -INFINITY));
+        };
+        look(from / LANES * LANES, std::min(ahead, seen));
+        for (int p = ahead; p + BLOCK <= whole; p += BLOCK) {
             most[0] = max(most[0], Floats::load(scores + p));
             most[1] = max(most[1], Floats::load(scores + p + LANES));
         }
-        for (int p = whole; p < seen; p += LANES) most[0] = max(most[0], Floats::load(scores + p).keep(seen - p, -INFINITY));
+        look(whole, seen);
         const Floats top = Floats::all(max_of(max(most[0], most[1]))), by = Floats::all(scale * 1.44269504f);
         uint16_t* weights = reinterpret_cast<uint16_t*>(scores);  // behind what is read: two bytes a slot instead of four
-        const auto weigh_block = [&](int p, int left) {
+        const auto weigh_block = [&](int p, int before, int left) {
             Floats part[2];
             for (int i : {0, 1}) {
-                part[i] = power_for_weights((Floats::load(scores + p + i * LANES) - top) * by).keep(left - i * LANES, 0.0f);
+                part[i] = power_for_weights((Floats::load(scores + p + i * LANES) - top) * by);
+                part[i] = part[i].keep(left - i * LANES, 0.0f).drop(before - i * LANES, 0.0f);
                 total[i] = total[i] + part[i];
             }
             store_bfloat(part[0], part[1], weights + p);
         };
-        for (int p = 0; p < whole; p += BLOCK) weigh_block(p, BLOCK);
-        for (int p = whole; p < longest; p += BLOCK) weigh_block(p, seen - p);
+        for (int p = 0; p < std::min(ahead, longest); p += BLOCK) weigh_block(p, from - p, seen - p);
+        for (int p = ahead; p < whole; p += BLOCK) weigh_block(p, 0, BLOCK);
+        for (int p = whole; p < longest; p += BLOCK) weigh_block(p, 0, seen - p);
         return Floats::all(1.0f / sum_of(total[0] + total[1]));
     }
 
     // sums [queries][D] of weight · value. The last block may reach beyond what is seen, and even beyond the extent: what
     // stands there is not a number for all we know, so it is read from a copy.
-    void sum_values(const uint16_t* values, int size, int longest) const {
+    void sum_values(const Shape& s, const Cache& cache, int head, int64_t base, int begin, int longest) const {
         const uint16_t* weights = reinterpret_cast<const uint16_t*>(scores_.get());
-        const int whole = longest / BLOCK * BLOCK;
-        if (whole < longest) copy_tail(values + static_cast<size_t>(whole) * size, size, longest - whole);
+        const int size = s.head_size;
         for (int d = 0; d < size; d += 4 * LANES) {
             const int tiles = std::min(4, (size - d) / LANES);
             clear_tiles();
-            for (int p = 0; p < longest; p += BLOCK) {
-                const uint16_t* from = p < whole ? values + static_cast<size_t>(p) * size : tail_.get();
-                multiply_tiles(weights + p, stride_ * 4, from + 2 * d, 2 * LANES, size * 4, tiles);
-            }
+            cache.pieces(base, begin, longest, [&](int p, int until, int64_t slot) {
+                const uint16_t* from = cache.values + (cache.slots * head + slot) * size;
+                for (; p < until; p += BLOCK, from += static_cast<size_t>(BLOCK) * size) {
+                    if (p + BLOCK > until) copy_tail(from, size, until - p);
+                    multiply_tiles(weights + (p - begin), stride_ * 4, (p + BLOCK > until ? tail_.get() : from) + 2 * d,
+                                   2 * LANES, size * 4, tiles);
+                }
+            });
             store_tiles(sums_.get() + d, LANES, size * 4, tiles);
         }
     }
@@ -224,20 +260,20 @@ class Attention {  // of one thread
     static int rows_at_once(const Shape&) { return 1; }
 
     void reserve(const Shape& s, int longest) {
-        make_room(scores_, size_, static_cast<size_t>(longest + LANES) * s.group());
+        make_room(scores_, size_, static_cast<size_t>(longest + 2 * LANES) * std::min(4, s.group()));
     }
 
-    // Row `first` and the queries of one key head: quantised, into `out`.
-    void run(const Shape& s, const Cache& cache, const Pass& pass, int first, int /*rows*/, int head, const float* qkv,
-             Quantised& out) {
-        const int group = s.group();
-        switch (group) {
-            case 1: return attend<1>(s, cache, pass, first, head, head, qkv, out);
-            case 2: return attend<2>(s, cache, pass, first, head, head * 2, qkv, out);
-            case 3: return attend<3>(s, cache, pass, first, head, head * 3, qkv, out);
-            case 4: return attend<4>(s, cache, pass, first, head, head * 4, qkv, out);
-            default:
-                for (int g = 0; g < group; g++) attend<1>(s, cache, pass, first, head, head * group + g, qkv, out);
+    // Row `first` and the queries of one key head, up to four at a time: quantised, into `out`.
+    void run(const Shape& s, const Cache& cache, const Pass& pass, int window, int first, int /*rows*/, int head,
+             const float* qkv, Quantised& out) {
+        for (int g = 0; g < s.group(); g += 4) {
+            const int query = head * s.group() + g;
+            switch (std::min(4, s.group() - g)) {
+                case 1: attend<1>(s, cache, pass, window, first, head, query, qkv, out); break;
+                case 2: attend<2>(s, cache, pass, window, first, head, query, qkv, out); break;
+                case 3: attend<3>(s, cache, pass, window, first, head, query, qkv, out); break;
+                default: attend<4>(s, cache, pass, window, first, head, query, qkv, out);
+            }
         }
     }
 
@@ -245,12 +281,12 @@ class Attention {  // of one thread
     Buffer<float> scores_;
     size_t size_ = 0;
 
-    // Scores of G queries and the keys of T tiles from p on; T tiles at once, because one sum alone waits for itself.
+    // Scores of G queries and the T tiles k of keys, of positions p on; T tiles at once, because one sum alone waits for
+    // itself. Those before `begin` and from `seen` on are not seen. scores: where those of position p go.
     template <int G, int T>
-    static void score_tiles(const uint16_t* keys, const float* q, int size, Floats scale, int seen, int p, int stride,
+    static void score_tiles(const uint16_t* k, const float* q, int size, Floats scale, int begin, int seen, int p, int stride,
                             float* scores, Floats* most) {
         const size_t step = static_cast<size_t>(size) * LANES;
-        const uint16_t* k = keys + p / LANES * step;
         Floats score[T][G];
 DSPARK_UNROLL(4)
         for (int t = 0; t < T; t++)
@@ -259,60 +295,68 @@ DSPARK_UNROLL(4)
         for (int d = 0; d < size; d++) add_outer<T, G>(k + d * LANES, step, q + d, size, score);
         for (int t = 0; t < T; t++, p += LANES) {
             for (int g = 0; g < G; g++) {
-                const Floats kept = (score[t][g] * scale).keep(seen - p, -INFINITY);
+                const Floats kept = (score[t][g] * scale).keep(seen - p, -INFINITY).drop(begin - p, -INFINITY);
                 most[g] = max(most[g], kept);
-                kept.store(scores + g * stride + p);
+                kept.store(scores + g * stride + t * LANES);
             }
         }
     }
 
-    // C·16 dimensions of the weighted values for G queries, divided by the sums of their weights.
+    // C·16 dimensions, from d on, of the weighted values of positions begin…seen-1 for G queries, divided by the sums of their
+    // weights; weights: that of position begin.
     template <int G, int C>
-    static void weigh_values(const uint16_t* v, int size, int seen, int stride, const float* weights, const Floats* total,
-                             float* out) {
+    static void weigh_values(const Cache& cache, int64_t base, int head, int d, int size, int begin, int seen, int stride,
+                             const float* weights, const Floats* total, float* out) {
         Floats sums[C][G];
 DSPARK_UNROLL(4)
         for (int c = 0; c < C; c++)
 DSPARK_UNROLL(4)
             for (int g = 0; g < G; g++) sums[c][g] = Floats::zero();
-        for (int p = 0; p < seen; p++, v += size) add_outer<C, G>(v, LANES, weights + p, stride, sums);
+        cache.pieces(base, begin, seen, [&](int p, int until, int64_t slot) {
+            const uint16_t* v = cache.values + (cache.slots * head + slot) * size + d;
+            for (; p < until; p++, v += size) add_outer<C, G>(v, LANES, weights + (p - begin), stride, sums);
+        });
         for (int g = 0; g < G; g++) {
             const Floats share_of = Floats::all(1.0f / sum_of(total[g]));
-            for (int c = 0; c < C; c++) (sums[c][g] * share_of).store(out + g * size + c * LANES);
+            for (int c = 0; c < C; c++) (sums[c][g] * share_of).store(out + g * size + d + c * LANES);
         }
     }
 
     template <int G>
-    void attend(const Shape& s, const Cache& cache, const Pass& pass, int r, int head, int first_query, const float* qkv,
-                Quantised& to) const {
-        const int size = s.head_size, seen = pass.visible[r];
+    void attend(const Shape& s, const Cache& cache, const Pass& pass, int window, int r, int head, int first_query,
+                const float* qkv, Quantised& to) const {
+        const int size = s.head_size, seen = pass.visible[r], begin = pass.begin(r, window);
+        const int first = begin / LANES * LANES, last = (seen + LANES - 1) / LANES * LANES, stride = last - first;
         const int64_t base = pass.first_slot[r];
         const float* q = qkv + static_cast<size_t>(r) * s.qkv() + first_query * size;
-        const Floats scale = Floats::all(score_scale(s));
-        const int stride = (seen + LANES - 1) / LANES * LANES;
+        const Floats scale = Floats::all(s.score_scale);
         float* const scores = scores_.get();
         Floats most[G], total[G];
         for (int g = 0; g < G; g++) most[g] = Floats::all(-INFINITY), total[g] = Floats::zero();
-        const uint16_t* k = cache.keys_from(s, head, base);
         constexpr int some = sums_at_once(G);
-        int p = 0;
-        for (; p + some * LANES <= stride; p += some * LANES)
-            score_tiles<G, some>(k, q, size, scale, seen, p, stride, scores, most);
-        for (; p < stride; p += LANES) score_tiles<G, 1>(k, q, size, scale, seen, p, stride, scores, most);
+        const size_t tile = static_cast<size_t>(size) * LANES;
+        cache.pieces(base, first, last, [&](int p, int until, int64_t slot) {
+            const uint16_t* k = cache.keys_from(s, head, slot);
+            for (; p + some * LANES <= until; p += some * LANES, k += some * tile)
+                score_tiles<G, some>(k, q, size, scale, begin, seen, p, stride, scores + (p - first), most);
+            for (; p < until; p += LANES, k += tile)
+                score_tiles<G, 1>(k, q, size, scale, begin, seen, p, stride, scores + (p - first), most);
+        });
         for (int g = 0; g < G; g++) {
             const Floats top = Floats::all(max_of(most[g]));
-            for (int p = 0; p < seen; p += LANES) {
-                const Floats e = exp(Floats::load(scores + g * stride + p) - top).keep(seen - p, 0.0f);
+            for (int p = first; p < seen; p += LANES) {
+                float* const at = scores + g * stride + (p - first);
+                const Floats e = exp(Floats::load(at) - top).keep(seen - p, 0.0f).drop(begin - p, 0.0f);
                 total[g] = total[g] + e;
-                e.store(scores + g * stride + p);
+                e.store(at);
             }
         }
         float out[256 * G];
-        const uint16_t* v = cache.values + (cache.slots * head + base) * size;
         int d = 0;
         for (; d + some * LANES <= size; d += some * LANES)
-            weigh_values<G, some>(v + d, size, seen, stride, scores, total, out + d);
-        for (; d < size; d += LANES) weigh_values<G, 1>(v + d, size, seen, stride, scores, total, out + d);
+            weigh_values<G, some>(cache, base, head, d, size, begin, seen, stride, scores + (begin - first), total, out);
+        for (; d < size; d += LANES)
+            weigh_values<G, 1>(cache, base, head, d, size, begin, seen, stride, scores + (begin - first), total, out);
         to.put_each(G * size / GROUP, out, [&](int i) { return std::pair(r, first_query * size / GROUP + i); });
     }
 };

@@ -1,4 +1,5 @@
-// GGUF's blocks (format facts: ggml's block_q4_0 … block_q6_K) as groups of 32 weights d·q + m with q unsigned.
+// GGUF's blocks (format facts: ggml's block_q4_0 … block_q6_K) as groups of 32 weights d·q + m with q unsigned; of Q6_K d
+// is of the first half, `second` of the other.
 #pragma once
 
 #include "simd.h"
@@ -24,11 +25,10 @@ inline Layout layout_of(int type) {
     }
 }
 
-// Exact: 32 quants with one scale. Else 32 floats, whose scale changes within the group.
 struct Group {
-    bool exact = true;
+    bool exact = true;  // quants; else 32 floats
     uint8_t q[GROUP];
-    float d, m;
+    float d = 0.0f, m = 0.0f, second = 0.0f;
     float x[GROUP];
 };
 
@@ -100,13 +100,11 @@ void read_block(const uint8_t* block, int type, Use use) {
         case Q6_K: {  // 16 weights to a scale
             const float d = half_at(block + 208);
             const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192);
-            g.exact = false;
             for (int i = 0; i < 8; i++) {
                 const uint8_t *low = block + i / 4 * 64 + i % 2 * GROUP, *high = block + 128 + i / 4 * GROUP;
-                for (int k = 0; k < GROUP; k++) {
-                    const int q = (low[k] >> (i % 4 / 2 * 4) & 15) | (high[k] >> (i % 4 * 2) & 3) << 4;
-                    g.x[k] = d * static_cast<float>(scales[2 * i + k / 16]) * static_cast<float>(q - 32);
-                }
+                for (int k = 0; k < GROUP; k++)
+                    g.q[k] = static_cast<uint8_t>((low[k] >> (i % 4 / 2 * 4) & 15) | (high[k] >> (i % 4 * 2) & 3) << 4);
+                g.d = d * static_cast<float>(scales[2 * i]), g.second = d * static_cast<float>(scales[2 * i + 1]);
                 use(i, g);
             }
             return;

@@ -1,7 +1,9 @@
 // A Llama-like decoder over a ragged batch, whole layers at a time: QKV with rotary and cache write, attention over what is
-// there, output projection into the residual stream, gate·up with SiLU, down.
+// there, output projection into the residual stream, gate·up with its activation, down. What families differ in, biases of
+// Q, K and V, norms of queries and keys, norms behind attention and MLP (Gemma's sandwich), windows and rotary tables of
+// some layers, is null or zero in a layer that has none of it.
 //
-// Norms have no step of their own. Rounding to bytes does not see a row's scale, so whoever adds the last to 32 columns of
+// Norms before a product have no step of their own. Rounding to bytes does not see a row's scale, so whoever adds the last to 32 columns of
 // the residual stream rounds them for the next product at once, before others ask for them, and keeps the sum of their
 // squares; what they come to, the row's 1/rms, is multiplied onto that product's results.
 //
@@ -15,8 +17,15 @@
 namespace dspark {
 
 struct Layer {
-    Matrix qkv, o, gate, up, down;
-    Buffer<float> input_norm, post_norm, q_norm, k_norm;  // the last two: null where the family has none
+    Matrix q, k, v, o, gate, up, down;
+    Buffer<float> input_norm, post_norm;                    // before attention and MLP
+    Buffer<float> q_norm, k_norm, bias, after_attention, after_mlp;  // bias [(Hq + 2·Hk)·D]; null where there is none
+    int window = 0;                                         // positions that a row sees at most, itself among them; 0: all
+    int rope = 0;                                           // which of the model's rotary tables
+};
+
+struct Rope {
+    Buffer<float> cosine, sine;  // [positions][D/2]
 };
 
 inline void rms_norm(const float* x, const float* weight, int size, float eps, float* out) {
@@ -33,7 +42,9 @@ class Llama {
    public:
     Shape shape;
     std::vector<Layer> layers;
-    Buffer<float> final_norm, cosine, sine;  // tables [positions][D/2]
+    std::vector<Rope> ropes;
+    Buffer<float> final_norm;
+    bool gelu = false;  // of the gate, by tanh; else SiLU
 
     // Runs all layers over x [T, H], in place; taps [T, taps·H] are the outputs of the layers in `tap_layers`.
     void run(Pool& pool, const Pass& pass, const Store& store, float* x, const int32_t* tap_layers, int taps,
@@ -44,6 +55,7 @@ class Llama {
         aq_.reserve(pass.rows, s.heads * s.head_size);
         hq_.reserve(pass.rows, s.inner);
         make_room(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
+        if (layers[0].after_attention || layers[0].after_mlp) make_room(branch_, branch_size_, static_cast<size_t>(pass.rows) * s.hidden);
         squares_.resize(static_cast<size_t>(pass.rows) * input_.groups);
         const int longest = pass.rows ? *std::max_element(pass.visible, pass.visible + pass.rows) : 0;
         for (Own& own : own_) {
@@ -64,14 +76,15 @@ class Llama {
                 norm_rows(pass.rows, own);
                 project(pool, thread, layer, cache, pass, input_, own.norm.data(), 0, s.heads + 2 * s.kv_heads);
                 pool.barrier();
-                attend(pool, thread, cache, pass, own.attention);
+                attend(pool, thread, cache, pass, layer.window, own.attention);
                 pool.barrier();
-                add_product(pool, thread, layer.o, aq_, pass.rows, x, layer.post_norm.get());
+                add_product(pool, thread, layer.o, aq_, pass.rows, x, layer.after_attention.get(), layer.post_norm.get());
                 pool.barrier();
                 norm_rows(pass.rows, own);
                 gate_up(pool, thread, layer, pass.rows, own.norm.data());
                 pool.barrier();
-                add_product(pool, thread, layer.down, hq_, pass.rows, x, last_layer ? nullptr : layers[l + 1].input_norm.get());
+                add_product(pool, thread, layer.down, hq_, pass.rows, x, layer.after_mlp.get(),
+                            last_layer ? nullptr : layers[l + 1].input_norm.get());
                 pool.barrier();
                 for (int i = 0; i < taps; i++) {
                     if (tap_layers[i] != l) continue;
@@ -115,8 +128,8 @@ class Llama {
     std::vector<Together> together_;
     Quantised input_, aq_, hq_;
     std::vector<float> squares_;  // [groups][rows] of the residual stream
-    Buffer<float> qkv_;
-    size_t qkv_size_ = 0;
+    Buffer<float> qkv_, branch_;  // branch: what attention or MLP add, before a norm of its own
+    size_t qkv_size_ = 0, branch_size_ = 0;
 
     void put_together(const Pass& pass) {
         const int most = Attention::rows_at_once(shape);
@@ -164,17 +177,21 @@ class Llama {
         const int tiles = s.head_size / LANES, width = s.qkv();
         pool.each(thread, last_head - first_head, 1, [&](int first, int last) {
             for (int head = first_head + first; head < first_head + last; head++) {
-                for (int t = head * tiles; t < (head + 1) * tiles; t++)
-                    product(layer.qkv, t, input, pass.rows, [&](int r, Floats v) {
-                        const Floats by = Floats::all(norm ? norm[r] : 1.0f);
-                        (v * by).store(qkv_.get() + static_cast<size_t>(r) * width + t * LANES);
-                    });
                 const bool is_query = head < s.heads, is_key = !is_query && head < s.heads + s.kv_heads;
+                const Matrix& w = is_query ? layer.q : is_key ? layer.k : layer.v;
+                const int before = is_query ? 0 : is_key ? s.heads : s.heads + s.kv_heads;  // heads of other matrices
+                for (int t = head * tiles; t < (head + 1) * tiles; t++) {
+                    const Floats more = layer.bias ? Floats::load(layer.bias.get() + t * LANES) : Floats::zero();
+                    product(w, t - before * tiles, input, pass.rows, [&](int r, Floats v) {
+                        const Floats by = Floats::all(norm ? norm[r] : 1.0f);
+                        fma(v, by, more).store(qkv_.get() + static_cast<size_t>(r) * width + t * LANES);
+                    });
+                }
                 const float* own_norm = is_query ? layer.q_norm.get() : is_key ? layer.k_norm.get() : nullptr;
                 for (int r = 0; r < pass.rows; r++) {
                     float* x = qkv_.get() + static_cast<size_t>(r) * width + head * s.head_size;
                     if (own_norm) rms_norm(x, own_norm, s.head_size, s.eps, x);
-                    if (is_query || is_key) turn(x, pass.position[r]);
+                    if (is_query || is_key) turn(ropes[layer.rope], x, pass.position[r]);
                     if (is_key) write_key(s, cache, head - s.heads, pass.slot[r], x);
                     if (!is_query && !is_key) write_value(s, cache, head - s.heads - s.kv_heads, pass.slot[r], x);
                 }
@@ -182,10 +199,10 @@ class Llama {
         });
     }
 
-    void turn(float* x, int position) const {
+    void turn(const Rope& rope, float* x, int position) const {
         const int half = shape.head_size / 2;
-        const float* c = cosine.get() + static_cast<size_t>(position) * half;
-        const float* n = sine.get() + static_cast<size_t>(position) * half;
+        const float* c = rope.cosine.get() + static_cast<size_t>(position) * half;
+        const float* n = rope.sine.get() + static_cast<size_t>(position) * half;
         for (int i = 0; i < half; i += LANES) {
             const Floats a = Floats::load(x + i), b = Floats::load(x + half + i);
             const Floats cos = Floats::load(c + i), sin = Floats::load(n + i);
@@ -195,19 +212,22 @@ class Llama {
     }
 
     // By key head and what is attended to together, key head after key head.
-    void attend(Pool& pool, int thread, const Cache& cache, const Pass& pass, Attention& attention) {
+    void attend(Pool& pool, int thread, const Cache& cache, const Pass& pass, int window, Attention& attention) {
         const int together = static_cast<int>(together_.size());
         pool.each(thread, together * shape.kv_heads, 1, [&](int first, int last) {
             for (int item = first; item < last; item++) {
                 const Together& rows = together_[item % together];
-                attention.run(shape, cache, pass, rows.first, rows.count, item / together, qkv_.get(), aq_);
+                attention.run(shape, cache, pass, window, rows.first, rows.count, item / together, qkv_.get(), aq_);
             }
         });
     }
 
-    // x += w · input; next: the weight of the norm that x goes through after that, or null.
-    void add_product(Pool& pool, int thread, const Matrix& w, const Quantised& input, int rows, float* x, const float* next) {
+    // x += w · input; after: the weight of the norm that this goes through before it is added, or null; next: of the norm that
+    // x goes through then, or null.
+    void add_product(Pool& pool, int thread, const Matrix& w, const Quantised& input, int rows, float* x, const float* after,
+                     const float* next) {
         constexpr int grain = GROUP / LANES;
+        if (after) return add_normed(pool, thread, w, input, rows, x, after, next);
         pool.each(thread, w.tiles(), grain, [&](int first, int last) {
             for (int t = first; t < last; t++) {
                 product(w, t, input, rows, [&](int r, Floats v) {
@@ -219,7 +239,37 @@ class Llama {
         });
     }
 
-    // silu(gate)·up, quantised for `down` where it arises: two tiles are one group.
+    void add_normed(Pool& pool, int thread, const Matrix& w, const Quantised& input, int rows, float* x, const float* after,
+                    const float* next) {
+        const size_t hidden = shape.hidden;
+        pool.each(thread, w.tiles(), 1, [&](int first, int last) {
+            for (int t = first; t < last; t++)
+                product(w, t, input, rows, [&](int r, Floats v) { v.store(branch_.get() + r * hidden + t * LANES); });
+        });
+        pool.barrier();
+        int first, last;
+        share(rows, 1, thread, pool.size(), &first, &last);
+        for (int r = first; r < last; r++) {
+            float* const own = branch_.get() + r * hidden;
+            rms_norm(own, after, shape.hidden, shape.eps, own);
+            for (size_t i = 0; i < hidden; i += LANES) (Floats::load(x + r * hidden + i) + Floats::load(own + i)).store(x + r * hidden + i);
+        }
+        if (!next) return;
+        pool.barrier();
+        pool.each(thread, input_.groups, 1, [&](int from, int until) {
+            for (int g = from; g < until; g++) settle(x, next, rows, g);
+        });
+    }
+
+    // The gate's activation: x·σ(x), or GELU by tanh, which is x·σ(2·√(2/π)·(x + 0.044715·x³)).
+    Floats activated(Floats x) const {
+        const Floats one = Floats::all(1.0f);
+        Floats by = Floats::zero() - x;
+        if (gelu) by = by * fma(x * x, Floats::all(1.5957691216f * 0.044715f), Floats::all(1.5957691216f));
+        return x / (one + exp(by));
+    }
+
+    // activated(gate)·up, quantised for `down` where it arises: two tiles are one group.
     void gate_up(Pool& pool, int thread, const Layer& layer, int rows, const float* norm) {
         pool.each(thread, layer.gate.tiles(), GROUP / LANES, [&](int first, int last) {
             for (int t = first; t < last; t += GROUP / LANES)
@@ -231,21 +281,14 @@ class Llama {
         float inner[ROWS][GROUP];
         for (int half = 0; half < GROUP / LANES; half++) {
             Floats gate[ROWS], up[ROWS];
-            tiles(layer.gate, t + half, input_, from, rows, gate);
-            tiles(layer.up, t + half, input_, from, rows, up);
+            tile_rows(layer.gate, t + half, input_, from, rows, gate);
+            tile_rows(layer.up, t + half, input_, from, rows, up);
             for (int r = 0; r < rows; r++) {
                 const Floats by = Floats::all(norm[from + r]), x = gate[r] * by;
-                (x / (Floats::all(1.0f) + exp(Floats::zero() - x)) * (up[r] * by)).store(inner[r] + half * LANES);
+                (activated(x) * (up[r] * by)).store(inner[r] + half * LANES);
             }
         }
         hq_.put_each(rows, inner[0], [&](int r) { return std::pair(from + r, t * LANES / GROUP); });
-    }
-
-    static void tiles(const Matrix& w, int t, const Quantised& x, int first, int rows, Floats* out) {
-        if (w.bits == 4)
-            tile_rows<4>(w, t, x, first, rows, out);
-        else
-            tile_rows<8>(w, t, x, first, rows, out);
     }
 };
 

@@ -1,12 +1,15 @@
 // Weight matrices as the kernels want them, and their product with quantised activations.
 //
-// w[n][k] = d·q + m with q unsigned, d and m shared by GROUP inputs of one output channel. Every supported source fits:
-// Q4_1 as it is; Q4_0 with m = -8d; Q8_0 with q + 128 and m = -128d.
+// w[n][k] = d·q + m with q unsigned, d and m shared by GROUP inputs of one output channel; of six bits d is shared by half
+// a group. Where quants lie around zero m is -d·2^(bits-1) and takes no memory. GGUF's blocks keep their quants; of the K
+// types d and m, there products of two numbers, are rounded to half precision.
 //
 // Layout: tiles of 16 output channels; in a tile, group after group:
-//   4 bits: 4 x 64 bytes, chunk c with inputs 8c…8c+3 in low nibbles and 8c+4…8c+7 in high ones   (channel-major fours)
-//   8 bits: 8 x 64 bytes, chunk c with inputs 4c…4c+3
-//   then 16 half-precision d, 16 half-precision m
+//   nibbles: 4 x 64 bytes, chunk c with inputs 8c…8c+3 in the low ones and 8c+4…8c+7 in the high ones  (channel-major fours)
+//   fifth bits: 64 bytes, of inputs 4c…4c+3 the bits c;  fifth and sixth: 2 x 64 bytes, of inputs 16h+4c…16h+4c+3 the bits
+//     2c and 2c+1 of the h-th
+//   bytes: 8 x 64 bytes instead of all these, chunk c with inputs 4c…4c+3
+//   then 16 half-precision d, and where there are others 16 half-precision m, or d of the second half
 // so one product reads memory once, front to back. Source bytes are never kept beside it.
 #pragma once
 
@@ -28,6 +31,28 @@
 namespace dspark {
 
 constexpr int ROWS = 16;          // activations that one reading of the weights serves
+
+// How weights are kept: the bits of a quant, and whether m has values of its own. Numbers are known to library.py.
+enum Kind : int { FOUR = 0, FOUR_M = 1, FIVE = 2, FIVE_M = 3, SIX = 4, EIGHT = 5 };
+constexpr int KINDS = 6;
+constexpr int bits_of(Kind kind) { return kind == EIGHT ? 8 : kind == SIX ? 6 : kind <= FOUR_M ? 4 : 5; }
+constexpr bool has_m(Kind kind) { return kind == FOUR_M || kind == FIVE_M; }
+constexpr float middle_of(Kind kind) { return static_cast<float>(1 << (bits_of(kind) - 1)); }
+constexpr size_t scale_bytes(Kind kind) { return (has_m(kind) || kind == SIX ? 4 : 2) * size_t{16}; }
+constexpr size_t group_bytes_of(Kind kind) { return static_cast<size_t>(bits_of(kind)) * 16 * 32 / 8 + scale_bytes(kind); }
+
+// use(std::integral_constant<Kind, kind>()) for a kind that is known when it runs.
+template <typename Use>
+inline auto with_kind(Kind kind, Use use) {
+    switch (kind) {
+        case FOUR: return use(std::integral_constant<Kind, FOUR>());
+        case FOUR_M: return use(std::integral_constant<Kind, FOUR_M>());
+        case FIVE: return use(std::integral_constant<Kind, FIVE>());
+        case FIVE_M: return use(std::integral_constant<Kind, FIVE_M>());
+        case SIX: return use(std::integral_constant<Kind, SIX>());
+        default: return use(std::integral_constant<Kind, EIGHT>());
+    }
+}
 constexpr size_t PREFETCH = 16384;  // bytes ahead, into the second level: the processor's own stops at every page
 
 template <size_t BYTES>
@@ -100,62 +125,99 @@ struct Weights {
     }
 };
 
+// 32 quants of one channel: low nibbles and what lies above them, d and m, and d of the second half.
+struct Quants {
+    uint8_t q[GROUP];
+    uint16_t d, m, second;
+};
+
 struct Matrix {
-    int outputs = 0, inputs = 0, bits = 0;
+    int outputs = 0, inputs = 0;
+    Kind kind = FOUR_M;
     Weights data;
 
     int groups() const { return inputs / GROUP; }
     int tiles() const { return (outputs + LANES - 1) / LANES; }
-    size_t group_bytes() const { return static_cast<size_t>(bits) * LANES * GROUP / 8 + 4 * LANES; }
+    size_t group_bytes() const { return group_bytes_of(kind); }
     size_t tile_bytes() const { return group_bytes() * groups(); }
     size_t bytes() const { return tile_bytes() * tiles(); }
     const uint8_t* tile(int t) const { return data.at + tile_bytes() * t; }
 
     Matrix() = default;
-    Matrix(int outputs, int inputs, int bits) : outputs(outputs), inputs(inputs), bits(bits), data(bytes()) {}
+    Matrix(int outputs, int inputs, Kind kind) : outputs(outputs), inputs(inputs), kind(kind), data(bytes()) {}
 
-    // One channel's group: 32 unsigned quants and its half-precision d and m.
-    void put(int channel, int group, const uint8_t* q, uint16_t d, uint16_t m) {
+    // One channel's group: 32 unsigned quants and its half-precision scales.
+    void put(int channel, int group, const Quants& from) {
         uint8_t* at = data.at + tile_bytes() * (channel / LANES) + group_bytes() * group;
         const int lane = channel % LANES;
         for (int k = 0; k < GROUP; k++) {
-            if (bits == 8) {
-                at[k / 4 * 64 + lane * 4 + k % 4] = q[k];
-            } else {
-                uint8_t& pair = at[k / 8 * 64 + lane * 4 + k % 4];
-                const int shift = k % 8 / 4 * 4;
-                pair = static_cast<uint8_t>((pair & ~(15 << shift)) | q[k] << shift);
+            const Place place = place_of(k, lane);
+            if (kind == EIGHT) {
+                at[k / 4 * 64 + place.byte] = from.q[k];
+                continue;
             }
+            set(at[k / 8 * 64 + place.byte], 15, place.nibble, from.q[k]);
+            if (bits_of(kind) == 5) set(at[256 + place.byte], 1, k / 4, from.q[k] >> 4);
+            if (bits_of(kind) == 6) set(at[256 + k / 16 * 64 + place.byte], 3, k % 16 / 4 * 2, from.q[k] >> 4);
         }
-        uint16_t* scales = reinterpret_cast<uint16_t*>(at + group_bytes() - 4 * LANES);
-        scales[lane] = d;
-        scales[LANES + lane] = m;
+        uint16_t* scales = reinterpret_cast<uint16_t*>(at + group_bytes() - scale_bytes(kind));
+        scales[lane] = from.d;
+        if (has_m(kind)) scales[LANES + lane] = from.m;
+        if (kind == SIX) scales[LANES + lane] = from.second;
+    }
+
+    Quants get(int channel, int group) const {
+        const uint8_t* at = tile(channel / LANES) + group_bytes() * group;
+        const int lane = channel % LANES;
+        Quants out{};
+        for (int k = 0; k < GROUP; k++) {
+            const Place place = place_of(k, lane);
+            if (kind == EIGHT) {
+                out.q[k] = at[k / 4 * 64 + place.byte];
+                continue;
+            }
+            int q = at[k / 8 * 64 + place.byte] >> place.nibble & 15;
+            if (bits_of(kind) == 5) q |= (at[256 + place.byte] >> (k / 4) & 1) << 4;
+            if (bits_of(kind) == 6) q |= (at[256 + k / 16 * 64 + place.byte] >> (k % 16 / 4 * 2) & 3) << 4;
+            out.q[k] = static_cast<uint8_t>(q);
+        }
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + group_bytes() - scale_bytes(kind));
+        out.d = scales[lane];
+        if (has_m(kind)) out.m = scales[LANES + lane];
+        if (kind == SIX) out.second = scales[LANES + lane];
+        return out;
     }
 
     // w[channel][…] in full precision.
     void row(int channel, float* out) const {
-        const int lane = channel % LANES;
-        for (int g = 0; g < groups(); g++) {
-            const uint8_t* at = tile(channel / LANES) + group_bytes() * g;
-            const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + group_bytes() - 4 * LANES);
-            alignas(64) float d[LANES], m[LANES];
-            Floats::load_half(scales).store(d);
-            Floats::load_half(scales + LANES).store(m);
+        for (int g = 0; g < groups(); g++, out += GROUP) {
+            const Quants from = get(channel, g);
+            const uint16_t halves[LANES] = {from.d, from.m, from.second};
+            alignas(64) float scales[LANES];
+            Floats::load_half(halves).store(scales);
             for (int k = 0; k < GROUP; k++) {
-                const int q = bits == 8 ? at[k / 4 * 64 + lane * 4 + k % 4]
-                                        : at[k / 8 * 64 + lane * 4 + k % 4] >> (k % 8 / 4 * 4) & 15;
-                out[g * GROUP + k] = d[lane] * static_cast<float>(q) + m[lane];
+                const float d = kind == SIX && k >= GROUP / 2 ? scales[2] : scales[0];
+                out[k] = d * static_cast<float>(from.q[k]) + (has_m(kind) ? scales[1] : -middle_of(kind) * d);
             }
         }
     }
+
+   private:
+    struct Place {
+        int byte, nibble;  // among 64 of a chunk, and how far up
+    };
+    static Place place_of(int k, int lane) { return {lane * 4 + k % 4, k % 8 / 4 * 4}; }
+    static void set(uint8_t& at, int mask, int shift, int value) {
+        at = static_cast<uint8_t>((at & ~(mask << shift)) | (value & mask) << shift);
+    }
 };
 
-// Activations: signed bytes with a scale for each GROUP of a row, and each group's sum, for the weights' m. ROWS rows lie
-// together, group after group, so that the product reads them front to back too, at offsets known to the compiler.
+// Activations: signed bytes with a scale for each GROUP of a row, and each group's sum and its halves', for the weights' m.
+// ROWS rows lie together, group after group, so that the product reads them front to back too, at offsets known to the compiler.
 struct Quantised {
     struct Group {
         alignas(64) int8_t q[ROWS][GROUP];
-        float scale[ROWS], sum[ROWS];
+        float scale[ROWS], sum[ROWS], half[2][ROWS];
     };
     int groups = 0;
     size_t capacity = 0;
@@ -179,7 +241,7 @@ struct Quantised {
         const float most = max_of(max(abs(a), abs(b)));
         if (!(most > 1e-30f)) {  // nothing, too little for a scale to be a number, or not a number at all
             std::memset(to.q[row], 0, GROUP);
-            to.scale[row] = to.sum[row] = most == most ? 0.0f : most;
+            to.scale[row] = to.sum[row] = to.half[0][row] = to.half[1][row] = most == most ? 0.0f : most;
             return;
         }
         const Floats up = Floats::all(127.0f / most);
@@ -188,6 +250,8 @@ struct Quantised {
         store_bytes(qb, to.q[row] + LANES);
         to.scale[row] = most / 127.0f;
         to.sum[row] = to.scale[row] * sum_of(qa + qb);
+        to.half[0][row] = to.scale[row] * sum_of(qa);
+        to.half[1][row] = to.scale[row] * sum_of(qb);
     }
     // Groups 0…count-1 of x, each to the row and group that where(i) says.
     template <typename Where>
@@ -196,13 +260,14 @@ struct Quantised {
 #if defined(DSPARK_AVX512)
         for (; i + 4 <= count; i += 4) {
             int8_t* q[4];
-            float *scale[4], *sum[4];
+            float *scale[4], *sum[4], *half[4][2];
             for (int j = 0; j < 4; j++) {
                 const auto [r, g] = where(i + j);
                 Group& to = data.get()[static_cast<size_t>(r / ROWS) * groups + g];
                 q[j] = to.q[r % ROWS], scale[j] = to.scale + r % ROWS, sum[j] = to.sum + r % ROWS;
+                half[j][0] = to.half[0] + r % ROWS, half[j][1] = to.half[1] + r % ROWS;
             }
-            if (quantise_four(x + i * GROUP, q, scale, sum)) continue;
+            if (quantise_four(x + i * GROUP, q, scale, sum, half)) continue;
             for (int j = i; j < i + 4; j++) put_one(where(j), x + j * GROUP);
         }
 #endif
@@ -216,62 +281,96 @@ struct Quantised {
     void put_one(std::pair<int, int> at, const float* x) { put(at.first, at.second, x); }
 };
 
-// Integer dot products of a group onto the total of one row. Every path does these in this order, so they agree to the bit.
-inline Floats add_group(Ints dots, Floats d, Floats m, const Quantised::Group& x, int r, Floats total) {
-    total = fma(Floats::from(dots), d * Floats::all(x.scale[r]), total);
-    return fma(m, Floats::all(x.sum[r]), total);
-}
+// A group's scales of 16 channels: d and m, of six bits those of both halves.
+template <Kind KIND>
+struct Scales {
+    static constexpr int PARTS = KIND == SIX ? 2 : 1;
+    Floats d[PARTS], m[PARTS];
+
+    explicit Scales(const uint8_t* group) {
+        const uint16_t* at = reinterpret_cast<const uint16_t*>(group + group_bytes_of(KIND) - scale_bytes(KIND));
+        for (int i = 0; i < PARTS; i++) {
+            d[i] = Floats::load_half(at + i * LANES);
+            m[i] = has_m(KIND) ? Floats::load_half(at + LANES) : d[i] * Floats::all(-middle_of(KIND));
+        }
+    }
+    // Integer dot products of a part onto the total of one row. Every path does these in this order, so they agree to the
+    // bit.
+    Floats add(Ints dots, int part, const Quantised::Group& x, int r, Floats total) const {
+        total = fma(Floats::from(dots), d[part] * Floats::all(x.scale[r]), total);
+        return fma(m[part], Floats::all(PARTS == 2 ? x.half[part][r] : x.sum[r]), total);
+    }
+};
 
 #if defined(DSPARK_AVX2)
-// One group of a tile times R rows of x from `first` on, onto out[first…]. Of four rows, sums are half of all registers.
-template <int BITS, int R>
-DSPARK_INLINE void add_rows(const uint8_t* at, const Quantised::Group& x, int first, Floats* out) {
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + BITS * LANES * GROUP / 8);
-    const int8_t(*q)[GROUP] = x.q + first;
+// Chunks first…first+COUNT-1 of a group times R rows, sums of pairs; with_high: also of what lies above the nibbles.
+template <Kind KIND, int R, int COUNT>
+DSPARK_INLINE void dots_of(const uint8_t* at, const int8_t (*q)[GROUP], int first, Ints* dots) {
     __m256i low[R][2], high[R][2];
-    if constexpr (BITS == 4) {
-        pair_sums<R>([at](int c, int side) { return nibbles(at + 64 * (c / 2) + 32 * side, c % 2); }, q, low);
-    } else {  // a byte goes as two nibbles
-        pair_sums<R>([at](int c, int side) { return nibbles(at + 64 * c + 32 * side, 0); }, q, low);
+    if constexpr (KIND == EIGHT) {  // a byte goes as two nibbles
+        pair_sums<R, COUNT>([at](int c, int side) { return nibbles(at + 64 * c + 32 * side, 0); }, q, first, low);
         at = anew(at), q = anew(q);
-        pair_sums<R>([at](int c, int side) { return nibbles(at + 64 * c + 32 * side, 1); }, q, high);
+        pair_sums<R, COUNT>([at](int c, int side) { return nibbles(at + 64 * c + 32 * side, 1); }, q, first, high);
+    } else {
+        pair_sums<R, COUNT>([at](int c, int side) { return nibbles(at + 64 * (c / 2) + 32 * side, c % 2); }, q, first, low);
+        if constexpr (bits_of(KIND) == 5) {
+            at = anew(at), q = anew(q);
+            pair_sums<R, COUNT>([at](int c, int side) { return some_bits(at + 256 + 32 * side, c, 1); }, q, first, high);
+        }
+        if constexpr (bits_of(KIND) == 6) {
+            at = anew(at), q = anew(q);
+            pair_sums<R, COUNT>(
+                [at](int c, int side) { return some_bits(at + 256 + c / 4 * 64 + 32 * side, c % 4 * 2, 3); }, q, first, high);
+        }
     }
-    const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
 DSPARK_UNROLL(4)
     for (int r = 0; r < R; r++) {
-        Ints dots = widened(low[r], 1);
-        if constexpr (BITS == 8) dots = dots + widened(high[r], 16);
-        out[first + r] = add_group(dots, d, m, x, first + r, out[first + r]);
+        dots[r] = widened(low[r], 1);
+        if constexpr (bits_of(KIND) > 4) dots[r] = dots[r] + widened(high[r], 16);
     }
+}
+
+// One group of a tile times R rows of x from `first` on, onto out[first…]. Of four rows, sums are half of all registers.
+template <Kind KIND, int R>
+DSPARK_INLINE void add_rows(const uint8_t* at, const Quantised::Group& x, int first, Floats* out) {
+    constexpr int PARTS = Scales<KIND>::PARTS;
+    Ints dots[PARTS][R];
+    for (int part = 0; part < PARTS; part++)
+        dots_of<KIND, R, 8 / PARTS>(at, x.q + first, part * 8 / PARTS, dots[part]);
+    const Scales<KIND> scales(at);
+DSPARK_UNROLL(4)
+    for (int r = 0; r < R; r++)
+        for (int part = 0; part < PARTS; part++)
+            out[first + r] = scales.add(dots[part][r], part, x, first + r, out[first + r]);
 }
 
 // One tile of 16 channels times the first `rows` rows of x: out[r] gets 16 floats.
-template <int BITS>
+template <Kind KIND>
 DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::Group* x, int rows, Floats* out) {
-    constexpr size_t step = BITS * LANES * GROUP / 8 + 4 * LANES;
+    constexpr size_t step = group_bytes_of(KIND);
     for (int r = 0; r < rows; r++) out[r] = Floats::zero();
     for (int g = 0; g < groups; g++, at += step, x++) {
         prefetch<step>(at, PREFETCH);
         int r = 0;
-        for (; r + 4 <= rows; r += 4) add_rows<BITS, 4>(at, *x, r, out);
+        for (; r + 4 <= rows; r += 4) add_rows<KIND, 4>(at, *x, r, out);
         switch (rows - r) {
-            case 1: add_rows<BITS, 1>(at, *x, r, out); break;
-            case 2: add_rows<BITS, 2>(at, *x, r, out); break;
-            case 3: add_rows<BITS, 3>(at, *x, r, out); break;
+            case 1: add_rows<KIND, 1>(at, *x, r, out); break;
+            case 2: add_rows<KIND, 2>(at, *x, r, out); break;
+            case 3: add_rows<KIND, 3>(at, *x, r, out); break;
         }
     }
 }
 
 // Tile t times rows first…first+rows-1 of x; `first` is a multiple of ROWS, rows at most ROWS.
-template <int BITS>
+template <Kind KIND>
 inline void tile_rows(const Matrix& w, int t, const Quantised& x, int first, int rows, Floats* out) {
-    tile_product<BITS>(w.tile(t), w.groups(), x.rows_from(first), rows, out);
+    tile_product<KIND>(w.tile(t), w.groups(), x.rows_from(first), rows, out);
 }
 #else
 // The eight chunks of one group of a tile, a byte a weight.
-template <int BITS>
+template <Kind KIND>
 inline void unpack(const uint8_t* at, Bytes* chunk) {
-    if constexpr (BITS == 8) {
+    if constexpr (KIND == EIGHT) {
 DSPARK_UNROLL(8)
         for (int c = 0; c < 8; c++) chunk[c] = Bytes::load(at + 64 * c);
     } else {
@@ -280,6 +379,21 @@ DSPARK_UNROLL(4)
             const Bytes both = Bytes::load(at + 64 * c);
             chunk[2 * c] = both.low();
             chunk[2 * c + 1] = both.high();
+        }
+        if constexpr (bits_of(KIND) == 5) {
+            const Bytes fifth = Bytes::load(at + 256);
+            with_bits<16, 4>(chunk[0], fifth), with_bits<16, 3>(chunk[1], fifth);
+            with_bits<16, 2>(chunk[2], fifth), with_bits<16, 1>(chunk[3], fifth);
+            with_bits<16, 0>(chunk[4], fifth), with_bits<16, -1>(chunk[5], fifth);
+            with_bits<16, -2>(chunk[6], fifth), with_bits<16, -3>(chunk[7], fifth);
+        }
+        if constexpr (bits_of(KIND) == 6) {
+DSPARK_UNROLL(2)
+            for (int h = 0; h < 2; h++) {
+                const Bytes more = Bytes::load(at + 256 + 64 * h);
+                with_bits<48, 4>(chunk[4 * h], more), with_bits<48, 2>(chunk[4 * h + 1], more);
+                with_bits<48, 0>(chunk[4 * h + 2], more), with_bits<48, -2>(chunk[4 * h + 3], more);
+            }
         }
     }
 }
@@ -292,30 +406,31 @@ constexpr int side_by_side(int rows) {
 }
 
 // One tile of 16 channels times the first M rows of x: out[r] gets 16 floats.
-template <int BITS, int M>
+template <Kind KIND, int M>
 DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::Group* x, Floats* out) {
-    constexpr size_t step = BITS * LANES * GROUP / 8 + 4 * LANES;
-    constexpr int SOME = side_by_side(M);
+    constexpr size_t step = group_bytes_of(KIND);
+    constexpr int SOME = side_by_side(M), PARTS = Scales<KIND>::PARTS, CHUNKS = 8 / PARTS;
     Floats total[M];
 DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) total[r] = Floats::zero();
     for (int g = 0; g < groups; g++, at += step, x++) {
         prefetch<step>(at, PREFETCH);
         Bytes chunk[8];
-        unpack<BITS>(at, chunk);
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + step - 4 * LANES);
-        const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
+        unpack<KIND>(at, chunk);
+        const Scales<KIND> scales(at);
 DSPARK_UNROLL(16)
         for (int first = 0; first < M; first += SOME) {
-            Ints dots[SOME];
+            Ints dots[PARTS][SOME];
 DSPARK_UNROLL(8)
             for (int c = 0; c < 8; c++)
 DSPARK_UNROLL(16)
                 for (int i = 0; i < SOME; i++)
-                    if (first + i < M) dots[i] = dot4(c ? dots[i] : no_ints(), chunk[c], x->q[first + i] + 4 * c);
+                    if (Ints& own = dots[c / CHUNKS][i]; first + i < M)
+                        own = dot4(c % CHUNKS ? own : no_ints(), chunk[c], x->q[first + i] + 4 * c);
 DSPARK_UNROLL(16)
             for (int i = 0; i < SOME; i++)
-                if (const int r = first + i; r < M) total[r] = add_group(dots[i], d, m, *x, r, total[r]);
+                for (int part = 0; part < PARTS; part++)
+                    if (const int r = first + i; r < M) total[r] = scales.add(dots[part][i], part, *x, r, total[r]);
         }
     }
 DSPARK_UNROLL(16)
@@ -324,9 +439,9 @@ DSPARK_UNROLL(16)
 
 #if defined(DSPARK_AMX)
 // The same by the matrix unit: a group of 16 channels times M rows is one instruction, worth it from a few rows on.
-template <int BITS, int M>
+template <Kind KIND, int M>
 DSPARK_APART void tile_product_amx(const uint8_t* at, int groups, const Quantised::Group* x, Floats* out) {
-    constexpr size_t step = BITS * LANES * GROUP / 8 + 4 * LANES;
+    constexpr size_t step = group_bytes_of(KIND);
     constexpr int RING = 8, LOADED = 3, ADDED = 6;  // stages: so many groups apart, that none waits for the one before
     alignas(64) uint8_t weights[RING][8 * 64];
     alignas(64) int32_t dots[RING][M][LANES];
@@ -338,7 +453,7 @@ DSPARK_UNROLL(16)
         if (i < groups) {
             prefetch<step>(at, PREFETCH);
             Bytes chunk[8];
-            unpack<BITS>(at, chunk);
+            unpack<KIND>(at, chunk);
 DSPARK_UNROLL(8)
             for (int c = 0; c < 8; c++) chunk[c].store(weights[i % RING] + 64 * c);
         }
@@ -351,11 +466,10 @@ DSPARK_UNROLL(8)
         }
         const int k = i - ADDED;
         if (k >= 0) {
-            const uint16_t* scales = reinterpret_cast<const uint16_t*>(at - ADDED * step + step - 4 * LANES);
-            const Floats d = Floats::load_half(scales), m = Floats::load_half(scales + LANES);
+            const Scales<KIND> scales(at - ADDED * step);
 DSPARK_UNROLL(16)
             for (int r = 0; r < M; r++)
-                total[r] = add_group(Ints{_mm512_load_si512(dots[k % RING][r])}, d, m, x[k], r, total[r]);
+                total[r] = scales.add(Ints{_mm512_load_si512(dots[k % RING][r])}, 0, x[k], r, total[r]);
         }
         at += step;
     }
@@ -364,20 +478,22 @@ DSPARK_UNROLL(16)
 }
 #endif
 
-template <int BITS, int M>
+template <Kind KIND, int M>
 inline void tile_of(const uint8_t* at, int groups, const Quantised::Group* x, Floats* out) {
 #if defined(DSPARK_AMX)
-    if constexpr (M >= AMX_ROWS) return tile_product_amx<BITS, M>(at, groups, x, out);
+    if constexpr (M >= AMX_ROWS && KIND != SIX)  // an instruction sums over the whole group
+        return tile_product_amx<KIND, M>(at, groups, x, out);
+    else
 #endif
-    tile_product<BITS, M>(at, groups, x, out);
+        tile_product<KIND, M>(at, groups, x, out);
 }
 
 // Tile t times rows first…first+rows-1 of x; `first` is a multiple of ROWS, rows at most ROWS.
-template <int BITS>
+template <Kind KIND>
 inline void tile_rows(const Matrix& w, int t, const Quantised& x, int first, int rows, Floats* out) {
     switch (rows) {
 #define DSPARK_CASE(M) \
-    case M: return tile_of<BITS, M>(w.tile(t), w.groups(), x.rows_from(first), out);
+    case M: return tile_of<KIND, M>(w.tile(t), w.groups(), x.rows_from(first), out);
         DSPARK_CASE(1) DSPARK_CASE(2) DSPARK_CASE(3) DSPARK_CASE(4) DSPARK_CASE(5) DSPARK_CASE(6) DSPARK_CASE(7)
         DSPARK_CASE(8) DSPARK_CASE(9) DSPARK_CASE(10) DSPARK_CASE(11) DSPARK_CASE(12) DSPARK_CASE(13) DSPARK_CASE(14)
         DSPARK_CASE(15) DSPARK_CASE(16)
@@ -386,16 +502,17 @@ inline void tile_rows(const Matrix& w, int t, const Quantised& x, int first, int
 }
 #endif
 
+inline void tile_rows(const Matrix& w, int t, const Quantised& x, int first, int rows, Floats* out) {
+    with_kind(w.kind, [&](auto kind) { tile_rows<kind.value>(w, t, x, first, rows, out); });
+}
+
 // Tile t of the product for rows 0…rows-1, at most ROWS at a time: use(row, 16 floats) for each.
 template <typename Use>
 inline void product(const Matrix& w, int t, const Quantised& x, int rows, Use use) {
     Floats out[ROWS];
     for (int first = 0; first < rows; first += ROWS) {
         const int some = rows - first < ROWS ? rows - first : ROWS;
-        if (w.bits == 4)
-            tile_rows<4>(w, t, x, first, some, out);
-        else
-            tile_rows<8>(w, t, x, first, some, out);
+        tile_rows(w, t, x, first, some, out);
         for (int r = 0; r < some; r++) use(first + r, out[r]);
     }
 }

@@ -52,7 +52,7 @@ inline double multiply_rate(Pool& pool, int rounds) {
         Ints all = {_mm256_setzero_si256(), _mm256_setzero_si256()};
         for (int r = 0; r < rounds; r++) {
             __m256i pairs[4][2];
-            pair_sums<4>([&w](int, int side) { return w[side]; }, x + 4 * r % ROWS, pairs);
+            pair_sums<4, 8>([&w](int, int side) { return w[side]; }, x + 4 * r % ROWS, 0, pairs);
             for (const auto& row : pairs) all = all + Ints{row[0], row[1]};
         }
         const Floats total = Floats::from(all);

@@ -1,8 +1,10 @@
 // Drawing tokens: rows of scores become weights in place, exp((score - greatest)/temperature), not yet divided by their
-// sum; a uniform in [0, 1) times the sum is looked up among them. A row's result depends on that row alone.
+// sum, and nothing where top-k, top-p or min-p leave a token out; a uniform in [0, 1) times the sum is looked up among them.
+// A row's result depends on that row alone.
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "simd.h"
@@ -29,19 +31,112 @@ inline float greatest(const float* row, int count) {
     return max_of(most);
 }
 
-// Scores of row[first…last-1] into weights, zero where exp would no longer be a normal number and for NaN; their sum.
-// `first` is a multiple of 16.
-inline double weigh(float* row, int first, int last, float most, float temperature) {
+// What a row's token is drawn by, as Python hands it over; temperature 0 takes the greatest.
+struct Sampling {
+    float temperature, top_p, min_p;  // 1 and 0: off
+    int32_t top_k;                    // 0: off
+};
+
+// The k-th greatest of row[count] or something at most as great, with fewer than some hundred above it in all likelihood:
+// the k-th greatest of the greatest of pieces.
+inline float about_greatest(const float* row, int count, int k, std::vector<float>& room) {
+    const int vectors = (count + LANES - 1) / LANES, wanted = std::max(64, k);
+    const int piece = std::max(1, vectors / wanted);  // of so many vectors, lane by lane: 16 maxima
+    room.clear();
+    for (int v = 0; v < vectors; v += piece) {
+        Floats most = Floats::all(-INFINITY);
+        for (int i = v * LANES; i < std::min(count, (v + piece) * LANES); i += LANES)
+            most = max(load_some(row + i, count - i).keep(count - i, -INFINITY), most);
+        room.resize(room.size() + LANES);
+        most.store(room.data() + room.size() - LANES);
+    }
+    if (static_cast<size_t>(k) > room.size()) return -INFINITY;
+    std::nth_element(room.begin(), room.begin() + (k - 1), room.end(), std::greater<float>());
+    return room[k - 1];
+}
+
+// Every number of row[count] that is at least `least`, in order.
+inline void those_from(const float* row, int count, float least, std::vector<float>& to) {
+    to.clear();
+    for (int i = 0; i < count; i += LANES) {
+        const Floats v = load_some(row + i, count - i).keep(count - i, -INFINITY);
+        if (max_of(v) < least) continue;
+        alignas(64) float lanes[LANES];
+        v.store(lanes);
+        for (const float x : lanes)
+            if (x >= least) to.push_back(x);
+    }
+}
+
+// The k-th greatest of row[count]; -∞ where everything is to be kept.
+inline float kth_greatest(const float* row, int count, int k, std::vector<float>& room) {
+    if (k <= 0 || k >= count) return -INFINITY;
+    those_from(row, count, about_greatest(row, count, k, room), room);
+    if (static_cast<size_t>(k) > room.size()) return -INFINITY;  // NaN among them
+    std::nth_element(room.begin(), room.begin() + (k - 1), room.end(), std::greater<float>());
+    return room[k - 1];
+}
+
+// Scores of row[first…last-1] that are at least `least` into weights, zero for the others, where exp would no longer be a
+// normal number and for NaN; their sum. `first` is a multiple of 16.
+inline double weigh(float* row, int first, int last, float most, float temperature, float least) {
     const Floats top = Floats::all(most), by = Floats::all(1.0f / temperature), low = Floats::all(-87.0f);
+    const Floats below = Floats::all(least);
     double sum = 0;
     for (int i = first; i < last; i += LANES) {
         const int lanes = last - i;
-        const Floats x = (load_some(row + i, lanes) - top) * by;
+        const Floats score = load_some(row + i, lanes);
+        if (least > -INFINITY && max_of(score.keep(lanes, -INFINITY)) < least) {
+            store_some(Floats::zero(), lanes, row + i);
+            continue;
+        }
+        const Floats x = pick(below, score, Floats::all(-INFINITY), (score - top) * by);
         const Floats w = pick(x, low, exp(x), Floats::zero()).keep(lanes, 0.0f);
         sum += sum_of(w);
         store_some(w, lanes, row + i);
     }
     return sum;
+}
+
+// What top-p and min-p leave of weights row[count], whose greatest is 1: the others become nothing; the sum of the rest.
+// Tokens of one weight stay or go together, as in `truncate` (models/torch/distributions.py).
+inline double cut(float* row, int count, double total, const Sampling& s, std::vector<float>& room) {
+    float least = s.min_p;
+    if (s.top_p < 1.0f) {
+        const double wanted = static_cast<double>(s.top_p) * total;
+        // the nucleus is nearly always above a two hundredth of the greatest; where it is not, look further down
+        for (float from = 1.0f / 256; from > 0.0f; from = from > 1e-30f ? from / 65536 : 0.0f) {
+            those_from(row, count, from, room);
+            double sum = 0;
+            for (const float w : room) sum += w;
+            if (sum < wanted) continue;
+            std::sort(room.begin(), room.end(), std::greater<float>());
+            sum = 0;
+            for (const float w : room) {
+                sum += w;
+                if (sum < wanted) continue;
+                least = std::max(least, w);
+                break;
+            }
+            break;
+        }
+    }
+    if (!(least > 0.0f)) return total;
+    double sum = 0;
+    const Floats bound = Floats::all(least);
+    for (int i = 0; i < count; i += LANES) {
+        const Floats w = load_some(row + i, count - i);
+        const Floats kept = pick(bound, w, Floats::zero(), w).keep(count - i, 0.0f);
+        sum += sum_of(kept);
+        store_some(kept, count - i, row + i);
+    }
+    return sum;
+}
+
+// Scores of a whole row into the weights that it is drawn by; their sum.
+inline double weigh_row(float* row, int count, const Sampling& s, std::vector<float>& room) {
+    const float least = kth_greatest(row, count, s.top_k, room);
+    return cut(row, count, weigh(row, 0, count, greatest(row, count), s.temperature, least), s, room);
 }
 
 // The first index at which the running sum of weights lies above `at`: one whose weight is positive. Where rounding has

@@ -79,6 +79,12 @@ struct Floats {
         const __mmask16 kept = static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1u);
         return {_mm512_mask_mov_ps(_mm512_set1_ps(other), kept, v)};
     }
+    // lanes before `count` become `other`
+    Floats drop(int count, float other) const {
+        if (count <= 0) return *this;
+        const __mmask16 dropped = static_cast<__mmask16>((1u << (count > LANES ? LANES : count)) - 1u);
+        return {_mm512_mask_mov_ps(v, dropped, _mm512_set1_ps(other))};
+    }
 };
 
 // lanes of x where a > b, else of y
@@ -107,6 +113,15 @@ struct Bytes {
     Bytes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
     Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
+
+// The bits MASK of `more`, each byte shifted up (SHIFT below 0: down), set in w.
+template <int MASK, int SHIFT>
+inline void with_bits(Bytes& w, Bytes more) {
+    __m512i v = more.v;
+    if constexpr (SHIFT > 0) v = _mm512_slli_epi16(v, SHIFT);
+    if constexpr (SHIFT < 0) v = _mm512_srli_epi16(v, -SHIFT);
+    w.v = _mm512_ternarylogic_epi64(w.v, v, _mm512_set1_epi8(MASK), 0xf8);  // w | (v & mask)
+}
 
 inline Ints no_ints() { return {_mm512_setzero_si512()}; }
 // sum + Σ_j weight[lane][j]·x[j]; x: 4 signed bytes
@@ -283,6 +298,13 @@ struct Floats {
         for (int i = count < 0 ? 0 : count; i < LANES; i++) x[i] = other;
         return load(x);
     }
+    Floats drop(int count, float other) const {
+        if (count <= 0) return *this;
+        alignas(32) float x[LANES];
+        store(x);
+        for (int i = 0; i < count && i < LANES; i++) x[i] = other;
+        return load(x);
+    }
 };
 
 inline Floats pick(Floats a, Floats b, Floats x, Floats y) {
@@ -333,6 +355,12 @@ inline __m256i nibbles(const uint8_t* at, int high) {
     return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
 }
 
+// Bits of 32 bytes from `shift` on, as many as the mask has.
+inline __m256i some_bits(const uint8_t* at, int shift, char mask) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return _mm256_and_si256(_mm256_srli_epi16(bytes, shift), _mm256_set1_epi8(mask));
+}
+
 // Statements without an instruction, about what the compiler may assume. The value is there from here on: GCC moves
 // additions to where their sum is used, and there are no registers for all that would wait for them. The pointer may
 // point elsewhere: else GCC keeps what was read from it, for want of registers in memory.
@@ -343,16 +371,16 @@ inline const T* anew(const T* pointer) {
     return pointer;
 }
 
-// Sums of pairs of products of nibbles and R rows' signed bytes, over the eight chunks of a group: 8 · 2 · 15 · 128 fits 16
-// bits. chunk(c, side): four nibbles of each of eight channels, the lower eight or the upper.
-template <int R, typename Chunk>
-DSPARK_INLINE void pair_sums(Chunk chunk, const int8_t (*x)[GROUP], __m256i (*sums)[2]) {
+// Sums of pairs of products of nibbles and R rows' signed bytes, over COUNT of the eight chunks of a group: 8 · 2 · 15 · 128
+// fits 16 bits. chunk(c, side): four nibbles of each of eight channels, the lower eight or the upper.
+template <int R, int COUNT, typename Chunk>
+DSPARK_INLINE void pair_sums(Chunk chunk, const int8_t (*x)[GROUP], int first, __m256i (*sums)[2]) {
 DSPARK_UNROLL(8)
-    for (int c = 0; c < 8; c++) {
-        const __m256i w[2] = {chunk(c, 0), chunk(c, 1)};
+    for (int c = 0; c < COUNT; c++) {
+        const __m256i w[2] = {chunk(first + c, 0), chunk(first + c, 1)};
 DSPARK_UNROLL(4)
         for (int r = 0; r < R; r++) {
-            const __m256i four = four_of(x[r] + 4 * c);
+            const __m256i four = four_of(x[r] + 4 * (first + c));
 DSPARK_UNROLL(2)
             for (int side = 0; side < 2; side++) {
                 const __m256i pairs = _mm256_maddubs_epi16(w[side], four);
@@ -442,6 +470,9 @@ struct Floats {
     Floats keep(int count, float other) const {
         return make([&](int i) { return i < count ? v[i] : other; });
     }
+    Floats drop(int count, float other) const {
+        return make([&](int i) { return i < count ? other : v[i]; });
+    }
 };
 
 #define DSPARK_EACH(expression) Floats::make([&](int i) { return (expression); })
@@ -481,6 +512,12 @@ struct Bytes {
         return out;
     }
 };
+
+template <int MASK, int SHIFT>
+inline void with_bits(Bytes& w, const Bytes& more) {
+    for (int i = 0; i < 64; i++)
+        w.v[i] = static_cast<uint8_t>(w.v[i] | ((SHIFT > 0 ? more.v[i] << SHIFT : more.v[i] >> -SHIFT) & MASK));
+}
 
 inline Ints no_ints() { return {}; }
 inline Ints dot4(Ints sum, const Bytes& w, const int8_t* x) {
@@ -545,8 +582,8 @@ inline __m128 fold_four(const __m512* x, Two two) {
 }
 
 // Four times 32 floats in signed bytes with a scale each, as `Quantised::put` does one, to the bit, at less than half the
-// cost. q, scale, sum: where each goes. False, and nothing done, where one of them is nothing, endless or no number.
-inline bool quantise_four(const float* x, int8_t* const* q, float* const* scale, float* const* sum) {
+// cost. q, scale, sum, half: where each goes. False, and nothing done, where one of them is nothing, endless or no number.
+inline bool quantise_four(const float* x, int8_t* const* q, float* const* scale, float* const* sum, float* const (*half)[2]) {
     __m512 v[8], most[4];
     __mmask16 unordered = 0;
 DSPARK_UNROLL(4)
@@ -560,22 +597,27 @@ DSPARK_UNROLL(4)
     const __mmask8 usable =
         _mm_cmp_ps_mask(top, _mm_set1_ps(1e-30f), _CMP_GT_OQ) & _mm_cmp_ps_mask(top, _mm_set1_ps(INFINITY), _CMP_LT_OQ);
     if (unordered || (usable & 15) != 15) return false;
-    alignas(16) float up[4], down[4], sums[4];
+    alignas(16) float up[4], down[4], sums[2][4];
     _mm_store_ps(up, _mm_div_ps(_mm_set1_ps(127.0f), top));
     const __m128 scales = _mm_div_ps(top, _mm_set1_ps(127.0f));
     _mm_store_ps(down, scales);
     __m512i n[8];
-    __m512 totals[4];
+    __m512 firsts[4], seconds[4];
 DSPARK_UNROLL(4)
     for (int i = 0; i < 4; i++) {
         n[2 * i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[2 * i], _mm512_set1_ps(up[i])));
         n[2 * i + 1] = _mm512_cvtps_epi32(_mm512_mul_ps(v[2 * i + 1], _mm512_set1_ps(up[i])));
-        totals[i] = _mm512_castsi512_ps(_mm512_add_epi32(n[2 * i], n[2 * i + 1]));
+        firsts[i] = _mm512_castsi512_ps(n[2 * i]), seconds[i] = _mm512_castsi512_ps(n[2 * i + 1]);
     }
-    const __m128 all = fold_four(totals, [](__m512 a, __m512 b) {
+    const auto add = [](__m512 a, __m512 b) {
         return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
-    });
-    _mm_store_ps(sums, _mm_mul_ps(scales, _mm_cvtepi32_ps(_mm_castps_si128(all))));
+    };
+    const __m128i first = _mm_castps_si128(fold_four(firsts, add)), second = _mm_castps_si128(fold_four(seconds, add));
+    _mm_store_ps(sums[0], _mm_mul_ps(scales, _mm_cvtepi32_ps(first)));
+    _mm_store_ps(sums[1], _mm_mul_ps(scales, _mm_cvtepi32_ps(second)));
+    const __m128 all = _mm_mul_ps(scales, _mm_cvtepi32_ps(_mm_add_epi32(first, second)));
+    for (int i = 0; i < 4; i++) *half[i][0] = sums[0][i], *half[i][1] = sums[1][i];
+    _mm_store_ps(sums[0], all);
     // fours of both halves of two groups, lane by lane of 128 bits: set in order again
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 DSPARK_UNROLL(2)
@@ -586,7 +628,7 @@ DSPARK_UNROLL(2)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(q[i]), _mm512_castsi512_si256(bytes));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(q[i + 1]), _mm512_extracti64x4_epi64(bytes, 1));
     }
-    for (int i = 0; i < 4; i++) *scale[i] = down[i], *sum[i] = sums[i];
+    for (int i = 0; i < 4; i++) *scale[i] = down[i], *sum[i] = sums[0][i];
     return true;
 }
 

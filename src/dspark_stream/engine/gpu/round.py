@@ -20,10 +20,10 @@ from dspark_kernels.ragged_attention import SegmentTable
 from dspark_kernels.sequential_head import HeadWeights, prepare, walk
 from dspark_kernels.streams import Drafts
 from dspark_stream.engine.gpu.state import RoundState
-from dspark_stream.models.attention import TableAttend
-from dspark_stream.models.cache import KVStore
-from dspark_stream.models.drafter import Drafter
-from dspark_stream.models.target import Target
+from dspark_stream.models.torch.attention import TableAttend
+from dspark_stream.models.torch.drafter import Drafter
+from dspark_stream.models.torch.store import KVStore
+from dspark_stream.models.torch.target import Target
 
 
 class RoundModels(NamedTuple):

@@ -23,8 +23,8 @@ from dspark_stream.engine.gpu.sizing import Sizing
 from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
-from dspark_stream.models.target import Target
-from dspark_stream.models.walk import head_weights
+from dspark_stream.models.torch.head_weights import head_weights
+from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import logit
 from dspark_stream.spec.draft import acceptance_of
 from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold

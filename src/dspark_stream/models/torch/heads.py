@@ -7,22 +7,35 @@ vocabulary. Attribute names are the checkpoint's tensor names.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-HeadType = Literal["vanilla", "gated", "rnn"]
+from dspark_stream.models.drafter_config import DrafterConfig
 
 
 class MarkovHead(nn.Module):
-    """bias = W2·W1[x_{k-1}] (``vanilla``)."""
+    """bias = W2·W1[x_{k-1}] (``vanilla``).
 
-    def __init__(self, vocab: int, draft_vocab: int, rank: int) -> None:
+    Args:
+        vocab: V.
+        draft_vocab: Vd.
+        rank: r.
+        w1_ids: the draft vocabulary [Vd], ascending, where W1 has rows for it alone: other tokens' are zeros. None: V
+        rows.
+    """
+
+    def __init__(self, vocab: int, draft_vocab: int, rank: int, w1_ids: Tensor | None = None) -> None:
         super().__init__()
         self.rank = rank
-        self.markov_w1 = nn.Embedding(vocab, rank)
+        self.markov_w1 = nn.Embedding(vocab if w1_ids is None else len(w1_ids), rank)
         self.markov_w2 = nn.Linear(rank, draft_vocab, bias=False)
+        rows = None
+        if w1_ids is not None:
+            rows = torch.full((vocab,), -1, dtype=torch.long)
+            rows[w1_ids.cpu()] = torch.arange(len(w1_ids))
+            rows = rows.to(w1_ids.device)
+        self.register_buffer("w1_rows", rows, persistent=False)
+        self.w1_rows: Tensor | None
 
     def initial_state(self, streams: int) -> Tensor | None:
         """State before slot 1; only the RNN has one."""
@@ -30,8 +43,12 @@ class MarkovHead(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """W1 of target token ids [...] → [..., r]."""
-        e: Tensor = self.markov_w1(tokens)
-        return e
+        if self.w1_rows is None:
+            e: Tensor = self.markov_w1(tokens)
+            return e
+        rows = self.w1_rows[tokens]
+        known: Tensor = self.markov_w1(rows.clamp(min=0))
+        return known * (rows >= 0).unsqueeze(-1).to(known.dtype)
 
     def step(self, e: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Features of one slot from e = W1[x_{k-1}] [..., r] and h_k [..., H]: ([..., r], next state)."""
@@ -46,8 +63,8 @@ class MarkovHead(nn.Module):
 class GatedMarkovHead(MarkovHead):
     """bias = W2·(σ(G·[h_k; e]) ⊙ e)."""
 
-    def __init__(self, vocab: int, draft_vocab: int, rank: int, hidden: int) -> None:
-        super().__init__(vocab, draft_vocab, rank)
+    def __init__(self, vocab: int, draft_vocab: int, rank: int, hidden: int, w1_ids: Tensor | None = None) -> None:
+        super().__init__(vocab, draft_vocab, rank, w1_ids)
         self.gate_proj = nn.Linear(hidden + rank, rank)
 
     def step(self, e: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -58,8 +75,8 @@ class GatedMarkovHead(MarkovHead):
 class RNNHead(MarkovHead):
     """z = [s; e; h_k] → gate, candidate, output; s ← σ(g)⊙s + (1-σ(g))⊙tanh(c); bias = W2·tanh(o)."""
 
-    def __init__(self, vocab: int, draft_vocab: int, rank: int, hidden: int) -> None:
-        super().__init__(vocab, draft_vocab, rank)
+    def __init__(self, vocab: int, draft_vocab: int, rank: int, hidden: int, w1_ids: Tensor | None = None) -> None:
+        super().__init__(vocab, draft_vocab, rank, w1_ids)
         self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank)
 
     def initial_state(self, streams: int) -> Tensor | None:
@@ -74,15 +91,29 @@ class RNNHead(MarkovHead):
         return torch.tanh(output), keep * state + (1 - keep) * torch.tanh(candidate)
 
 
-def make_head(kind: HeadType, vocab: int, draft_vocab: int, rank: int, hidden: int) -> MarkovHead:
-    """The head that `markov_head_type` names."""
-    match kind:
+def make_head(
+    config: DrafterConfig, vocab: int, draft_vocab: int, hidden: int, draft_ids: Tensor | None
+) -> MarkovHead | None:
+    """The head that a config names; None where it has none."""
+    rank, ids = config.markov_rank, draft_ids if config.w1_of_drafts else None
+    if not rank:
+        return None
+    match config.markov_head_type:
         case "vanilla":
-            return MarkovHead(vocab, draft_vocab, rank)
+            return MarkovHead(vocab, draft_vocab, rank, ids)
         case "gated":
-            return GatedMarkovHead(vocab, draft_vocab, rank, hidden)
+            return GatedMarkovHead(vocab, draft_vocab, rank, hidden, ids)
         case "rnn":
-            return RNNHead(vocab, draft_vocab, rank, hidden)
+            return RNNHead(vocab, draft_vocab, rank, hidden, ids)
+
+
+def make_confidence_head(config: DrafterConfig, hidden: int) -> ConfidenceHead | None:
+    """The head that a config names; None where it has none."""
+    if not config.enable_confidence_head:
+        return None
+    return ConfidenceHead(
+        hidden, config.markov_rank if config.confidence_head_with_markov else 0, config.confidence_bias
+    )
 
 
 class ConfidenceHead(nn.Module):

@@ -6,8 +6,8 @@ import torch
 
 from dspark_kernels.sequential_head import HeadWeights
 from dspark_kernels.sequential_head.reference import HeadKind
-from dspark_stream.models.drafter import Drafter
-from dspark_stream.models.heads import GatedMarkovHead, RNNHead
+from dspark_stream.models.torch.drafter import Drafter
+from dspark_stream.models.torch.heads import GatedMarkovHead, RNNHead
 
 
 def head_weights(drafter: Drafter) -> HeadWeights:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dspark_stream.models.distributions import Distributions
 from dspark_stream.types import SamplingParams
 
 
-class Dense:
-    """`Distributions` (models/distributions.py) as a tensor of probabilities [N, V]."""
+class Dense(Distributions):
+    """As a tensor of probabilities [N, V]."""
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dspark_kernels.ragged_attention import Segment, SegmentTable, attend_table, ragged_attention
-from dspark_stream.models.cache import KVShape, KVStore
+from dspark_stream.models.cache import KVShape
+from dspark_stream.models.torch.store import KVStore
 
 ATTENTION_NAME = "dspark"
 

@@ -9,7 +9,6 @@ Symbols: R streams, γ block size, H hidden size, V target vocabulary, Vd draft 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +18,20 @@ from dspark_kernels.linear import PackedLinear, pack_linears
 from dspark_kernels.ragged_attention import Segment
 from dspark_kernels.weight_only import GROUP, WeightOnlyLinear
 from dspark_stream.errors import ModelLoadError
-from dspark_stream.models.attention import ATTENTION_NAME, Attend, StoreAttend, int_tensor
-from dspark_stream.models.cache import Extent, KVShape, KVStore
-from dspark_stream.models.distributions import Walk
-from dspark_stream.models.heads import ConfidenceHead, HeadType, make_head
-from dspark_stream.models.target import Target
+from dspark_stream.models.cache import Extent, KVShape
+from dspark_stream.models.drafter_config import DrafterConfig
+from dspark_stream.models.families import FAMILIES
+from dspark_stream.models.protocols import Draw, Store
+from dspark_stream.models.torch.attention import ATTENTION_NAME, Attend, StoreAttend, int_tensor
+from dspark_stream.models.torch.heads import make_confidence_head, make_head
+from dspark_stream.models.torch.store import KVStore
+from dspark_stream.models.torch.target import Target
+from dspark_stream.models.torch.walk import TorchDrafts, walk
 
-GEMMA = ("gemma4_text", "gemma4_unified_text")
-"""Families whose full-attention layers have a head size of their own, and whose rotary embedding asks for the type."""
+GEMMA4 = ("gemma4_text", "gemma4_unified_text")
+"""Families whose full-attention layers have a head size of their own."""
+LAYER_TYPES = (*GEMMA4, "gemma3_text")
+"""Families whose rotary embedding asks for the layer's type."""
 
 TARGET_ONLY = {
     "num_kv_shared_layers": 0,
@@ -36,41 +41,6 @@ TARGET_ONLY = {
 }
 """Settings of some targets that their drafters do not have."""
 
-ARCHITECTURES = {
-    "llama": "LlamaDSparkModel",
-    "qwen3": "Qwen3DSparkModel",
-    "gemma4_text": "Gemma4DSparkModel",
-    "gemma4_unified_text": "Gemma4DSparkModel",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrafterConfig:
-    """What a DeepSpec `config.json` says about the drafter (design/checkpoints.md, A)."""
-
-    backbone: Any
-    """What the layers are built from: the `transformers` config (see `backbone_config`), or, for the CPU's kernels, a
-    `Geometry`.
-    """
-    num_layers: int
-    block_size: int
-    mask_token_id: int
-    target_layer_ids: tuple[int, ...]
-    markov_rank: int = 256
-    """0: no sequential head (DFlash)."""
-    markov_head_type: HeadType = "vanilla"
-    enable_confidence_head: bool = True
-    confidence_head_with_markov: bool = True
-    confidence_bias: bool = True
-    num_anchors: int = 512
-    draft_vocab_size: int | None = None
-    """Ours: the LM head and W2 are limited to this many of the target's tokens; None for all of them."""
-
-    @property
-    def family(self) -> str:
-        """The config's `model_type`."""
-        return str(self.backbone.model_type)
-
 
 def backbone_config(target_config: Any, num_layers: int) -> Any:
     """A copy of the target's text config that says what the drafter is: full attention, nothing inherited by accident.
@@ -78,9 +48,9 @@ def backbone_config(target_config: Any, num_layers: int) -> Any:
     Raises:
         ModelLoadError: a family whose layers are not known.
     """
-    if target_config.model_type not in ARCHITECTURES:
+    if target_config.model_type not in FAMILIES:
         raise ModelLoadError(
-            f"no drafter layers for model type {target_config.model_type!r}; known: {', '.join(ARCHITECTURES)}",
+            f"no drafter layers for model type {target_config.model_type!r}; known: {', '.join(FAMILIES)}",
             param="model_type",
         )
     fields = target_config.to_dict()
@@ -95,7 +65,7 @@ def backbone_config(target_config: Any, num_layers: int) -> Any:
 
 def full_attention_shape(config: Any) -> dict[str, int]:
     """Head size and key heads of a family's full-attention layers, where they differ from the others (Gemma4)."""
-    if config.model_type not in GEMMA:
+    if config.model_type not in GEMMA4:
         return {}
     layer = config.per_layer_config[config.layer_types.index("full_attention")]
     return {"global_head_dim": layer.head_dim, "num_global_key_value_heads": layer.num_key_value_heads}
@@ -113,7 +83,7 @@ class Drafter(nn.Module):
     def __init__(self, config: DrafterConfig, target: Target, draft_ids: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
-        self.gamma = config.block_size
+        self.gamma, self.context_window = config.block_size, config.context_window
         self._target = (target,)  # a tuple: an alias, not a child module
         h = target.hidden_size
         vocab = target.vocab_size
@@ -121,13 +91,8 @@ class Drafter(nn.Module):
         self.draft_vocab_size = vocab if draft_ids is None else len(draft_ids)
         self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
         self._make_backbone(h)
-        rank = config.markov_rank
-        self.markov_head = make_head(config.markov_head_type, vocab, self.draft_vocab_size, rank, h) if rank else None
-        self.confidence_head = (
-            ConfidenceHead(h, rank if config.confidence_head_with_markov else 0, config.confidence_bias)
-            if config.enable_confidence_head
-            else None
-        )
+        self.markov_head = make_head(config, vocab, self.draft_vocab_size, h, draft_ids)
+        self.confidence_head = make_confidence_head(config, h)
         self.register_buffer("draft_ids", draft_ids, persistent=False)
         self.draft_ids: Tensor | None
         self._head: tuple[Any, ...] = ()
@@ -138,17 +103,17 @@ class Drafter(nn.Module):
             self._head = (head,)
 
     def _make_backbone(self, hidden_size: int) -> None:
-        from dspark_stream.models.families import LAYERS
+        from dspark_stream.models.torch.layers import layers_of
 
         config, backbone = self.config, self.config.backbone
-        layer_class, norm_class, rotary_class = LAYERS[config.family]
+        layer_class, norm_class, rotary_class = layers_of(config.family)
         self.hidden_norm: nn.Module = norm_class(hidden_size, eps=backbone.rms_norm_eps)
         self.layers = nn.ModuleList(layer_class(backbone, i) for i in range(config.num_layers))
         self.norm: nn.Module = norm_class(hidden_size, eps=backbone.rms_norm_eps)
         # outside the module tree like the target: a cast to bfloat16 would ruin its frequencies, and with them
         # acceptance at long context
         self._rotary = (rotary_class(backbone).to(self.target.device),)
-        self._rope_of_layer_type = ("full_attention",) if config.family in GEMMA else ()
+        self._rope_of_layer_type = ("full_attention",) if config.family in LAYER_TYPES else ()
 
     @property
     def target(self) -> Target:
@@ -178,6 +143,14 @@ class Drafter(nn.Module):
             for a in (self._attention(i) for i in range(len(self.layers)))
         ]
 
+    ring = 0
+    """See `Drafter.ring`: all positions are kept here, and a block looks at its window of them."""
+
+    @property
+    def has_confidence(self) -> bool:
+        """See `Drafter.has_confidence` in protocols.py."""
+        return self.confidence_head is not None
+
     def make_store(self, slots: int) -> KVStore:
         """Room for the context keys and values of that many token slots."""
         return KVStore(self.kv_shapes, slots, self.target.kv_dtype, self.target.device)
@@ -201,7 +174,7 @@ class Drafter(nn.Module):
         The layer's own projections, without its query half: families differ only in which norms they have, and
         in whether keys double as values (Gemma4).
         """
-        from dspark_stream.models.families import apply_rotary_pos_emb
+        from dspark_stream.models.torch.layers import apply_rotary_pos_emb
 
         a = self._attention(layer)
         raw = a.k_proj(features).unflatten(-1, (-1, a.head_dim))
@@ -213,8 +186,9 @@ class Drafter(nn.Module):
         return key.squeeze(0), value
 
     @torch.inference_mode()
-    def append_context(self, taps: Tensor, positions: list[int], slots: list[int], store: KVStore) -> None:
+    def append_context(self, taps: Tensor, positions: list[int], slots: list[int], store: Store) -> None:
         """Write every layer's context keys and values of ``taps`` [T, taps·H] at ``positions`` to ``slots``."""
+        assert isinstance(store, KVStore)
         self.write_context(taps, int_tensor(positions, taps.device), int_tensor(slots, taps.device), store)
 
     @torch.inference_mode()
@@ -253,7 +227,8 @@ class Drafter(nn.Module):
         where: list[int] = []
         segments: list[Segment] = []
         for extent, p, token in anchors:
-            segments.append(Segment(len(ids), gamma, extent.slot, p))
+            seen = min(p, self.context_window or p)
+            segments.append(Segment(len(ids), gamma, extent.slot + p - seen, seen))
             ids += [token] + [self.config.mask_token_id] * (gamma - 1)
             positions += range(p, p + gamma)
             where += range(extent.slot + p, extent.slot + p + gamma)
@@ -276,27 +251,14 @@ class Drafter(nn.Module):
         if type(own) is nn.Linear and own.in_features % GROUP == 0:
             self._head = (WeightOnlyLinear(own, 8),)
 
-    def draft_at_once(
-        self,
-        anchors: list[tuple[Extent, int, int]],
-        store: KVStore,
-        slots: int,
-        temperatures: Sequence[float],
-        uniforms: Sequence[Sequence[float]],
-    ) -> Walk | None:
-        """Backbone and sequential head over all slots in one go, where a runner can.
+    def draft(
+        self, anchors: list[tuple[Extent, int, int]], store: Store, slots: int, draws: Sequence[Draw]
+    ) -> TorchDrafts:
+        """See `Drafter.draft` in protocols.py."""
+        assert isinstance(store, KVStore)
+        return walk(self, self.draft_hidden(anchors, store, slots), [token for _, _, token in anchors], draws)
 
-        None: `draft_hidden` and a walk slot by slot (spec/draft.py) do the same.
-
-        Args:
-            anchors: as `draft_hidden` takes them, R streams; ``store`` likewise.
-            slots: g.
-            temperatures: [R]; 0 takes the likeliest token.
-            uniforms: [R, g] in [0, 1), by which the others are drawn.
-        """
-        return None
-
-    def pack(self, bits: int | None = None) -> None:
+    def pack(self) -> None:
         """Lay the weights out for this machine's matrix units. Inference only, once."""
         pack_linears(self)
         self._head = tuple(PackedLinear(h) for h in self._head)

@@ -5,7 +5,7 @@ T rows of all streams together, V vocabulary, H hidden size, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,36 +13,37 @@ from torch import Tensor, nn
 
 from dspark_kernels.linear import PackedLinear, pack_linears
 from dspark_kernels.ragged_attention import Segment
-from dspark_stream.errors import ModelLoadError
-from dspark_stream.models.attention import Attend, ProbeAttend, StoreAttend, int_tensor
-from dspark_stream.models.cache import Extent, KVShape, KVStore
-from dspark_stream.models.distributions import Distributions
-
-
-class Rows(NamedTuple):
-    """One stream's part of a target pass: tokens at positions ``start``, ``start + 1``, …"""
-
-    extent: Extent
-    start: int
-    token_ids: list[int]
+from dspark_stream.models.cache import KVShape
+from dspark_stream.models.protocols import Rows, Store
+from dspark_stream.models.taps import checked_taps
+from dspark_stream.models.torch.attention import Attend, ProbeAttend, StoreAttend, int_tensor
+from dspark_stream.models.torch.distributions import Dense, distributions
+from dspark_stream.models.torch.store import KVStore
+from dspark_stream.types import SamplingParams
 
 
 class TargetOutput(NamedTuple):
-    """``logits`` [n, V] of the rows asked for; ``taps`` [T, taps·H], empty where there is no drafter.
+    """See `Verified`: ``rows`` are logits [n, V] of the rows asked for, ``taps`` [T, taps·H]."""
 
-    ``best`` [n]: their argmax, where only that was asked for and the target has a quicker way to it; ``logits`` are
-    then empty. ``weigh``: distributions of some logits by their rows' temperatures, where the target has a quicker way
-    than torch's; the logits are gone then.
-    """
-
-    logits: Tensor
+    rows: Tensor
     taps: Tensor
-    best: list[int] | None = None
-    weigh: Callable[[Tensor, Sequence[float]], Distributions] | None = None
+
+    def best(self, rows: Sequence[int]) -> list[int]:
+        """See `Verified.best`."""
+        found: list[int] = self.logits(rows).argmax(-1).tolist()
+        return found
+
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        """See `Verified.logits`; all rows, as nearly always, without a copy."""
+        return self.rows if len(rows) == len(self.rows) else self.rows[list(rows)]
+
+    def distributions(self, rows: Sequence[int], sampling: Sequence[SamplingParams]) -> Dense:
+        """See `Verified.distributions`."""
+        return Dense(distributions(self.logits(rows), sampling))
 
 
 class Target:
-    """A causal language model with hidden-state taps.
+    """A `transformers` causal language model with hidden-state taps. See `Target` in protocols.py.
 
     Args:
         model: any `transformers` model for causal language modelling whose attention was set to ours
@@ -55,6 +56,7 @@ class Target:
     def __init__(self, model: Any, *, tap_layers: tuple[int, ...] = (), eos_token_ids: tuple[int, ...] = ()) -> None:
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()
+        self.family, self.runner = str(self.config.model_type), ""
         self.decoder: Any = model.get_decoder()
         self.embed_tokens: Any = self.decoder.embed_tokens
         self.lm_head: Any = model.get_output_embeddings()
@@ -77,12 +79,7 @@ class Target:
         Raises:
             ModelLoadError: a layer that this target does not have, or its last one.
         """
-        for layer in tap_layers:
-            if not -1 <= layer < self.num_layers - 1:
-                raise ModelLoadError(
-                    f"target_layer_ids names layer {layer}; this target allows -1 … {self.num_layers - 2}",
-                    param="target_layer_ids",
-                )
+        checked_taps(tap_layers, self.num_layers)
         for layer in set(tap_layers) - set(self.tap_layers):
             source = self.embed_tokens if layer < 0 else self.decoder.layers[layer]
             source.register_forward_hook(lambda _m, _a, out, layer=layer: self._taps.__setitem__(layer, out))
@@ -123,7 +120,7 @@ class Target:
         rows: Tensor = self.lm_head.weight.detach()[ids]
         return rows
 
-    def pack(self, bits: int | None = None) -> None:
+    def pack(self) -> None:
         """Lay the weights out for this machine's matrix units. Inference only, once; drafters are built before."""
         pack_linears(self.decoder)
         if type(self.lm_head) is nn.Linear:  # a copy where it is tied: the embedding stays as it is
@@ -139,7 +136,7 @@ class Target:
 
     @torch.inference_mode()
     def forward(
-        self, batch: list[Rows], store: KVStore, logit_rows: list[int] | None = None, *, greedy: bool = False
+        self, batch: list[Rows], store: Store, logit_rows: list[int] | None = None, *, greedy: bool = False
     ) -> TargetOutput:
         """One ragged pass. Rows' keys and values are written to their streams' slots.
 
@@ -147,8 +144,9 @@ class Target:
             batch: every stream's rows; each stream's earlier positions must be in ``store``.
             store: this target's keys and values.
             logit_rows: indices into the concatenated rows for which logits are wanted; None for all of them.
-            greedy: the argmax of the logits will do (see `TargetOutput.best`).
+            greedy: the argmax of the logits will do; here they are there all the same.
         """
+        assert isinstance(store, KVStore)
         ids, positions, slots, segments = flatten_rows(batch)
         attend = StoreAttend(store, int_tensor(slots, self.device), segments, causal=True)
         hidden = self._hidden(int_tensor(ids, self.device), int_tensor(positions, self.device), attend)

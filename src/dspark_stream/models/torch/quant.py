@@ -19,8 +19,6 @@ from dspark_stream.errors import ModelLoadError
 
 Quant = Literal["none", "int8", "nf4", "w8a8", "w4a8", "w8a16", "w4a16"]
 
-KERNEL_BITS: dict[str, int] = {"w8a8": 8, "w4a8": 4}
-"""Of weights on the CPU's integer kernels, with activations of 8 bits; both with a scale for each group of 32."""
 WEIGHT_ONLY_BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4}
 """Of weights on our own kernel for GPUs, with activations as they are."""
 
@@ -40,7 +38,7 @@ def quantise_linears(module: nn.Module, quant: Quant) -> int:
         return 0
     if quant in WEIGHT_ONLY_BITS:
         return _weight_only(module, WEIGHT_ONLY_BITS[quant])
-    if quant in KERNEL_BITS:
+    if quant in ("w8a8", "w4a8"):
         raise ModelLoadError(f"{quant} needs the CPU's integer kernels, and this model does not run on them here")
     return _by_bitsandbytes(module, quant)
 

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 
 from dspark_kernels.layer_parts import add_rms_norm, rms_norm, rotate, silu_mul
-from dspark_stream.models.attention import Attend
+from dspark_stream.models.torch.attention import Attend
 
 
 def fuse_layers(module: nn.Module) -> int:

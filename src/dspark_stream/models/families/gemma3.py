@@ -1,0 +1,21 @@
+"""Gemma 3's text models: norms on both sides of attention and MLP, query and key norms, embeddings times √H, and five
+layers with a window for each that sees everything, those with a rotary base of their own (arXiv 2503.19786)."""
+
+from dspark_stream.models.families.facts import Family
+
+GEMMA3 = Family(
+    name="gemma3_text",
+    title="gemma3",
+    wrappers=("gemma3",),
+    gguf="gemma3",
+    layers="gemma3.modeling_gemma3.Gemma3",
+    drafter="Gemma3DSparkModel",
+    qk_norm=True,
+    sandwich=True,
+    norm_offset=1.0,
+    gelu=True,
+    scaled_embedding=True,
+    default_head_size=256,
+    windows=6,
+    end_tokens=("<end_of_turn>",),
+)

@@ -1,0 +1,269 @@
+"""Targets for the CPU's integer kernels, packed one tensor at a time: from GGUF blocks as they are, or from safetensors
+with weights rounded on the way. A copy of the whole model in full precision never exists.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from dspark_kernels.cpu import Context, Kind, Llama, PackedMatrix, Rope, Source
+from dspark_kernels.cpu.library import LayerWeights
+from dspark_stream.errors import ModelLoadError
+from dspark_stream.models.geometry import Geometry, UnsupportedError, geometry_of, geometry_of_gguf
+from dspark_stream.models.gguf import GgufFile
+from dspark_stream.models.native.drafter import PAST_THE_END
+from dspark_stream.models.native.target import NativeTarget
+
+
+class Weights(Protocol):
+    """Where tensors come from, by the names that they have in `transformers` checkpoints."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+
+    def floats(self, name: str, size: int, *, norm: bool = False) -> npt.NDArray[np.float32]:
+        """A vector [size]; ``norm``: a norm's weight."""
+
+    def matrix(self, name: str, rows: int, inputs: int, heads: int = 0) -> PackedMatrix:
+        """A matrix; ``heads``: of so many query or key heads, whose rows stand in rotary order."""
+
+
+def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tuple[int, ...]) -> NativeTarget:
+    """Pack all layers.
+
+    Raises:
+        UnsupportedError: sizes or tensor types that the kernels cannot do.
+        ModelLoadError: a tensor missing or of the wrong shape.
+    """
+    q, kv, h, family = g.heads * g.head_size, g.kv_heads * g.head_size, g.hidden_size, g.family
+
+    def norm(name: str, size: int, there: bool) -> npt.NDArray[np.float32] | None:
+        return weights.floats(f"{name}.weight", size, norm=True) if there else None
+
+    def biases(attention: str) -> npt.NDArray[np.float32]:
+        sizes = {"q": q, "k": kv, "v": kv}
+        return np.concatenate([weights.floats(f"{attention}{part}_proj.bias", n) for part, n in sizes.items()])
+
+    def layer(i: int) -> LayerWeights:
+        name = f"model.layers.{i}."
+        attention, mlp = name + "self_attn.", name + "mlp."
+        before_mlp = "pre_feedforward_layernorm" if family.sandwich else "post_attention_layernorm"
+        windowed = bool(g.windowed) and g.windowed[i]
+        return LayerWeights(
+            q=weights.matrix(f"{attention}q_proj.weight", q, h, g.heads),
+            k=weights.matrix(f"{attention}k_proj.weight", kv, h, g.kv_heads),
+            v=weights.matrix(f"{attention}v_proj.weight", kv, h),
+            o=weights.matrix(f"{attention}o_proj.weight", h, q),
+            gate=weights.matrix(f"{mlp}gate_proj.weight", g.inner, h),
+            up=weights.matrix(f"{mlp}up_proj.weight", g.inner, h),
+            down=weights.matrix(f"{mlp}down_proj.weight", h, g.inner),
+            input_norm=weights.floats(f"{name}input_layernorm.weight", h, norm=True),
+            post_norm=weights.floats(f"{name}{before_mlp}.weight", h, norm=True),
+            q_norm=norm(f"{attention}q_norm", g.head_size, family.qk_norm),
+            k_norm=norm(f"{attention}k_norm", g.head_size, family.qk_norm),
+            bias=np.concatenate(
+                [weights.floats(f"{attention}{p}_proj.bias", n) for p, n in zip("qkv", (q, kv, kv), strict=True)]
+            )
+            if family.qkv_bias
+            else None,
+            after_attention=norm(f"{name}post_attention_layernorm", h, family.sandwich),
+            after_mlp=norm(f"{name}post_feedforward_layernorm", h, family.sandwich),
+            window=g.window if windowed else 0,
+            rope=1 if windowed and g.local_rotary else 0,
+        )
+
+    rotaries = [g.rotary, *([g.local_rotary] if g.local_rotary else [])]
+    try:
+        llama = Llama(
+            context,
+            heads=g.heads,
+            kv_heads=g.kv_heads,
+            eps=g.eps,
+            final_norm=weights.floats("model.norm.weight", h, norm=True),
+            ropes=[Rope(*r.tables(g.positions + PAST_THE_END, g.head_size)) for r in rotaries],
+            score_scale=g.score_scale,
+            gelu=family.gelu,
+            layers=[layer(i) for i in range(g.layers)],
+        )
+        embedding = weights.matrix("model.embed_tokens.weight", g.vocab, h)
+        tied = not weights.has("lm_head.weight")
+        head = embedding if tied else weights.matrix("lm_head.weight", g.vocab, h)
+    except ValueError as error:  # what the kernels say of sizes and shapes
+        raise UnsupportedError(str(error)) from error
+    return NativeTarget(
+        llama,
+        embedding,
+        head,
+        family=family.name,
+        max_positions=g.positions,
+        eos_token_ids=eos_token_ids,
+        embedding_scale=float(np.float32(h**0.5)) if family.scaled_embedding else 1.0,
+    )
+
+
+# --- GGUF --------------------------------------------------------------------------------------------------------
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+SANDWICH_NAMES = {
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+"""Where norms stand on both sides the same names mean others."""
+
+
+class GgufWeights:
+    """Blocks of a GGUF file."""
+
+    def __init__(self, gguf: GgufFile, context: Context, geometry: Geometry) -> None:
+        self.gguf, self.context = gguf, context
+        self._interleaved = geometry.family.interleaved
+        self._names = GGUF_NAMES | (SANDWICH_NAMES if geometry.family.sandwich else {})
+
+    def name_of(self, name: str) -> str:
+        """What a tensor of a `transformers` checkpoint is called in GGUF files."""
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("model.layers."):
+            layer, _, rest = stem.removeprefix("model.layers.").partition(".")
+            return f"blk.{layer}.{self._names[rest]}.{kind}"
+        return f"{self._names[stem]}.{kind}"
+
+    def has(self, name: str) -> bool:
+        """See `Weights`."""
+        return self.name_of(name) in self.gguf.tensors
+
+    def floats(self, name: str, size: int, *, norm: bool = False) -> npt.NDArray[np.float32]:
+        """See `Weights`; norms' offsets are in already. Biases of interleaved heads are not known to exist."""
+        return self.gguf.floats(self.name_of(name))
+
+    def matrix(self, name: str, rows: int, inputs: int, heads: int = 0) -> PackedMatrix:
+        """See `Weights`: quants as they are; floats are rounded to 8 bits."""
+        own = self.name_of(name)
+        info = self.gguf.tensor(own)
+        if info.shape != (rows, inputs):
+            raise ModelLoadError(f"{self.gguf.path}: {own} is {info.shape}, expected {(rows, inputs)}", param="model")
+        data: npt.NDArray[Any]
+        if info.type in FLOATS:
+            source, data = Source.F32, self.gguf.floats(own)
+        elif info.type in set(Source):
+            source, data = Source(info.type), self.gguf.bytes_of(own)
+        else:
+            raise UnsupportedError(f"{own}, which has GGUF type {info.type}")
+        out = PackedMatrix(self.context, rows, inputs, source.kind if source.kind is not None else Kind.EIGHT)
+        out.pack(0, rows, data, source, _halves(heads, rows // heads) if heads and self._interleaved else None)
+        return out
+
+
+FLOATS = (0, 1, 30)
+"""GGUF's F32, F16 and BF16."""
+
+
+def target_from_gguf(gguf: GgufFile, context: Context, eos_token_ids: tuple[int, ...]) -> NativeTarget:
+    """Pack a GGUF file's blocks.
+
+    Raises:
+        UnsupportedError: a tensor type or a size that the kernels cannot do.
+        ModelLoadError: an architecture that is not known, a tensor missing or of the wrong shape, rotary scaling that
+        is
+            not known.
+    """
+    geometry = geometry_of_gguf(gguf)
+    return assemble(geometry, GgufWeights(gguf, context, geometry), context, eos_token_ids)
+
+
+def _halves(heads: int, size: int) -> npt.NDArray[np.int32]:
+    """Which stored row each row is: of each head, all first elements of the pairs and then all second ones."""
+    order = np.arange(heads * size, dtype=np.int32).reshape(heads, size // 2, 2)
+    return np.ascontiguousarray(order.transpose(0, 2, 1).reshape(-1))
+
+
+# --- safetensors -------------------------------------------------------------------------------------------------
+
+
+class SafetensorsWeights:
+    """Tensors of a `transformers` checkpoint folder, rounded to 8 bits or to 4 with a scale for each group of 32."""
+
+    def __init__(self, folder: Path, context: Context, kind: Kind, geometry: Geometry) -> None:
+        self.folder, self.context, self.kind = folder, context, kind
+        self._offset = np.float32(geometry.family.norm_offset)
+        self._file: dict[str, Any] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelLoadError(f"no *.safetensors in {folder}", param="model")
+        for path in files:
+            try:
+                file = safe_open(str(path), framework="pt")
+                self._file |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
+            except (OSError, SafetensorError) as error:
+                raise ModelLoadError(f"{path} is broken: {error}", param="model") from error
+
+    def has(self, name: str) -> bool:
+        """See `Weights`."""
+        return name in self._file
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        if name not in self._file:
+            raise ModelLoadError(f"{self.folder} has no tensor {name}", param="model")
+        tensor = self._file[name].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelLoadError(f"{self.folder}: {name} is {tuple(tensor.shape)}, expected {shape}", param="model")
+        values: npt.NDArray[np.float32] = tensor.float().numpy()
+        return values
+
+    def floats(self, name: str, size: int, *, norm: bool = False) -> npt.NDArray[np.float32]:
+        """See `Weights`."""
+        return self._tensor(name, (size,)) + (self._offset if norm else np.float32(0))
+
+    def matrix(self, name: str, rows: int, inputs: int, heads: int = 0) -> PackedMatrix:
+        """See `Weights`."""
+        out = PackedMatrix(self.context, rows, inputs, self.kind)
+        out.pack(0, rows, self._tensor(name, (rows, inputs)), Source.F32)
+        return out
+
+
+def target_from_folder(folder: Path, kind: Kind, context: Context) -> NativeTarget:
+    """Quantise a checkpoint folder on load.
+
+    Raises:
+        UnsupportedError: a family, a setting or a size that the kernels cannot do.
+        ModelLoadError: a file unreadable, a tensor missing or of the wrong shape.
+    """
+    path = folder / "config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+        geometry = geometry_of(raw, str(path))
+        eos = raw.get("eos_token_id")
+        generation = folder / "generation_config.json"
+        if generation.exists():
+            eos = json.loads(generation.read_text()).get("eos_token_id", eos)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelLoadError(f"{path} cannot be used: {error}", param="model") from error
+    weights = SafetensorsWeights(folder, context, kind, geometry)
+    unknown = [name for name in weights._file if name.endswith(".bias") and not geometry.family.qkv_bias]
+    if unknown:
+        raise UnsupportedError(unknown[0])
+    ids = tuple(int(i) for i in eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+    return assemble(geometry, weights, context, ids)

@@ -1,0 +1,159 @@
+"""What the algorithm asks of a target, a drafter and their stores, whoever runs them.
+
+Symbols: R streams, T rows of all of them, γ block size, V vocabulary, Vd draft vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dspark_stream.models.cache import Extent, KVShape
+from dspark_stream.models.distributions import Distributions
+from dspark_stream.types import SamplingParams
+
+
+class Store(Protocol):
+    """Keys and values of one model over all token slots."""
+
+    def clear(self, extent: Extent) -> None:
+        """Zero an extent's slots."""
+
+
+class Rows(NamedTuple):
+    """One stream's part of a target pass: tokens at positions ``start``, ``start + 1``, …"""
+
+    extent: Extent
+    start: int
+    token_ids: list[int]
+
+
+class Verified(Protocol):
+    """What a target pass says of the rows asked for; good until the next pass."""
+
+    @property
+    def taps(self) -> Tensor:
+        """[T, taps·H] of all rows, float; empty where there is no drafter."""
+
+    def best(self, rows: Sequence[int]) -> list[int]:
+        """The likeliest token of each row."""
+
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        """[n, V]. Not where the pass was asked for the best tokens alone."""
+
+    def distributions(self, rows: Sequence[int], sampling: Sequence[SamplingParams]) -> Distributions:
+        """What each row's token is drawn from; once a row: its logits may be gone then."""
+
+
+class Target(Protocol):
+    """A causal language model with hidden-state taps, driven as one ragged batch."""
+
+    family: str
+    """`model_type` of its config."""
+    runner: str
+    """What computes it, as capacity curves are told apart by it; empty for torch."""
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+    tap_layers: tuple[int, ...]
+    kv_shapes: list[KVShape]
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of keys and values in a store."""
+
+    def set_taps(self, tap_layers: tuple[int, ...]) -> None:
+        """Choose the taps (once; a drafter names them): i taps the output of layer i, -1 the embedding output.
+
+        Raises:
+            ModelLoadError: a layer that this target does not have, or its last one.
+        """
+
+    def make_store(self, slots: int) -> Store:
+        """Room for its keys and values of that many token slots."""
+
+    def forward(
+        self, batch: list[Rows], store: Store, logit_rows: list[int] | None = None, *, greedy: bool = False
+    ) -> Verified:
+        """One ragged pass. Rows' keys and values are written to their streams' slots.
+
+        Args:
+            batch: every stream's rows; each stream's earlier positions must be in ``store``.
+            store: this target's.
+            logit_rows: indices into the concatenated rows that something is wanted of, and by which `Verified` counts;
+                None for all of them.
+            greedy: nothing but the best tokens is wanted.
+        """
+
+
+class Draw(NamedTuple):
+    """How one stream's drafts are chosen: greedily where neither is given."""
+
+    sampling: SamplingParams
+    uniforms: Sequence[float] = ()
+    """[g] in [0, 1), for inverse transform (rejection)."""
+    noise: Tensor | None = None
+    """Exponentials [g, V], for the race that the target runs with the same (coupled)."""
+
+
+class Drafted(Protocol):
+    """Blocks of R streams, g ≤ γ slots each; good until the next draft."""
+
+    tokens: list[list[int]]
+    """[R, g], target ids."""
+    logits: list[list[float]] | None
+    """[R, g], of confidence; None without a confidence head."""
+
+    def indices(self, r: int) -> list[int]:
+        """A stream's drafts as draft vocabulary indices."""
+
+    def q(self, r: int) -> Distributions:
+        """What a stream that was given uniforms drew from, a row a slot, over the draft vocabulary."""
+
+
+class Drafter(Protocol):
+    """Parallel backbone, sequential head, confidence head; embedding and LM head are the target's."""
+
+    gamma: int
+    context_window: int
+    """Context positions before the anchor that a block sees; 0: all."""
+    draft_ids: Tensor | None
+    """The target ids of the draft vocabulary [Vd], ascending; None: all."""
+
+    @property
+    def ring(self) -> int:
+        """Token slots that its store has of a stream, the latest positions (`Extent.context_slots`); 0: all
+        positions."""
+
+    @property
+    def has_confidence(self) -> bool:
+        """Whether there is a confidence head."""
+
+    @property
+    def kv_shapes(self) -> list[KVShape]:
+        """What one context position takes in each layer."""
+
+    def make_store(self, slots: int) -> Store:
+        """Room for the context keys and values of that many token slots."""
+
+    def append_context(self, taps: Tensor, positions: list[int], slots: list[int], store: Store) -> None:
+        """Write every layer's context keys and values of ``taps`` [T, taps·H] at ``positions`` to ``slots``."""
+
+    def draft(self, anchors: list[tuple[Extent, int, int]], store: Store, slots: int, draws: Sequence[Draw]) -> Drafted:
+        """One draft pass and the walk through its slots, for R streams.
+
+        Args:
+            anchors: each stream's extent, anchor position p and anchor token. The context of the positions before p
+                that a block sees must be in ``store``; the block's own keys and values are scratch there.
+            store: this drafter's.
+            slots: g ≤ γ. The slots see each other, so fewer are another block, not the first slots of the whole one
+                (docs/decisions/013-shorter-blocks.md).
+            draws: [R].
+        """

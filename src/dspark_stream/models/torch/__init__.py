@@ -1,0 +1,1 @@
+"""Models on torch, with the library's own layers: every family, every device, and training."""
