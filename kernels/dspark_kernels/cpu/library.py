@@ -114,7 +114,7 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "matrix": (pointer, [integer] * 3),
         "free_matrix": (None, [pointer]),
         "matrix_bytes": (long, [pointer]),
-        "pack": (done, [pointer, pointer, integer, integer, pointer, pointer, integer]),
+        "pack": (done, [*two_at, *two_at, integer]),
         "take": (None, [pointer, pointer, integer, pointer]),
         "rows": (None, [pointer, pointer, integer, pointer]),
         "product": (done, [*three, integer, pointer, integer, pointer]),
@@ -265,22 +265,22 @@ class PackedMatrix:
         """Memory that it takes."""
         return int(self.context.library.matrix_bytes(self.handle))
 
-    def pack(self, first: int, count: int, data: npt.NDArray[Any], source: Source, rows: Ints | None = None) -> None:
-        """Set channels ``first`` … ``first + count - 1`` from rows of ``data``: ``rows[i]``, or i in order.
+    def pack(self, data: npt.NDArray[Any], source: Source, rows: Ints | None = None) -> PackedMatrix:
+        """Set all channels from rows of ``data``: ``rows[i]``, or i in order. Returns itself.
 
         Raises:
-            ValueError: data too short for the rows, quants of another kind, channels that the matrix does not have.
+            ValueError: data too short for the rows, quants of another kind.
         """
-        fits = source.kind in (self.kind, None) and self.inputs % source.block == 0
-        if not fits or not 0 <= first <= first + count <= self.outputs:
-            raise ValueError(f"{source.name} rows for channels {first} … {first + count - 1} do not fit this matrix")
-        data = np.ascontiguousarray(data)
+        if source.kind not in (self.kind, None) or self.inputs % source.block:
+            raise ValueError(f"{source.name} rows of {self.inputs} do not fit a matrix of kind {self.kind.name}")
+        data, count = np.ascontiguousarray(data), self.outputs
         needed = (count if rows is None else int(rows.max(initial=-1)) + 1) * source.nbytes(self.inputs)
         if data.nbytes < needed or (rows is not None and (len(rows) != count or int(rows.min(initial=0)) < 0)):
             raise ValueError(f"{data.nbytes} bytes of {source.name} for {count} rows that need {needed}")
         order = None if rows is None else _ints(rows)
         library, handle = self.context.library, self.context.handle
-        _done(self.context, library.pack(handle, self.handle, first, count, _at(order), _at(data), int(source)))
+        _done(self.context, library.pack(handle, self.handle, _at(order), _at(data), int(source)))
+        return self
 
     def take(self, rows: Sequence[int] | Ints) -> PackedMatrix:
         """Some of its channels as a matrix of their own."""

@@ -81,19 +81,6 @@ float dot(const float* a, const float* b, int size) {  // size: a multiple of 16
     return sum_of(sum);
 }
 
-uint16_t half_of(float x) {
-    float lanes[LANES] = {x};
-    uint16_t out[LANES];
-    Floats::load(lanes).store_half(out);
-    return out[0];
-}
-float float_of(uint16_t h) {
-    uint16_t lanes[LANES] = {h};
-    float out[LANES];
-    Floats::load_half(lanes).store(out);
-    return out[0];
-}
-
 // Quants of x [count] by w = d·q + m, and what they lose: the sum of squares.
 float round_some(const float* x, int count, float scale, float least, float most, uint8_t* q) {
     const float up = scale != 0.0f ? 1.0f / scale : 0.0f;
@@ -423,27 +410,34 @@ Matrix* dspark_matrix(int outputs, int inputs, int kind) {
 void dspark_free_matrix(Matrix* m) { delete m; }
 int64_t dspark_matrix_bytes(const Matrix* m) { return static_cast<int64_t>(m->bytes()); }
 
-// Channels first…first+count-1 of the matrix from rows of `source` (rows[i]: which row; null: i), in order.
-bool dspark_pack(Context* context, Matrix* to, int first, int count, const int32_t* rows, const void* source, int type) {
+// The matrix from rows of `source`, channel i from row i, or rows[i].
+bool dspark_pack(Context* context, Matrix* to, const int32_t* rows, const void* source, int type) {
     return guarded([&] {
         const int groups = to->groups();
         const Layout layout = layout_of(type);
         context->pool.run([&](int thread) {
-            // whole tiles of the matrix to a thread: channels of one tile share bytes
-            const int begin = first / LANES, end = (first + count + LANES - 1) / LANES;
             int from, until;
-            share(end - begin, 1, thread, context->pool.size(), &from, &until);
-            const int low = std::max(first, (begin + from) * LANES), high = std::min(first + count, (begin + until) * LANES);
-            for (int channel = low; channel < high; channel++) {
-                const size_t row = rows ? rows[channel - first] : channel - first;
-                const uint8_t* at = static_cast<const uint8_t*>(source) + row * (groups / layout.groups) * layout.bytes;
-                for (int g = 0; g < groups; g += layout.groups, at += layout.bytes)
-                    read_block(at, type, [&](int i, const Group& group) {
-                        if (!group.exact) return to->put(channel, g + i, quantise_group(to->kind, group.x));
-                        Quants exact{{}, half_of(group.d), half_of(group.m), half_of(group.second)};
-                        std::copy_n(group.q, GROUP, exact.q);
-                        to->put(channel, g + i, exact);
-                    });
+            share(to->tiles(), 1, thread, context->pool.size(), &from, &until);
+            Quants block[8][LANES];  // of the groups of a block, all channels of a tile
+            for (int t = from; t < until; t++) {
+                const int lanes = std::min(LANES, to->outputs - t * LANES);
+                std::memset(static_cast<void*>(block), 0, sizeof(block));
+                for (int g = 0; g < groups; g += layout.groups) {
+                    for (int lane = 0; lane < lanes; lane++) {
+                        const size_t row = rows ? rows[t * LANES + lane] : t * LANES + lane;
+                        const size_t at = (row * (groups / layout.groups) + g / layout.groups) * layout.bytes;
+                        read_block(static_cast<const uint8_t*>(source) + at, type, [&](int i, const Group& group) {
+                            Quants& own = block[i][lane];
+                            if (!group.exact) {
+                                own = quantise_group(to->kind, group.x);
+                                return;
+                            }
+                            std::memcpy(own.q, group.q, GROUP);
+                            own.d = half_of(group.d), own.m = half_of(group.m), own.second = half_of(group.second);
+                        });
+                    }
+                    for (int i = 0; i < layout.groups; i++) to->put(t, g + i, block[i]);
+                }
             }
         });
         return true;
@@ -452,8 +446,13 @@ bool dspark_pack(Context* context, Matrix* to, int first, int count, const int32
 
 // Channels of one matrix as the channels of another of the same width and kind: no rounding.
 void dspark_take(const Matrix* from, const int32_t* rows, int count, Matrix* to) {
-    for (int i = 0; i < count; i++)
-        for (int g = 0; g < from->groups(); g++) to->put(i, g, from->get(rows[i], g));
+    for (int t = 0; t < to->tiles(); t++) {
+        for (int g = 0; g < from->groups(); g++) {
+            Quants of[LANES] = {};
+            for (int lane = 0; lane < std::min(LANES, count - t * LANES); lane++) of[lane] = from->get(rows[t * LANES + lane], g);
+            to->put(t, g, of);
+        }
+    }
 }
 
 // Rows as floats [count, inputs]: an embedding.

@@ -33,11 +33,9 @@ struct Group {
 };
 
 inline float half_at(const uint8_t* p) {
-    uint16_t lanes[LANES] = {};
-    std::memcpy(lanes, p, 2);
-    alignas(64) float out[LANES];
-    Floats::load_half(lanes).store(out);
-    return out[0];
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    return float_of(half);
 }
 
 // The 6-bit scale and minimum of one of the eight groups of a K block, packed into 12 bytes.

@@ -146,24 +146,41 @@ struct Matrix {
     Matrix() = default;
     Matrix(int outputs, int inputs, Kind kind) : outputs(outputs), inputs(inputs), kind(kind), data(bytes()) {}
 
-    // One channel's group: 32 unsigned quants and its half-precision scales.
-    void put(int channel, int group, const Quants& from) {
-        uint8_t* at = data.at + tile_bytes() * (channel / LANES) + group_bytes() * group;
-        const int lane = channel % LANES;
-        for (int k = 0; k < GROUP; k++) {
-            const Place place = place_of(k, lane);
-            if (kind == EIGHT) {
-                at[k / 4 * 64 + place.byte] = from.q[k];
-                continue;
+    // A group of a tile's 16 channels: 32 unsigned quants each and their half-precision scales.
+    void put(int t, int group, const Quants* of) {
+        with_kind(kind, [&](auto known) { put_as<known.value>(t, group, of); });
+    }
+
+    template <Kind KIND>
+    void put_as(int t, int group, const Quants* of) {
+        uint8_t* const at = data.at + tile_bytes() * t + group_bytes() * group;
+        std::memset(at, 0, group_bytes());
+        for (int lane = 0; lane < LANES; lane++) {
+            const uint8_t* const q = of[lane].q;
+            uint8_t* const to = at + lane * 4;
+            for (int c = 0; c < 8; c++) {
+                for (int j = 0; j < 4; j++) {
+                    const int x = q[4 * c + j];
+                    if constexpr (KIND == EIGHT) {
+                        to[64 * c + j] = static_cast<uint8_t>(x);
+                        continue;
+                    }
+                    to[64 * (c / 2) + j] = static_cast<uint8_t>(to[64 * (c / 2) + j] | (x & 15) << (c % 2 * 4));
+                    const int above = x >> 4;
+                    if constexpr (bits_of(KIND) == 5) to[256 + j] = static_cast<uint8_t>(to[256 + j] | above << c);
+                    if constexpr (bits_of(KIND) == 6) {
+                        uint8_t& two = to[256 + c / 4 * 64 + j];
+                        two = static_cast<uint8_t>(two | above << (c % 4 * 2));
+                    }
+                }
             }
-            set(at[k / 8 * 64 + place.byte], 15, place.nibble, from.q[k]);
-            if (bits_of(kind) == 5) set(at[256 + place.byte], 1, k / 4, from.q[k] >> 4);
-            if (bits_of(kind) == 6) set(at[256 + k / 16 * 64 + place.byte], 3, k % 16 / 4 * 2, from.q[k] >> 4);
         }
-        uint16_t* scales = reinterpret_cast<uint16_t*>(at + group_bytes() - scale_bytes(kind));
-        scales[lane] = from.d;
-        if (has_m(kind)) scales[LANES + lane] = from.m;
-        if (kind == SIX) scales[LANES + lane] = from.second;
+        uint16_t* const scales = reinterpret_cast<uint16_t*>(at + group_bytes() - scale_bytes(KIND));
+        for (int lane = 0; lane < LANES; lane++) {
+            scales[lane] = of[lane].d;
+            if constexpr (has_m(KIND)) scales[LANES + lane] = of[lane].m;
+            if constexpr (KIND == SIX) scales[LANES + lane] = of[lane].second;
+        }
     }
 
     Quants get(int channel, int group) const {
@@ -207,9 +224,6 @@ struct Matrix {
         int byte, nibble;  // among 64 of a chunk, and how far up
     };
     static Place place_of(int k, int lane) { return {lane * 4 + k % 4, k % 8 / 4 * 4}; }
-    static void set(uint8_t& at, int mask, int shift, int value) {
-        at = static_cast<uint8_t>((at & ~(mask << shift)) | (value & mask) << shift);
-    }
 };
 
 // Activations: signed bytes with a scale for each GROUP of a row, and each group's sum and its halves', for the weights' m.

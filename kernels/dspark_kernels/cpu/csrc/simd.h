@@ -661,6 +661,22 @@ DSPARK_UNROLL(4)
     }
 }
 
+// One number to half precision and back.
+inline uint16_t half_of(float x) {
+#if defined(DSPARK_AVX512) || defined(DSPARK_AVX2)
+    return static_cast<uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0));
+#else
+    return float_to_half(x);
+#endif
+}
+inline float float_of(uint16_t half) {
+#if defined(DSPARK_AVX512) || defined(DSPARK_AVX2)
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+#else
+    return half_to_float(half);
+#endif
+}
+
 // e^x to about 2 units in the last place: 2^n·e^r, r in ±ln2/2 by a polynomial of degree 6. Below -87 it stays at e^-87.
 inline Floats exp(Floats x) {
     const Floats low = Floats::all(-87.0f);

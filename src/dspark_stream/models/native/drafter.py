@@ -244,13 +244,10 @@ def pack(context: Context, matrix: Matrix, kind: Kind) -> PackedMatrix:
         if isinstance(matrix, Blocks):
             own = matrix.source.kind
             out = PackedMatrix(context, outputs, inputs, kind if own is None else own)
-            out.pack(0, outputs, matrix.data.numpy(), matrix.source)
-        else:
-            out = PackedMatrix(context, outputs, inputs, kind)
-            out.pack(0, outputs, _array(matrix), Source.F32)
+            return out.pack(matrix.data.numpy(), matrix.source)
+        return PackedMatrix(context, outputs, inputs, kind).pack(_array(matrix), Source.F32)
     except ValueError as error:
         raise UnsupportedError(str(error)) from error
-    return out
 
 
 def _layer(context: Context, g: Geometry, tensors: Mapping[str, Matrix], name: str, kind: Kind) -> LayerWeights:

@@ -173,8 +173,7 @@ class GgufWeights:
         else:
             raise UnsupportedError(f"{own}, which has GGUF type {info.type}")
         out = PackedMatrix(self.context, rows, inputs, source.kind if source.kind is not None else Kind.EIGHT)
-        out.pack(0, rows, data, source, _halves(heads, rows // heads) if heads and self._interleaved else None)
-        return out
+        return out.pack(data, source, _halves(heads, rows // heads) if heads and self._interleaved else None)
 
 
 FLOATS = (0, 1, 30)
@@ -240,8 +239,7 @@ class SafetensorsWeights:
     def matrix(self, name: str, rows: int, inputs: int, heads: int = 0) -> PackedMatrix:
         """See `Weights`."""
         out = PackedMatrix(self.context, rows, inputs, self.kind)
-        out.pack(0, rows, self._tensor(name, (rows, inputs)), Source.F32)
-        return out
+        return out.pack(self._tensor(name, (rows, inputs)), Source.F32)
 
 
 def target_from_folder(folder: Path, kind: Kind, context: Context) -> NativeTarget:
