@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -126,9 +127,11 @@ def read_vocabulary(fields: dict[str, Any]) -> Vocabulary:
         token_id("eos_token_id", "</s>", 2),
     )
     if kind == "gpt2":
-        raw, adds_bos = _byte_level(fields, tokens)
+        # ids that only fill the matrix up stand for no text
+        vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+        raw, adds_bos = _byte_level(fields, vocab)
     else:
-        pieces = _scored_merges(fields, tokens, types) if scored else _written_merges(fields, tokens)
+        pieces = _scored_merges(fields, tokens, types) if scored else _written_merges(fields, set(tokens))
         prefixed = scored and _flag(fields, "add_space_prefix", True)
         raw, adds_bos = _sentence_pieces(tokens, pieces, None if unk is None else tokens[unk], prefixed), True
         if kind == "gemma4":  # its runs of newlines are tokens that no merges lead to
@@ -213,11 +216,11 @@ def _tokens(fields: dict[str, Any]) -> list[str]:
     return tokens
 
 
-def _written_merges(fields: dict[str, Any], tokens: list[str]) -> list[tuple[str, str]]:
+def _written_merges(fields: dict[str, Any], known: Container[str]) -> list[tuple[str, str]]:
     merges: list[str] = _list(fields, "merges", str)
     if not merges:
         raise ModelLoadError(f"this GGUF file has no {PREFIX}merges", param="model")
-    known, pairs = set(tokens), []
+    pairs = []
     for i, merge in enumerate(merges):
         at = merge.find(" ", 1)
         if at < 0:
@@ -251,7 +254,7 @@ def _scored_merges(fields: dict[str, Any], tokens: list[str], types: list[int]) 
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def _byte_level(fields: dict[str, Any], tokens: list[str]) -> tuple[RawTokenizer, bool]:
+def _byte_level(fields: dict[str, Any], vocab: dict[str, int]) -> tuple[RawTokenizer, bool]:
     """A byte-level BPE vocabulary, and whether its prompts begin with the BOS token if the file does not say."""
     pre = fields.get(PREFIX + "pre", "default")
     if not isinstance(pre, str) or pre not in CUTS:
@@ -264,8 +267,7 @@ def _byte_level(fields: dict[str, Any], tokens: list[str]) -> tuple[RawTokenizer
             "this GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre): its texts may be worse for it"
         )
     cut = CUTS[pre]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    raw = RawTokenizer(models.BPE(vocab=vocab, merges=_written_merges(fields, tokens), ignore_merges=cut.whole))
+    raw = RawTokenizer(models.BPE(vocab=vocab, merges=_written_merges(fields, vocab), ignore_merges=cut.whole))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *([pre_tokenizers.Digits(individual_digits=True)] if cut.digits else []),
