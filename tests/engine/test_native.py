@@ -284,7 +284,7 @@ def test_what_the_kernels_do_not_know_runs_on_torch(tmp_path, context, caplog):
     assert "type 1" in caplog.text
 
 
-def test_a_split_model_is_the_whole_one(tmp_path, context):
+def test_a_split_model_is_the_whole_one(tmp_path, context, caplog):
     path = write_model(tmp_path / "model.gguf")
     whole, ids = load_target(str(path), kernels=context), [3, 1, 4, 1, 5]
     shards = split(path, 3)
@@ -295,6 +295,10 @@ def test_a_split_model_is_the_whole_one(tmp_path, context):
         assert torch.equal(logits_and_taps(loaded.target, ids)[0], logits_and_taps(whole.target, ids)[0])
     with pytest.raises(ModelLoadError, match="--merge"):
         load_target(str(shards[0]), device="cpu")
+    half = split(write_model(tmp_path / "half.gguf", KIND.F16), 2)
+    with pytest.raises(ModelLoadError, match=r"CPU kernels do not know .*--merge"):
+        load_target(str(half[0]), kernels=context)
+    assert not caplog.records  # nothing promised that is then refused
 
 
 def test_kernels_that_the_machine_cannot_run_are_refused(monkeypatch):

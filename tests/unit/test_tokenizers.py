@@ -8,13 +8,16 @@ import logging
 import random
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from dspark_stream.config import default_cache_dir
 from dspark_stream.errors import InvalidRequestError, ModelLoadError
 from dspark_stream.models.gguf import GgufFile
-from dspark_stream.models.loading import _end_ids
-from dspark_stream.models.tokenizer import BYTE_OF, TextCodec, codec_from_gguf
+from dspark_stream.models.loading import _end_ids, load_target
+from dspark_stream.models.tokenizer import BYTE_OF, TextCodec, codec_from_gguf, codec_from_hub
 from dspark_stream.models.vocabulary import BYTE, CONTROL, CUTS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, end_ids
+from tiny import tiny_target
 
 G = "tokenizer.ggml."
 CORPUS = "the theory of the other thing: while (i < 10) { then += there; } naïve café 日本語 日本 — the  end\n" * 3
@@ -381,6 +384,29 @@ def test_prompts_begin_with_bos_once_where_the_file_says_so():
     for no_bos in (sentence_piece_fields(add_bos_token=False), byte_level_fields(bos_token_id=1)):
         assert codec_from_gguf(no_bos | silent).encode_chat([("user", "the")])[0] != 1
     assert codec_from_gguf(byte_level_fields("llama3", bos_token_id=264)).encode_chat([("user", "the")])[0] == 264
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_folders_without_a_template_begin_prompts_as_their_tokenizer_does(tmp_path, template):
+    raw = codec_from_gguf(sentence_piece_fields()).raw
+    raw.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", chat_template=template
+    ).save_pretrained(tmp_path)
+    ids = codec_from_hub(str(tmp_path)).encode_chat([("user", "the")])
+    assert ids.count(1) == (template is None)
+    assert (ids[0] == 1) == (template is None)
+
+
+def test_a_folder_that_names_no_eos_token_ends_where_its_template_ends_turns(tmp_path, caplog):
+    fields = byte_level_fields()
+    raw = codec_from_gguf(fields).raw
+    PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=CHATML).save_pretrained(tmp_path)
+    target = tiny_target(vocab=len(fields[G + "tokens"]))
+    target.model.config.eos_token_id = target.model.generation_config.eos_token_id = None
+    target.model.save_pretrained(tmp_path)
+    assert load_target(str(tmp_path)).target.eos_token_ids == (fields[G + "tokens"].index("<|im_end|>"),)
+    assert "<|im_end|>" in caplog.text
 
 
 # --- chat templates ----------------------------------------------------------------------------------------------

@@ -212,7 +212,10 @@ class _Shard:
             name = reader.string()
             if name in self.fields:
                 raise ValueError(f"field {name} is there twice")
-            self.fields[name] = reader.value(reader.unpack("I")[0])
+            try:
+                self.fields[name] = reader.value(reader.unpack("I")[0])
+            except ValueError as error:
+                raise ValueError(f"field {name}: {error}") from error
         self._parse_tensors(reader, tensor_count)
 
     def _parse_tensors(self, reader: _Reader, count: int) -> None:
@@ -271,7 +274,7 @@ class _Reader:
         if kind in SCALARS:
             return self.unpack(SCALARS[kind])[0]
         if kind != ARRAY:
-            raise ValueError(f"a field of the unknown type {kind}")
+            raise ValueError(f"a value of the unknown type {kind}")
         inner, count = self.unpack("IQ")
         if count > LARGEST_COUNT:
             raise ValueError(f"an array of {count}")

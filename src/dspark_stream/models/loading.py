@@ -101,14 +101,18 @@ def load_target(
             raise ModelLoadError(f"{path} is quantised already: it is run as it is", param="target_quant")
         gguf = GgufFile(path)
         _check_family(str(path), gguf.fields.get("general.architecture"))
+        codec = codec_from_gguf(gguf.fields)
+        ends = _end_ids(gguf.name, end_ids(gguf.fields), codec)
         if kernels is not None and where.type == "cpu" and dtype == "auto":
             try:
-                codec = codec_from_gguf(gguf.fields)
-                target = target_from_gguf(gguf, kernels, _end_ids(gguf.name, end_ids(gguf.fields), codec))
+                target: Any = target_from_gguf(gguf, kernels, ends)
                 return LoadedTarget(target, codec, gguf.name, _gguf_fingerprint(gguf))
             except UnsupportedError as error:
+                _check_whole(gguf, f", and the CPU kernels do not know {error}")
                 log.warning("%s runs on torch, several times slower: the CPU kernels do not know %s", path.name, error)
-        return _load_gguf(gguf, dtype, where)
+        _check_whole(gguf)
+        target = Target(_gguf_model(gguf, dtype, where), eos_token_ids=ends)
+        return LoadedTarget(target, codec, gguf.name, _gguf_fingerprint(gguf))
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelLoadError(f"no model folder or GGUF file at {name}", param="model")
     if bits is not None:
@@ -172,18 +176,21 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
     return LoadedTarget(target, codec, shown, _fingerprint(path, name))
 
 
-def _load_gguf(gguf: GgufFile, dtype: DType, device: torch.device) -> LoadedTarget:
-    path = gguf.path
+def _check_whole(gguf: GgufFile, besides: str = "") -> None:
     if len(gguf.paths) > 1:
         raise ModelLoadError(
-            f"{path} is one of {len(gguf.paths)} shards, which torch cannot load: join them (llama-gguf-split --merge)",
+            f"{gguf.path} is one of {len(gguf.paths)} shards, which torch cannot load{besides}: join them "
+            "(llama-gguf-split --merge)",
             param="model",
         )
+
+
+def _gguf_model(gguf: GgufFile, dtype: DType, device: torch.device) -> Any:
+    path = gguf.path
     from transformers import AutoModelForCausalLM
 
     from dspark_stream.models.families import ATTENTION_NAME
 
-    codec = codec_from_gguf(gguf.fields)
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -196,8 +203,7 @@ def _load_gguf(gguf: GgufFile, dtype: DType, device: torch.device) -> LoadedTarg
     except Exception as error:  # as above: any error class, all meaning a file that cannot be used
         raise ModelLoadError(f"{path} does not load: {error}", param="model") from error
     _check_complete(str(path), report)
-    target = Target(model.to(device), eos_token_ids=_end_ids(gguf.name, end_ids(gguf.fields), codec))
-    return LoadedTarget(target, codec, gguf.name, _gguf_fingerprint(gguf))
+    return model.to(device)
 
 
 def _check_family(name: str, family: Any) -> None:
