@@ -31,6 +31,7 @@ from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
+from ggufs import split
 from shared_data import shared
 from tiny import tiny_drafter
 
@@ -281,6 +282,23 @@ def test_what_the_kernels_do_not_know_runs_on_torch(tmp_path, context, caplog):
     assert not isinstance(loaded.target, NativeTarget)
     assert "runs on torch" in caplog.text
     assert "type 1" in caplog.text
+
+
+def test_a_split_model_is_the_whole_one(tmp_path, context, caplog):
+    path = write_model(tmp_path / "model.gguf")
+    whole, ids = load_target(str(path), kernels=context), [3, 1, 4, 1, 5]
+    shards = split(path, 3)
+    for shard in shards:
+        loaded = load_target(str(shard), kernels=context)
+        assert isinstance(loaded.target, NativeTarget)
+        assert loaded.name == "model"
+        assert torch.equal(logits_and_taps(loaded.target, ids)[0], logits_and_taps(whole.target, ids)[0])
+    with pytest.raises(ModelLoadError, match="--merge"):
+        load_target(str(shards[0]), device="cpu")
+    half = split(write_model(tmp_path / "half.gguf", KIND.F16), 2)
+    with pytest.raises(ModelLoadError, match=r"CPU kernels do not know .*--merge"):
+        load_target(str(half[0]), kernels=context)
+    assert not caplog.records  # nothing promised that is then refused
 
 
 def test_kernels_that_the_machine_cannot_run_are_refused(monkeypatch):

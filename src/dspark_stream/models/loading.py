@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch
 
 from dspark_kernels.cpu import Context, Kind
 from dspark_stream.errors import ModelLoadError
-from dspark_stream.models.families import family_named, supported
+from dspark_stream.models.families import Family, by_gguf, family_named, supported
 from dspark_stream.models.geometry import UnsupportedError, geometry_of_gguf
 from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.native.loading import target_from_folder, target_from_gguf
@@ -23,6 +23,7 @@ from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf, codec_from_hub
 from dspark_stream.models.torch.rotary import turn_as
 from dspark_stream.models.torch.target import Target
+from dspark_stream.models.vocabulary import end_ids
 
 log = logging.getLogger(__name__)
 
@@ -101,13 +102,20 @@ def load_target(
         if kind is not None:
             raise ModelLoadError(f"{path} is quantised already: it is run as it is", param="target_quant")
         gguf = GgufFile(path)
+        architecture = gguf.fields.get("general.architecture")
+        _check_family(str(path), by_gguf(architecture), architecture)
+        codec = codec_from_gguf(gguf.fields)
+        ends = _end_ids(gguf.name, end_ids(gguf.fields), codec)
         if kernels is not None and where.type == "cpu" and dtype == "auto":
             try:
-                target = target_from_gguf(gguf, kernels, _gguf_eos_ids(gguf))
-                return LoadedTarget(target, codec_from_gguf(gguf.fields), path.stem, _fingerprint(path, str(path)))
+                target: Any = target_from_gguf(gguf, kernels, ends)
+                return LoadedTarget(target, codec, gguf.name, _gguf_fingerprint(gguf))
             except UnsupportedError as error:
+                _check_whole(gguf, f", and the CPU kernels do not know {error}")
                 log.warning("%s runs on torch, several times slower: the CPU kernels do not know %s", path.name, error)
-        return _load_gguf(gguf, dtype, where)
+        _check_whole(gguf)
+        target = Target(_gguf_model(gguf, dtype, where), eos_token_ids=ends)
+        return LoadedTarget(target, codec, gguf.name, _gguf_fingerprint(gguf))
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelLoadError(f"no model folder or GGUF file at {name}", param="model")
     if kind is not None:
@@ -125,7 +133,9 @@ def _load_quantised(path: Path, name: str, kernels: Context | None, kind: Kind) 
     except UnsupportedError as error:
         raise ModelLoadError(f"{name} cannot run on the CPU kernels: {error}", param="target_quant") from error
     shown = path.name if path.is_dir() else name
-    return LoadedTarget(target, codec_from_hub(str(folder)), shown, _fingerprint(folder, name))
+    codec = codec_from_hub(str(folder))
+    target.eos_token_ids = _end_ids(shown, target.eos_token_ids, codec)
+    return LoadedTarget(target, codec, shown, _fingerprint(folder, name))
 
 
 def _fetched(name: str) -> Path:
@@ -149,8 +159,7 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
         raise ModelLoadError(
             f"{name} is no model folder, GGUF file or reachable hub name: {error}", param="model"
         ) from error
-    if family_named(config.model_type) is None:
-        raise ModelLoadError(f"{name} is a {config.model_type}; supported families: {supported()}", param="model")
+    _check_family(name, family_named(config.model_type), config.model_type)
     own = getattr(config.get_text_config(), "dtype", None) or torch.float32
     own = DTYPES.get(own, torch.float32) if isinstance(own, str) else own
     try:
@@ -164,14 +173,23 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
     except Exception as error:  # the library raises anything for a broken file: safetensors, pickle, shape errors
         raise ModelLoadError(f"{name} does not load: {error}", param="model") from error
     _check_complete(name, report)
-    target = Target(model.to(device), eos_token_ids=_eos_ids(model))
-    path = Path(name)
-    return LoadedTarget(target, codec_from_hub(name), path.name if path.is_dir() else name, _fingerprint(path, name))
+    path, codec = Path(name), codec_from_hub(name)
+    shown = path.name if path.is_dir() else name
+    target = Target(model.to(device), eos_token_ids=_end_ids(shown, _eos_ids(model), codec))
+    return LoadedTarget(target, codec, shown, _fingerprint(path, name))
 
 
-def _load_gguf(gguf: GgufFile, dtype: DType, device: torch.device) -> LoadedTarget:
-    path, fields = gguf.path, gguf.fields
-    geometry = geometry_of_gguf(gguf)
+def _check_whole(gguf: GgufFile, besides: str = "") -> None:
+    if len(gguf.paths) > 1:
+        raise ModelLoadError(
+            f"{gguf.path} is one of {len(gguf.paths)} shards, which torch cannot load{besides}: join them "
+            "(llama-gguf-split --merge)",
+            param="model",
+        )
+
+
+def _gguf_model(gguf: GgufFile, dtype: DType, device: torch.device) -> Any:
+    path = gguf.path
     from transformers import AutoModelForCausalLM
 
     from dspark_stream.models.torch.layers import ATTENTION_NAME
@@ -188,14 +206,26 @@ def _load_gguf(gguf: GgufFile, dtype: DType, device: torch.device) -> LoadedTarg
     except Exception as error:  # as above: any error class, all meaning a file that cannot be used
         raise ModelLoadError(f"{path} does not load: {error}", param="model") from error
     _check_complete(str(path), report)
-    turn_as(model, geometry)
-    target = Target(model.to(device), eos_token_ids=_gguf_eos_ids(gguf))
-    return LoadedTarget(target, codec_from_gguf(fields), path.stem, _fingerprint(path, str(path)))
+    turn_as(model, geometry_of_gguf(gguf))
+    return model.to(device)
 
 
-def _gguf_eos_ids(gguf: GgufFile) -> tuple[int, ...]:
-    ends = [gguf.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    return tuple(dict.fromkeys(int(e) for e in ends if e is not None))
+def _check_family(name: str, family: Family | None, said: object) -> None:
+    if family is None:
+        raise ModelLoadError(f"{name} is a {said}; supported families: {supported()}", param="model")
+
+
+def _end_ids(name: str, said: tuple[int, ...], codec: TextCodec | None) -> tuple[int, ...]:
+    """The tokens that end an answer: what the model says, and what its chat template closes the assistant's turns with
+    (base models say the end of a document; tuned on chats, they end turns by another token)."""
+    if codec is None:
+        return said
+    closing = codec.turn_end()
+    if not said:
+        closing = codec.known_end() if closing is None else closing
+        ends = "nothing but max_tokens ends its answers" if closing is None else f"{codec.name_of(closing)} is taken"
+        log.warning("%s names no EOS token: %s", name, ends)
+    return said if closing is None else tuple(dict.fromkeys((*said, closing)))
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:
@@ -219,9 +249,16 @@ def _eos_ids(model: Any) -> tuple[int, ...]:
 
 def _fingerprint(path: Path, name: str) -> str:
     """Name, sizes and times of the files: cheap, and new when somebody retrains in place."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return json.dumps([name if not files else path.name, stats])
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    return json.dumps([name if not files else path.name, _stats(files)])
+
+
+def _gguf_fingerprint(gguf: GgufFile) -> str:
+    return json.dumps([gguf.path.name, _stats(gguf.paths)])
+
+
+def _stats(files: Sequence[Path]) -> list[tuple[str, int, int]]:
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 @contextlib.contextmanager

@@ -1,54 +1,27 @@
-"""Tokenizer and chat template, from a model folder, a hub name or a GGUF file.
-
-The GGUF vocabulary is turned into a `tokenizers` object here: the library's own converter does not know which
-pre-tokenizer a file was made with, and a wrong one splits digits differently without any error.
-"""
+"""Tokenizer and chat template, from a model folder, a hub name or a GGUF file."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from dspark_stream.errors import InvalidRequestError, ModelLoadError
+from dspark_stream.models.template import MARK, ChatTemplate
+from dspark_stream.models.vocabulary import BYTE_TOKEN, read_vocabulary
 
-GPT2_SPLIT = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2 paper's published pattern
+KNOWN_ENDS = (
+    "</s>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
 )
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-
-DIGITS_THEN_BYTES = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-
-
-def _split_then_bytes(pattern: str) -> list[Any]:
-    return [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-
-
-PRE_TOKENIZERS = {
-    "smollm": DIGITS_THEN_BYTES,
-    "gpt-2": _split_then_bytes(GPT2_SPLIT),
-    "default": _split_then_bytes(GPT2_SPLIT),
-    "qwen2": _split_then_bytes(QWEN2_SPLIT),
-    "llama-bpe": _split_then_bytes(LLAMA3_SPLIT),
-}
-"""`tokenizer.ggml.pre` of byte-level BPE vocabularies → how text is cut before merging."""
-
-TOKEN_CONTROL, TOKEN_USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
 class TokenBytes:
@@ -63,8 +36,9 @@ class TokenBytes:
         self.strips_first_space = '"Strip"' in state or '"Metaspace"' in state
         added = raw.get_added_tokens_decoder()
         plain = _byte_level if '"ByteLevel"' in state else _sentence_piece if "▁" in state else None
-        self._table: list[bytes] = [b""] * (max(raw.get_vocab().values(), default=-1) + 1)
-        for text, token in raw.get_vocab().items():
+        vocab = raw.get_vocab()
+        self._table: list[bytes] = [b""] * (max(vocab.values(), default=-1) + 1)
+        for text, token in vocab.items():
             if token in added:
                 self._table[token] = b"" if added[token].special else text.encode()
             else:
@@ -95,28 +69,26 @@ BYTE_OF = _bytes_by_character()
 
 
 def _sentence_piece(text: str) -> bytes:
-    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-        return bytes([int(text[3:5], 16)])
-    return text.replace("▁", " ").encode()
+    byte = BYTE_TOKEN.fullmatch(text)
+    return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
 
 
 class TextCodec:
     """Text in, tokens out, for one model. Implements the engine's `Tokenizer` protocol; safe to call from threads."""
 
-    def __init__(self, raw: RawTokenizer, chat_template: str | None, special: dict[str, str | None]) -> None:
+    def __init__(
+        self,
+        raw: RawTokenizer,
+        chat_template: str | None,
+        special: Mapping[str, str | None],
+        bos: int | None = None,
+    ) -> None:
         self.raw = raw
         self.special = special
-        """`bos_token` and `eos_token`, as chat templates ask for them."""
-        self._template: jinja2.Template | None = None
-        if chat_template:
-            env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-            env.globals["raise_exception"] = _template_error
-            env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-            env.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-            try:
-                self._template = env.from_string(chat_template)
-            except jinja2.TemplateError as error:
-                raise ModelLoadError(f"the model's chat template does not parse: {error}", param="model") from error
+        """`bos_token`, `eos_token` and the like, as chat templates ask for them."""
+        self._bos = bos
+        """What a prompt begins with whose text does not; None: nothing."""
+        self._template = ChatTemplate(chat_template, special) if chat_template else None
         self.token_bytes = TokenBytes(raw)
         # a special token's own name can be typed as text, too
         names = max((len(t.encode()) for t in raw.get_vocab()), default=1)
@@ -134,7 +106,7 @@ class TextCodec:
         Raises:
             InvalidRequestError: the template refuses these messages (``param`` is ``input``).
         """
-        return self.encode(self._chat_text(messages))
+        return self._prompt(self._chat_text(messages))
 
     def encode_open_turn(self, history: Sequence[tuple[str, str]], opening: str = "") -> list[int]:
         """Tokens of a conversation up to a next turn of the user that begins with ``opening``, for a model to go on.
@@ -142,30 +114,42 @@ class TextCodec:
         Raises:
             InvalidRequestError: the template refuses these messages, or does not show what the user says.
         """
-        mark = "\u2045turn\u2046"
-        before, found, _ = self._chat_text([*history, ("user", mark)]).rpartition(mark)
+        before, found, _ = self._chat_text([*history, ("user", MARK)]).rpartition(MARK)
         if not found:
             raise InvalidRequestError("the model's chat template does not show the user's turn", param="input")
-        return self.encode(before + opening)
+        return self._prompt(before + opening)
+
+    def turn_end(self) -> int | None:
+        """The token that the chat template closes an assistant's turn with; None: it uses none."""
+        added = self.raw.get_added_tokens_decoder()
+        for rest in self._template.after_answer() if self._template else ():
+            first = self.encode(rest.lstrip())[:1]
+            if first and first[0] in added:
+                return first[0]
+        return None
+
+    def known_end(self) -> int | None:
+        """A special token that is called what models call the end of a text."""
+        added = self.raw.get_added_tokens_decoder()
+        ids = {token.content: i for i, token in added.items() if token.special}
+        return next((ids[name] for name in KNOWN_ENDS if name in ids), None)
+
+    def name_of(self, token: int) -> str:
+        """How the vocabulary writes a token."""
+        return str(self.raw.id_to_token(token))
+
+    def _prompt(self, text: str) -> list[int]:
+        ids = self.encode(text)
+        return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
     def _chat_text(self, messages: Sequence[tuple[str, str]]) -> str:
-        turns = [{"role": role, "content": content} for role, content in messages]
         if self._template is None:
-            return "".join(f"{t['role']}: {t['content']}\n" for t in turns) + "assistant:"
-        try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=True, tools=None, documents=None, **self.special
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise InvalidRequestError(f"the model's chat template refuses this: {error}", param="input") from error
+            return "".join(f"{role}: {content}\n" for role, content in messages) + "assistant:"
+        return self._template.render(messages)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""
         return str(self.raw.decode(list(ids), skip_special_tokens=True))
-
-
-def _template_error(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def codec_from_hub(name_or_path: str) -> TextCodec | None:
@@ -187,43 +171,20 @@ def codec_from_hub(name_or_path: str) -> TextCodec | None:
     if isinstance(template, dict):
         template = template.get("default")
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    return TextCodec(tokenizer.backend_tokenizer, template, special)
+    raw = tokenizer.backend_tokenizer
+    # a template writes the BOS token itself, as far as the model wants one
+    bos = None if template or raw.encode("").ids != [tokenizer.bos_token_id] else tokenizer.bos_token_id
+    return TextCodec(raw, template, special, bos)
 
 
 def codec_from_gguf(fields: dict[str, Any]) -> TextCodec:
     """Tokenizer of a GGUF file's `tokenizer.*` fields.
 
     Raises:
-        ModelLoadError: a vocabulary that is not byte-level BPE, or a pre-tokenizer that is not known.
+        ModelLoadError: a vocabulary of a kind that is not known, or a damaged one, or a template that does not parse.
     """
-    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ModelLoadError(
-            f"tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported from GGUF; known: gpt2 with "
-            f"{', '.join(PRE_TOKENIZERS)}",
-            param="model",
-        )
-    for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
-        if not fields.get(name):
-            raise ModelLoadError(f"this GGUF file has no {name}", param="model")
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(m.split(" ", 1)) for m in fields["tokenizer.ggml.merges"]]
-    raw = RawTokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    raw.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
-    raw.decoder = decoders.ByteLevel()
-    types: list[int] = fields.get("tokenizer.ggml.token_type", [])
-    raw.add_special_tokens(
-        [
-            AddedToken(t, special=True, normalized=False)
-            for t, k in zip(tokens, types, strict=False)
-            if k == TOKEN_CONTROL
-        ]
-    )
-    raw.add_tokens(
-        [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=False) if k == TOKEN_USER_DEFINED]
-    )
-    special = {
-        name: tokens[fields[key]] if key in fields else None
-        for name, key in (("bos_token", "tokenizer.ggml.bos_token_id"), ("eos_token", "tokenizer.ggml.eos_token_id"))
-    }
-    return TextCodec(raw, fields.get("tokenizer.chat_template"), special)
+    template = fields.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ModelLoadError("this GGUF file's tokenizer.chat_template is no text", param="model")
+    vocabulary = read_vocabulary(fields)
+    return TextCodec(vocabulary.raw, template, vocabulary.special, vocabulary.bos)

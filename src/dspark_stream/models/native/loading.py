@@ -171,7 +171,7 @@ class GgufWeights:
         elif info.type in set(Source):
             source, data = Source(info.type), self.gguf.bytes_of(own)
         else:
-            raise UnsupportedError(f"{own}, which has GGUF type {info.type}")
+            raise UnsupportedError(f"{own}, which is of type {info.type_name}")
         out = PackedMatrix(self.context, rows, inputs, source.kind if source.kind is not None else Kind.EIGHT)
         return out.pack(data, source, _halves(heads, rows // heads) if heads and self._interleaved else None)
 
