@@ -35,7 +35,9 @@ cache row parts texts at margins of many nats."""
 
 @pytest.fixture(scope="module", params=["auto", "off"], ids=["kernels", "torch"])
 def engine(request):
-    config = Config(max_num_seqs=8, kv_memory=256 << 20, max_model_len=2048, cpu_kernels=request.param)
+    config = Config(
+        model="smollm2-135m", max_num_seqs=8, kv_memory=256 << 20, max_model_len=2048, cpu_kernels=request.param
+    )
     built, codec = build_engine(config, SILENT)
     assert codec is not None
     with LocalEngine(built) as local:

@@ -57,7 +57,7 @@ def write_prompts(path: Path, count: int) -> Path:
         (["generate"], ["--prompt", "--input-ids"]),
         (["generate", "--prompt", "a", "--input-ids", "1"], ["--input-ids", "--prompt"]),
         (["generate", "--prompt", "a", "--temp", "1"], ["--temp"]),
-        (["generate", "--prompt", "a", "--temperature", "nan"], ["--temperature", "nan", "0 to 100"]),
+        (["generate", "--prompt", "a", "--temperature", "nan"], ["--temperature", "nan", "0 to 2"]),
         (["generate", "--prompt", "a", "--temperature", "-1"], ["--temperature", "-1"]),
         (["generate", "--prompt", "a", "--max-tokens", "0"], ["--max-tokens", "0"]),
         (["generate", "--prompt", "a", "--max-tokens", "1.5"], ["--max-tokens", "1.5", "whole number"]),
@@ -109,7 +109,9 @@ def test_whose_fault_it_is_shows_in_the_code(error, code, loaded, monkeypatch, c
     assert capsys.readouterr().err == f"dspark-stream: error: {error}\n"
 
 
-@pytest.mark.parametrize("command", ["", "serve", "chat", "generate", "eval", "profile", "reproduce", "train"])
+@pytest.mark.parametrize(
+    "command", ["", "serve", "chat", "generate", "models", "eval", "profile", "reproduce", "train"]
+)
 def test_help_is_there_and_instant(command):
     script = (
         "import sys\nfrom dspark_stream.cli import main\n"

@@ -103,6 +103,15 @@ def test_port_and_host_reach_the_service(bare):
     assert "--port" not in make(bare, "--dry-run", "serve").stdout
 
 
+def test_a_model_reaches_the_service_and_tests_fetch_a_small_one(bare):
+    (bare / ".venv").mkdir()
+    (bare / ".venv" / ".ready-run").touch()
+    assert '--model "smollm2-135m"' in make(bare, "--dry-run", "serve", "MODEL=smollm2-135m").stdout
+    assert "--model" not in make(bare, "--dry-run", "serve").stdout
+    assert "MODEL=" in make(bare, "help").stdout
+    assert re.search(r"models\.fetch smollm2-135m$", make(bare, "--dry-run", "model").stdout, re.MULTILINE)
+
+
 def test_the_ci_script_runs_as_it_is():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
