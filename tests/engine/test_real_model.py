@@ -13,6 +13,7 @@ from dspark_stream.engine.build import build_engine
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import read_config
+from dspark_stream.models.names import MODELS
 from dspark_stream.models.native import NativeTarget
 from dspark_stream.models.target import Rows
 from dspark_stream.progress import SILENT
@@ -115,6 +116,12 @@ def test_the_shipped_drafter_is_believed(engine):
     _, usage = run(engine, "dspark", "rejection", 0.0, streams=4)
     rounds, accepted = sum(u.rounds for u in usage), sum(u.accepted for u in usage)
     assert 1 + accepted / rounds > 1.35
+
+
+def test_a_named_model_is_served_under_its_name(engine):
+    info = engine[0].info
+    assert (info.model, info.drafter) == ("smollm2-135m", "smollm2-135m-instruct")
+    assert info.sampling == MODELS["smollm2-135m"].sampling
 
 
 def test_the_shipped_drafter_is_small_and_says_what_it_is():

@@ -168,6 +168,7 @@ def _write_stamp(path: Path, folder: Path, model: NamedModel, progress: Progress
         # Written aside and renamed: another process may be reading it.
         descriptor, name = tempfile.mkstemp(dir=folder, prefix=_stamp(folder, model).name)
         with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o644)  # others who share the cache need not read the model either
             file.write(msgspec.json.encode(content))
         os.replace(name, _stamp(folder, model))
     except OSError as error:
