@@ -304,7 +304,7 @@ def test_a_split_model_is_the_whole_one(tmp_path, context, caplog):
 def test_kernels_that_the_machine_cannot_run_are_refused(monkeypatch):
     monkeypatch.setattr("dspark_stream.engine.build.supported_isas", lambda: ["portable"])
     with pytest.raises(ConfigError, match="avx512"):
-        build_engine(Config(cpu_kernels="avx512"), SILENT)
+        build_engine(Config(model="smollm2-135m", cpu_kernels="avx512"), SILENT)
 
 
 # --- the shipped model ---------------------------------------------------------------------------------------
@@ -333,7 +333,9 @@ def run(local, prompts, mode, streams, tokens):
 @pytest.mark.timeout(900)
 def test_greedy_text_is_the_same_alone_in_company_plain_and_speculated():
     """Token for token, on every evaluation prompt: no row knows which others are in its batch."""
-    engine, codec = build_engine(Config(max_num_seqs=16, kv_memory=256 << 20, max_model_len=1024), SILENT)
+    engine, codec = build_engine(
+        Config(model="smollm2-135m", max_num_seqs=16, kv_memory=256 << 20, max_model_len=1024), SILENT
+    )
     assert isinstance(engine._models.target, NativeTarget)
     prompts = [
         tuple(codec.encode_chat([(m.role, m.content) for m in p.messages]))

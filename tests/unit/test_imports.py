@@ -14,7 +14,7 @@ TOOLS = {"local", "generate", "evaluate", "calibrate", "report"}  # the engine u
 MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": {"commands", "training", "evaluate", *LEAVES},
-    "commands": {"server", "client", "training", *TOOLS, *ENGINE_AND_BELOW},
+    "commands": {"server", "client", "training", "drafters", *TOOLS, *ENGINE_AND_BELOW},
     "server": ENGINE_AND_BELOW - {"kernels", "models", "spec"},
     "client": set(LEAVES) - {"config"},
     "evaluate": {"local", *ENGINE_AND_BELOW},
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "progress": set(),
     "console": set(),
     "kernels": set(),
-    "drafters": set(),
+    "drafters": {"models"},
 }
 SOCKETS = {"aiohttp", "websockets"}
 MAY_OPEN_SOCKETS = {"server", "client"}
