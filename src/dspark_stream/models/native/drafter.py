@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,6 +89,12 @@ class NativeDrafter:
         self._walk = self._one_call(tensors, w2, ids)
         self._heads = self._slot_by_slot(tensors, w2)
         self._logit_room = Room()
+
+    def seeing(self, window: int) -> NativeDrafter:
+        """The same drafter with another context window; weights are shared."""
+        other = copy(self)
+        other.config, other.context_window = replace(self.config, context_window=window), window
+        return other
 
     @property
     def has_confidence(self) -> bool:
