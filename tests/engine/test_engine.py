@@ -17,7 +17,7 @@ import dspark_stream.engine.worker as worker_module
 from dspark_stream.errors import ContextLengthError, DrainingError, InvalidRequestError
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
-from dspark_stream.models.torch.target import Rows
+from dspark_stream.models.protocols import Rows
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.schedule import Adaptive, Fixed

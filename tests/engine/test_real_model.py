@@ -13,8 +13,8 @@ from dspark_stream.engine.build import build_engine
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import read_config
-from dspark_stream.models.native.drafter import NativeTarget
-from dspark_stream.models.torch.target import Rows
+from dspark_stream.models.native.target import NativeTarget
+from dspark_stream.models.protocols import Rows
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.noise import token_exponentials
 from dspark_stream.spec.schedule import parse_schedule

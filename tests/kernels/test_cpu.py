@@ -19,10 +19,10 @@ from dspark_kernels.cpu import build as building
 from dspark_kernels.cpu.library import LayerWeights, Store
 from dspark_kernels.cpu.reference import LayerReference, LlamaReference, draw, product, rest, rms_norm, walk
 from dspark_stream.models.distributions import NativeDistributions
+from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.spec.accept import rejection
 from dspark_stream.spec.draft import Block
 from dspark_stream.spec.noise import RoundUniforms
-from dspark_stream.models.torch.distributions import Dense
 
 SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
