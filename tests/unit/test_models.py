@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma4TextConfig, LlamaForCausalLM, Qwen3Config
 
 from dspark_stream.errors import ConfigError, ModelLoadError
-from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
+from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter, read_config, save_drafter
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.loading import load_target, pick_dtype
@@ -42,7 +42,7 @@ def test_extents_never_overlap_and_all_come_back():
         assert allocator.used == sum(e.size for e in live)
     for extent in live:
         allocator.free(extent)
-    assert allocator.allocate(allocator.total) == (0, allocator.total)
+    assert allocator.allocate(allocator.total) == Extent(0, allocator.total)
     assert allocator.allocate(1) is None
 
 

@@ -123,8 +123,8 @@ uint16_t quantise_around_zero(const float* x, int count, Kind kind, uint8_t* bes
         std::copy_n(q, count, best);
     };
     if (kind == EIGHT) return attempt(most / 127.0f), best_d;
-    const float at_most = *std::max_element(x, x + count) == most ? -most : most;  // the longer end takes the largest
-    for (int i = -6; i <= 6; i++) attempt(at_most / (-middle + 0.1f * static_cast<float>(i)));
+    const float furthest = *std::max_element(x, x + count) == most ? most : -most;  // at q = 0, the longer end
+    for (int i = -6; i <= 6; i++) attempt(furthest / (-middle + 0.1f * static_cast<float>(i)));
     return best_d;
 }
 
