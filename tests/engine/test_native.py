@@ -21,13 +21,14 @@ from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.loading import load_target
-from dspark_stream.models.native.drafter import NativeDrafter, NativeTarget
-from dspark_stream.models.torch.target import Rows
+from dspark_stream.models.native.drafter import NativeDrafter
+from dspark_stream.models.native.target import NativeTarget
+from dspark_stream.models.protocols import Rows
+from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import draft
-from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma4TextConfig, LlamaForCausalLM, Qwen3Config
 
 from dspark_stream.errors import ConfigError, ModelLoadError
-from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
+from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter, read_config, save_drafter
-from dspark_stream.models.torch.drafter import Drafter, DrafterConfig, backbone_config
+from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.loading import load_target, pick_dtype
-from dspark_stream.models.torch.quant import quantise_linears
-from dspark_stream.models.torch.target import Rows
+from dspark_stream.models.protocols import Rows
 from dspark_stream.models.tokenizer import TextCodec
+from dspark_stream.models.torch.drafter import Drafter, backbone_config
+from dspark_stream.models.torch.quant import quantise_linears
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import draft
 from dspark_stream.spec.survival import AcceptanceHistory
@@ -41,7 +42,7 @@ def test_extents_never_overlap_and_all_come_back():
         assert allocator.used == sum(e.size for e in live)
     for extent in live:
         allocator.free(extent)
-    assert allocator.allocate(allocator.total) == (0, allocator.total)
+    assert allocator.allocate(allocator.total) == Extent(0, allocator.total)
     assert allocator.allocate(1) is None
 
 

@@ -254,7 +254,7 @@ def training_stage(
 
 def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) -> Drafter:
     """A drafter that starts from the target, or another drafter; float32, on its device. Sets the target's taps."""
-    target = loaded.target
+    target = loaded.on_torch
     if plan.init is not None:
         drafter = load_drafter(Path(plan.init), target).to(torch.float32)
         return deepened(drafter, plan.add_layers).train().requires_grad_(True)
@@ -292,7 +292,7 @@ def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) ->
 
 def new_trainer(plan: TrainPlan, loaded: LoadedTarget, split: Split, folder: Path, progress: Progress) -> Trainer:
     """Drafter, features and the state that an earlier run left in ``folder``, if one did."""
-    target = loaded.target
+    target = loaded.on_torch
     drafter = new_drafter(plan, loaded, split.train)
     if can_pack(target.device, target.dtype):
         pack_linears(target.decoder)  # the LM head stays plain: its rows are the drafter's
