@@ -83,7 +83,7 @@ def margin(engine, i, prefix, a, b, temperature):
     prompt = codec.encode_chat([("user", QUESTIONS[i])])
     ids = [*prompt, *prefix]
     store = target.make_store(len(ids))
-    logits = target.forward([Rows(Extent(0, len(ids)), 0, ids)], store, [len(ids) - 1]).logits[0].double()
+    logits = target.forward([Rows(Extent(0, len(ids)), 0, ids)], store, [len(ids) - 1]).logits([0])[0].double()
     if temperature == 0:
         return abs(float(logits[a] - logits[b]))
     scores = torch.log_softmax(logits / temperature, -1) - token_exponentials(i, len(ids), len(logits)).log()

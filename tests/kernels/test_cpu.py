@@ -850,7 +850,7 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("width", [100, 5000, 150_000])
+@pytest.mark.parametrize("width", [100, 5000, 20_000 if SANITIZE else 150_000])
 @pytest.mark.parametrize("shape", ["random", "peaked", "flat", "ties", "all alike"])
 def test_cuts_are_those_of_torch(context, width, shape):
     """Every cut is a threshold: the same tokens stay, those of one score together, and in the same proportions."""

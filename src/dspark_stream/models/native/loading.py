@@ -67,11 +67,7 @@ def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tup
             post_norm=weights.floats(f"{name}{before_mlp}.weight", h, norm=True),
             q_norm=norm(f"{attention}q_norm", g.head_size, family.qk_norm),
             k_norm=norm(f"{attention}k_norm", g.head_size, family.qk_norm),
-            bias=np.concatenate(
-                [weights.floats(f"{attention}{p}_proj.bias", n) for p, n in zip("qkv", (q, kv, kv), strict=True)]
-            )
-            if family.qkv_bias
-            else None,
+            bias=biases(attention) if family.qkv_bias else None,
             after_attention=norm(f"{name}post_attention_layernorm", h, family.sandwich),
             after_mlp=norm(f"{name}post_feedforward_layernorm", h, family.sandwich),
             window=g.window if windowed else 0,
@@ -186,8 +182,7 @@ def target_from_gguf(gguf: GgufFile, context: Context, eos_token_ids: tuple[int,
     Raises:
         UnsupportedError: a tensor type or a size that the kernels cannot do.
         ModelLoadError: an architecture that is not known, a tensor missing or of the wrong shape, rotary scaling that
-        is
-            not known.
+            is not known.
     """
     geometry = geometry_of_gguf(gguf)
     return assemble(geometry, GgufWeights(gguf, context, geometry), context, eos_token_ids)
