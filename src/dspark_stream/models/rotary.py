@@ -43,7 +43,8 @@ class Rotary(msgspec.Struct, frozen=True, kw_only=True):
     def frequencies(self, size: int) -> npt.NDArray[np.float64]:
         """Radians a position [D/2] of heads of ``size``."""
         plain: npt.NDArray[np.float64] = self.base ** -(np.arange(0, size, 2, dtype=np.float64) / size)
-        return self._scaled(plain, size) / np.array(self.divisors or 1.0)
+        out = self._scaled(plain, size)
+        return out / np.array(self.divisors) if self.divisors else out
 
     def _scaled(self, plain: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
         if self.kind == "linear":
@@ -58,7 +59,8 @@ class Rotary(msgspec.Struct, frozen=True, kw_only=True):
             if self.truncate:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0.0), min(high, size - 1.0)
-            ramp = np.clip((np.arange(size // 2) - low) / (high - low if high > low else 1e-3), 0.0, 1.0)
+            width = high - low if high > low else 1e-3
+            ramp: npt.NDArray[np.float64] = np.clip((np.arange(size // 2) - low) / width, 0.0, 1.0)
             return plain / self.factor * ramp + plain * (1 - ramp)
         return plain
 
