@@ -11,6 +11,8 @@ import torch
 from dspark_kernels.cpu import Context, Kind, best_isa
 from dspark_kernels.cpu import build as building
 from dspark_stream.engine.backlog import Backlog, hand_over
+from dspark_stream.engine.gpu.runner import GraphRounds
+from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.drafter_config import DrafterConfig
@@ -18,7 +20,9 @@ from dspark_stream.models.loading import load_target
 from dspark_stream.models.native.drafter import NativeDrafter
 from dspark_stream.models.protocols import Draw
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
-from dspark_stream.types import SamplingParams
+from dspark_stream.spec.schedule import Fixed
+from dspark_stream.types import SamplingParams, TokensEvent
+from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 from tiny_families import HIDDEN, SCALINGS, VOCAB, config_of, randomise, save
 
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
@@ -182,3 +186,32 @@ def test_drafters_of_all_families_are_read_back_as_they_are(pair, tmp_path):
         again = load_drafter(tmp_path / family, drafter.target)
         assert all(torch.equal(a, again.state_dict()[name]) for name, a in drafter.state_dict().items())
         assert torch.equal(again.rope(torch.arange(50))[0], drafter.rope(torch.arange(50))[0])
+
+
+def rounds_of(models, requests):
+    """Tokens of all requests, and how many drafts each round accepted."""
+    tokens, accepted = {}, []
+    with LocalEngine(tiny_engine(models)) as local:
+        for event, _ in local.run(requests, streams=4):
+            if isinstance(event, TokensEvent):
+                tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                accepted += [] if event.round is None else [(event.request_id, event.round.accepted)]
+    return tokens, sorted(accepted)
+
+
+def test_captured_rounds_heed_it():
+    """A sampled text depends on its drafts: with another window it is another."""
+    requests = [
+        request(f"r{i}", tuple(range(2, 9 + i)), max_tokens=40, temperature=0.9, seed=i, record_rounds=True)
+        for i in range(4)
+    ]
+    found = []
+    for window, captured in ((5, False), (5, True), (0, True)):
+        target = tiny_target()
+        models = tiny_models(target, tiny_drafter(target, context_window=window), schedule=Fixed(4))
+        if captured:
+            models.rounds = GraphRounds(models, seats=4, longest=300, candidates=48)
+        found.append(rounds_of(models, requests))
+    assert len(found[0][1]) > 20
+    assert found[1] == found[0]
+    assert found[2] != found[1]
