@@ -84,7 +84,7 @@ def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
             f"{path}: markov_head_type {kind!r}; known: {', '.join(get_args(HeadType))}", param="markov_head_type"
         )
     return DrafterConfig(
-        backbone=geometry_of(raw, str(path), "drafter")
+        backbone=geometry_of(_of_drafter(raw), str(path), "drafter")
         if native
         else backbone_config(_text_config(raw, path), fields.num_hidden_layers),
         num_layers=fields.num_hidden_layers,
@@ -101,8 +101,14 @@ def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
     )
 
 
-INHERITED = ("architectures", "layer_types", "sliding_window", "per_layer_config")
+INHERITED = ("architectures", "layer_types", "sliding_window", "use_sliding_window", "per_layer_config")
 """Fields about the target's own layers, which must not be read as the drafter's."""
+
+
+def _of_drafter(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config for the kernels: all layers of a drafter see everything."""
+    fields = {name: value for name, value in raw.items() if name not in INHERITED}
+    return fields | {"layer_types": ["full_attention"] * raw["num_hidden_layers"]}
 
 
 def _text_config(raw: dict[str, Any], path: Path) -> Any:

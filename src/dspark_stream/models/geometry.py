@@ -6,6 +6,7 @@ seconds to import.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -16,12 +17,27 @@ from dspark_stream.models.families import FAMILIES, Family, by_gguf, family_name
 from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.rotary import Rotary, RotaryError, rotary_of_config, rotary_of_gguf
 
-Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+LARGEST = 1 << 31
+Size = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
 Constant = Annotated[float, msgspec.Meta(gt=0.0, le=1e12)]
 LOCAL_BASE = 10_000.0
 """Rotary base of Gemma's layers with a window, where nothing else is said."""
 GEMMA3_27B_LAYERS = 62
 """Its GGUF files do not say that its queries are scaled by H / heads instead of the head size."""
+
+
+NOT_IN_GGUF = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "expert_count",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+)
+"""Metadata of GGUF files that changes what is computed and that nothing here heeds."""
 
 
 class UnsupportedError(Exception):
@@ -57,6 +73,10 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
         return FAMILIES[self.model_type]
 
 
+class _WindowError(ValueError):
+    """Windows that contradict themselves; the message says which field."""
+
+
 class _Fields(msgspec.Struct):
     """The fields of a `config.json` that matter here, with the library's defaults where it has the same for all."""
 
@@ -73,6 +93,7 @@ class _Fields(msgspec.Struct):
     rope_local_base_freq: Constant | None = None
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
+    original_max_position_embeddings: int | None = None
     partial_rotary_factor: float | None = None
     attention_bias: bool | None = False
     mlp_bias: bool | None = False
@@ -85,14 +106,19 @@ class _Fields(msgspec.Struct):
     query_pre_attn_scalar: Constant | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    use_bidirectional_attention: bool | None = False
 
 
 def _checked(geometry: dict[str, Any], source: str, param: str) -> Geometry:
     """A geometry whose numbers are in range; the error names ``source``, the field and its limit."""
     try:
-        return msgspec.convert(geometry, Geometry)
+        checked = msgspec.convert(geometry, Geometry)
     except msgspec.ValidationError as error:
         raise ModelLoadError(f"{source}: {error}", param=param) from error
+    if checked.heads % checked.kv_heads or checked.head_size % 2:
+        said = f"{checked.heads} query heads and {checked.kv_heads} key heads of {checked.head_size}"
+        raise ModelLoadError(f"{source}: {said}, which cannot be", param=param)
+    return checked
 
 
 def geometry_of(raw: Mapping[str, Any], source: str, param: str = "model") -> Geometry:
@@ -104,22 +130,17 @@ def geometry_of(raw: Mapping[str, Any], source: str, param: str = "model") -> Ge
     """
     family = family_named(raw.get("model_type"))
     if family is None or not family.native:
-        raise UnsupportedError(f"model type {raw.get('model_type')}")
+        raise UnsupportedError(f"model type {raw.get('model_type')}; known: {supported()}")
     if raw.get("model_type") in family.wrappers and isinstance(raw.get("text_config"), dict):
         raw = raw["text_config"]
     try:
-        f = msgspec.convert(dict(raw), _Fields)
-    except msgspec.ValidationError as error:
+        f = msgspec.convert({**family.defaults, **raw}, _Fields)
+        rotary, local = _rotaries(family, f)
+        windowed = _windowed(family, f)
+    except (msgspec.ValidationError, RotaryError, _WindowError) as error:
         raise ModelLoadError(f"{source}: {error}", param=param) from error
     _refuse_unknown_parts(family, f)
     heads = f.num_attention_heads
-    windowed = _windowed(family, f)
-    if any(windowed) and not f.sliding_window:
-        raise ModelLoadError(f"{source}: layers with a window, and no sliding_window", param=param)
-    try:
-        rotary, local = _rotaries(family, f)
-    except RotaryError as error:
-        raise ModelLoadError(f"{source}: {error}", param=param) from error
     return _checked(
         {
             "model_type": family.name,
@@ -145,12 +166,14 @@ def geometry_of(raw: Mapping[str, Any], source: str, param: str = "model") -> Ge
 
 def _refuse_unknown_parts(family: Family, f: _Fields) -> None:
     """What some checkpoints of these families have and the kernels do not."""
-    if f.attention_bias or f.mlp_bias:
-        raise UnsupportedError("biases in layers of its family")
+    if (f.attention_bias and not family.qkv_bias) or f.mlp_bias:
+        raise UnsupportedError("attention_bias, mlp_bias: biases in layers of its family")
     if f.attn_logit_softcapping or f.final_logit_softcapping:
-        raise UnsupportedError("soft-capped logits")
+        raise UnsupportedError("attn_logit_softcapping, final_logit_softcapping: soft-capped logits")
+    if f.use_bidirectional_attention:
+        raise UnsupportedError("use_bidirectional_attention")
     if f.partial_rotary_factor not in (None, 1.0):
-        raise UnsupportedError(f"rotary positions of a part of each head ({f.partial_rotary_factor})")
+        raise UnsupportedError(f"partial_rotary_factor {f.partial_rotary_factor}")
     activation = f.hidden_activation or f.hidden_act
     known = ("gelu_pytorch_tanh", "gelu_tanh") if family.gelu else ("silu", "swish")
     if activation is not None and activation not in known:
@@ -160,16 +183,20 @@ def _refuse_unknown_parts(family: Family, f: _Fields) -> None:
 def _windowed(family: Family, f: _Fields) -> tuple[bool, ...]:
     """Which layers have a window."""
     if f.layer_types is not None:
-        if not set(f.layer_types) <= {"full_attention", "sliding_attention"}:
-            raise UnsupportedError(f"layers of type {', '.join(sorted(set(f.layer_types)))}")
         if len(f.layer_types) != f.num_hidden_layers:
-            raise UnsupportedError(f"{len(f.layer_types)} layer_types for {f.num_hidden_layers} layers")
-        return tuple(kind == "sliding_attention" for kind in f.layer_types)
-    if family.windows:
-        return every(f.sliding_window_pattern or family.windows, f.num_hidden_layers)
-    if f.use_sliding_window:
-        raise UnsupportedError("windows in some of its layers, without layer_types")
-    return (False,) * f.num_hidden_layers
+            raise _WindowError(f"{len(f.layer_types)} layer_types for {f.num_hidden_layers} layers")
+        if not set(f.layer_types) <= {"full_attention", "sliding_attention"}:
+            raise UnsupportedError(f"layer_types {', '.join(sorted(set(f.layer_types)))}")
+        windowed = tuple(kind == "sliding_attention" for kind in f.layer_types)
+    elif family.windows:
+        windowed = every(f.sliding_window_pattern or family.windows, f.num_hidden_layers)
+    elif f.use_sliding_window:
+        raise UnsupportedError("use_sliding_window, windows in some of its layers, without layer_types")
+    else:
+        windowed = (False,) * f.num_hidden_layers
+    if any(windowed) and not (f.sliding_window and f.sliding_window > 0 and (family.windows or f.use_sliding_window)):
+        raise _WindowError(f"layers with a window, and sliding_window {f.sliding_window}")
+    return windowed
 
 
 def every(pattern: int, layers: int) -> tuple[bool, ...]:
@@ -178,19 +205,27 @@ def every(pattern: int, layers: int) -> tuple[bool, ...]:
 
 
 def _rotaries(family: Family, f: _Fields) -> tuple[Rotary, Rotary | None]:
-    """The rotary embedding, and that of layers with a window where the family has another."""
+    """The rotary embedding, and that of layers with a window where the family has another. Which field counts where
+    several say something is the library's rule."""
     given, scaling, positions = f.rope_parameters or {}, f.rope_scaling or {}, f.max_position_embeddings
-    base = f.rope_theta or 10_000.0
     by_layer = {name: value for name, value in given.items() if isinstance(value, dict)}
+    for fields in (scaling, given, *by_layer.values()):
+        if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise UnsupportedError(f"partial_rotary_factor {fields['partial_rotary_factor']}")
     if not family.windows:
         if by_layer:
-            raise RotaryError(f"rotary positions by layer type ({', '.join(by_layer)}), which {family.title} has not")
-        return rotary_of_config({**scaling, **given}, base, positions), None
-    whole = by_layer.get("full_attention") or {**scaling, **{k: v for k, v in given.items() if k not in by_layer}}
-    local = by_layer.get("sliding_attention") or {}
-    base = f.rope_theta or 1_000_000.0
+            raise RotaryError(f"rope_parameters by layer type ({', '.join(by_layer)}), which {family.title} has not")
+        whole = dict(scaling or given)
+        if f.original_max_position_embeddings is not None:
+            whole["original_max_position_embeddings"] = f.original_max_position_embeddings
+        return rotary_of_config(whole, 10_000.0 if f.rope_theta is None else f.rope_theta, positions), None
+    flat = [name for name, value in given.items() if name not in by_layer and value is not None]
+    if flat:
+        raise RotaryError(f"rope_parameters {', '.join(flat)}, not by layer type as {family.title} has them")
+    whole = {**by_layer.get("full_attention", {}), **scaling}
+    local = by_layer.get("sliding_attention", {})
     return (
-        rotary_of_config(whole, base, positions),
+        rotary_of_config(whole, f.rope_theta or 1_000_000.0, positions),
         rotary_of_config(local, f.rope_local_base_freq or LOCAL_BASE, positions),
     )
 
@@ -215,22 +250,40 @@ def geometry_of_gguf(gguf: GgufFile) -> Geometry:
 
     def number(name: str, default: Any = None) -> Any:
         value = gguf.fields.get(f"{architecture}.{name}", default)
-        if isinstance(value, list) and len(set(value)) == 1:
+        if isinstance(value, list) and len(set(map(repr, value))) == 1:
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             said = "is missing" if value is None else f"is {str(value)[:40]}, one number is needed"
             raise ModelLoadError(f"{gguf.path}: {architecture}.{name} {said}", param="model")
         return value
 
-    hidden, heads, positions = (
-        int(number(name)) for name in ("embedding_length", "attention.head_count", "context_length")
-    )
-    layers = int(number("block_count"))
-    size = int(number("attention.key_length", family.default_head_size or hidden // max(1, heads)))
-    if int(number("attention.value_length", size)) != size or int(number("rope.dimension_count", size)) != size:
-        raise UnsupportedError("keys, values and rotary positions of unlike sizes")
+    def count(name: str, default: int | None = None) -> int:
+        value = number(name, default)
+        if not isinstance(value, int) or not 0 < value <= LARGEST:
+            raise ModelLoadError(f"{gguf.path}: {architecture}.{name} is {value}, not 1 … {LARGEST}", param="model")
+        return value
+
+    for name in NOT_IN_GGUF:
+        if gguf.fields.get(f"{architecture}.{name}"):
+            raise UnsupportedError(f"{architecture}.{name}")
+    hidden, heads, positions = (count(name) for name in ("embedding_length", "attention.head_count", "context_length"))
+    layers = count("block_count")
+    size = count("attention.key_length", family.default_head_size or max(1, hidden // heads))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if (other := count(name, size)) != size:
+            raise UnsupportedError(f"{architecture}.{name} {other} with keys of {size}")
     divisors = tuple(gguf.floats("rope_freqs.weight").tolist()) if "rope_freqs.weight" in gguf.tensors else ()
-    windowed = every(family.windows, layers) if family.windows else ()
+    if divisors and len(divisors) != size // 2:
+        raise ModelLoadError(
+            f"{gguf.path}: rope_freqs.weight has {len(divisors)} factors for heads of {size}", param="model"
+        )
+    windowed: tuple[bool, ...] = ()
+    if family.windows:
+        pattern = gguf.fields.get(f"{architecture}.attention.sliding_window_pattern")
+        if isinstance(pattern, list) and len(pattern) == layers and set(pattern) <= {True, False}:
+            windowed = tuple(map(bool, pattern))
+        else:
+            windowed = every(count("attention.sliding_window_pattern", family.windows), layers)
     scale = None
     if family.windows and layers == GEMMA3_27B_LAYERS:
         scale = (hidden / heads) ** -0.5
@@ -245,16 +298,16 @@ def geometry_of_gguf(gguf: GgufFile) -> Geometry:
             "model_type": family.name,
             "hidden_size": hidden,
             "heads": heads,
-            "kv_heads": int(number("attention.head_count_kv", heads)),
+            "kv_heads": count("attention.head_count_kv", heads),
             "head_size": size,
-            "inner": int(number("feed_forward_length")),
+            "inner": count("feed_forward_length"),
             "positions": positions,
             "layers": layers,
             "vocab": gguf.tensor("token_embd.weight").shape[0],
             "eps": float(number("attention.layer_norm_rms_epsilon")),
             "rotary": rotary,
             "local_rotary": Rotary(base=float(number("rope.freq_base_swa", LOCAL_BASE))) if family.windows else None,
-            "window": int(number("attention.sliding_window")) if any(windowed) else 0,
+            "window": count("attention.sliding_window") if any(windowed) else 0,
             "windowed": windowed,
             "score_scale": scale,
         },

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,12 @@ import torch
 from dspark_kernels.cpu import Context, Kind
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.families import Family, by_gguf, family_named, supported
-from dspark_stream.models.geometry import UnsupportedError, geometry_of_gguf
+from dspark_stream.models.geometry import UnsupportedError, geometry_of, geometry_of_gguf
 from dspark_stream.models.gguf import GgufFile
-from dspark_stream.models.native.loading import target_from_folder, target_from_gguf
+from dspark_stream.models.native.loading import check_tensors, target_from_folder, target_from_gguf
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf, codec_from_hub
-from dspark_stream.models.torch.rotary import turn_as
+from dspark_stream.models.torch.from_gguf import config_of, turn_as
 from dspark_stream.models.torch.target import Target
 from dspark_stream.models.vocabulary import end_ids
 
@@ -125,7 +125,7 @@ def load_target(
                 _check_whole(gguf, f", and the CPU kernels do not know {error}")
                 log.warning("%s runs on torch, several times slower: the CPU kernels do not know %s", path.name, error)
         _check_whole(gguf)
-        target = Target(_gguf_model(gguf, dtype, where), eos_token_ids=ends)
+        target = Target(_gguf_model(gguf, dtype, where, ends), eos_token_ids=ends)
         return LoadedTarget(target, codec, gguf.name, _gguf_fingerprint(gguf))
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelLoadError(f"no model folder or GGUF file at {name}", param="model")
@@ -164,6 +164,9 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
 
     from dspark_stream.models.torch.layers import ATTENTION_NAME
 
+    if (file := Path(name) / "config.json").is_file():
+        with contextlib.suppress(ValueError, AttributeError):  # no JSON object, of which the library says so
+            _check_numbers(json.loads(file.read_text()), str(file))
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # missing, unreachable, not JSON, or refused by the library's validation of its fields
@@ -171,6 +174,8 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
             f"{name} is no model folder, GGUF file or reachable hub name: {error}", param="model"
         ) from error
     _check_family(name, family_named(config.model_type), config.model_type)
+    if not Path(name).is_dir():
+        _check_numbers(config.to_dict(), name)
     own = getattr(config.get_text_config(), "dtype", None) or torch.float32
     own = DTYPES.get(own, torch.float32) if isinstance(own, str) else own
     try:
@@ -190,6 +195,12 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
     return LoadedTarget(target, codec, shown, _fingerprint(path, name))
 
 
+def _check_numbers(config: Mapping[str, Any], source: str) -> None:
+    """Refuse numbers that cannot be, of which the library warns at most; what the kernels cannot do it may."""
+    with contextlib.suppress(UnsupportedError):
+        geometry_of(config, source)
+
+
 def _check_whole(gguf: GgufFile, besides: str = "") -> None:
     if len(gguf.paths) > 1:
         raise ModelLoadError(
@@ -199,8 +210,13 @@ def _check_whole(gguf: GgufFile, besides: str = "") -> None:
         )
 
 
-def _gguf_model(gguf: GgufFile, dtype: DType, device: torch.device) -> Any:
+def _gguf_model(gguf: GgufFile, dtype: DType, device: torch.device, ends: tuple[int, ...]) -> Any:
     path = gguf.path
+    try:
+        geometry = geometry_of_gguf(gguf)
+    except UnsupportedError as error:  # the library's reader would not heed it
+        raise ModelLoadError(f"{path}: {error} is not supported from GGUF", param="model") from error
+    check_tensors(gguf, geometry)
     from transformers import AutoModelForCausalLM
 
     from dspark_stream.models.torch.layers import ATTENTION_NAME
@@ -210,6 +226,7 @@ def _gguf_model(gguf: GgufFile, dtype: DType, device: torch.device) -> Any:
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(path.parent),
                 gguf_file=path.name,
+                config=config_of(geometry, tied="output.weight" not in gguf.tensors, ends=ends),
                 dtype=pick_dtype(dtype, None, device),
                 attn_implementation=ATTENTION_NAME,
                 output_loading_info=True,
@@ -217,7 +234,7 @@ def _gguf_model(gguf: GgufFile, dtype: DType, device: torch.device) -> Any:
     except Exception as error:  # as above: any error class, all meaning a file that cannot be used
         raise ModelLoadError(f"{path} does not load: {error}", param="model") from error
     _check_complete(str(path), report)
-    turn_as(model, geometry_of_gguf(gguf))
+    turn_as(model, geometry)
     return model.to(device)
 
 

@@ -102,9 +102,13 @@ def make_batch(
     )
 
 
-def visible_context(anchors: Tensor, length: int, gamma: int) -> Tensor:
-    """Which of positions 0 … length-1 each block row of one sequence sees: bool [b·γ, length]."""
-    return torch.arange(length, device=anchors.device) < anchors.repeat_interleave(gamma).unsqueeze(1)
+def visible_context(anchors: Tensor, length: int, gamma: int, window: int = 0) -> Tensor:
+    """Which of positions 0 … length-1 each block row of one sequence sees: bool [b·γ, length].
+
+    ``window``: the latest so many before its anchor; 0: all of those.
+    """
+    positions, end = torch.arange(length, device=anchors.device), anchors.repeat_interleave(gamma).unsqueeze(1)
+    return (positions < end) & (positions >= end - (window or length))
 
 
 def block_attention(
@@ -158,7 +162,7 @@ class BlockAttend:
         """Every span's mask as a number to add, made once a pass."""
         if not self._biases:
             for span in self.spans:
-                seen = visible_context(span.anchors, span.length, self.drafter.gamma)
+                seen = visible_context(span.anchors, span.length, self.drafter.gamma, self.drafter.context_window)
                 bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
                 self._biases.append(bias.repeat(group, 1))
         return self._biases

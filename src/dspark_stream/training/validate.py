@@ -37,10 +37,10 @@ class Walked:
 
 
 class WalkAttend:
-    """Each stream's γ rows attend to the first p context rows of its sequence and to themselves."""
+    """Each stream's γ rows attend to the context rows before p of its sequence, its window's, and to themselves."""
 
-    def __init__(self, context: list[list[tuple[Tensor, Tensor]]], gamma: int) -> None:
-        self.context, self.gamma = context, gamma
+    def __init__(self, context: list[list[tuple[Tensor, Tensor]]], gamma: int, window: int) -> None:
+        self.context, self.gamma, self.window = context, gamma, window
         self.streams: list[tuple[int, int]] = []
         """Sequence and anchor position of each block in the pass."""
 
@@ -52,10 +52,10 @@ class WalkAttend:
         out: list[Tensor] = []
         for i, (sequence, p) in enumerate(self.streams):
             rows = slice(i * self.gamma, (i + 1) * self.gamma)
-            past_k, past_v = self.context[sequence][layer]
+            past_k, past_v = (x[max(0, p - (self.window or p)) : p] for x in self.context[sequence][layer])
             q = query[rows].to(value.dtype).unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)  # [Hk, G·γ, D]
-            k = torch.cat((past_k[:p].to(value.dtype), key[rows].to(value.dtype))).transpose(0, 1)
-            v = torch.cat((past_v[:p].to(value.dtype), value[rows])).transpose(0, 1)
+            k = torch.cat((past_k.to(value.dtype), key[rows].to(value.dtype))).transpose(0, 1)
+            v = torch.cat((past_v.to(value.dtype), value[rows])).transpose(0, 1)
             o = F.scaled_dot_product_attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale=scale)
             out.append(o.view(len(q), group, self.gamma, -1).permute(2, 0, 1, 3).flatten(1, 2))
         return torch.cat(out)
@@ -68,7 +68,7 @@ def walk(drafter: Drafter, answers: Sequence[Answer], features: Sequence[Feature
     Rounds whose γ drafts would reach past the answer's end are left out: nothing is known about them.
     """
     gamma = drafter.gamma
-    attend = WalkAttend([_context(drafter, f) for f in features], gamma)
+    attend = WalkAttend([_context(drafter, f) for f in features], gamma, drafter.context_window)
     at = [len(a.prompt_ids) for a in answers]  # the first token comes out of the prompt's own pass, undrafted
     out: dict[str, Walked] = {}
     tokens = [a.ids for a in answers]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class Family:
     """Embeddings times √H."""
     interleaved: bool = False
     """GGUF files have query and key rows with the halves of a head interleaved."""
+    defaults: Mapping[str, int] = field(default_factory=dict)
+    """What the library takes where a config does not say: text models inside of wrappers leave out a lot."""
     default_head_size: int | None = None
     """Where a config does not say; None: H / heads."""
     windows: int = 0

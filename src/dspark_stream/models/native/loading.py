@@ -5,6 +5,7 @@ with weights rounded on the way. A copy of the whole model in full precision nev
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from dspark_kernels.cpu import Context, Kind, Llama, PackedMatrix, Rope, Source
 from dspark_kernels.cpu.library import LayerWeights
 from dspark_stream.errors import ModelLoadError
+from dspark_stream.models.families import Family
 from dspark_stream.models.geometry import Geometry, UnsupportedError, geometry_of, geometry_of_gguf
 from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.native.drafter import PAST_THE_END
@@ -45,10 +47,6 @@ def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tup
 
     def norm(name: str, size: int, there: bool) -> npt.NDArray[np.float32] | None:
         return weights.floats(f"{name}.weight", size, norm=True) if there else None
-
-    def biases(attention: str) -> npt.NDArray[np.float32]:
-        sizes = {"q": q, "k": kv, "v": kv}
-        return np.concatenate([weights.floats(f"{attention}{part}_proj.bias", n) for part, n in sizes.items()])
 
     def layer(i: int) -> LayerWeights:
         name = f"model.layers.{i}."
@@ -131,21 +129,45 @@ SANDWICH_NAMES = {
 """Where norms stand on both sides the same names mean others."""
 
 
+def gguf_name(name: str, family: Family) -> str:
+    """What a tensor of a `transformers` checkpoint is called in GGUF files."""
+    names = GGUF_NAMES | (SANDWICH_NAMES if family.sandwich else {})
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        layer, _, rest = stem.removeprefix("model.layers.").partition(".")
+        return f"blk.{layer}.{names[rest]}.{kind}"
+    return f"{names[stem]}.{kind}"
+
+
+def check_tensors(gguf: GgufFile, geometry: Geometry) -> None:
+    """That a file has nothing that nobody would read: biases, experts or rotary factors left out give wrong text.
+
+    Raises:
+        ModelLoadError: it has.
+    """
+    family = geometry.family
+    parts = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    parts += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    parts += [f"self_attn.{p}_proj.bias" for p in "qkv"] if family.qkv_bias else []
+    parts += [f"self_attn.{p}_norm.weight" for p in "qk"] if family.qk_norm else []
+    parts += ["pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"] if family.sandwich else []
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names += [f"model.layers.{i}.{part}" for i in range(geometry.layers) for part in parts]
+    unknown = gguf.tensors.keys() - {gguf_name(name, family) for name in names} - {"rope_freqs.weight"}
+    if unknown:
+        said = ", ".join(sorted(unknown)[:4])
+        raise ModelLoadError(f"{gguf.path}: tensors that no {family.title} has: {said}", param="model")
+
+
 class GgufWeights:
     """Blocks of a GGUF file."""
 
     def __init__(self, gguf: GgufFile, context: Context, geometry: Geometry) -> None:
-        self.gguf, self.context = gguf, context
-        self._interleaved = geometry.family.interleaved
-        self._names = GGUF_NAMES | (SANDWICH_NAMES if geometry.family.sandwich else {})
+        self.gguf, self.context, self._family = gguf, context, geometry.family
 
     def name_of(self, name: str) -> str:
-        """What a tensor of a `transformers` checkpoint is called in GGUF files."""
-        stem, _, kind = name.rpartition(".")
-        if stem.startswith("model.layers."):
-            layer, _, rest = stem.removeprefix("model.layers.").partition(".")
-            return f"blk.{layer}.{self._names[rest]}.{kind}"
-        return f"{self._names[stem]}.{kind}"
+        """See `gguf_name`."""
+        return gguf_name(name, self._family)
 
     def has(self, name: str) -> bool:
         """See `Weights`."""
@@ -153,7 +175,11 @@ class GgufWeights:
 
     def floats(self, name: str, size: int, *, norm: bool = False) -> npt.NDArray[np.float32]:
         """See `Weights`; norms' offsets are in already. Biases of interleaved heads are not known to exist."""
-        return self.gguf.floats(self.name_of(name))
+        own = self.name_of(name)
+        values = self.gguf.floats(own)
+        if values.shape != (size,):
+            raise ModelLoadError(f"{self.gguf.path}: {own} is {values.shape}, expected {(size,)}", param="model")
+        return values
 
     def matrix(self, name: str, rows: int, inputs: int, heads: int = 0) -> PackedMatrix:
         """See `Weights`: quants as they are; floats are rounded to 8 bits."""
@@ -169,7 +195,7 @@ class GgufWeights:
         else:
             raise UnsupportedError(f"{own}, which is of type {info.type_name}")
         out = PackedMatrix(self.context, rows, inputs, source.kind if source.kind is not None else Kind.EIGHT)
-        return out.pack(data, source, _halves(heads, rows // heads) if heads and self._interleaved else None)
+        return out.pack(data, source, _halves(heads, rows // heads) if heads and self._family.interleaved else None)
 
 
 FLOATS = (0, 1, 30)
@@ -181,10 +207,11 @@ def target_from_gguf(gguf: GgufFile, context: Context, eos_token_ids: tuple[int,
 
     Raises:
         UnsupportedError: a tensor type or a size that the kernels cannot do.
-        ModelLoadError: an architecture that is not known, a tensor missing or of the wrong shape, rotary scaling that
-            is not known.
+        ModelLoadError: an architecture or rotary scaling that is not known; a tensor missing, of the wrong shape, or
+            one that such a model does not have.
     """
     geometry = geometry_of_gguf(gguf)
+    check_tensors(gguf, geometry)
     return assemble(geometry, GgufWeights(gguf, context, geometry), context, eos_token_ids)
 
 
@@ -213,6 +240,12 @@ class SafetensorsWeights:
                 self._file |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
             except (OSError, SafetensorError) as error:
                 raise ModelLoadError(f"{path} is broken: {error}", param="model") from error
+        self._file = {_of_text(name): (file, name) for name, file in self._file.items()}
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors, as text models call them."""
+        return self._file.keys()
 
     def has(self, name: str) -> bool:
         """See `Weights`."""
@@ -221,7 +254,8 @@ class SafetensorsWeights:
     def _tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         if name not in self._file:
             raise ModelLoadError(f"{self.folder} has no tensor {name}", param="model")
-        tensor = self._file[name].get_tensor(name)
+        file, own = self._file[name]
+        tensor = file.get_tensor(own)
         if tuple(tensor.shape) != shape:
             raise ModelLoadError(f"{self.folder}: {name} is {tuple(tensor.shape)}, expected {shape}", param="model")
         values: npt.NDArray[np.float32] = tensor.float().numpy()
@@ -235,6 +269,15 @@ class SafetensorsWeights:
         """See `Weights`."""
         out = PackedMatrix(self.context, rows, inputs, self.kind)
         return out.pack(self._tensor(name, (rows, inputs)), Source.F32)
+
+
+def _of_text(name: str) -> str:
+    """A tensor's name in a text model that is a part of a wrapper: old ones and new ones name that part otherwise."""
+    for part, own in (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
+                      ("model.language_model.", "model.")):  # fmt: skip
+        if name.startswith(part):
+            return own + name.removeprefix(part)
+    return name
 
 
 def target_from_folder(folder: Path, kind: Kind, context: Context) -> NativeTarget:
@@ -255,7 +298,8 @@ def target_from_folder(folder: Path, kind: Kind, context: Context) -> NativeTarg
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelLoadError(f"{path} cannot be used: {error}", param="model") from error
     weights = SafetensorsWeights(folder, context, kind, geometry)
-    unknown = [name for name in weights._file if name.endswith(".bias") and not geometry.family.qkv_bias]
+    text = ("model.layers.", "lm_head.")
+    unknown = [n for n in weights.names if n.startswith(text) and n.endswith(".bias") and not geometry.family.qkv_bias]
     if unknown:
         raise UnsupportedError(unknown[0])
     ids = tuple(int(i) for i in eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
