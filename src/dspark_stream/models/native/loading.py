@@ -48,6 +48,10 @@ def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tup
     def norm(name: str, size: int, there: bool) -> npt.NDArray[np.float32] | None:
         return weights.floats(f"{name}.weight", size, norm=True) if there else None
 
+    def biases(attention: str) -> npt.NDArray[np.float32]:
+        sizes = {"q": q, "k": kv, "v": kv}
+        return np.concatenate([weights.floats(f"{attention}{part}_proj.bias", n) for part, n in sizes.items()])
+
     def layer(i: int) -> LayerWeights:
         name = f"model.layers.{i}."
         attention, mlp = name + "self_attn.", name + "mlp."
