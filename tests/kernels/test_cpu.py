@@ -25,6 +25,7 @@ from dspark_kernels.cpu import (
     Room,
     Rope,
     Source,
+    Table,
     Weights,
     sampling_rows,
     supported_isas,
@@ -121,6 +122,29 @@ def test_blocks_are_unpacked_as_the_formats_library_does(context, source, shape)
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
     else:
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("source", Source)
+def test_rows_of_a_file_are_those_of_the_formats_library(context, tmp_path, source):
+    rows, inputs = 20, 512
+    blocks = random(rows, inputs) if source == Source.F32 else some_blocks(source, rows, inputs)
+    path = tmp_path / "table"
+    path.write_bytes(b"x" * 96 + blocks.tobytes() + b"y" * 8)
+    table = Table.in_file(context, rows, inputs, source, path, 96)
+    wanted = [19, 0, 7, 7]
+    want = blocks if source == Source.F32 else gguf.quants.dequantize(blocks, FORMATS[source])
+    np.testing.assert_allclose(table.rows(wanted), want[wanted], rtol=2e-6, atol=2e-6 * np.abs(want).max())
+    with pytest.raises(ValueError, match="outside"):
+        table.rows([20])
+    with pytest.raises(ValueError, match="past the end"):
+        Table.in_file(context, rows, inputs, source, path, 112)
+    path.rename(tmp_path / "elsewhere")  # what is open stays
+    np.testing.assert_array_equal(table.rows([3]), table.rows([3]))
+    with (tmp_path / "elsewhere").open("r+b") as file:
+        file.truncate(96 + blocks.nbytes // 2)
+    assert table.rows([0]).shape == (1, inputs)
+    with pytest.raises(ValueError, match="cut short"):
+        table.rows([19])
 
 
 def test_a_matrix_holds_what_its_kind_is_made_for(context):
@@ -445,7 +469,10 @@ def test_a_row_does_not_know_its_neighbours(context, shape):
 def test_a_pass_in_one_call_is_its_parts(context, scale):
     """Embeddings, layers, taps (the embedding's, too), and logits or best tokens, of all rows or of some."""
     llama, _ = models(context, **SHAPES["all heads"])
-    embedding, lm_head = packed(context, random(50, 64, seed=1)), packed(context, random(50, 64, seed=2), Kind.FIVE)
+    embedding, lm_head = (
+        Table.of(packed(context, random(50, 64, seed=1))),
+        packed(context, random(50, 64, seed=2), Kind.FIVE),
+    )
     streams = [(16, 0, [3, 49, 7]), (96, 0, [0]), (48, 5, [9, 9])]
     where = [n for slot, start, ids in streams for n in (slot, start, len(ids))]
     ids = [i for _, _, some in streams for i in some]
@@ -474,7 +501,7 @@ def test_a_pass_in_one_call_is_its_parts(context, scale):
 def test_a_draft_in_one_call_is_its_parts(context, sampled, scale, window):
     llama, _ = models(context, **SHAPES["all heads"])
     generator = np.random.default_rng(3)
-    embedding, lm_head = packed(context, random(50, 64, seed=1)), packed(context, random(40, 64, seed=2))
+    embedding, lm_head = Table.of(packed(context, random(50, 64, seed=1))), packed(context, random(40, 64, seed=2))
     ids = np.sort(generator.permutation(50)[:40]).astype(np.int32)
     w1, w2 = random(50, 32, seed=3).astype(np.float16), packed(context, random(40, 32, seed=4))
     head = Head(w1, w2, random(64 + 32, seed=5), 0.5, ids, vocabulary=40, hidden_size=64)
@@ -514,7 +541,7 @@ def test_what_does_not_fit_is_refused(context):
         3, 160, 2, 32), np.empty(0, np.int32)  # fmt: skip
     head = Head(None, None, None, 0.0, None, vocabulary=50, hidden_size=64)
     place, room = store.place, Room()
-    for embedding, lm_head in ((narrow, matrix), (matrix, narrow)):
+    for embedding, lm_head in ((Table.of(narrow), matrix), (Table.of(matrix), narrow)):
         with pytest.raises(ValueError, match="width 64"):
             llama.run(embedding, lm_head, [16, 0, 1], [3], place, none, room)
         with pytest.raises(ValueError, match="width 64"):
@@ -564,9 +591,9 @@ def test_what_is_not_there_is_said_before_anything_is_written(context, where, to
     store.keys[:], store.values[:] = 7, 7
     head = Head(None, None, None, 0.0, None, vocabulary=50, hidden_size=64)
     with pytest.raises(ValueError, match=said):
-        llama.run(matrix, matrix, [*where, 2], [3, token], store.place, np.empty(0, np.int32), room)
+        llama.run(Table.of(matrix), matrix, [*where, 2], [3, token], store.place, np.empty(0, np.int32), room)
     with pytest.raises(ValueError, match=said):
-        llama.draft(matrix, matrix, head, 3, 2, [*where, 2], [token], store.place, room)
+        llama.draft(Table.of(matrix), matrix, head, 3, 2, [*where, 2], [token], store.place, room)
     if "channels" not in said and "tile" not in said and "nothing" not in said:
         slots, fc = [sum(where), sum(where) + 1], packed(context, random(64, 64))
         with pytest.raises(ValueError, match=said):
@@ -660,7 +687,10 @@ def test_a_ring_is_a_store_of_which_only_the_latest_positions_are_looked_at(cont
     sizes = options["layers"], options["kv_heads"], options["size"]
     whole, ring = Store.zeros(sizes[0], 160, *sizes[1:]), Store.zeros(sizes[0], 96, *sizes[1:], ring=64)
     fc, norm = packed(context, random(hidden, hidden, seed=3)), 1 + random(hidden, seed=4, scale=0.1)
-    embedding, lm_head = packed(context, random(50, hidden, seed=1)), packed(context, random(50, hidden, seed=2))
+    embedding, lm_head = (
+        Table.of(packed(context, random(50, hidden, seed=1))),
+        packed(context, random(50, hidden, seed=2)),
+    )
     head = Head(None, None, random(hidden, seed=5), 0.0, None, vocabulary=50, hidden_size=hidden)
     at = 0
     for rows in (3, 30, 1, 17, 2, 26, 40):

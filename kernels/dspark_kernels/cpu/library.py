@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +39,8 @@ LARGEST_RANK = 4096
 
 
 class Kind(IntEnum):
-    """How a matrix keeps its weights (csrc/matrix.h): bits of a quant, _M with a minimum of its own for each group of 32, _K
-    as GGUF's blocks of 256 with scales of scales, which nothing but these can be made of.
+    """How a matrix keeps its weights (csrc/matrix.h): bits of a quant, _M with a minimum of its own for each group of
+    32, _K as GGUF's blocks of 256 with scales of scales, which nothing but these can be made of.
     """
 
     FOUR = 0
@@ -125,6 +126,10 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "pack": (done, [*two_at, *two_at, integer]),
         "take": (None, [pointer, pointer, integer, pointer]),
         "rows": (None, [pointer, pointer, integer, pointer]),
+        "table": (pointer, [pointer]),
+        "file_table": (pointer, [integer, integer, integer, integer, long]),
+        "free_table": (None, [pointer]),
+        "table_rows": (done, [pointer, pointer, integer, pointer]),
         "product": (done, [*three, integer, pointer, integer, pointer]),
         "llama": (pointer, [*[integer] * 6, real, real, done, pointer, pointer, integer]),
         "free_llama": (None, [pointer]),
@@ -333,6 +338,50 @@ class PackedMatrix:
         """The handle, for a model to own."""
         self._free.detach()
         return int(self.handle)
+
+
+class Table:
+    """An embedding [outputs, inputs], of which few rows are read at a time: a packed matrix, or blocks that stay in
+    their file. What is read of a file is in the system's cache as a rule, and takes none of the process's memory.
+
+    Raises:
+        ValueError: rows that are no whole blocks.
+    """
+
+    def __init__(
+        self, context: Context, outputs: int, inputs: int, handle: int | None, packed: PackedMatrix | None
+    ) -> None:
+        if not handle:
+            raise MemoryError(context.library.error().decode())
+        self.context, self.outputs, self.inputs, self.handle = context, outputs, inputs, handle
+        self._packed = packed  # kept for as long as the handle is
+        _free_with(self, context.library.free_table, handle)
+
+    @classmethod
+    def of(cls, matrix: PackedMatrix) -> Table:
+        """The channels of a packed matrix."""
+        context = matrix.context
+        return cls(context, matrix.outputs, matrix.inputs, context.library.table(matrix.handle), matrix)
+
+    @classmethod
+    def in_file(cls, context: Context, outputs: int, inputs: int, source: Source, path: Path, offset: int) -> Table:
+        """Rows of ``source`` blocks from ``offset`` of a file on, which must be there."""
+        _must(inputs % source.block == 0, f"{source.name} rows of {inputs}")
+        with path.open("rb") as file:
+            _must(offset >= 0 and offset + outputs * source.nbytes(inputs) <= path.stat().st_size, "rows past the end")
+            handle = context.library.file_table(outputs, inputs, int(source), file.fileno(), offset)
+        return cls(context, outputs, inputs, handle, None)
+
+    def rows(self, rows: Sequence[int] | Ints) -> Floats:
+        """Some rows in full precision [n, inputs].
+
+        Raises:
+            ValueError: rows that are not there, in the table or in its file any more.
+        """
+        chosen = _ints(rows)
+        out = np.empty((len(chosen), self.inputs), dtype=np.float32)
+        _done(self.context, self.context.library.table_rows(self.handle, _at(chosen), len(chosen), _at(out)))
+        return out
 
 
 def sampling_rows(rows: Sequence[tuple[float, float, float, int]]) -> Floats:
@@ -810,7 +859,7 @@ class Llama:
 
     def run(
         self,
-        embedding: PackedMatrix,
+        embedding: Table,
         lm_head: PackedMatrix,
         where: Sequence[int],
         ids: Sequence[int],
@@ -873,7 +922,7 @@ class Llama:
 
     def draft(
         self,
-        embedding: PackedMatrix,
+        embedding: Table,
         lm_head: PackedMatrix,
         head: Head,
         mask: int,

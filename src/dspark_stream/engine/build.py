@@ -157,7 +157,8 @@ def build_engine(
 
 
 def _give_back_memory() -> None:
-    """What loading took and let go of, to the system: some 50 MB, which the C library would keep (glibc's malloc_trim)."""
+    """What loading took and let go of, to the system: some 50 MB, which the C library would keep (glibc's
+    malloc_trim)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -96,6 +96,15 @@ class GgufFile:
         info = self.tensor(name)
         return np.frombuffer(self._maps[info.shard], dtype=np.uint8, count=info.nbytes, offset=info.offset)
 
+    def place_of(self, name: str) -> tuple[Path, int]:
+        """A tensor's file, and the byte from which on it lies there.
+
+        Raises:
+            ModelLoadError: there is no such tensor.
+        """
+        info = self.tensor(name)
+        return self.paths[info.shard], info.offset
+
     def tensor(self, name: str) -> TensorInfo:
         """Where a tensor lies.
 

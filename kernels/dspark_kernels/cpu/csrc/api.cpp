@@ -1,8 +1,11 @@
 // What Python sees: plain C, by ctypes. Handles are made and freed in pairs. Calls return a handle or true; null or
 // false means that memory or threads ran out, or (dspark_refused) that rows do not stand where they could, and dspark_error
 // has the words. The caller has checked shapes: pointers are trusted here.
-#include <cstdio>
+#include <unistd.h>
+
+#include <cerrno>
 #include <exception>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -287,7 +290,9 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
             context->pool.barrier();
             if (any_top_k) {
                 for (int r = first_row; r < last_row; r++)
-                    if (sampled(r)) context->least[r] = kth_greatest(scores(r, k), vocabulary, sampling[r].top_k, context->rooms[thread]);
+                    if (sampled(r))
+                        context->least[r] =
+                            kth_greatest(scores(r, k), vocabulary, sampling[r].top_k, context->rooms[thread]);
                 context->pool.barrier();
             }
             if (any_sampled) {
@@ -354,7 +359,46 @@ Pass lay_out(Context* context, int streams, const int32_t* where, bool causal, i
             c.from.data()};
 }
 
-void embed(const Matrix& m, float scale, const int32_t* ids, int count, float* out) {
+// A table of rows that stay in their file, an embedding of which a pass reads few: blocks of a GGUF type from `offset` on.
+// The descriptor is ours: the file may be renamed or deleted; of one that is cut short rows are refused.
+struct FileTable {
+    int file, type;
+    int64_t offset;
+    size_t row_bytes;
+
+    FileTable(int fd, int64_t offset, int inputs, int type) : file(dup(fd)), type(type), offset(offset) {
+        if (file < 0) throw std::runtime_error(std::string("a descriptor cannot be had twice: ") + std::strerror(errno));
+        const Layout layout = layout_of(type);
+        row_bytes = static_cast<size_t>(inputs / GROUP / layout.groups) * layout.bytes;
+    }
+    ~FileTable() { close(file); }
+    FileTable(const FileTable&) = delete;
+    FileTable& operator=(const FileTable&) = delete;
+
+    void row(int index, float* out) const {
+        std::vector<uint8_t> bytes(row_bytes);
+        const int64_t from = offset + index * static_cast<int64_t>(row_bytes);
+        for (size_t done = 0; done < row_bytes;) {
+            const ssize_t got = pread(file, bytes.data() + done, row_bytes - done, from + static_cast<int64_t>(done));
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) throw Refused("the model file was cut short or cannot be read any more");
+            done += static_cast<size_t>(got);
+        }
+        const Layout layout = layout_of(type);
+        for (size_t at = 0; at < row_bytes; at += layout.bytes, out += layout.groups * GROUP)
+            read_block(bytes.data() + at, type, [&](int i, const Group& g) { floats_of(g, type, out + i * GROUP); });
+    }
+};
+
+struct Table {  // an embedding: packed, or in its file
+    int outputs, inputs;
+    const Matrix* packed;
+    std::unique_ptr<FileTable> filed;
+
+    void row(int index, float* out) const { filed ? filed->row(index, out) : packed->row(index, out); }
+};
+
+void rows_of(const Table& m, float scale, const int32_t* ids, int count, float* out) {
     for (int i = 0; i < count; i++) {
         if (ids[i] < 0 || ids[i] >= m.outputs)
             throw Refused("channels outside 0 … " + std::to_string(m.outputs - 1));
@@ -456,7 +500,21 @@ void dspark_take(const Matrix* from, const int32_t* rows, int count, Matrix* to)
     }
 }
 
-// Rows as floats [count, inputs]: an embedding.
+// An embedding: of a matrix, which must outlive it, or rows [outputs, inputs] of GGUF's blocks in a file.
+Table* dspark_table(const Matrix* packed) {
+    return guarded([&] { return new Table{packed->outputs, packed->inputs, packed, nullptr}; });
+}
+Table* dspark_file_table(int outputs, int inputs, int type, int file, int64_t offset) {
+    return guarded([&] {
+        return new Table{outputs, inputs, nullptr, std::make_unique<FileTable>(file, offset, inputs, type)};
+    });
+}
+void dspark_free_table(Table* table) { delete table; }
+bool dspark_table_rows(const Table* table, const int32_t* rows, int count, float* out) {
+    return guarded([&] { return rows_of(*table, 1.0f, rows, count, out), true; });
+}
+
+// Rows as floats [count, inputs].
 void dspark_rows(const Matrix* m, const int32_t* rows, int count, float* out) {
     for (int i = 0; i < count; i++) m->row(rows[i], out + static_cast<size_t>(i) * m->inputs);
 }
@@ -520,7 +578,7 @@ bool dspark_forward(Context* context, Llama* model, int rows, float* x, const in
 
 // A whole pass of R streams, each row seeing what comes before it: embeddings of `ids`, layers, and of `count` rows (wanted:
 // which; null: of all) logits [count, V], or best [count], their argmax. where [R, 3]: see lay_out.
-bool dspark_run(Context* context, Llama* model, const Matrix* embedding, float embedding_scale, const Matrix* lm_head,
+bool dspark_run(Context* context, Llama* model, const Table* embedding, float embedding_scale, const Matrix* lm_head,
                 int streams, const int32_t* where, const int32_t* ids, uint16_t* keys, uint16_t* values, int64_t slots,
                 int ring, const int32_t* tap_layers, int taps, float* tap_out, const int32_t* wanted, int count, float* logits,
                 int32_t* best) {
@@ -530,7 +588,7 @@ bool dspark_run(Context* context, Llama* model, const Matrix* embedding, float e
         for (int i = 0; wanted && i < count; i++)
             if (wanted[i] < 0 || wanted[i] >= pass.rows) throw Refused("logits of rows that are not there");
         float* x = hidden_of(context, pass.rows + (wanted ? count : 0), hidden);
-        embed(*embedding, embedding_scale, ids, pass.rows, x);
+        rows_of(*embedding, embedding_scale, ids, pass.rows, x);
         forward(context, model, pass, Store{keys, values, slots, ring}, x, tap_layers, taps, tap_out);
         if (wanted) {
             float* const chosen = x + static_cast<size_t>(pass.rows) * hidden;
@@ -576,7 +634,7 @@ bool dspark_walk(Context* context, const Heads* heads, float* base, const float*
 
 // Blocks of γ drafts for R streams: anchor and masks through the drafter's layers, LM head [R, γ, Vd] and walk. where
 // [R, 3], window: see lay_out, with γ rows each.
-bool dspark_draft(Context* context, Llama* model, const Matrix* embedding, float embedding_scale, const Matrix* lm_head,
+bool dspark_draft(Context* context, Llama* model, const Table* embedding, float embedding_scale, const Matrix* lm_head,
                   const Heads* heads, int mask, int streams, int gamma, const int32_t* where, int window,
                   const int32_t* anchors, uint16_t* keys, uint16_t* values, int64_t slots, int ring, float* base,
                   const Sampling* sampling, const double* uniforms, int32_t* tokens, int32_t* indices, double* totals,
@@ -586,7 +644,7 @@ bool dspark_draft(Context* context, Llama* model, const Matrix* embedding, float
         float* const x = hidden_of(context, pass.rows, model->shape.hidden);
         context->ids.assign(pass.rows, mask);
         for (int r = 0; r < streams; r++) context->ids[static_cast<size_t>(r) * gamma] = anchors[r];
-        embed(*embedding, embedding_scale, context->ids.data(), pass.rows, x);
+        rows_of(*embedding, embedding_scale, context->ids.data(), pass.rows, x);
         forward(context, model, pass, Store{keys, values, slots, ring}, x, nullptr, 0, nullptr);
         multiply(context, *lm_head, x, pass.rows, base, lm_head->outputs, nullptr);
         walk(context, *heads, base, x, streams, gamma, anchors, sampling, uniforms,

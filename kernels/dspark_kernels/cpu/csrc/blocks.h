@@ -2,6 +2,8 @@
 // Q6_K d and m are the block's, and the group's own in them are bytes: see matrix.h.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace dspark {
@@ -115,6 +117,20 @@ void read_block(const uint8_t* block, int type, Use use) {
             g.exact = false;
             std::memcpy(g.x, block, sizeof(g.x));
             return use(0, g);
+    }
+}
+
+// A group's weights.
+inline void floats_of(const Group& g, int type, float* out) {
+    if (!g.exact) return std::copy_n(g.x, GROUP, out), void();
+    for (int k = 0; k < GROUP; k++) {
+        const float q = static_cast<float>(g.q[k]);
+        if (type == Q6_K)
+            out[k] = g.d * static_cast<float>(static_cast<int8_t>(g.in_block[k / 16])) * (q - 32.0f);
+        else if (type == Q4_K)
+            out[k] = g.d * static_cast<float>(g.in_block[0]) * q - g.m * static_cast<float>(g.in_block[1]);
+        else
+            out[k] = g.d * q + g.m;
     }
 }
 

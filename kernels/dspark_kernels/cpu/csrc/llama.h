@@ -3,9 +3,9 @@
 // Q, K and V, norms of queries and keys, norms behind attention and MLP (Gemma's sandwich), windows and rotary tables of
 // some layers, is null or zero in a layer that has none of it.
 //
-// Norms before a product have no step of their own. Rounding to bytes does not see a row's scale, so whoever adds the last to 32 columns of
-// the residual stream rounds them for the next product at once, before others ask for them, and keeps the sum of their
-// squares; what they come to, the row's 1/rms, is multiplied onto that product's results.
+// Norms before a product have no step of their own. Rounding to bytes does not see a row's scale, so whoever adds the last to
+// 32 columns of the residual stream rounds them for the next product at once, before others ask for them, and keeps the sum
+// of their squares; what they come to, the row's 1/rms, is multiplied onto that product's results.
 //
 // Symbols: T rows of all streams, H hidden size, D head size, Hq query heads, Hk key heads, G = Hq / Hk.
 // A row's result depends on that row and its own past alone, to the bit: see simd.h and matrix.h.
@@ -55,7 +55,8 @@ class Llama {
         aq_.reserve(pass.rows, s.heads * s.head_size);
         hq_.reserve(pass.rows, s.inner);
         make_room(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
-        if (layers[0].after_attention || layers[0].after_mlp) make_room(branch_, branch_size_, static_cast<size_t>(pass.rows) * s.hidden);
+        if (layers[0].after_attention || layers[0].after_mlp)
+            make_room(branch_, branch_size_, static_cast<size_t>(pass.rows) * s.hidden);
         squares_.resize(static_cast<size_t>(pass.rows) * input_.groups);
         const int longest = pass.rows ? *std::max_element(pass.visible, pass.visible + pass.rows) : 0;
         for (Own& own : own_) {
@@ -252,7 +253,8 @@ class Llama {
         for (int r = first; r < last; r++) {
             float* const own = branch_.get() + r * hidden;
             rms_norm(own, after, shape.hidden, shape.eps, own);
-            for (size_t i = 0; i < hidden; i += LANES) (Floats::load(x + r * hidden + i) + Floats::load(own + i)).store(x + r * hidden + i);
+            float* const to = x + r * hidden;
+            for (size_t i = 0; i < hidden; i += LANES) (Floats::load(to + i) + Floats::load(own + i)).store(to + i);
         }
         if (!next) return;
         pool.barrier();

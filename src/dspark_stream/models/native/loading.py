@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from dspark_kernels.cpu import Context, Kind, Llama, PackedMatrix, Rope, Source
+from dspark_kernels.cpu import Context, Kind, Llama, PackedMatrix, Rope, Source, Table
 from dspark_kernels.cpu.library import LayerWeights
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.families import Family
 from dspark_stream.models.geometry import Geometry, UnsupportedError, geometry_of, geometry_of_gguf
-from dspark_stream.models.gguf import GgufFile
+from dspark_stream.models.gguf import GgufFile, TensorInfo
 from dspark_stream.models.native.drafter import PAST_THE_END
 from dspark_stream.models.native.target import NativeTarget
 
@@ -34,6 +34,9 @@ class Weights(Protocol):
 
     def matrix(self, name: str, rows: int, inputs: int, heads: int = 0) -> PackedMatrix:
         """A matrix; ``heads``: of so many query or key heads, whose rows stand in rotary order."""
+
+    def table(self, name: str, rows: int, inputs: int) -> Table:
+        """An embedding."""
 
 
 def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tuple[int, ...]) -> NativeTarget:
@@ -89,9 +92,12 @@ def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tup
             gelu=family.gelu,
             layers=[layer(i) for i in range(g.layers)],
         )
-        embedding = weights.matrix("model.embed_tokens.weight", g.vocab, h)
-        tied = not weights.has("lm_head.weight")
-        head = embedding if tied else weights.matrix("lm_head.weight", g.vocab, h)
+        if weights.has("lm_head.weight"):
+            embedding = weights.table("model.embed_tokens.weight", g.vocab, h)
+            head = weights.matrix("lm_head.weight", g.vocab, h)
+        else:
+            head = weights.matrix("model.embed_tokens.weight", g.vocab, h)
+            embedding = Table.of(head)
     except ValueError as error:  # what the kernels say of sizes and shapes
         raise UnsupportedError(str(error)) from error
     return NativeTarget(
@@ -185,12 +191,25 @@ class GgufWeights:
             raise ModelLoadError(f"{self.gguf.path}: {own} is {values.shape}, expected {(size,)}", param="model")
         return values
 
-    def matrix(self, name: str, rows: int, inputs: int, heads: int = 0) -> PackedMatrix:
-        """See `Weights`: quants as they are; floats are rounded to 8 bits."""
-        own = self.name_of(name)
+    def _info(self, own: str, rows: int, inputs: int) -> TensorInfo:
         info = self.gguf.tensor(own)
         if info.shape != (rows, inputs):
             raise ModelLoadError(f"{self.gguf.path}: {own} is {info.shape}, expected {(rows, inputs)}", param="model")
+        return info
+
+    def table(self, name: str, rows: int, inputs: int) -> Table:
+        """See `Weights`: blocks stay in their file."""
+        own = self.name_of(name)
+        info = self._info(own, rows, inputs)
+        if info.type not in set(Source):
+            return Table.of(self.matrix(name, rows, inputs))
+        path, offset = self.gguf.place_of(own)
+        return Table.in_file(self.context, rows, inputs, Source(info.type), path, offset)
+
+    def matrix(self, name: str, rows: int, inputs: int, heads: int = 0) -> PackedMatrix:
+        """See `Weights`: quants as they are; floats are rounded to 8 bits."""
+        own = self.name_of(name)
+        info = self._info(own, rows, inputs)
         data: npt.NDArray[Any]
         if info.type in FLOATS:
             source, data = Source.F32, self.gguf.floats(own)
@@ -273,6 +292,10 @@ class SafetensorsWeights:
         """See `Weights`."""
         out = PackedMatrix(self.context, rows, inputs, self.kind)
         return out.pack(self._tensor(name, (rows, inputs)), Source.F32)
+
+    def table(self, name: str, rows: int, inputs: int) -> Table:
+        """See `Weights`."""
+        return Table.of(self.matrix(name, rows, inputs))
 
 
 def _of_text(name: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, Llama, PackedMatrix, Room
+from dspark_kernels.cpu import Context, Llama, PackedMatrix, Room, Table
 from dspark_kernels.cpu.build import library_path
 from dspark_stream.models.cache import KVShape
 from dspark_stream.models.native.distributions import NativeDistributions
@@ -54,13 +54,13 @@ class NativeTarget:
     Args:
         llama: its layers.
         embedding: [V, H].
-        lm_head: [V, H]; the embedding where they are tied.
+        lm_head: [V, H]; the embedding's matrix where they are tied.
     """
 
     def __init__(
         self,
         llama: Llama,
-        embedding: PackedMatrix,
+        embedding: Table,
         lm_head: PackedMatrix,
         *,
         family: str,
