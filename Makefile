@@ -12,6 +12,9 @@ OPENAI_VENV := .venv-openai
 # The extra "realtime" pins websockets below 16, ours is newer: the client that tests the wire lives apart.
 OPENAI_PACKAGE := openai[realtime]==3.54.0
 
+TEST_MODEL := smollm2-135m
+BIG_MODELS := qwen2.5-coder-0.5b qwen2.5-coder-1.5b
+
 # -qq leaves errors only: warnings about a machine's own pip settings would look like something went wrong.
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
@@ -50,6 +53,8 @@ endef
 help: ## List the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
 	  printf '%-14s %s\n' "$$target" "  $$text"; done
+	@echo "  MODEL=smollm2-135m says what 'make serve' serves: a name ('.venv/bin/dspark-stream models' lists them), a"
+	@echo "  folder, a .gguf file or a hub name."
 	@echo "  PORT=8000 and HOST=127.0.0.1 say where 'make serve' listens; PYTHON=python3 makes the environment."
 
 # --- set-up ----------------------------------------------------------------------------------------------------
@@ -81,8 +86,12 @@ $(OPENAI_STAMP): Makefile
 	@touch $@
 
 .PHONY: model
-model: $(RUN_STAMP) ## Fetch and verify the default model
-	@$(PY) -m dspark_stream.models.embedded
+model: $(RUN_STAMP) ## Fetch and verify the model that the tests and benches use (98 MB)
+	@$(PY) -m dspark_stream.models.fetch $(TEST_MODEL)
+
+.PHONY: big-models
+big-models: $(RUN_STAMP)
+	@$(PY) -m dspark_stream.models.fetch $(BIG_MODELS)
 
 .PHONY: chromium
 chromium: # The tests of the page drive a real browser.
@@ -101,14 +110,18 @@ chromium: # The tests of the page drive a real browser.
 # --- use -------------------------------------------------------------------------------------------------------
 
 .PHONY: serve
-serve: $(RUN_STAMP) ## Start the service; the first time this fetches the model
-	@exec $(PY) -m dspark_stream serve $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
+serve: $(RUN_STAMP) ## Start the service; the first time this fetches the model (MODEL=name for another one)
+	@exec $(PY) -m dspark_stream serve $(if $(MODEL),--model "$(MODEL)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
 
 # --- checks ----------------------------------------------------------------------------------------------------
 
 .PHONY: test
 test: $(DEV_STAMP) $(OPENAI_STAMP) chromium model ## Run all tests; ARGS="-k name" goes to pytest
 	@$(PY) -m pytest $(ARGS)
+
+.PHONY: test-all
+test-all: $(DEV_STAMP) $(OPENAI_STAMP) chromium model big-models ## Run the slow tests too; fetches 1.7 GB of models
+	@$(PY) -m pytest -m "" $(ARGS)
 
 # On a machine with a GPU. GPU_PY=python3 takes that Python, with what is installed there, instead of making .venv:
 # for machines without a network.
@@ -166,8 +179,8 @@ bench: $(DEV_STAMP) model ## Run the benches; their tables and CSV files go to r
 .PHONY: bench-gpu
 bench-gpu: $(GPU_SETUP) ## On a GPU: measure everything that docs/gpu.md promises, in one run of eight minutes
 	@$(GPU_RUN) bench/gpu_ready.py --quiet
-	@$(GPU_RUN) -m dspark_stream.models.embedded || \
-	  echo "NOT FETCHED: the default model; only the section smollm2 needs it" >&2
+	@$(GPU_RUN) -m dspark_stream.models.fetch $(TEST_MODEL) || \
+	  echo "NOT FETCHED: $(TEST_MODEL); only the section smollm2 needs it" >&2
 	@$(GPU_RUN) bench/gpu.py $(ARGS)
 
 .PHONY: clean

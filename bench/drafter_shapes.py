@@ -58,7 +58,11 @@ def main() -> None:
             label = name + ("" if quant == "none" else f", {quant}")
             for drafts in args.drafts:
                 configs[label, drafts] = Config(
-                    drafter=folder, draft_quant=quant, schedule=f"fixed:{drafts}", max_num_seqs=max(args.streams)
+                    model="smollm2-135m",
+                    drafter=folder,
+                    draft_quant=quant,
+                    schedule=f"fixed:{drafts}",
+                    max_num_seqs=max(args.streams),
                 )
     times: dict[tuple[str, int, int], list[Times]] = {}
     for _ in range(args.repeats):

@@ -48,7 +48,9 @@ def main() -> None:
         engines = {}
         for text in args.drafter:
             name, _, folder = text.rpartition("=")
-            engine, tokenizer = build_engine(Config(drafter=folder, max_num_seqs=max(args.streams)), Progress())
+            engine, tokenizer = build_engine(
+                Config(model="smollm2-135m", drafter=folder, max_num_seqs=max(args.streams)), Progress()
+            )
             assert tokenizer is not None
             engines[name] = engine, open_engines.enter_context(LocalEngine(engine)), tokenizer
         first = next(iter(engines))

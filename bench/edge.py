@@ -24,8 +24,9 @@ from typing import Any
 from dspark_kernels.cpu import cpu_name
 from dspark_stream.config import default_cache_dir
 from dspark_stream.evaluate import read_prompts
-from dspark_stream.models.embedded import ensure_embedded_model
+from dspark_stream.models.fetch import ensure_model
 from dspark_stream.models.gguf import GgufFile
+from dspark_stream.models.names import MODELS
 from dspark_stream.models.tokenizer import codec_from_gguf
 from dspark_stream.progress import Progress
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--out", type=Path, default=Path("runs/edge.csv"))
     args = parser.parse_args()
-    model = args.model or ensure_embedded_model(default_cache_dir(), Progress())
+    model = args.model or ensure_model(MODELS["smollm2-135m"], default_cache_dir(), Progress())
     gguf = GgufFile(model)
     codec = codec_from_gguf(gguf.fields)
     prompts = [codec.encode_chat([(m.role, m.content) for m in p.messages]) for p in read_prompts(args.prompts)]

@@ -8,6 +8,7 @@ Commands: {"do": "generate", "prompts": [[ids]], "tokens": n, "streams": n, "mod
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -26,7 +27,7 @@ class Dspark:
         from dspark_stream.config import Config
         from dspark_stream.engine.build import build_engine
         from dspark_stream.local import LocalEngine
-        from dspark_stream.models.native.drafter import NativeTarget
+        from dspark_stream.models.native.target import NativeTarget
         from dspark_stream.progress import Progress
 
         config = Config(model=model, threads=threads, max_num_seqs=16, max_model_len=2048)
@@ -61,7 +62,7 @@ class Dspark:
     def one_pass(self, rows: int, context: int) -> float:
         """Milliseconds of one target pass over so many rows of one stream."""
         from dspark_stream.models.cache import Extent
-        from dspark_stream.models.torch.target import Rows
+        from dspark_stream.models.protocols import Rows
 
         target = self.engine._models.target
         store = target.make_store(context + 64)
@@ -79,10 +80,11 @@ class Dspark:
         import torch
 
         from dspark_stream.models.cache import Extent
-        from dspark_stream.models.torch.target import Rows
+        from dspark_stream.models.protocols import Rows
 
         target = self.engine._models.target
-        logits = target.forward([Rows(Extent(0, len(ids) + 16), 0, ids[:-1])], target.make_store(len(ids) + 16)).logits
+        output = target.forward([Rows(Extent(0, len(ids) + 16), 0, ids[:-1])], target.make_store(len(ids) + 16))
+        logits = output.logits(range(len(ids) - 1))
         return float(torch.nn.functional.cross_entropy(logits.double(), torch.tensor(ids[1:])))
 
     def machine(self) -> dict[str, float]:
@@ -170,10 +172,15 @@ def memory_mib() -> float:
 
 
 def main() -> None:
-    kind, model, threads = sys.argv[1:4]
+    engines: dict[str, Any] = {"dspark": Dspark, "llama": Llama, "openvino": OpenVino}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=engines)
+    parser.add_argument("model")
+    parser.add_argument("threads", type=int)
+    args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")  # what libraries print goes to stderr
     os.dup2(2, 1)
-    engine: Any = {"dspark": Dspark, "llama": Llama, "openvino": OpenVino}[kind](model, int(threads))
+    engine = engines[args.kind](args.model, args.threads)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         command = json.loads(line)

@@ -20,9 +20,10 @@ from dspark_stream.engine.gpu.runner import GraphRounds
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.stream import Stream
 from dspark_stream.models.cache import Extent
-from dspark_stream.models.torch.drafter import Drafter, DrafterConfig, backbone_config
-from dspark_stream.models.torch.layers import ATTENTION_NAME
+from dspark_stream.models.drafter_config import DrafterConfig
+from dspark_stream.models.torch.drafter import Drafter, backbone_config
 from dspark_stream.models.torch.fusing import fuse_layers
+from dspark_stream.models.torch.layers import ATTENTION_NAME
 from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, Quant, quantise_linears
 from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import Calibration, logit

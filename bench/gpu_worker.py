@@ -28,7 +28,7 @@ from dspark_stream.engine.gpu.graphs import Size
 from dspark_stream.engine.gpu.runner import CANDIDATES, GraphRounds
 from dspark_stream.engine.step import Models
 from dspark_stream.local import LocalEngine
-from dspark_stream.models.embedded import ensure_embedded_model
+from dspark_stream.models.fetch import model_path
 from dspark_stream.models.torch.quant import Quant, quantise_linears
 from dspark_stream.progress import SILENT, Progress
 from dspark_stream.spec.schedule import parse_schedule
@@ -271,7 +271,7 @@ def persistent(bench: Bench, shape: Shape) -> None:
 def smollm2(bench: Bench, shape: Shape) -> None:
     """The real model: DSpark and plain through the whole engine, against the library's own generate."""
     where: Any = bench.device.type
-    config = Config(device=where, max_num_seqs=1, schedule="fixed:7", cpu_kernels="off")
+    config = Config(model="smollm2-135m", device=where, max_num_seqs=1, schedule="fixed:7", cpu_kernels="off")
     engine, codec = build_engine(config, SILENT if bench.smoke else Progress())
     assert codec is not None
     tokens = 16 if bench.smoke else 256
@@ -309,7 +309,7 @@ def library_generate(bench: Bench, config: Config, prompt: Sequence[int], tokens
 
     from transformers import AutoModelForCausalLM
 
-    path = ensure_embedded_model(config.cache_dir, SILENT)
+    path = Path(model_path(config.model, config.cache_dir, SILENT))
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype).to(bench.device)
     ids = torch.tensor([list(prompt)], device=bench.device)

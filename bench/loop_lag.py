@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--warmup", type=float, default=3.0)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/loop_lag.csv"))
     parser.add_argument("--client", help=argparse.SUPPRESS)

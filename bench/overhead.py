@@ -103,7 +103,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path("runs/overhead.csv"))
     args = parser.parse_args()
-    engine, tokenizer = build_engine(Config(max_num_seqs=max(args.streams), max_model_len=2048), Progress())
+    engine, tokenizer = build_engine(
+        Config(model="smollm2-135m", max_num_seqs=max(args.streams), max_model_len=2048), Progress()
+    )
     models, prompts = engine._models, shipped_prompts()
     decide = models.skipping.plan
     rows: list[dict[str, object]] = []

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompts", type=Path, nargs="*", default=[])
     parser.add_argument("--limit", type=int, default=None, help="prompts of each file")
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/pareto.csv"))
     args = parser.parse_args()

@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", default=["adaptive", "early-stop", "lagged"])
     parser.add_argument("--prompts", type=Path, nargs="*", default=[])
     parser.add_argument("--limit", type=int, default=None, help="prompts of each file")
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/regret.csv"))
     args = parser.parse_args()

@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--schedule", default="adaptive")
     parser.add_argument("--limit-first-ms", type=float, default=1000.0)
     parser.add_argument("--limit-token-ms", type=float, default=100.0)
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/sockets.csv"))
     args = parser.parse_args()

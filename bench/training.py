@@ -21,7 +21,7 @@ import torch
 
 from common import write_csv
 from dspark_stream.config import default_cache_dir
-from dspark_stream.models.embedded import ensure_embedded_model
+from dspark_stream.models.fetch import model_path
 from dspark_stream.models.loading import DType, load_target
 from dspark_stream.progress import Progress
 from dspark_stream.training.answers import read_answers, split_answers
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, required=True, help="as `train` writes them")
     parser.add_argument("--limit", type=int, default=40, help="answers of them")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each variant")
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, default=Path("runs/training.csv"))
     args = parser.parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -69,7 +69,7 @@ def main() -> None:
 def trainer(args: argparse.Namespace, folder: Path, name: str) -> Trainer:
     """A run of one variant on the same answers, its features computed."""
     dtype, vocabulary = VARIANTS[name]
-    model = args.model if args.model != "embedded" else str(ensure_embedded_model(default_cache_dir(), Progress()))
+    model = model_path(args.model, default_cache_dir(), Progress())
     loaded = load_target(model, dtype=dtype, device="cpu")
     answers = read_answers(args.answers, loaded.target.vocab_size, limit=args.limit)
     plan = TrainPlan(steps=1000, anchors=32, draft_vocab=vocabulary, held_out=4, mask_token_id=3)

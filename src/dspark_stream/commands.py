@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -25,7 +25,7 @@ from dspark_stream import __version__
 from dspark_stream import config as settings
 from dspark_stream.console import printable
 from dspark_stream.errors import ConfigError
-from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
+from dspark_stream.types import GenerationRequest, ModelInfo, RecommendedSampling, SamplingParams
 
 if TYPE_CHECKING:
     from dspark_stream.config import Config
@@ -41,17 +41,26 @@ PROGRAM = "dspark-stream"
 # --- what commands share -----------------------------------------------------------------------------------
 
 
-def _sampling(args: argparse.Namespace) -> SamplingParams:
+def _sampling(args: argparse.Namespace, recommended: RecommendedSampling | None = None) -> SamplingParams:
+    """As the flags say; each that was not given as ``recommended``, or else greedily."""
+    recommended = recommended or RecommendedSampling()
     return SamplingParams(
         max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
+        temperature=_first(args.temperature, recommended.temperature, 0.0),
+        top_p=_first(args.top_p, recommended.top_p, 1.0),
+        top_k=_first(args.top_k, recommended.top_k, 0),
         min_p=args.min_p,
         seed=args.seed,
         stop=tuple(getattr(args, "stop", ())),
         ignore_eos=args.ignore_eos,
     )
+
+
+_Value = TypeVar("_Value")
+
+
+def _first(*values: _Value | None) -> _Value:
+    return next(value for value in values if value is not None)
 
 
 def _load(config: Config, *, quiet: bool = False, measure_again: bool = False) -> tuple[EngineThread, Tokenizer | None]:
@@ -207,7 +216,7 @@ def generate(args: argparse.Namespace) -> int:
     request = GenerationRequest(
         request_id="generate",
         prompt_ids=_prompt_ids(args, tokenizer),
-        sampling=_sampling(args),
+        sampling=_sampling(args, engine.info.sampling),
         mode=args.mode,
         verification=args.verification,
         record_rounds=True,
@@ -242,6 +251,54 @@ def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[
 
 def _print_text(text: str) -> None:
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+# --- models ------------------------------------------------------------------------------------------------
+
+
+def models(args: argparse.Namespace) -> int:
+    """List the models that have a name; a table or JSON on stdout. Nothing is fetched or loaded."""
+    from dspark_stream.drafters import shipped_drafter
+    from dspark_stream.models.fetch import arrived_bytes, find_model
+    from dspark_stream.models.names import MODELS
+
+    cache_dir = settings.resolve({"cache_dir": args.cache_dir}).config.cache_dir
+    listed = []
+    for model in MODELS.values():
+        path, drafter = find_model(model, cache_dir), shipped_drafter(model.name)
+        listed.append(
+            {
+                "name": model.name,
+                "title": model.title,
+                "default": model.name == settings.DEFAULT_MODEL,
+                "file": model.file_name,
+                "bytes": model.size,
+                "sha256": model.sha256,
+                "parameters": model.parameters,
+                "licence": model.licence,
+                "note": model.note,
+                "drafter": drafter.name if drafter else None,
+                "sampling": msgspec.to_builtins(model.sampling),
+                "path": str(path) if path else None,
+                "arrived_bytes": model.size if path else arrived_bytes(model, cache_dir),
+            }
+        )
+    print(json.dumps({"models": listed}) if args.json else "\n\n".join(map(_shown_model, listed)))
+    return 0
+
+
+def _shown_model(one: dict[str, Any]) -> str:
+    sampling = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in one["sampling"].items() if v is not None)
+    arrived = one["arrived_bytes"] // 1_000_000
+    lines = {
+        "model": f"{one['title']}, {one['parameters']}" + (f"; {one['note']}" if one["note"] else ""),
+        "licence": one["licence"],
+        "drafter": one["drafter"] or "none: decoding is plain",
+        "sampling": sampling or "nothing is recommended",
+        "fetched": one["path"] or (f"{arrived} MB of it" if arrived else "no"),
+    }
+    head = f"{one['name']}  {one['bytes'] / 1e6:,.0f} MB" + (" (default)" if one["default"] else "")
+    return "\n".join([head, *(f"  {what:<9} {text}" for what, text in lines.items())])
 
 
 # --- eval --------------------------------------------------------------------------------------------------

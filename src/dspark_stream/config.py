@@ -23,6 +23,8 @@ import msgspec
 from dspark_stream.errors import ConfigError
 
 PREFIX = "DSPARK_"
+DEFAULT_MODEL = "qwen2.5-coder-0.5b"
+"""One of the names of `models.names`."""
 Group = Literal["model", "engine", "service"]
 Quant = Literal["none", "int8", "nf4", "w8a8", "w4a8", "w8a16", "w4a16"]
 
@@ -113,11 +115,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     model: Annotated[
         str,
         Setting(
-            'target: "embedded" (SmolLM2-135M-Instruct, fetched once), a folder, a .gguf file or a hub name',
+            "target: a name (dspark-stream models lists them; fetched once), a folder, a .gguf file or a hub name",
             "model",
             metavar="MODEL",
         ),
-    ] = "embedded"
+    ] = DEFAULT_MODEL
     drafter: Annotated[
         str,
         Setting(

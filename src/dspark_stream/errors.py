@@ -119,6 +119,6 @@ class ModelLoadError(DsparkError):
 
 
 class DownloadError(ModelLoadError):
-    """The embedded model could not be fetched, or what came does not have the pinned checksum."""
+    """A named model could not be fetched, or what came does not have the pinned checksum."""
 
     code = "download_failed"

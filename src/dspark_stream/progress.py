@@ -52,9 +52,12 @@ class Progress:
             self.say(f"{label}: done in {took_s:.1f} s")
 
     @contextmanager
-    def bar(self, label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
-        """Show work of a known length; ``unit`` "B" counts bytes, "s" seconds. Advance it from any one thread."""
-        bar = Bar(self, label, total, unit)
+    def bar(self, label: str, total: int | None, unit: str = "it", *, initial: int = 0) -> Iterator[Bar]:
+        """Show work of a known length; ``unit`` "B" counts bytes, "s" seconds. Advance it from any one thread.
+
+        ``initial``: how much was done before, which says nothing about the speed.
+        """
+        bar = Bar(self, label, total, unit, initial)
         try:
             yield bar
         finally:
@@ -74,17 +77,18 @@ class Progress:
 class Bar:
     """One bar; made by `Progress.bar`."""
 
-    def __init__(self, owner: Progress, label: str, total: int | None, unit: str) -> None:
+    def __init__(self, owner: Progress, label: str, total: int | None, unit: str, initial: int = 0) -> None:
         self._owner = owner
         self._label = label
         self._total = total
         self._unit = unit
+        self._initial = initial
         self._note = ""
         self._begun = time.monotonic()
         self._every_s = _TERMINAL_EVERY_S if owner._terminal else _LOG_EVERY_S
         self._drawn_at = self._begun
         self._drawn_done = -1
-        self.done = 0
+        self.done = initial
         if owner._enabled and owner._terminal:
             self._draw(last=False)
 
@@ -114,6 +118,7 @@ class Bar:
         meter = tqdm.format_meter(
             n=self.done,
             total=self._total,
+            initial=min(self._initial, self.done),
             elapsed=self._drawn_at - self._begun,
             ncols=100 if self._owner._terminal else None,
             prefix=self._label,

@@ -16,6 +16,8 @@ Acceptance = Literal["greedy", "rejection", "coupled"]
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 MAX_SEED = 2**63 - 1
+MAX_TEMPERATURE = 2
+"""The most that people may ask for, whatever the way."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +39,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Further stop tokens beside the model's own."""
     ignore_eos: bool = False
     """Do not stop at the model's own stop tokens (``stop_token_ids`` still count)."""
+
+
+class RecommendedSampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model's makers want it sampled: taken for what a request leaves open. None: nothing is recommended."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +174,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     target_quant: str
     draft_quant: str
     schedule: str
+    sampling: RecommendedSampling = RecommendedSampling()
 
 
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ import dspark_stream.engine.worker as worker_module
 from dspark_stream.errors import ContextLengthError, DrainingError, InvalidRequestError
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
-from dspark_stream.models.torch.target import Rows
+from dspark_stream.models.protocols import Rows
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.spec.schedule import Adaptive, Fixed
@@ -387,7 +387,8 @@ def test_random_joins_cancels_holds_and_failures_end_at_the_baseline(seed):
     assert set(ends.values()) == {1}
     assert not after_end
     assert (snapshot.running, snapshot.waiting, snapshot.held, snapshot.kv_tokens_used) == (0, 0, 0, 0)
-    assert engine._allocator._free == [(0, engine._allocator.total)]
+    allocator = engine._allocator
+    assert allocator.allocate(allocator.total) == Extent(0, allocator.total)  # in one piece again
     engine.close(0.0)
 
 

@@ -21,8 +21,8 @@ from dspark_stream.engine.gpu.state import RoundState, Seat
 from dspark_stream.engine.step import Models
 from dspark_stream.errors import ConfigError
 from dspark_stream.local import LocalEngine
-from dspark_stream.models.torch.target import Target
 from dspark_stream.models.torch.head_weights import head_weights
+from dspark_stream.models.torch.target import Target
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged, Threshold

@@ -13,8 +13,9 @@ from dspark_stream.engine.build import build_engine
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import read_config
-from dspark_stream.models.native.drafter import NativeTarget
-from dspark_stream.models.torch.target import Rows
+from dspark_stream.models.names import MODELS
+from dspark_stream.models.native.target import NativeTarget
+from dspark_stream.models.protocols import Rows
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.noise import token_exponentials
 from dspark_stream.spec.schedule import parse_schedule
@@ -35,7 +36,9 @@ cache row parts texts at margins of many nats."""
 
 @pytest.fixture(scope="module", params=["auto", "off"], ids=["kernels", "torch"])
 def engine(request):
-    config = Config(max_num_seqs=8, kv_memory=256 << 20, max_model_len=2048, cpu_kernels=request.param)
+    config = Config(
+        model="smollm2-135m", max_num_seqs=8, kv_memory=256 << 20, max_model_len=2048, cpu_kernels=request.param
+    )
     built, codec = build_engine(config, SILENT)
     assert codec is not None
     with LocalEngine(built) as local:
@@ -80,7 +83,7 @@ def margin(engine, i, prefix, a, b, temperature):
     prompt = codec.encode_chat([("user", QUESTIONS[i])])
     ids = [*prompt, *prefix]
     store = target.make_store(len(ids))
-    logits = target.forward([Rows(Extent(0, len(ids)), 0, ids)], store, [len(ids) - 1]).logits[0].double()
+    logits = target.forward([Rows(Extent(0, len(ids)), 0, ids)], store, [len(ids) - 1]).logits([0])[0].double()
     if temperature == 0:
         return abs(float(logits[a] - logits[b]))
     scores = torch.log_softmax(logits / temperature, -1) - token_exponentials(i, len(ids), len(logits)).log()
@@ -113,6 +116,12 @@ def test_the_shipped_drafter_is_believed(engine):
     _, usage = run(engine, "dspark", "rejection", 0.0, streams=4)
     rounds, accepted = sum(u.rounds for u in usage), sum(u.accepted for u in usage)
     assert 1 + accepted / rounds > 1.35
+
+
+def test_a_named_model_is_served_under_its_name(engine):
+    info = engine[0].info
+    assert (info.model, info.drafter) == ("smollm2-135m", "smollm2-135m-instruct")
+    assert info.sampling == MODELS["smollm2-135m"].sampling
 
 
 def test_the_shipped_drafter_is_small_and_says_what_it_is():

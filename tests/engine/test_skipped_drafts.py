@@ -167,8 +167,8 @@ def test_where_there_are_few_streams_each_keeps_more():
 class Recorder:
     """A drafter that keeps what it is given."""
 
-    def __init__(self):
-        self.given, self.most = [], 0
+    def __init__(self, ring=0):
+        self.given, self.most, self.ring = [], 0, ring
 
     def append_context(self, taps, positions, slots, store):
         assert len(taps) == len(positions) == len(slots)
@@ -193,6 +193,17 @@ def test_long_backlogs_are_handed_over_in_pieces_that_lack_nothing():
     assert drafter.given == wanted
     assert drafter.most <= PIECE
     assert not any(backlog.count for _, backlog in owed)
+
+
+def test_a_drafter_with_a_ring_is_given_what_its_window_holds():
+    """Of a prompt only the latest positions are kept, and they go round in the stream's own part of its store."""
+    backlog, drafter = Backlog(), Recorder(ring=64)
+    for at in range(0, 330, 100):
+        backlog.add(torch.arange(at, min(at + 100, 330)).float().view(-1, 1), 0, min(100, 330 - at), at, window=40)
+        assert backlog.count <= 40
+    assert (backlog.first, backlog.count) == (290, 40)
+    hand_over([(Extent(1000, 400, 192), backlog)], drafter, None)
+    assert drafter.given == [(192 + p % 64, p, float(p)) for p in range(290, 330)]
 
 
 CURVE = CapacityCurve(

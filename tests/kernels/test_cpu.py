@@ -4,6 +4,7 @@
 does that in a process of its own.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,20 +15,44 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_kernels.cpu import Context, Head, Llama, PackedMatrix, Pass, Room, Source, Weights, supported_isas
+from dspark_kernels.cpu import (
+    Context,
+    Head,
+    Kind,
+    Llama,
+    PackedMatrix,
+    Pass,
+    Room,
+    Rope,
+    Source,
+    Weights,
+    sampling_rows,
+    supported_isas,
+)
 from dspark_kernels.cpu import build as building
 from dspark_kernels.cpu.library import LayerWeights, Store
-from dspark_kernels.cpu.reference import LayerReference, LlamaReference, draw, product, rest, rms_norm, walk
-from dspark_stream.models.distributions import NativeDistributions
+from dspark_kernels.cpu.reference import (
+    LayerReference,
+    LlamaReference,
+    Sampling,
+    distribution,
+    draw,
+    product,
+    rest,
+    rms_norm,
+    walk,
+)
+from dspark_stream.models.native.distributions import NativeDistributions
+from dspark_stream.models.torch.distributions import Dense, distributions
 from dspark_stream.spec.accept import rejection
 from dspark_stream.spec.draft import Block
 from dspark_stream.spec.noise import RoundUniforms
-from dspark_stream.models.torch.distributions import Dense
+from dspark_stream.types import SamplingParams
 
 SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
 
-KINDS = {kind: gguf.GGMLQuantizationType(kind) for kind in Source if kind != Source.F32}
+FORMATS = {source: gguf.GGMLQuantizationType(source) for source in Source if source != Source.F32}
 
 
 @pytest.fixture(scope="module", params=supported_isas())
@@ -39,10 +64,22 @@ def random(*shape, seed=0, scale=1.0):
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
 
 
-def packed(context, weights, bits=8):
-    out = PackedMatrix(context, *weights.shape, bits)
-    out.pack(0, len(weights), weights, Source.F32)
-    return out
+GROUP = 32
+FLOAT_KINDS = [kind for kind in Kind if kind.block == GROUP]
+"""What floats are rounded to; the others hold GGUF's blocks of 256 alone."""
+
+
+def packed(context, weights, kind=Kind.EIGHT):
+    return PackedMatrix(context, *weights.shape, kind).pack(weights, Source.F32)
+
+
+def of_any_kind(context, outputs, inputs, kind, seed=0, scale=1.0):
+    """A random matrix: of floats, or of blocks whose weights are about as large."""
+    if kind in FLOAT_KINDS:
+        return packed(context, random(outputs, inputs, seed=seed, scale=scale), kind)
+    source = next(s for s in FORMATS if s.kind == kind)
+    blocks = some_blocks(source, outputs, inputs, seed, scale)
+    return PackedMatrix(context, outputs, inputs, kind).pack(blocks, source)
 
 
 def dequantised(matrix):
@@ -52,80 +89,109 @@ def dequantised(matrix):
 # --- matrices ------------------------------------------------------------------------------------------------
 
 
-def some_blocks(kind, rows, inputs):
+def some_blocks(source, rows, inputs, seed=0, scale=10.0):
     """Blocks with every quant, scales of moderate size: the library writes some formats only, but reads them all."""
-    rng = np.random.default_rng(int(kind))
-    blocks = rng.integers(0, 256, (rows * inputs // kind.block, kind.nbytes(kind.block)), dtype=np.uint8)
+    rng = np.random.default_rng((int(source), seed))
+    blocks = rng.integers(0, 256, (rows * inputs // source.block, source.nbytes(source.block)), dtype=np.uint8)
     scales = {Source.Q4_1: (0, 2), Source.Q5_1: (0, 2), Source.Q4_K: (0, 2), Source.Q5_K: (0, 2), Source.Q6_K: (208,)}
-    for at in scales.get(kind, (0,)):
-        halves = (rng.uniform(0.5, 1.5, len(blocks)) * 0.01).astype(np.float16)
+    for at in scales.get(source, (0,)):
+        halves = (rng.uniform(0.5, 1.5, len(blocks)) * 0.001 * scale).astype(np.float16)
         blocks[:, at : at + 2] = halves.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def least_of(blocks, source):
+    """What each weight of a K block with minima has taken off [rows, inputs]."""
+    parts = blocks.reshape(-1, source.nbytes(source.block))
+    by = parts[:, 2:4].copy().view(np.float16).astype(np.float32)
+    _, least = gguf.quants.Q4_K.get_scale_min(parts[:, 4:16].copy())
+    return np.repeat(by * least.reshape(len(parts), 8), 32, axis=1).reshape(len(blocks), -1)
+
+
+@pytest.mark.parametrize("source", FORMATS)
 @pytest.mark.parametrize("shape", [(16, 256), (1, 256), (40, 512), (33, 256)])
-def test_blocks_are_unpacked_as_the_formats_library_does(context, kind, shape):
-    blocks = some_blocks(kind, *shape)
-    matrix = PackedMatrix(context, *shape, kind.bits)
-    matrix.pack(0, shape[0], blocks, kind)
-    want = gguf.quants.dequantize(blocks, KINDS[kind])
-    # scales are halves here; Q6_K has two of them to our one, so its quants are rounded again
-    tolerance = np.abs(want).max() * (0.006 if kind == Source.Q6_K else 0.001)
-    np.testing.assert_allclose(matrix.rows(range(shape[0])), want, rtol=0, atol=tolerance)
-    if kind in (Source.Q4_0, Source.Q4_1, Source.Q5_1, Source.Q8_0):  # whose scales are kept as they are
-        np.testing.assert_allclose(matrix.rows(range(shape[0])), want, rtol=2e-6, atol=2e-6)
+def test_blocks_are_unpacked_as_the_formats_library_does(context, source, shape):
+    blocks = some_blocks(source, *shape)
+    matrix = PackedMatrix(context, *shape, source.kind).pack(blocks, source)
+    want, got = gguf.quants.dequantize(blocks, FORMATS[source]), matrix.rows(range(shape[0]))
+    if source == Source.Q5_K:  # scales, there products of two numbers, are halves here; each rounds by 2^-11 at most
+        least = least_of(blocks, source)
+        assert (np.abs(got - want) <= 1.01 * 2**-11 * (np.abs(want + least) + least)).all()
+    elif source == Source.Q4_K:  # the library adds in another order
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
+    else:
+        np.testing.assert_array_equal(got, want)
 
 
-def test_a_matrix_holds_rows_of_several_formats(context):
-    matrix = PackedMatrix(context, 48, 256, 8)
-    parts = [some_blocks(kind, 16, 256) for kind in (Source.Q4_K, Source.Q6_K, Source.Q4_1)]
-    for i, (kind, blocks) in enumerate(zip((Source.Q4_K, Source.Q6_K, Source.Q4_1), parts, strict=True)):
-        matrix.pack(16 * i, 16, blocks, kind)
-        want = gguf.quants.dequantize(blocks, KINDS[kind])
-        got = matrix.rows(range(16 * i, 16 * i + 16))
-        np.testing.assert_allclose(got, want, rtol=0, atol=0.006 * np.abs(want).max())
-    with pytest.raises(ValueError, match="Q6_K"):
-        PackedMatrix(context, 16, 256, 4).pack(0, 16, parts[1], Source.Q6_K)
-    with pytest.raises(ValueError, match="Q4_K"):
-        PackedMatrix(context, 16, 96, 4).pack(0, 16, parts[0], Source.Q4_K)
+def test_a_matrix_holds_what_its_kind_is_made_for(context):
+    for kind in Kind:  # quants of another kind would have to be rounded again
+        for source in FORMATS:
+            if source.kind != kind:
+                with pytest.raises(ValueError, match=source.name):
+                    PackedMatrix(context, 16, 256, kind).pack(some_blocks(source, 16, 256), source)
+    with pytest.raises(ValueError, match="256"):
+        PackedMatrix(context, 16, 96, Kind.FOUR_K)
+    with pytest.raises(ValueError, match="F32"):
+        packed(context, random(16, 256), Kind.SIX_K)
+    with pytest.raises(ValueError, match="Q5_K"):
+        PackedMatrix(context, 16, 96, Kind.FIVE_M).pack(some_blocks(Source.Q5_K, 16, 256), Source.Q5_K)
 
 
-def test_floats_are_rounded_to_the_nearest_of_8_bits(context):
-    weights = random(20, 64)
-    error = np.abs(packed(context, weights, 8).rows(range(20)) - weights).reshape(20, 2, 32).max(-1)
-    assert (error <= 0.52 / 127 * np.abs(weights.reshape(20, 2, 32)).max(-1) + 2e-3).all()
+def step_of(kind, weights):
+    """How far apart neighbouring quants of each group of weights [n, group] are, with scales that just reach its ends:
+    [n, 1]. Around zero the largest number of all is at one end, whichever sign it has.
+    """
+    bits = {Kind.EIGHT: 8, Kind.FIVE: 5, Kind.FIVE_M: 5}.get(kind, 4)
+    if kind in (Kind.FOUR_M, Kind.FIVE_M):
+        return np.ptp(weights, axis=-1, keepdims=True) / (2**bits - 1)
+    return np.abs(weights).max(-1, keepdims=True) / (127 if kind == Kind.EIGHT else 2 ** (bits - 1))
 
 
-def test_floats_lose_less_in_4_bits_than_between_their_own_ends(context):
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_floats_are_rounded_to_the_kinds_steps(context, kind):
+    weights = random(64, 96, seed=int(kind))
+    weights[:20] *= 100.0
+    weights[20:40] = np.abs(weights[20:40])  # all of one sign: their largest must not be cut off
+    weights[40:50] = -np.abs(weights[40:50])
+    got, group = packed(context, weights, kind).rows(range(64)), GROUP
+    lost = np.square(got - weights).reshape(-1, group)
+    step = step_of(kind, weights.reshape(-1, group))
+    assert (lost.mean(-1, keepdims=True) <= 1.02 * np.square(step) / 4).all()  # what is furthest off is off by half
+    assert (lost.mean(-1, keepdims=True) / np.square(step)).mean() < 1.1 / 12  # as if spread evenly between quants
+    if kind == Kind.EIGHT:
+        assert (np.sqrt(lost) <= 0.52 * step + 127 * 2**-11 * step).all()
+
+
+@pytest.mark.parametrize("kind", [Kind.FOUR_M, Kind.FIVE_M])
+def test_floats_lose_less_than_between_their_own_ends(context, kind):
+    most = 2 ** (4 if kind == Kind.FOUR_M else 5) - 1
     weights = random(64, 64)
     weights[:32] = np.sign(weights[:32]) * np.abs(weights[:32]) ** 1.5  # long tails
     groups = weights.reshape(64, 2, 32)
-    low, step = groups.min(-1, keepdims=True), np.ptp(groups, axis=-1, keepdims=True) / 15
+    low, step = groups.min(-1, keepdims=True), np.ptp(groups, axis=-1, keepdims=True) / most
     by_ends = np.square(np.round((groups - low) / step) * step + low - groups).sum(-1)
-    lost = np.square(packed(context, weights, 4).rows(range(64)) - weights).reshape(64, 2, 32).sum(-1)
+    lost = np.square(packed(context, weights, kind).rows(range(64)) - weights).reshape(64, 2, 32).sum(-1)
     assert (lost <= 1.01 * by_ends + 1e-4).all()
-    assert lost.mean() < 0.9 * by_ends.mean()
+    assert lost.mean() < (0.9 if kind == Kind.FOUR_M else 0.95) * by_ends.mean()
 
 
-@pytest.mark.parametrize("weights", [np.zeros((3, 32)), np.full((3, 32), 5.0), np.full((3, 32), -1e-9)])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_flat_groups_survive(context, bits, weights):
-    np.testing.assert_allclose(packed(context, weights.astype(np.float32), bits).rows([0, 2]), weights[:2], rtol=4e-3,
+@pytest.mark.parametrize(
+    "weights", [np.zeros((3, 32)), np.full((3, 32), 5.0), np.full((3, 32), -5.0), np.full((3, 32), -1e-9)]
+)
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_flat_groups_survive(context, kind, weights):
+    np.testing.assert_allclose(packed(context, weights.astype(np.float32), kind).rows([0, 2]), weights[:2], rtol=4e-3,
                                atol=1e-7)  # fmt: skip
 
 
-def test_rows_can_be_put_in_another_order_and_one_below_the_other(context):
+def test_rows_can_be_put_in_another_order(context):
     weights = random(12, 32)
     blocks = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
-    whole = PackedMatrix(context, 12, 32, 8)
-    whole.pack(0, 12, blocks, Source.Q8_0)
-    parts = PackedMatrix(context, 20, 32, 8)
+    whole = PackedMatrix(context, 12, 32, Kind.EIGHT).pack(blocks, Source.Q8_0)
     order = np.array([5, 0, 11, 3, 2, 1, 4, 6, 7, 8], dtype=np.int32)
-    parts.pack(0, 10, blocks, Source.Q8_0, order)
-    parts.pack(10, 10, blocks, Source.Q8_0)
     rows = whole.rows(range(12))
-    np.testing.assert_array_equal(parts.rows(range(20)), np.concatenate((rows[order], rows[:10])))
+    ordered = PackedMatrix(context, 10, 32, Kind.EIGHT).pack(blocks, Source.Q8_0, order)
+    np.testing.assert_array_equal(ordered.rows(range(10)), rows[order])
     np.testing.assert_array_equal(whole.take([7, 7, 0]).rows(range(3)), rows[[7, 7, 0]])
 
 
@@ -133,10 +199,11 @@ def test_what_the_machine_can_do_is_measured(context):
     assert context.library.multiply_rate(context.handle, 100) > 0
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", Kind)
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (7, 64), (50, 160), (130, 576)])
-def test_products(context, bits, outputs, inputs):
-    matrix = packed(context, random(outputs, inputs), bits)
+def test_product_is_the_reference_and_rows_ignore_their_company(context, kind, outputs, inputs):
+    inputs = -(-inputs // kind.block) * kind.block
+    matrix = of_any_kind(context, outputs, inputs, kind)
     x = random(40, inputs, seed=1)
     want = product(torch.from_numpy(x), dequantised(matrix)).numpy()
     alone = [matrix.product(x[i : i + 1])[0] for i in range(18)]
@@ -172,21 +239,23 @@ def test_extreme_activations(context, scale):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize(
-    ("bits", "source", "quants", "most", "least"),
-    [(8, Source.Q8_0, (127, 128), 127, -128), (4, Source.Q4_1, (0xFF, 0x00), 15, 0)],  # 128 is -128
-    ids=["8 bits", "4 bits"],
-)
-def test_all_quants_at_their_ends(context, rows, bits, source, quants, most, least):
+    ("source", "most", "least"),
+    [(Source.Q4_0, 7, -8), (Source.Q4_1, 15, 0), (Source.Q5_0, 15, -16), (Source.Q5_1, 31, 0), (Source.Q6_K, 31, -32),
+     (Source.Q8_0, 127, -128)],
+)  # fmt: skip
+def test_all_quants_at_their_ends(context, rows, source, most, least):
     """The largest products of both signs, side by side: nothing may saturate on the way."""
-    header = source.nbytes(32) - bits * 32 // 8
-    blocks = np.zeros((16, source.nbytes(32)), dtype=np.uint8)
-    blocks[:, :2] = np.frombuffer(np.float16(1.0).tobytes(), dtype=np.uint8)
-    blocks[:8, header:], blocks[8:, header:] = quants
-    matrix = PackedMatrix(context, 16, 32, bits)
-    matrix.pack(0, 16, blocks, source)
+    inputs = source.block
+    blocks = np.zeros((16, source.nbytes(inputs)), dtype=np.uint8)
+    header = {Source.Q4_1: 4, Source.Q5_1: 4, Source.Q6_K: 0}.get(source, 2)
+    at = 208 if source == Source.Q6_K else 0
+    blocks[:8, header:], blocks[8:, header:] = (127, 128) if source == Source.Q8_0 else (255, 0)  # 128 is -128
+    blocks[:, 192:208] = 1  # the scales of Q6_K
+    blocks[:, at : at + 2] = np.frombuffer(np.float16(1.0).tobytes(), dtype=np.uint8)
+    matrix = PackedMatrix(context, 16, inputs, source.kind).pack(blocks, source)
     sign = np.where(np.arange(rows) % 2, -1.0, 1.0).astype(np.float32)[:, None]
-    want = np.array([[most] * 8 + [least] * 8]) * 127.0 * 32
-    np.testing.assert_allclose(matrix.product(np.repeat(127.0 * sign, 32, axis=1)), want * sign, rtol=1e-6)
+    want = np.array([[most] * 8 + [least] * 8]) * 127.0 * inputs
+    np.testing.assert_allclose(matrix.product(np.repeat(127.0 * sign, inputs, axis=1)), want * sign, rtol=1e-6)
 
 
 def test_not_a_number_stays_in_its_row(context):
@@ -199,76 +268,124 @@ def test_not_a_number_stays_in_its_row(context):
 
 def test_sizes_that_do_not_fit_are_refused(context):
     with pytest.raises(ValueError, match="divide by 32"):
-        PackedMatrix(context, 4, 33, 8)
-    matrix = PackedMatrix(context, 4, 32, 8)
+        PackedMatrix(context, 4, 33, Kind.EIGHT)
+    matrix = PackedMatrix(context, 4, 32, Kind.EIGHT)
     with pytest.raises(ValueError, match="Q8_0"):
-        PackedMatrix(context, 4, 32, 4).pack(0, 4, np.zeros((4, 34), dtype=np.uint8), Source.Q8_0)
+        PackedMatrix(context, 4, 32, Kind.FOUR_M).pack(np.zeros((4, 34), dtype=np.uint8), Source.Q8_0)
     with pytest.raises(ValueError, match="need 136"):
-        matrix.pack(0, 4, np.zeros(135, dtype=np.uint8), Source.Q8_0)
-    with pytest.raises(ValueError, match="channels"):
-        matrix.pack(1, 4, np.zeros((4, 34), dtype=np.uint8), Source.Q8_0)
+        matrix.pack(np.zeros(135, dtype=np.uint8), Source.Q8_0)
     with pytest.raises(ValueError, match="outside"):
         matrix.rows([4])
     with pytest.raises(ValueError, match="shape"):
         matrix.product(np.zeros((2, 64), dtype=np.float32))
 
 
+def some_sampling(generator, rows, sampled, cuts=True):
+    """Sampling of some rows, a share of them at a temperature above 0, of those most with something cut off."""
+    by = [
+        Sampling(
+            float(generator.uniform(0.3, 2)),
+            float(generator.choice([1.0, 0.9, 0.5])) if cuts else 1.0,
+            float(generator.choice([0.0, 0.05])) if cuts else 0.0,
+            int(generator.choice([0, 7, 30])) if cuts else 0,
+        )
+        for _ in range(rows)
+    ]
+    return [s if u < sampled else Sampling(0.0) for s, u in zip(by, generator.random(rows), strict=True)]
+
+
+def rows_of(sampling):
+    return sampling_rows([tuple(by) for by in sampling])
+
+
+def at(*temperatures):
+    return rows_of([Sampling(t) for t in temperatures])
+
+
 # --- layers --------------------------------------------------------------------------------------------------
 
 
-def tables(positions, size):
-    angles = np.arange(positions)[:, None] / 1000.0 ** (np.arange(size // 2) / (size // 2))
+def tables(positions, size, base=1000.0):
+    angles = np.arange(positions)[:, None] / base ** (np.arange(size // 2) / (size // 2))
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def models(context, *, heads, kv_heads, size, hidden, inner, layers, norms, seed=0):
-    """The same random model on the kernels and in plain torch."""
-    numbers = iter(range(seed * 1000, seed * 1000 + 999))
+def models(
+    context,
+    *,
+    heads,
+    kv_heads,
+    size,
+    hidden,
+    inner,
+    layers,
+    norms=False,
+    bias=False,
+    sandwich=False,
+    gelu=False,
+    windows=(0,),
+    ropes=1,
+    score_scale=None,
+    seed=0,
+):
+    """The same random model on the kernels and in plain torch; its matrices are of all kinds in turn."""
+    numbers, kinds = iter(range(seed * 1000, seed * 1000 + 999)), itertools.cycle(FLOAT_KINDS)
 
-    def matrix(outputs, inputs, bits):
-        return packed(context, random(outputs, inputs, seed=next(numbers), scale=inputs**-0.5), bits)
+    def matrix(outputs, inputs):
+        return packed(context, random(outputs, inputs, seed=next(numbers), scale=inputs**-0.5), next(kinds))
 
-    def norm(width):
-        return 1 + random(width, seed=next(numbers), scale=0.1)
+    def norm(width, there=True):
+        return 1 + random(width, seed=next(numbers), scale=0.1) if there else None
 
     native, plain = [], []
     for i in range(layers):
-        bits = 4 if i % 2 else 8
-        width = heads * size
-        parts = [matrix(width + 2 * kv_heads * size, hidden, bits), matrix(hidden, width, bits),
-                 matrix(inner, hidden, bits), matrix(inner, hidden, bits), matrix(hidden, inner, bits)]  # fmt: skip
-        scales = [norm(hidden), norm(hidden), *([norm(size), norm(size)] if norms else [])]
-        plain.append(LayerReference(*map(dequantised, parts), *map(torch.from_numpy, scales)))
-        native.append(LayerWeights(*parts, *scales))
-    final, (cosine, sine) = norm(hidden), tables(128, size)
-    llama = Llama(context, heads=heads, kv_heads=kv_heads, eps=1e-5, final_norm=final, cosine=cosine, sine=sine,
-                  layers=native)  # fmt: skip
+        width, kv = heads * size, kv_heads * size
+        parts = [matrix(width, hidden), matrix(kv, hidden), matrix(kv, hidden), matrix(hidden, width),
+                 matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner)]  # fmt: skip
+        vectors = [norm(hidden), norm(hidden), norm(size, norms), norm(size, norms),
+                   random(width + 2 * kv, seed=next(numbers)) if bias else None,
+                   norm(hidden, sandwich), norm(hidden, sandwich)]  # fmt: skip
+        places = windows[i % len(windows)], i % ropes
+        plain.append(
+            LayerReference(
+                *map(dequantised, parts), *(None if v is None else torch.from_numpy(v) for v in vectors), *places
+            )
+        )
+        native.append(LayerWeights(*parts, *vectors, *places))
+    final, turns = norm(hidden), [tables(128, size, 1000.0 * 10**i) for i in range(ropes)]
+    options = {"heads": heads, "kv_heads": kv_heads, "eps": 1e-5, "score_scale": score_scale, "gelu": gelu}
+    llama = Llama(context, final_norm=final, ropes=[Rope(*turn) for turn in turns], layers=native, **options)
 
     def reference():
-        return LlamaReference(plain, *map(torch.from_numpy, (final, cosine, sine)), heads=heads, kv_heads=kv_heads,
-                              eps=1e-5, bfloat=context.kv_bfloat)  # fmt: skip
+        turned = [tuple(map(torch.from_numpy, turn)) for turn in turns]
+        return LlamaReference(plain, torch.from_numpy(final), turned, bfloat=context.kv_bfloat, **options)
 
     return llama, reference
 
 
 SHAPES = {
-    "one key head": {"heads": 3, "kv_heads": 1, "size": 32, "hidden": 96, "inner": 160, "layers": 2, "norms": False},
-    "SmolLM2": {"heads": 9, "kv_heads": 3, "size": 64, "hidden": 576, "inner": 192, "layers": 1, "norms": False},
-    "all heads": {"heads": 2, "kv_heads": 2, "size": 32, "hidden": 64, "inner": 96, "layers": 3, "norms": False},
-    "20 query heads": {"heads": 20, "kv_heads": 1, "size": 32, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
-    "four to a key": {"heads": 8, "kv_heads": 2, "size": 64, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
-    "size 96": {"heads": 2, "kv_heads": 1, "size": 96, "hidden": 64, "inner": 64, "layers": 1, "norms": False},
+    "one key head": {"heads": 3, "kv_heads": 1, "size": 32, "hidden": 96, "inner": 160, "layers": 2},
+    "SmolLM2": {"heads": 9, "kv_heads": 3, "size": 64, "hidden": 576, "inner": 192, "layers": 1},
+    "all heads": {"heads": 2, "kv_heads": 2, "size": 32, "hidden": 64, "inner": 96, "layers": 3},
+    "20 query heads": {"heads": 20, "kv_heads": 1, "size": 32, "hidden": 64, "inner": 64, "layers": 1},
+    "four to a key": {"heads": 8, "kv_heads": 2, "size": 64, "hidden": 64, "inner": 64, "layers": 1},
+    "size 96": {"heads": 2, "kv_heads": 1, "size": 96, "hidden": 64, "inner": 64, "layers": 1},
+    "Qwen2": {"heads": 6, "kv_heads": 2, "size": 64, "hidden": 96, "inner": 64, "layers": 2, "bias": True},
     "Qwen3": {"heads": 10, "kv_heads": 2, "size": 128, "hidden": 64, "inner": 64, "layers": 1, "norms": True},
-}
+    "Gemma 3": {"heads": 4, "kv_heads": 1, "size": 256, "hidden": 96, "inner": 160, "layers": 3, "norms": True,
+                "sandwich": True, "gelu": True, "windows": (21, 32, 0), "ropes": 2, "score_scale": 0.08},
+    "one window": {"heads": 3, "kv_heads": 1, "size": 32, "hidden": 64, "inner": 64, "layers": 1, "windows": (1,)},
+}  # fmt: skip
 
 
-def forward(llama, x, start, slot, store, taps=(), visible=None):
+def forward(llama, x, start, slot, store, taps=(), visible=None, begin=None):
     """One stream's rows at positions from ``start`` on."""
     position = np.arange(start, start + len(x), dtype=np.int32)
     first = np.full(len(x), slot, dtype=np.int32)
+    at = first + (position % store.ring if store.ring else position)
     seen = position + 1 if visible is None else np.full(len(x), visible, dtype=np.int32)
     out, kept = x.copy(), np.full((len(x), len(taps) * x.shape[1]), np.nan, dtype=np.float32)
-    llama.forward(out, Pass(position, first + position, first, seen), store, np.array(taps, dtype=np.int32), kept)
+    llama.forward(out, Pass(position, at, first, seen, begin), store, np.array(taps, dtype=np.int32), kept)
     return out, kept
 
 
@@ -291,10 +408,10 @@ def test_layers_are_the_references(context, shape):
         assert error.max() < 0.2
         if start == 0:
             first = np.abs(kept[:, :hidden] - outputs[0].numpy()) if taps else error
-            assert np.median(first) < 1e-5
+            assert np.median(first) < 3e-5
         for at, layer in enumerate(taps):
             part = kept[:, at * hidden : (at + 1) * hidden]
-            assert np.abs(part - outputs[layer].numpy()).mean() < 1e-2
+            assert np.abs(part - outputs[layer].numpy()).mean() < 2e-2
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -324,26 +441,27 @@ def test_a_row_does_not_know_its_neighbours(context, shape):
     assert (x[11:21] == whole[30:]).all()
 
 
-def test_a_pass_in_one_call_is_its_parts(context):
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_a_pass_in_one_call_is_its_parts(context, scale):
     """Embeddings, layers, taps (the embedding's, too), and logits or best tokens, of all rows or of some."""
     llama, _ = models(context, **SHAPES["all heads"])
-    embedding, lm_head = packed(context, random(50, 64, seed=1)), packed(context, random(50, 64, seed=2))
+    embedding, lm_head = packed(context, random(50, 64, seed=1)), packed(context, random(50, 64, seed=2), Kind.FIVE)
     streams = [(16, 0, [3, 49, 7]), (96, 0, [0]), (48, 5, [9, 9])]
     where = [n for slot, start, ids in streams for n in (slot, start, len(ids))]
     ids = [i for _, _, some in streams for i in some]
     first = np.array([slot for slot, _, some in streams for _ in some], dtype=np.int32)
     position = np.concatenate([np.arange(start, start + len(some)) for _, start, some in streams]).astype(np.int32)
     stores = [Store.zeros(3, 256, 2, 32) for _ in range(2)]
-    x, tapped = embedding.rows(ids), np.empty((6, 2 * 64), dtype=np.float32)
+    x, tapped = embedding.rows(ids) * np.float32(scale), np.empty((6, 2 * 64), dtype=np.float32)
     layers, room = np.array([-1, 0, 1], dtype=np.int32), Room()
     before = x.copy()
     llama.forward(x, Pass(position, first + position, first, position + 1), stores[0], layers[1:], tapped)
     for wanted in (None, [2, 5]):
         logits = lm_head.product(x if wanted is None else x[wanted])
-        taps, got = llama.run(embedding, lm_head, where, ids, stores[1].place, layers, room, wanted, Room())
+        taps, got = llama.run(embedding, lm_head, where, ids, stores[1].place, layers, room, wanted, Room(), scale)
         assert (taps == np.concatenate((before, tapped), axis=1)).all()
         assert (got == logits).all()
-        _, best = llama.run(embedding, lm_head, where, ids, stores[1].place, layers, room, wanted)
+        _, best = llama.run(embedding, lm_head, where, ids, stores[1].place, layers, room, wanted, None, scale)
         assert best.tolist() == logits.argmax(-1).tolist()
     assert (stores[0].keys == stores[1].keys).all()
     assert (stores[0].values == stores[1].values).all()
@@ -351,8 +469,9 @@ def test_a_pass_in_one_call_is_its_parts(context):
     assert len(none) == 0
 
 
+@pytest.mark.parametrize(("scale", "window"), [(1.0, 0), (8.0, 3)])
 @pytest.mark.parametrize("sampled", [0, 0.5, 1], ids=["greedy", "mixed", "sampled"])
-def test_a_draft_in_one_call_is_its_parts(context, sampled):
+def test_a_draft_in_one_call_is_its_parts(context, sampled, scale, window):
     llama, _ = models(context, **SHAPES["all heads"])
     generator = np.random.default_rng(3)
     embedding, lm_head = packed(context, random(50, 64, seed=1)), packed(context, random(40, 64, seed=2))
@@ -364,19 +483,21 @@ def test_a_draft_in_one_call_is_its_parts(context, sampled):
         anchors = generator.integers(0, 50, streams).astype(np.int32)
         start = generator.integers(0, 8, streams).astype(np.int32)
         slot = (16 * np.arange(streams)).astype(np.int32)
-        temperatures = np.where(generator.random(streams) < sampled, generator.uniform(0.3, 2, streams), 0).tolist()
+        sampling = some_sampling(generator, streams, sampled)
         uniforms = generator.random((streams, gamma))
         stores = [Store.zeros(3, 16 * 17, 2, 32) for _ in range(2)]
         x = embedding.rows([t for anchor in anchors.tolist() for t in (anchor, *[mask] * (gamma - 1))])
+        x *= np.float32(scale)
         first, position = np.repeat(slot, gamma), np.repeat(start, gamma) + np.tile(np.arange(gamma), streams)
         position = position.astype(np.int32)
-        llama.forward(x, Pass(position, first + position, first, np.repeat(start, gamma) + gamma), stores[0],
+        begin = np.repeat(np.maximum(start - window, 0), gamma) if window else None
+        llama.forward(x, Pass(position, first + position, first, np.repeat(start, gamma) + gamma, begin), stores[0],
                       np.empty(0, np.int32), np.empty((len(x), 0), np.float32))  # fmt: skip
         base = lm_head.product(x).reshape(streams, gamma, 40)
-        want = head.walk(context, base, x.reshape(streams, gamma, 64), anchors, temperatures, uniforms)
+        want = head.walk(context, base, x.reshape(streams, gamma, 64), anchors, rows_of(sampling), uniforms)
         where = [n for r in range(streams) for n in (int(slot[r]), int(start[r]), gamma)]
         got = llama.draft(embedding, lm_head, head, mask, gamma, where, anchors.tolist(), stores[1].place, room,
-                          temperatures, uniforms)  # fmt: skip
+                          rows_of(sampling), uniforms, scale, window)  # fmt: skip
         for one, other in zip(got[:3], want[:3], strict=True):
             np.testing.assert_array_equal(one, other)
         assert (stores[0].keys == stores[1].keys).all()
@@ -413,7 +534,7 @@ def test_what_does_not_fit_is_refused(context):
     ids = np.arange(40, dtype=np.int32)
     Head(w1, w2, random(96), 0.0, ids, vocabulary=40, hidden_size=64)
     for bad, said in (
-        ((w1, packed(context, random(40, 32), 4), None, 0.0, ids), "W2"),
+        ((w1, packed(context, random(40, 64)), None, 0.0, ids), "W2"),
         ((w1, w2, random(95), 0.0, ids), "confidence"),
         ((w1, w2, None, 0.0, ids[:39]), "draft ids"),
         ((w1[:39], w2, None, 0.0, ids), "W1"),
@@ -509,6 +630,65 @@ def test_a_block_sees_its_context_and_all_of_itself(context, seen):
     assert (again[:6] == out[:6]).all()
 
 
+@pytest.mark.parametrize("shape", ["SmolLM2", "all heads", "Gemma 3", "four to a key"])
+def test_rows_see_from_where_they_are_told(context, shape):
+    """Each row from a position of its own on, within a tile of 16 too; what is before that may be anything finite."""
+    options = SHAPES[shape]
+    llama, reference = models(context, **options)
+    store, plain = Store.zeros(options["layers"], 128, options["kv_heads"], options["size"]), reference()
+    past, rows = random(60, options["hidden"], seed=1), random(9, options["hidden"], seed=2)
+    forward(llama, past, 0, 32, store)
+    plain.forward(torch.from_numpy(past), torch.arange(60), torch.arange(1, 61))
+    begin = np.array([60, 55, 40, 17, 16, 63, 15, 1, 0], dtype=np.int32)
+    visible = torch.arange(61, 70)
+    out, _ = forward(llama, rows, 60, 32, store, begin=begin)
+    want, _ = plain.forward(torch.from_numpy(rows), visible - 1, visible, torch.from_numpy(begin))
+    assert np.abs(out - want.numpy()).mean() < 1e-2
+    assert np.abs(out - forward(llama, rows, 60, 32, store)[0])[:8].mean(-1).min() > 1e-3  # or it does not matter
+    store.keys[:, :, 2], store.values[:, :, 32:48] = 0x7000, 0x7000  # positions 0 … 15
+    again, _ = forward(llama, rows, 60, 32, store, begin=begin)
+    assert (again[:6] == out[:6]).all()
+    assert (again[6:] != out[6:]).any(-1).all()
+
+
+@pytest.mark.parametrize("shape", ["SmolLM2", "all heads", "Gemma 3", "20 query heads"])
+def test_a_ring_is_a_store_of_which_only_the_latest_positions_are_looked_at(context, shape):
+    """To the bit, over several times round: what a drafter with a window does, context and blocks."""
+    options = SHAPES[shape]
+    llama, _ = models(context, **options)
+    hidden, window, gamma = options["hidden"], 40, 7
+    sizes = options["layers"], options["kv_heads"], options["size"]
+    whole, ring = Store.zeros(sizes[0], 160, *sizes[1:]), Store.zeros(sizes[0], 96, *sizes[1:], ring=64)
+    fc, norm = packed(context, random(hidden, hidden, seed=3)), 1 + random(hidden, seed=4, scale=0.1)
+    embedding, lm_head = packed(context, random(50, hidden, seed=1)), packed(context, random(50, hidden, seed=2))
+    head = Head(None, None, random(hidden, seed=5), 0.0, None, vocabulary=50, hidden_size=hidden)
+    at = 0
+    for rows in (3, 30, 1, 17, 2, 26, 40):
+        taps, positions = random(rows, hidden, seed=at), list(range(at, at + rows))
+        llama.append_context(fc, norm, taps, positions, [16 + p for p in positions], whole.place)
+        llama.append_context(fc, norm, taps, positions, [32 + p % 64 for p in positions], ring.place)
+        at += rows
+        x = random(gamma, hidden, seed=100 + at)
+        begin = np.full(gamma, max(0, at - window), dtype=np.int32)
+        one, _ = forward(llama, x, at, 16, whole, visible=at + gamma, begin=begin)
+        other, _ = forward(llama, x, at, 32, ring, visible=at + gamma, begin=begin)
+        assert (one == other).all()
+        drafted = [
+            llama.draft(
+                embedding, lm_head, head, 7, gamma, [slot, at, gamma], [at % 50], store.place, Room(), window=window
+            )
+            for slot, store in ((16, whole), (32, ring))
+        ]
+        for mine, theirs in zip(drafted[0][:3], drafted[1][:3], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    with pytest.raises(ValueError, match="more than a ring of 64"):
+        llama.draft(embedding, lm_head, head, 7, gamma, [32, at, gamma], [1], ring.place, Room())
+    with pytest.raises(ValueError, match="slots outside"):
+        llama.draft(embedding, lm_head, head, 7, gamma, [48, at, gamma], [1], ring.place, Room(), window=window)
+    with pytest.raises(ValueError, match="ring"):
+        Store.zeros(1, 128, 1, 32, ring=48)
+
+
 # --- the sequential head -------------------------------------------------------------------------------------
 
 
@@ -524,7 +704,7 @@ def test_the_walk(context, streams, reduced, sampled):
     confidence = random(hidden + rank, seed=4)
     base, h = random(streams, gamma, vocabulary, seed=5), random(streams, gamma, hidden, seed=6)
     anchors = generator.integers(0, target_vocabulary, streams).astype(np.int32)
-    temperatures = np.where(generator.random(streams) < sampled, generator.uniform(0.3, 2, streams), 0).tolist()
+    sampling = some_sampling(generator, streams, sampled, cuts=False)
     uniforms = generator.random((streams, gamma))
     head = Head(w1, w2, confidence, 0.25, ids if reduced else None, vocabulary=vocabulary, hidden_size=hidden)
     draft_ids = torch.from_numpy(ids).long() if reduced else None
@@ -535,20 +715,73 @@ def test_the_walk(context, streams, reduced, sampled):
         dequantised(w2),
         draft_ids,
         torch.from_numpy(anchors),
-        torch.tensor(temperatures),
+        sampling,
         torch.from_numpy(uniforms),
     )
-    got = head.walk(context, base, h, anchors, temperatures, uniforms)
+    got = head.walk(context, base, h, anchors, rows_of(sampling), uniforms)
     np.testing.assert_array_equal(got.tokens, want)
     np.testing.assert_array_equal(ids[got.indices] if reduced else got.indices, want)
     previous = torch.cat((torch.from_numpy(anchors).long().unsqueeze(1), want[:, :-1]), 1)
     e = torch.cat((torch.from_numpy(h), table[previous]), -1)
     np.testing.assert_allclose(got.logits, e @ torch.from_numpy(confidence) + 0.25, rtol=1e-4, atol=1e-4)
-    assert (got.weights is None) == (not any(temperatures))
-    for r, temperature in enumerate(temperatures):
-        for k in range(gamma if temperature else 0):
+    assert (got.weights is None) == (not any(by.temperature for by in sampling))
+    for r, by in enumerate(sampling):
+        for k in range(gamma if by.temperature else 0):
             row = got.weights.probabilities(r * gamma + k)
             np.testing.assert_allclose(row, q[r, k], rtol=0.05, atol=1e-4)  # an activation may round the other way
+
+
+@pytest.mark.parametrize("sampled", [0, 1], ids=["greedy", "sampled"])
+def test_w1_with_rows_of_the_draft_vocabulary_alone(context, sampled):
+    """The others' are zeros: after an anchor that is never drafted there is no bias."""
+    streams, gamma, rank, rng = 7, 4, 32, np.random.default_rng(2)
+    ids = np.sort(rng.permutation(200)[:83]).astype(np.int32)
+    rows, w2 = random(83, rank, seed=2).astype(np.float16), packed(context, random(83, rank, seed=3))
+    whole = np.zeros((200, rank), dtype=np.float16)
+    whole[ids] = rows
+    base, h = random(streams, gamma, 83, seed=5), random(streams, gamma, 48, seed=6)
+    outside = np.setdiff1d(np.arange(200), ids)
+    anchors = np.array([ids[0], ids[-1], ids[40], outside[0], outside[-1], outside[50], outside[9]], dtype=np.int32)
+    drawn = rows_of([Sampling(float(sampled))] * streams), rng.random((streams, gamma))
+    got = [
+        Head(w1, w2, random(48 + rank, seed=4), 0.25, ids, vocabulary=83, hidden_size=48).walk(
+            context, base.copy(), h, anchors, *drawn
+        )
+        for w1 in (rows, whole)
+    ]
+    for mine, theirs in zip(got[0][:3], got[1][:3], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    if not sampled:
+        assert (got[0].indices[3:, 0] == base[3:, 0].argmax(-1)).all()
+        assert (got[0].indices[:3, 0] != base[:3, 0].argmax(-1)).any()
+
+
+def test_drafts_are_drawn_with_cuts(context):
+    """Drafts of streams with top-k, top-p and min-p, some greedy among them: from what torch would draw from."""
+    streams, gamma, vocabulary, rank, rng = 23, 3, 1003, 32, np.random.default_rng(4)
+    ids = np.sort(rng.permutation(2000)[:vocabulary]).astype(np.int32)
+    w1, w2 = random(2000, rank, seed=2).astype(np.float16), packed(context, random(vocabulary, rank, seed=3))
+    head = Head(w1, w2, None, 0.0, ids, vocabulary=vocabulary, hidden_size=16)
+    base, anchors = 2 * random(streams, gamma, vocabulary, seed=5), rng.integers(0, 2000, streams).astype(np.int32)
+    base[::2] = base[::2].round()  # many of one score
+    sampling, uniforms = some_sampling(rng, streams, 0.8), rng.random((streams, gamma))
+    hidden = np.zeros((streams, gamma, 16), dtype=np.float32)
+    got = head.walk(context, base.copy(), hidden, anchors, rows_of(sampling), uniforms)
+    previous, cut = anchors, 0
+    for k in range(gamma):
+        scores = base[:, k] + w2.product(w1[previous].astype(np.float32))
+        for r, by in enumerate(sampling):
+            if not by.temperature:
+                assert got.indices[r, k] == scores[r].argmax()
+                continue
+            p = got.weights.probabilities(r * gamma + k)
+            same_but_for_the_border(p, torch_distribution(scores[r], by))
+            assert got.indices[r, k] == draw(torch.from_numpy(p), uniforms[r, k])
+            assert p[got.indices[r, k]] > 0
+            cut += (p == 0).any()
+        previous = ids[got.indices[:, k]]
+        np.testing.assert_array_equal(previous, got.tokens[:, k])
+    assert cut > 20
 
 
 def test_the_walk_without_heads_is_an_argmax_and_ties_go_to_the_first(context):
@@ -563,9 +796,9 @@ def test_the_walk_without_heads_is_an_argmax_and_ties_go_to_the_first(context):
     assert not got.logits.any()
     assert got.weights is None
     with pytest.raises(ValueError, match="uniforms"):
-        head.walk(context, base, hidden, anchors, [1.0] * 3)
-    with pytest.raises(ValueError, match="temperatures"):
-        head.walk(context, base, hidden, anchors, [1.0], np.zeros((3, 4)))
+        head.walk(context, base, hidden, anchors, at(1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="sampling"):
+        head.walk(context, base, hidden, anchors, at(1.0), np.zeros((3, 4)))
 
 
 # --- sampling ------------------------------------------------------------------------------------------------
@@ -579,7 +812,7 @@ UNIFORMS = [0.0, 1e-9, 0.1, 0.25, 0.5, 0.9, 0.999999, 1 - 2**-53]
 def test_weights_are_the_distribution_and_draws_go_by_it(context, width, rows):
     scores, temperatures = 4 * random(rows, width), np.linspace(0.4, 2, rows)
     want = torch.softmax(torch.from_numpy(scores).double() / torch.from_numpy(temperatures).unsqueeze(1), -1)
-    weights = Weights.of(context, scores, temperatures.tolist())
+    weights = Weights.of(context, scores, at(*temperatures))
     for r in range(rows):
         p = torch.from_numpy(weights.probabilities(r))
         np.testing.assert_allclose(p, want[r], rtol=1e-5, atol=1e-9)
@@ -589,12 +822,82 @@ def test_weights_are_the_distribution_and_draws_go_by_it(context, width, rows):
         assert all(0 <= weights.draw(r, u) < width for u in UNIFORMS)
 
 
+def torch_distribution(scores, by):
+    """What torch's runner would draw from (models/torch/distributions.py)."""
+    fields = {"temperature": by.temperature, "top_p": by.top_p, "min_p": by.min_p, "top_k": by.top_k}
+    return distributions(torch.from_numpy(scores.copy()).unsqueeze(0), [SamplingParams(max_tokens=1, **fields)])[0]
+
+
+def same_but_for_the_border(p, want, mass=3e-5):
+    """Probabilities [V] are those of the other but where a token is just in or just out: sums are rounded."""
+    p, want = np.asarray(p, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    unlike = (p > 0) != (want > 0)
+    if unlike.any():
+        one = np.maximum(p, want)[unlike]
+        assert one.sum() < mass
+        assert one.max() <= 1.001 * min(p[p > 0].min(), want[want > 0].min()) + one.sum()
+    np.testing.assert_allclose(p[~unlike], want[~unlike], rtol=2e-4, atol=1e-9)
+
+
+CUTS = [
+    *(Sampling(1.0, top_k=k) for k in (1, 20, 1000)),
+    *(Sampling(0.8, top_p=p) for p in (0.1, 0.5, 0.9, 0.99, 0.999)),
+    *(Sampling(1.3, min_p=p) for p in (1e-4, 0.05, 0.5, 1.0)),
+    Sampling(0.6, top_p=0.95, top_k=20),
+    Sampling(1.5, top_p=0.9, min_p=0.02, top_k=1000),
+    Sampling(1.0, top_p=0.999, top_k=1),
+    Sampling(2.0),
+]
+
+
+@pytest.mark.parametrize("width", [100, 5000, 20_000 if SANITIZE else 150_000])
+@pytest.mark.parametrize("shape", ["random", "peaked", "flat", "ties", "all alike"])
+def test_cuts_are_those_of_torch(context, width, shape):
+    """Every cut is a threshold: the same tokens stay, those of one score together, and in the same proportions."""
+    scores = {
+        "random": lambda: 3 * random(1, width),
+        "peaked": lambda: 15 * random(1, width) ** 3,
+        "flat": lambda: 0.01 * random(1, width),
+        "ties": lambda: (2 * random(1, width)).round() / 2,
+        "all alike": lambda: np.full((1, width), -3.5, dtype=np.float32),
+    }[shape]()
+    rows = np.repeat(scores, len(CUTS), 0)
+    weights = Weights.of(context, rows.copy(), rows_of(CUTS))
+    for r, by in enumerate(CUTS):
+        p = weights.probabilities(r)
+        same_but_for_the_border(p, torch_distribution(scores[0], by))
+        same_but_for_the_border(p, distribution(torch.from_numpy(scores[0]), by))
+        kept = p > 0
+        if by.top_k:
+            least = np.sort(scores[0])[-min(by.top_k, width)]
+            assert (scores[0][kept] >= least).all()
+        for score in np.unique(scores[0][kept])[:50] if shape in ("ties", "all alike") else ():
+            assert kept[scores[0] == score].all()  # of one score all or none
+        assert weights.totals[r] == pytest.approx(weights.values[r].sum(dtype=np.float64), rel=1e-6)
+        assert all(kept[weights.draw(r, u)] for u in UNIFORMS)
+    alone = Weights.of(context, rows[3:4].copy(), rows_of(CUTS[3:4]))
+    np.testing.assert_array_equal(alone.values[0], weights.values[3])  # whoever else is in the batch
+
+
+@pytest.mark.parametrize("by", CUTS, ids=str)
+def test_cuts_of_what_is_no_number(context, by):
+    """Tokens ruled out, and rows of NaN: what is drawn is a token, and never one that was ruled out."""
+    scores = random(3, 300)
+    scores[0, :280] = -np.inf
+    scores[1, 7], scores[2] = np.nan, np.nan
+    weights = Weights.of(context, scores, rows_of([by] * 3))
+    assert all(weights.draw(0, u) >= 280 for u in UNIFORMS)
+    assert all(weights.draw(1, u) != 7 for u in UNIFORMS)
+    assert {weights.draw(2, u) for u in UNIFORMS} == {0}
+    assert weights.probability(1, 7) == 0.0
+
+
 @pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("reduced", [True, False], ids=["draft vocabulary", "all"])
 def test_what_is_left_after_a_rejection(context, reduced, share):
     width = 1003
     ids = np.sort(np.random.default_rng(3).permutation(width)[:371]).astype(np.int32) if reduced else None
-    weights = Weights.of(context, 3 * random(1, width), [0.8])
+    weights = Weights.of(context, 3 * random(1, width), at(0.8))
     q = torch.softmax(3 * torch.from_numpy(random(371 if reduced else width, seed=1)), 0)
     p = torch.from_numpy(weights.probabilities(0))
     left = rest(share * p, q, None if ids is None else torch.from_numpy(ids).long())
@@ -605,7 +908,7 @@ def test_what_is_left_after_a_rejection(context, reduced, share):
     apart = sum(a != draw(left, u) for a, u in zip(drawn, uniforms, strict=True))
     assert apart <= 4  # at borders, by rounding
     # nothing left but rounding: any draw from p is right
-    alone = Weights.of(context, np.array([[0.0, -np.inf, 0.0]], dtype=np.float32), [1.0])
+    alone = Weights.of(context, np.array([[0.0, -np.inf, 0.0]], dtype=np.float32), at(1.0))
     assert {alone.draw_rest(0, u, 1.0, alone.probabilities(0), None) for u in UNIFORMS} == {0, 2}
 
 
@@ -620,15 +923,16 @@ def test_blocks_are_judged_as_by_the_reference(context, reduced):
         scores = 2 * random(gamma + 1, width, seed=trial)
         scores[:, ids] += 2.0
         near = scores[:gamma][:, ids] + 0.7 * random(gamma, len(ids), seed=10_000 + trial)
-        q = Weights.of(context, np.concatenate([random(before, len(ids)), near]), [1.0] * (before + gamma))
-        p = Weights.of(context, np.concatenate([random(before, width), scores]), [1.0] * (before + gamma + 1))
+        q = Weights.of(context, np.concatenate([random(before, len(ids)), near]), at(*[1.0] * (before + gamma)))
+        p = Weights.of(context, np.concatenate([random(before, width), scores]), at(*[1.0] * (before + gamma + 1)))
         uniforms = RoundUniforms(trial, 0, gamma)
         indices = [q.draw(before + k, u) for k, u in enumerate(uniforms.draft)]
         block = Block(tokens=ids[indices].tolist(), indices=indices, uniforms=uniforms)
-        block.q = NativeDistributions(q, before, ids if reduced else None)
-        got = rejection(NativeDistributions(p, before), 0, None, block, length, None)
+        draft_ids = torch.from_numpy(ids).long()
+        block.q = NativeDistributions(q, before)
+        got = rejection(NativeDistributions(p, before), 0, None, block, length, draft_ids if reduced else None)
         block.q = Dense(torch.stack([torch.from_numpy(q.probabilities(before + k)) for k in range(gamma)]))
-        assert got == rejection(NativeDistributions(p, before), 0, None, block, length, torch.from_numpy(ids).long())
+        assert got == rejection(NativeDistributions(p, before), 0, None, block, length, draft_ids)
         outcomes.add((length, got.accepted))
     assert len(outcomes) == 20  # every prefix of every length, and none
     fine = {"first": 0, "tokens": [0], "q": q, "q_first": 0, "indices": [0], "ids": ids, "accept": [0.5]}
@@ -641,11 +945,11 @@ def test_blocks_are_judged_as_by_the_reference(context, reduced):
 def test_a_row_of_nan_refuses_its_draft(context):
     """Guards against a NaN that counts as certainty: nothing stands from that row on."""
     scores = np.zeros((4, 40), dtype=np.float32)
-    q = Weights.of(context, scores[:3].copy(), [1.0] * 3)
+    q = Weights.of(context, scores[:3].copy(), at(1.0, 1.0, 1.0))
     for bad in range(3):
         broken = scores.copy()
         broken[bad] = np.nan
-        p = Weights.of(context, broken, [1.0] * 4)
+        p = Weights.of(context, broken, at(*[1.0] * 4))
         block = Block(tokens=[1, 2, 3], indices=[1, 2, 3], uniforms=RoundUniforms(1, 0, 3))
         for own in (NativeDistributions(q), Dense(torch.full((3, 40), 1 / 40))):
             block.q = own
@@ -657,17 +961,17 @@ def test_tokens_of_no_weight_are_never_drawn(context):
     scores[0, 17] = 0.0
     scores[1, [3, 39]] = 5.0, 5.0 - 200.0  # further away than any weight reaches
     scores[2] = np.nan
-    weights = Weights.of(context, scores, [1.0, 1.0, 1.0])
+    weights = Weights.of(context, scores, at(1.0, 1.0, 1.0))
     assert {weights.draw(0, u) for u in UNIFORMS} == {17}
     assert {weights.draw(1, u) for u in UNIFORMS} == {3}
     assert {weights.draw(2, u) for u in UNIFORMS} == {0}  # any token will do, so long as it is one
     one_nan = np.zeros((1, 40), dtype=np.float32)
     one_nan[0, [0, 20]] = np.nan, 2.0
-    weights_beside = Weights.of(context, one_nan, [1.0])
+    weights_beside = Weights.of(context, one_nan, at(1.0))
     assert weights_beside.probability(0, 0) == 0.0
     assert weights_beside.probability(0, 20) == pytest.approx(np.exp(2) / (np.exp(2) + 38), rel=1e-4)
     with pytest.raises(ValueError, match="temperature"):
-        Weights.of(context, np.zeros((2, 4), dtype=np.float32), [1.0, 0.0])
+        Weights.of(context, np.zeros((2, 4), dtype=np.float32), at(1.0, 0.0))
     with pytest.raises(ValueError, match="vocabulary"):
         weights.draw_rest(0, 0.5, 1.0, np.zeros(4, dtype=np.float32), np.array([0, 1, 2, 40], dtype=np.int32))
     with pytest.raises(ValueError, match="vocabulary"):
@@ -684,7 +988,7 @@ def test_one_thread_and_many_agree_to_the_bit(context):
     results = []
     for threads in (1, 2, 5):
         own = Context(threads, context.isa, sanitize=SANITIZE)
-        results.append(packed(own, weights, 4).product(x))
+        results.append(packed(own, weights, Kind.FOUR_M).product(x))
     assert all((r == results[0]).all() for r in results)
 
 

@@ -12,7 +12,8 @@ from playwright.async_api import Locator, Page, expect
 
 from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, OverloadedError, RateLimitError
 from dspark_stream.server.app import Server
-from fakes import FakeEngine, FakeTokenizer, Script
+from dspark_stream.types import RecommendedSampling
+from fakes import FakeEngine, FakeTokenizer, Script, model_info
 from page.conftest import Launch, Site
 from wire.harness import eventually
 
@@ -269,6 +270,33 @@ async def test_settings_reach_the_engine_and_last(site: Site) -> None:
     await expect(page.locator('[name="temperature"]')).to_be_focused()
     await expect(page.locator('[name="temperature"]')).to_have_attribute("aria-invalid", "true")
     assert len(site.engine.submitted) == 1
+
+
+async def test_settings_start_where_the_model_is_recommended(launch: Launch) -> None:
+    """A page that is greedy where its model is not meant to be, or that overrules what a person chose."""
+    recommended = RecommendedSampling(temperature=0.7, top_p=0.8, top_k=20)
+    site = await launch(FakeEngine(Script(), info=model_info(sampling=recommended)))
+    page = await site.connected()
+    await expect(page.locator('[name="temperature"]')).to_have_value("0.7")
+    await expect(page.locator("#settings-digest")).to_contain_text("T 0.7")
+    await ask(page, "As it comes")
+    await ended(page)
+    sampling = site.engine.submitted[-1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 20)
+
+    # Another setting was chosen: the recommendation stays a recommendation. Then 0 is chosen, and stays.
+    await setting(page, "max_output_tokens", "6")
+    await page.reload()
+    await expect(page.locator('[name="temperature"]')).to_have_value("0.7")
+    await setting(page, "temperature", "0")
+    await ask(page, "Greedy")
+    await ended(page)
+    assert (site.engine.submitted[-1].sampling.temperature, site.engine.submitted[-1].sampling.top_p) == (0.0, 0.8)
+    await page.reload()
+    await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
+    await expect(page.locator('[name="temperature"]')).to_have_value("0")
+    await expect(page.locator('[name="top_p"]')).to_have_value("0.8")
+    await expect(page.locator('[name="max_output_tokens"]')).to_have_value("6")
 
 
 # --- formatted text, and what a model must not be able to do ------------------------------------------------------

@@ -14,8 +14,10 @@ import pytest
 from dspark_stream import cli, commands
 from dspark_stream.config import Config
 from dspark_stream.errors import InternalError, ModelLoadError
+from dspark_stream.models.names import MODELS
 from dspark_stream.spec.calibration import load_calibration
 from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.types import RecommendedSampling
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 
 SEVEN_WORDS = Script(tokens=tuple(f"w{i} " for i in range(7)), rounds=(3, 1))
@@ -57,7 +59,7 @@ def write_prompts(path: Path, count: int) -> Path:
         (["generate"], ["--prompt", "--input-ids"]),
         (["generate", "--prompt", "a", "--input-ids", "1"], ["--input-ids", "--prompt"]),
         (["generate", "--prompt", "a", "--temp", "1"], ["--temp"]),
-        (["generate", "--prompt", "a", "--temperature", "nan"], ["--temperature", "nan", "0 to 100"]),
+        (["generate", "--prompt", "a", "--temperature", "nan"], ["--temperature", "nan", "0 to 2"]),
         (["generate", "--prompt", "a", "--temperature", "-1"], ["--temperature", "-1"]),
         (["generate", "--prompt", "a", "--max-tokens", "0"], ["--max-tokens", "0"]),
         (["generate", "--prompt", "a", "--max-tokens", "1.5"], ["--max-tokens", "1.5", "whole number"]),
@@ -109,7 +111,9 @@ def test_whose_fault_it_is_shows_in_the_code(error, code, loaded, monkeypatch, c
     assert capsys.readouterr().err == f"dspark-stream: error: {error}\n"
 
 
-@pytest.mark.parametrize("command", ["", "serve", "chat", "generate", "eval", "profile", "reproduce", "train"])
+@pytest.mark.parametrize(
+    "command", ["", "serve", "chat", "generate", "models", "eval", "profile", "reproduce", "train"]
+)
 def test_help_is_there_and_instant(command):
     script = (
         "import sys\nfrom dspark_stream.cli import main\n"
@@ -168,6 +172,69 @@ def test_generate_passes_everything_on(loaded, monkeypatch, capsys):
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 3, 0.1)
     assert (sampling.seed, sampling.stop, sampling.ignore_eos, sampling.max_tokens) == (9, ("x", "y"), True, 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "recommended", "expected"),
+    [
+        ("", {"temperature": 0.7, "top_p": 0.8, "top_k": 20}, (0.7, 0.8, 20)),
+        ("--temperature 0", {"temperature": 0.7, "top_p": 0.8, "top_k": 20}, (0.0, 0.8, 20)),
+        ("--top-p 1 --top-k 0", {"temperature": 0.7, "top_p": 0.8, "top_k": 20}, (0.7, 1.0, 0)),
+        ("", {"temperature": 0.0}, (0.0, 1.0, 0)),
+        ("", {}, (0.0, 1.0, 0)),
+    ],
+)
+def test_generate_takes_what_is_recommended_where_nothing_is_said(argv, recommended, expected, loaded, monkeypatch):
+    engine = FakeEngine(SEVEN_WORDS, info=model_info(sampling=RecommendedSampling(**recommended)))
+    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, FakeTokenizer()))
+    assert cli.main(["generate", "--prompt", "hello", "--json", *argv.split()]) == 0
+    sampling = engine.submitted[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == expected
+
+
+def test_eval_goes_by_its_own_temperature(loaded, monkeypatch, tmp_path, capsys):
+    engine = FakeEngine(SEVEN_WORDS, info=model_info(sampling=RecommendedSampling(temperature=0.7, top_k=20)))
+    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, FakeTokenizer()))
+    assert cli.main(["eval", "--prompts", str(write_prompts(tmp_path / "p.jsonl", 2)), "--json"]) == 0
+    assert {(r.sampling.temperature, r.sampling.top_p, r.sampling.top_k) for r in engine.submitted} == {(0.0, 1.0, 0)}
+
+
+@pytest.mark.parametrize("command", ["generate --prompt a", "eval --prompts x", "chat"])
+def test_people_have_one_range_of_temperatures(command, loaded, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--temperature", "2.1"])
+    assert "--temperature: 2.1 is out of range: it must be from 0 to 2" in capsys.readouterr().err
+
+
+# --- models --------------------------------------------------------------------------------------------------
+
+
+def test_models_lists_what_has_a_name_and_where_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    small, big = MODELS["smollm2-135m"], MODELS["qwen2.5-coder-0.5b"]
+    (tmp_path / "models").mkdir()
+    for name, size in ((small.file_name, small.size), (f"{big.file_name}.parts", 178_257_920)):
+        with (tmp_path / "models" / name).open("wb") as file:
+            file.truncate(size)
+    assert cli.main(["models", "--json"]) == 0
+    listed = {one["name"]: one for one in json.loads(capsys.readouterr().out)["models"]}
+    assert list(listed) == list(MODELS)
+    assert [name for name, one in listed.items() if one["default"]] == ["qwen2.5-coder-0.5b"]
+    one = listed["smollm2-135m"]
+    assert (one["path"], one["bytes"]) == (str(tmp_path / "models" / small.file_name), small.size)
+    assert (one["drafter"], one["licence"]) == ("smollm2-135m-instruct", "Apache-2.0")
+    assert one["sampling"] == {"temperature": 0.2, "top_p": 0.9, "top_k": None}
+    assert (listed[big.name]["path"], listed[big.name]["arrived_bytes"]) == (None, 178_257_920)
+
+    assert cli.main(["models"]) == 0
+    said = capsys.readouterr().out
+    assert "qwen2.5-coder-0.5b  491 MB (default)" in said
+    assert "fetched   178 MB of it" in said
+    assert f"fetched   {tmp_path}/models/{small.file_name}" in said
+    assert "sampling  temperature 0.7, top-p 0.8, top-k 20" in said
+    assert "Gemma Terms of Use" in said
+    assert "drafter   none" in said
 
 
 def test_a_prompt_for_a_model_without_a_tokenizer(loaded, monkeypatch, capsys):

@@ -14,7 +14,7 @@ TOOLS = {"local", "generate", "evaluate", "calibrate", "report"}  # the engine u
 MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": {"commands", "training", "evaluate", *LEAVES},
-    "commands": {"server", "client", "training", *TOOLS, *ENGINE_AND_BELOW},
+    "commands": {"server", "client", "training", "drafters", *TOOLS, *ENGINE_AND_BELOW},
     "server": ENGINE_AND_BELOW - {"kernels", "models", "spec"},
     "client": set(LEAVES) - {"config"},
     "evaluate": {"local", *ENGINE_AND_BELOW},
@@ -33,8 +33,18 @@ MAY_IMPORT = {
     "progress": set(),
     "console": set(),
     "kernels": set(),
-    "drafters": set(),
+    "drafters": {"models"},
 }
+MODELS = {
+    "facts": {"facts"},
+    "protocols": {"facts"},
+    "torch": {"protocols", "facts"},
+    "native": {"torch", "protocols", "facts"},  # torch's heads, for what has no kernel
+    "files": {"native", "torch", "protocols", "facts"},
+}
+"""The models' room has an order of its own: what holds for every runner, what is asked of one, the two, and the files
+that either is made from."""
+FILES = {"checkpoint", "loading"}
 SOCKETS = {"aiohttp", "websockets"}
 MAY_OPEN_SOCKETS = {"server", "client"}
 
@@ -79,6 +89,24 @@ def test_imports_run_downward(path):
     assert not upward, f"{room} may not import {sorted(upward)}"
     if room not in MAY_OPEN_SOCKETS:
         assert not {name.partition(".")[0] for name in names} & SOCKETS, "only server and client touch sockets"
+
+
+def part_of_models(name: str) -> str | None:
+    """Which part of the models' room a full name leads into; None: another room."""
+    package, *rest = name.split(".")
+    if package != "dspark_stream" or rest[:1] != ["models"] or len(rest) < 2:
+        return None
+    return "files" if rest[1] in FILES else rest[1] if rest[1] in MODELS else "facts"
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "models").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_models_room_has_an_order(path):
+    part = part_of_models(".".join(path.relative_to(SOURCE.parent).with_suffix("").parts))
+    if part is None:  # the room's own __init__
+        assert not imported(path)
+        return
+    upward = {name for name in imported(path) if (to := part_of_models(name)) and to not in MODELS[part] | {part}}
+    assert not upward, f"{part} may not import {sorted(upward)}"
 
 
 def test_the_order_has_no_circle():

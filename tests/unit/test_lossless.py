@@ -1,6 +1,6 @@
 """Losslessness by enumeration: every branch of one round, its exact probability, and the law of what it commits.
 
-The real `walk`, `admit` and `accept` run on a tiny vocabulary with scripted uniforms. Each random choice is a
+The real `draft`, `admit` and `accept` run on a tiny vocabulary with scripted uniforms. Each random choice is a
 partition of [0, 1) whose borders the test computes on its own from p_t and p_d; the code is run just inside both
 ends of every cell, so a threshold that is off by more than EDGE of it changes the result.
 """
@@ -12,24 +12,25 @@ import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 import dspark_stream.spec.accept as accept_module
 import dspark_stream.spec.draft as draft_module
-from dspark_kernels.cpu import Context, Weights, best_isa
+from dspark_kernels.cpu import Context, best_isa
 from dspark_kernels.cpu.build import compiler
 from dspark_stream.engine.stream import round_key
 from dspark_stream.models.cache import Extent
-from dspark_stream.models.distributions import NativeDistributions
+from dspark_stream.models.native.distributions import NativeDistributions
+from dspark_stream.models.native.target import NativeOutput
+from dspark_stream.models.torch.distributions import race
 from dspark_stream.models.torch.target import TargetOutput
+from dspark_stream.models.torch.walk import walk
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.capacity import RoundCost
-from dspark_stream.spec.draft import walk
+from dspark_stream.spec.draft import draft
 from dspark_stream.spec.noise import NoiseCache
-from dspark_stream.models.torch.distributions import race
 from dspark_stream.spec.schedule import Adaptive, Candidate, EarlyStop, Fixed, Lagged, Threshold, admit
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, SamplingParams
@@ -65,8 +66,9 @@ class TableDrafter:
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.zeros(*hidden.shape[:2], self.p_d.shape[2])
 
-    def to_target_ids(self, index: torch.Tensor) -> torch.Tensor:
-        return index if self.draft_ids is None else self.draft_ids[index]
+    def draft(self, anchors, store, slots, draws):
+        hidden = torch.arange(slots).view(1, slots, 1).expand(len(anchors), slots, 1).float()
+        return walk(self, hidden, [token for _, _, token in anchors], draws)
 
     def _confidence(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         self._slot = int(hidden[0, 0])
@@ -106,27 +108,29 @@ def scheduled(schedule, sps, earlier=()):
     return choose
 
 
-def run_round(drafter, p_t, streams, script, choose, *, monkeypatch, weigh=None):
-    """One real round; ``p_t(stream, prefix)`` is the target's table. Returns blocks, lengths and outcomes."""
+def run_round(drafter, p_t, streams, script, choose, *, monkeypatch, kernels=None):
+    """One real round; ``p_t(stream, prefix)`` is the target's table. Returns blocks, lengths and outcomes.
+
+    ``kernels``: what judges and draws where torch does not.
+    """
     made = iter(script)
     for module in (draft_module, accept_module):
         monkeypatch.setattr(module, "RoundUniforms", lambda seed, start, gamma: next(made))
     gamma = drafter.gamma
-    hidden = torch.arange(gamma).view(1, gamma, 1).expand(len(streams), gamma, 1).float()
-    blocks = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(gamma))
+    blocks = draft(drafter, None, streams, Calibration(), AcceptanceHistory(gamma))
     lengths = choose(streams, [b.survival for b in blocks])
     rows = [
         p_t(r, tuple(block.tokens[:j])).log()
         for r, (block, length) in enumerate(zip(blocks, lengths, strict=True))
         for j in range(length + 1)
     ]
-    output = TargetOutput(torch.stack(rows), torch.empty(0), weigh=weigh)
-    if weigh is not None:  # drafts of the kernels are judged by one call
-        ids = None if drafter.draft_ids is None else drafter.draft_ids.numpy().astype(np.int32)
-        for block in blocks:
+    output = TargetOutput(torch.stack(rows), torch.empty(0))
+    if kernels is not None:  # their drafts are judged by one call
+        output = NativeOutput(kernels, output.rows, [], torch.empty(0))
+        for stream, block in zip(streams, blocks, strict=True):
             if block.q is not None:
                 q = torch.stack([block.q.probabilities(k) for k in range(gamma)])
-                block.q = weigh(q.log(), [1.0] * gamma, ids)
+                block.q = NativeDistributions.of(kernels, q.log(), [stream.sampling] * gamma)
     outcomes = accept(output, streams, blocks, lengths, drafter.draft_ids)
     return blocks, lengths, outcomes
 
@@ -156,7 +160,7 @@ class Law(dict[tuple[int, ...], float]):
     accepted = 0.0
 
 
-def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), weigh=None):
+def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), kernels=None):
     """Exact law of the first γ+1 tokens: the round's commits, continued by the target where they are shorter."""
     gamma, vocab = drafter.gamma, p_t(0, ()).shape[0]
     ids = list(range(vocab)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
@@ -226,7 +230,7 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), weigh=None):
                     [mine, *[other] * drawn],
                     choose,
                     monkeypatch=monkeypatch,
-                    weigh=weigh,
+                    kernels=kernels,
                 )
                 assert blocks[0].tokens == tokens
                 assert lengths[0] == length
@@ -276,22 +280,19 @@ SCHEDULES = {
 
 
 @pytest.fixture(params=["torch", "kernels"])
-def weigh(request):
-    """What acceptance draws with: torch, or the CPU kernels."""
+def kernels(request):
+    """What acceptance judges and draws with: the CPU kernels, or None for torch."""
     if request.param == "torch":
         return None
     if compiler() is None:
         pytest.skip("no C++ compiler: apt-get install g++")
-    context = Context(2, best_isa())
-    return lambda logits, temperatures, ids=None: NativeDistributions(
-        Weights.of(context, logits.numpy().copy(), temperatures), ids=ids
-    )
+    return Context(2, best_isa())
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("company", [(), ("rejection",), ("coupled",)])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name, weigh, monkeypatch):
+def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name, kernels, monkeypatch):
     """Guards against bias in draw, schedule, acceptance or residual: the joint law of γ+1 tokens is the target's.
 
     In mixed company the coupled stream's lengths may depend on all that is drafted, and its own drafts move the cost
@@ -307,7 +308,7 @@ def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name,
         chosen.add(lengths[0])
         return lengths
 
-    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, company=company, weigh=weigh)
+    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, company=company, kernels=kernels)
     assert company or len(chosen) > (name in ("adaptive", "early-stop", "threshold"))
     assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
     for tokens, probability in law.items():
@@ -317,7 +318,7 @@ def test_rejection_has_the_targets_law_under_every_schedule(seed, company, name,
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("company", [(), ("coupled",)])
 @pytest.mark.parametrize("name", ["adaptive", "fixed"])
-def test_longer_blocks_have_the_targets_law(name, company, seed, weigh, monkeypatch):
+def test_longer_blocks_have_the_targets_law(name, company, seed, kernels, monkeypatch):
     """Guards against shares and residuals that only a third slot shows: whether x_2 stands depends on x_1's share.
 
     The adaptive block ends after one, two or three slots, and x_1 and x_2 decide where.
@@ -333,14 +334,14 @@ def test_longer_blocks_have_the_targets_law(name, company, seed, weigh, monkeypa
         chosen.add(lengths[0])
         return lengths
 
-    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, company=company, weigh=weigh)
+    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, company=company, kernels=kernels)
     assert chosen == ({1, 2, 3} if name == "adaptive" else {3})
     for tokens, probability in law.items():
         assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
 
 
 @pytest.mark.parametrize("gamma", [2, 3])
-def test_tokens_that_cannot_be_are_lossless(gamma, weigh, monkeypatch):
+def test_tokens_that_cannot_be_are_lossless(gamma, kernels, monkeypatch):
     """Guards against zeros: drafts that the target rules out (w = 0, an earlier prefix may stand), and what is never
     drafted though the target has it.
     """
@@ -354,18 +355,18 @@ def test_tokens_that_cannot_be_are_lossless(gamma, weigh, monkeypatch):
         return p / p.sum()
 
     choose = scheduled(Fixed(gamma), lambda b: 1.0)
-    law = law_of_round(drafter, some_ruled_out, choose, monkeypatch=monkeypatch, weigh=weigh)
+    law = law_of_round(drafter, some_ruled_out, choose, monkeypatch=monkeypatch, kernels=kernels)
     assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
     for tokens, probability in law.items():
         assert probability == pytest.approx(joint(some_ruled_out, tokens), abs=2e-6)
 
 
-def test_a_block_is_judged_as_a_whole(weigh, monkeypatch):
+def test_a_block_is_judged_as_a_whole(kernels, monkeypatch):
     """The paper's example: 11/9 drafts of two stand on average, where token by token 10/9 would."""
     drafter = TableDrafter(torch.tensor([2 / 3, 1 / 3]).expand(2, 2, 2), torch.full((2, 2), 0.5))
     p = torch.tensor([1 / 3, 2 / 3])
     law = law_of_round(
-        drafter, lambda r, prefix: p, scheduled(Fixed(2), lambda b: 1.0), monkeypatch=monkeypatch, weigh=weigh
+        drafter, lambda r, prefix: p, scheduled(Fixed(2), lambda b: 1.0), monkeypatch=monkeypatch, kernels=kernels
     )
     assert law.accepted == pytest.approx(11 / 9, abs=1e-5)
     for tokens, probability in law.items():
@@ -401,11 +402,10 @@ def test_two_streams_with_one_seed_do_not_decide_for_each_other():
     def key(prompt: int) -> int:
         return round_key(GenerationRequest(request_id="x", prompt_ids=(prompt,), sampling=sampling))
 
-    hidden = torch.arange(2).view(1, 2, 1).expand(2, 2, 1).float()
     trials, first_is_a, shared = 3000, 0, 0
     for i in range(trials):
         streams = [FakeStream(sampling, "rejection", anchor=r, round_key=key(2 * i + r)) for r in range(2)]
-        blocks = walk(drafter, hidden, streams, Calibration(), AcceptanceHistory(2))
+        blocks = draft(drafter, None, streams, Calibration(), AcceptanceHistory(2))
         shared += blocks[0].tokens == blocks[1].tokens
         lengths = searched(sps)(streams, [b.survival for b in blocks])
         rows = p.log().expand(sum(lengths) + 2, 2)
@@ -416,10 +416,10 @@ def test_two_streams_with_one_seed_do_not_decide_for_each_other():
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_reduced_draft_vocabulary_is_lossless(seed, weigh, monkeypatch):
+def test_a_reduced_draft_vocabulary_is_lossless(seed, kernels, monkeypatch):
     """Guards against a p_d that is not widened with zeros: tokens outside the draft vocabulary keep their mass."""
     drafter, p_t = random_tables(seed, vocab=4, draft_vocab=2)
-    law = law_of_round(drafter, p_t, searched(STAIRCASE.__getitem__), monkeypatch=monkeypatch, weigh=weigh)
+    law = law_of_round(drafter, p_t, searched(STAIRCASE.__getitem__), monkeypatch=monkeypatch, kernels=kernels)
     for tokens, probability in law.items():
         assert probability == pytest.approx(joint(p_t, tokens), abs=2e-6)
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("setup", "serve", "test", "style", "types", "bench", "clean", "help")
+TARGETS = ("setup", "serve", "test", "test-all", "style", "types", "bench", "clean", "help")
 
 
 @pytest.fixture
@@ -101,6 +101,15 @@ def test_port_and_host_reach_the_service(bare):
     assert '--host "::1" --port "9001"' in shown
     # Without them the program's own settings decide, DSPARK_PORT among them.
     assert "--port" not in make(bare, "--dry-run", "serve").stdout
+
+
+def test_a_model_reaches_the_service_and_tests_fetch_a_small_one(bare):
+    (bare / ".venv").mkdir()
+    (bare / ".venv" / ".ready-run").touch()
+    assert '--model "smollm2-135m"' in make(bare, "--dry-run", "serve", "MODEL=smollm2-135m").stdout
+    assert "--model" not in make(bare, "--dry-run", "serve").stdout
+    assert "MODEL=" in make(bare, "help").stdout
+    assert re.search(r"models\.fetch smollm2-135m$", make(bare, "--dry-run", "model").stdout, re.MULTILINE)
 
 
 def test_the_ci_script_runs_as_it_is():

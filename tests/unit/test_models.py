@@ -12,23 +12,28 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma4TextConfig, LlamaForCausalLM, Qwen3Config
 
 from dspark_stream.errors import ConfigError, ModelLoadError
-from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
+from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter, read_config, save_drafter
-from dspark_stream.models.torch.drafter import Drafter, DrafterConfig, backbone_config
+from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.loading import load_target, pick_dtype
-from dspark_stream.models.torch.quant import quantise_linears
-from dspark_stream.models.torch.target import Rows
+from dspark_stream.models.protocols import Rows
 from dspark_stream.models.tokenizer import TextCodec
+from dspark_stream.models.torch.drafter import Drafter, backbone_config
+from dspark_stream.models.torch.quant import quantise_linears
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import draft
 from dspark_stream.spec.survival import AcceptanceHistory
 from tiny import tiny_drafter, tiny_models, tiny_target
 
 
-def test_extents_never_overlap_and_all_come_back():
-    """Guards against lost or doubly given slots: random allocate/free against a map of who owns what."""
+@pytest.mark.parametrize("ring", [0, 64])
+def test_extents_never_overlap_and_all_come_back(ring):
+    """Guards against lost or doubly given slots: random allocate/free against a map of who owns what.
+
+    With rings, too, which lie in a store of their own and run out on their own.
+    """
     rng = random.Random(0)
-    allocator = ExtentAllocator(1000)
+    allocator = ExtentAllocator(1000, ring, 5 * ring)
     assert allocator.total == 1000 - 1000 % GRAIN
     live = []
     for _ in range(2000):
@@ -38,11 +43,21 @@ def test_extents_never_overlap_and_all_come_back():
             live.append(extent)
         taken = sorted(live)
         assert all(a.slot + a.size <= b.slot for a, b in itertools.pairwise(taken))
+        rings = sorted((e.context, min(e.size, ring)) for e in live)
+        assert all(first + size <= other for (first, size), (other, _) in itertools.pairwise(rings)) or not ring
+        assert all(first + size <= 5 * ring for first, size in rings)
         assert allocator.used == sum(e.size for e in live)
     for extent in live:
         allocator.free(extent)
-    assert allocator.allocate(allocator.total) == (0, allocator.total)
+    assert allocator.allocate(allocator.total) == Extent(0, allocator.total)
     assert allocator.allocate(1) is None
+    if ring:
+        small = ExtentAllocator(1000, ring, ring)
+        first = small.allocate(100)
+        assert small.allocate(100) is None  # slots enough, and no ring
+        assert small.used == first.size
+        small.free(first)
+        assert small.allocate(100) == first
 
 
 def test_a_budget_too_small_for_one_stream_names_what_is_needed():
@@ -103,9 +118,9 @@ def test_quantised_targets_stay_close(quant):
     target = tiny_target(hidden_size=64, intermediate_size=128)
     models = tiny_models(target)
     batch = [Rows(tiny_extent(), 0, [3, 4, 5])]
-    before = target.forward(batch, models.target_kv).logits
+    before = target.forward(batch, models.target_kv).rows
     assert quantise_linears(target.decoder, quant) == 21
-    after = target.forward(batch, models.target_kv).logits
+    after = target.forward(batch, models.target_kv).rows
     assert 0 < float((after - before).norm() / before.norm()) < (0.1 if quant == "int8" else 0.7)
 
 
@@ -236,7 +251,7 @@ def test_a_folder_loads_in_its_own_precision(tmp_path):
     assert loaded.target.eos_token_ids == (1,)
     store = tiny_models(target).target_kv
     batch = [Rows(tiny_extent(), 0, [3, 4])]
-    assert torch.equal(loaded.target.forward(batch, store).logits, target.forward(batch, store).logits)
+    assert torch.equal(loaded.target.forward(batch, store).rows, target.forward(batch, store).rows)
     assert pick_dtype("float16", None, torch.device("cpu")) == torch.float16
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ModelLoadError, match="does not load"):

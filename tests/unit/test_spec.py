@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_stream.spec.accept import match
-from dspark_stream.spec.noise import NoiseCache, RoundUniforms, token_exponentials
 from dspark_stream.models.torch.distributions import distributions, race, residual, sample, truncate
+from dspark_stream.spec.accept import matched
+from dspark_stream.spec.noise import NoiseCache, RoundUniforms, token_exponentials
 from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.types import SamplingParams
 
@@ -83,9 +83,9 @@ def test_purposes_do_not_share_bits():
 
 
 def test_match_and_residual():
-    assert match([4, 5, 6], [4, 5, 9, 1]) == (2, 9)
-    assert match([], [3]) == (0, 3)
-    assert match([1], [1, 2]) == (1, 2)
+    assert matched([4, 5, 6], [4, 5, 9, 1]) == (2, 9)
+    assert matched([], [3]) == (0, 3)
+    assert matched([1], [1, 2]) == (1, 2)
     p = torch.tensor([0.5, 0.3, 0.2, 0.0])
     q = torch.tensor([0.7, 0.1, 0.2, 0.0])
     assert torch.allclose(residual(p, 1.0, q, None), torch.tensor([0.0, 0.2, 0.0, 0.0]))

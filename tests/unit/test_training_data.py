@@ -188,7 +188,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     settle(plan(lr=1e-3), tmp_path / "run")  # nothing was made with the plan before: it was only refused, say
     (tmp_path / "run" / "answers.jsonl").touch()
     for other in ({"answers": "b"}, {"target": "b"}):  # whose texts they are not
-        with pytest.raises(ConfigError, match=r"(answers: a|target: embedded) → b\).* --run-dir$"):
+        with pytest.raises(ConfigError, match=r"(answers: a|target: qwen2.5-coder-0.5b) → b\).* --run-dir$"):
             settle(plan(**other), tmp_path / "run")
     settle(plan(lr=2e-3, limit=5, answers="./a"), tmp_path / "run")  # nothing was trained yet
     (tmp_path / "run" / "state.pt").touch()

@@ -6,11 +6,11 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
 from dspark_stream.errors import ConfigError
 from dspark_stream.models.cache import Extent
-from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.checkpoint import save_drafter
+from dspark_stream.models.loading import LoadedTarget
 from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.layers import ATTENTION_NAME
-from dspark_stream.models.loading import LoadedTarget
+from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
 from dspark_stream.progress import SILENT
 from dspark_stream.training import pipeline

@@ -38,14 +38,22 @@ LARGEST_RANK = 4096
 
 
 class Kind(IntEnum):
-    """How a matrix keeps its weights (csrc/matrix.h): bits of a quant, _M with a minimum of its own for each group."""
+    """How a matrix keeps its weights (csrc/matrix.h): bits of a quant, _M with a minimum of its own for each group of 32, _K
+    as GGUF's blocks of 256 with scales of scales, which nothing but these can be made of.
+    """
 
     FOUR = 0
     FOUR_M = 1
-    FIVE = 2
-    FIVE_M = 3
-    SIX = 4
-    EIGHT = 5
+    FOUR_K = 2
+    FIVE = 3
+    FIVE_M = 4
+    SIX_K = 5
+    EIGHT = 6
+
+    @property
+    def block(self) -> int:
+        """Inputs are a multiple of it."""
+        return 256 if self in (Kind.FOUR_K, Kind.SIX_K) else GROUP
 
 
 class Source(IntEnum):
@@ -83,9 +91,9 @@ _BLOCKS: dict[Source, tuple[int, int, Kind | None]] = {
     Source.Q5_0: (GROUP, 22, Kind.FIVE),
     Source.Q5_1: (GROUP, 24, Kind.FIVE_M),
     Source.Q8_0: (GROUP, 34, Kind.EIGHT),
-    Source.Q4_K: (256, 144, Kind.FOUR_M),
+    Source.Q4_K: (256, 144, Kind.FOUR_K),
     Source.Q5_K: (256, 176, Kind.FIVE_M),
-    Source.Q6_K: (256, 210, Kind.SIX),
+    Source.Q6_K: (256, 210, Kind.SIX_K),
 }
 """Weights of a block, its bytes, and what holds them."""
 
@@ -248,13 +256,13 @@ class PackedMatrix:
     """Weights [outputs, inputs] in the kernels' own order.
 
     Raises:
-        ValueError: inputs that are no multiple of 32.
+        ValueError: inputs that are no multiple of the kind's block.
     """
 
     def __init__(self, context: Context, outputs: int, inputs: int, kind: Kind) -> None:
-        if inputs % GROUP or min(outputs, inputs) < 1:
-            raise ValueError(f"a packed matrix of {outputs} x {inputs}: inputs must divide by {GROUP}")
-        self.context, self.outputs, self.inputs, self.kind = context, outputs, inputs, Kind(kind)
+        if inputs % kind.block or min(outputs, inputs) < 1:
+            raise ValueError(f"a packed matrix of {outputs} x {inputs}: inputs must divide by {kind.block}")
+        self.context, self.outputs, self.inputs, self.kind = context, outputs, inputs, kind
         self.handle = context.library.matrix(outputs, inputs, kind)
         if not self.handle:
             raise MemoryError(context.library.error().decode())
@@ -271,7 +279,8 @@ class PackedMatrix:
         Raises:
             ValueError: data too short for the rows, quants of another kind.
         """
-        if source.kind not in (self.kind, None) or self.inputs % source.block:
+        of_floats = source.kind is None and self.kind.block == GROUP
+        if not (of_floats or source.kind == self.kind) or self.inputs % source.block:
             raise ValueError(f"{source.name} rows of {self.inputs} do not fit a matrix of kind {self.kind.name}")
         data, count = np.ascontiguousarray(data), self.outputs
         needed = (count if rows is None else int(rows.max(initial=-1)) + 1) * source.nbytes(self.inputs)

@@ -6,6 +6,7 @@ results agree but for the order of additions. Symbols as in `library.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class LayerReference(NamedTuple):
-    """One layer's weights, dequantised."""
+    """One layer's weights, dequantised; see `LayerWeights` in library.py."""
 
-    qkv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
     o: Tensor
     gate: Tensor
     up: Tensor
@@ -43,51 +46,61 @@ class LayerReference(NamedTuple):
     post_norm: Tensor
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    bias: Tensor | None = None
+    after_attention: Tensor | None = None
+    after_mlp: Tensor | None = None
+    window: int = 0
+    rope: int = 0
 
 
 class LlamaReference:
     """One stream's layers; its keys and values are kept as lists of rows, in float16 or bfloat16.
 
-    ``cosine`` and ``sine``: [positions, D/2]. ``bfloat``: attention by a matrix unit, its factors all bfloat16, the
-    weights too, before they are divided by their sum.
+    ``ropes``: tables [positions, D/2] of cosines and of sines. ``score_scale``: of query · key, None: 1/√D.
+    ``gelu``: the gate's activation is GELU by tanh, else SiLU. ``bfloat``: attention by a matrix unit, its factors all
+    bfloat16, the weights too, before they are divided by their sum.
     """
 
     def __init__(
         self,
         layers: list[LayerReference],
         final_norm: Tensor,
-        cosine: Tensor,
-        sine: Tensor,
+        ropes: Sequence[tuple[Tensor, Tensor]],
         *,
         heads: int,
         kv_heads: int,
         eps: float,
+        score_scale: float | None = None,
+        gelu: bool = False,
         bfloat: bool = False,
     ) -> None:
         self.bfloat = bfloat
-        self.layers, self.final_norm, self.cosine, self.sine = layers, final_norm, cosine, sine
-        self.heads, self.kv_heads, self.eps = heads, kv_heads, eps
-        self.size = 2 * cosine.shape[1]
+        self.layers, self.final_norm, self.ropes = layers, final_norm, ropes
+        self.heads, self.kv_heads, self.eps, self.gelu = heads, kv_heads, eps, gelu
+        self.size = 2 * ropes[0][0].shape[1]
+        self.score_scale = score_scale or self.size**-0.5
         self.keys: list[dict[int, Tensor]] = [{} for _ in layers]
         self.values: list[dict[int, Tensor]] = [{} for _ in layers]
 
-    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _turn(self, x: Tensor, positions: Tensor, rope: int) -> Tensor:
         """x [T, heads, D] by rotary positions [T]."""
-        cos, sin = self.cosine[positions].unsqueeze(1), self.sine[positions].unsqueeze(1)
+        cos, sin = (table[positions].unsqueeze(1) for table in self.ropes[rope])
         a, b = x.chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
     def _project(self, i: int, x: Tensor, positions: Tensor) -> Tensor:
         """Queries [T, Hq, D]; keys and values of normed x [T, H] are kept at their positions."""
         layer = self.layers[i]
-        q, k, v = product(x, layer.qkv).split([n * self.size for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
-        q, k, v = (t.unflatten(-1, (-1, self.size)) for t in (q, k, v))
+        parts = [product(x, w) for w in (layer.q, layer.k, layer.v)]
+        if layer.bias is not None:
+            parts = [p + b for p, b in zip(parts, layer.bias.split([p.shape[-1] for p in parts]), strict=True)]
+        q, k, v = (p.unflatten(-1, (-1, self.size)) for p in parts)
         q = q if layer.q_norm is None else rms_norm(q, layer.q_norm, self.eps)
         k = k if layer.k_norm is None else rms_norm(k, layer.k_norm, self.eps)
-        k = self._turn(k, positions)
+        k = self._turn(k, positions, layer.rope)
         for row, p in enumerate(positions.tolist()):
             self.keys[i][p], self.values[i][p] = self._round(k[row]), self._round(v[row])
-        q = self._turn(q, positions)
+        q = self._turn(q, positions, layer.rope)
         return self._round(q) if self.bfloat else q
 
     def _round(self, x: Tensor) -> Tensor:
@@ -98,28 +111,65 @@ class LlamaReference:
         for i in range(len(self.layers)):
             self._project(i, features, positions)
 
-    def forward(self, x: Tensor, positions: Tensor, visible: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden [T, H] of x [T, H], and every layer's output. Row t sees positions 0 … visible[t] - 1."""
+    def forward(
+        self, x: Tensor, positions: Tensor, visible: Tensor, begin: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Final hidden [T, H] of x [T, H], and every layer's output. Row t sees positions begin[t] … visible[t] - 1, in
+        layers with a window the last of them. ``begin`` None: 0.
+        """
         outputs: list[Tensor] = []
+        begin = torch.zeros_like(visible) if begin is None else begin
         for i, layer in enumerate(self.layers):
             q = self._project(i, rms_norm(x, layer.input_norm, self.eps), positions)
-            rows = [self._attend(i, q[t], int(n)) for t, n in enumerate(visible)]
-            x = x + product(torch.stack(rows), layer.o)
+            first = torch.maximum(begin, visible - layer.window) if layer.window else begin
+            rows = [self._attend(i, *row) for row in zip(q, first.tolist(), visible.tolist(), strict=True)]
+            x = x + self._normed(product(torch.stack(rows), layer.o), layer.after_attention)
             normed = rms_norm(x, layer.post_norm, self.eps)
-            inner = torch.nn.functional.silu(product(normed, layer.gate)) * product(normed, layer.up)
-            x = x + product(inner, layer.down)
+            inner = self._activated(product(normed, layer.gate)) * product(normed, layer.up)
+            x = x + self._normed(product(inner, layer.down), layer.after_mlp)
             outputs.append(x)
         return rms_norm(x, self.final_norm, self.eps), outputs
 
-    def _attend(self, i: int, q: Tensor, visible: int) -> Tensor:
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else rms_norm(x, weight, self.eps)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(x, approximate="tanh") if self.gelu else torch.nn.functional.silu(x)
+
+    def _attend(self, i: int, q: Tensor, begin: int, visible: int) -> Tensor:
         """One row's heads [Hq, D] over what it sees → [Hq·D]."""
-        keys = torch.stack([self.keys[i][p] for p in range(visible)], 1)  # [Hk, n, D]
-        values = torch.stack([self.values[i][p] for p in range(visible)], 1)
+        keys = torch.stack([self.keys[i][p] for p in range(begin, visible)], 1)  # [Hk, n, D]
+        values = torch.stack([self.values[i][p] for p in range(begin, visible)], 1)
         group = q.unflatten(0, (self.kv_heads, -1))  # [Hk, G, D]
-        scores = group @ keys.transpose(1, 2) / self.size**0.5
+        scores = group @ keys.transpose(1, 2) * self.score_scale
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))
         total = weights.sum(-1, keepdim=True)
         return ((self._round(weights) if self.bfloat else weights) @ values / total).flatten()
+
+
+class Sampling(NamedTuple):
+    """What a row is drawn by, as `sampling_rows` takes it; temperature 0 takes the greatest."""
+
+    temperature: float
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+
+
+def distribution(scores: Tensor, by: Sampling) -> Tensor:
+    """What scores [V] are drawn from, temperature above 0, [V] in double precision.
+
+    Every cut is a threshold: of equal scores all stay, or none. Top-p counts what top-k leaves.
+    """
+    p = torch.softmax(scores.double() / by.temperature, -1)
+    if 0 < by.top_k < len(p):
+        p = p * (scores >= scores.topk(by.top_k).values[-1])
+    if by.top_p < 1.0:
+        falling = p.sort(descending=True).values
+        nucleus = int((falling.cumsum(0) < by.top_p * p.sum()).sum())
+        p = p * (p >= falling[min(nucleus, len(p) - 1)])
+    p = p * (p >= by.min_p * p.max())
+    return p / p.sum()
 
 
 def draw(weights: Tensor, uniform: float) -> int:
@@ -140,20 +190,21 @@ def walk(
     w2: Tensor | None,
     draft_ids: Tensor | None,
     anchors: Tensor,
-    temperatures: Tensor,
+    sampling: Sequence[Sampling],
     uniforms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Drafts [R, γ], target ids, of base logits [R, γ, Vd] under bias w2 [Vd, r] · w1 [V, r], and what they were drawn
-    from [R, γ, Vd]. Temperatures [R]: 0 takes the likeliest. Uniforms [R, γ].
+    from [R, γ, Vd], where they were. Sampling [R]; uniforms [R, γ].
     """
     previous, tokens, drawn_from = anchors.long(), [], []
     for k in range(base.shape[1]):
         scores = base[:, k]
         if w1 is not None and w2 is not None:
             scores = scores + product(w1[previous], w2)
-        index, q = scores.argmax(-1), torch.softmax(scores / temperatures.clamp(min=1e-6).unsqueeze(1), -1)
-        for r, temperature in enumerate(temperatures.tolist()):
-            if temperature > 0:
+        index, q = scores.argmax(-1), torch.zeros(scores.shape, dtype=torch.float64)
+        for r, by in enumerate(sampling):
+            if by.temperature > 0:
+                q[r] = distribution(scores[r], by)
                 index[r] = draw(q[r], float(uniforms[r, k]))
         previous = index if draft_ids is None else draft_ids[index]
         tokens.append(previous)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SHIPPED = {"SmolLM2-135M-Instruct": "smollm2-135m-instruct"}
-"""Target, by the last part of its name up to the first dot → folder here."""
+from dspark_stream.models.names import recognise
 
 
-def shipped_drafter(target_name: str) -> Path | None:
-    """The folder of the drafter shipped for this target; None where there is none."""
-    folder = SHIPPED.get(Path(target_name).name.partition(".")[0])
-    path = Path(__file__).parent / folder if folder else None
+def shipped_drafter(target: str) -> Path | None:
+    """The folder of the drafter shipped for this target, by its name or file; None where there is none."""
+    model = recognise(target)
+    path = Path(__file__).parent / model.drafter if model and model.drafter else None
     return path if path and (path / "config.json").exists() else None

@@ -20,11 +20,13 @@ from dspark_stream.engine.worker import EngineThread
 from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
-from dspark_stream.models.embedded import ensure_embedded_model
+from dspark_stream.models.fetch import model_path
 from dspark_stream.models.geometry import UnsupportedError
 from dspark_stream.models.loading import LoadedTarget, load_target
+from dspark_stream.models.names import MODELS
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.protocols import Drafter
+from dspark_stream.models.recommended import recommended_sampling
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.models.torch.drafter import Drafter as TorchDrafter
 from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, quantise_linears
@@ -42,7 +44,6 @@ log = logging.getLogger(__name__)
 
 CPU_THREADS = torch.get_num_threads()
 """What torch takes for this machine, asked before anybody sets it."""
-EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 KERNEL_KINDS: dict[str, Kind] = {"w8a8": Kind.EIGHT, "w4a8": Kind.FOUR_M}
 """How the CPU's kernels keep weights that come as floats, by the setting's name."""
 
@@ -57,19 +58,19 @@ def build_engine(
     Returns the engine and the tokenizer, None for a model folder without one.
 
     Raises:
-        ModelLoadError: target or drafter cannot be used (`DownloadError` for the embedded model).
+        ModelLoadError: target or drafter cannot be used (`DownloadError`: a named model cannot be had).
         ConfigError: limits that do not fit together.
     """
-    embedded = config.model == "embedded"
-    path = str(ensure_embedded_model(config.cache_dir, progress)) if embedded else config.model
+    path = model_path(config.model, config.cache_dir, progress)
     with progress.stage(f"loading {config.model}"):
         kernels = open_kernels(config, progress)
         kind = KERNEL_KINDS.get(config.target_quant)
         loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels, kind=kind)
     target = loaded.target
+    name = config.model if config.model in MODELS else loaded.name
     drafter, calibration, drafter_folder = _load_drafter(config, loaded, progress)
     if drafter is None and config.drafter != "none":
-        progress.say(f"no drafter is shipped for {loaded.name}: decoding is plain; --drafter names one")
+        progress.say(f"no drafter is shipped for {name}: decoding is plain; --drafter names one")
     # on the kernels little is left to torch, and two pools on the same cores would wait for each other
     torch.set_num_threads(1 if isinstance(target, NativeTarget) else config.threads or CPU_THREADS)
     if isinstance(target, TorchTarget):
@@ -126,7 +127,7 @@ def build_engine(
         models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
     codec = loaded.codec
     info = ModelInfo(
-        model=EMBEDDED_NAME if embedded else loaded.name,
+        model=name,
         drafter=drafter_folder.name if drafter_folder else None,
         gamma=gamma,
         vocab_size=target.vocab_size,
@@ -138,6 +139,7 @@ def build_engine(
         target_quant=config.target_quant,
         draft_quant=config.draft_quant,
         schedule=config.schedule,
+        sampling=recommended_sampling(config.model),
     )
     text = codec.token_bytes if codec else None
     engine = EngineThread(
@@ -244,7 +246,7 @@ def drafter_folder(config: Config) -> Path | None:
     if config.drafter == "none":
         return None
     if config.drafter == "auto":
-        return shipped_drafter(EMBEDDED_NAME if config.model == "embedded" else config.model)
+        return shipped_drafter(config.model)
     name = config.drafter
     path = Path(name).expanduser()
     if path.is_dir():

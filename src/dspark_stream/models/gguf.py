@@ -280,4 +280,19 @@ class _Reader:
             raise ValueError(f"an array of {count}")
         if inner in SCALARS:
             return list(self.unpack(f"{count}{SCALARS[inner]}"))
+        if inner == STRING:
+            return self.strings(count)
         return [self.value(inner) for _ in range(count)]
+
+    def strings(self, count: int) -> list[str]:
+        """So many strings, in one loop: a vocabulary has hundreds of thousands."""
+        data, at, out = self._data, self.at, []
+        size_at = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            end = at + 8 + size_at(data, at)[0] if at + 8 <= len(data) else len(data) + 1
+            if end > len(data):
+                raise ValueError("it ends too early")
+            out.append(data[at + 8 : end].decode("utf-8"))
+            at = end
+        self.at = at
+        return out

@@ -42,6 +42,17 @@ class LoadedTarget:
     fingerprint: str
     """Changes when the weights may have changed; keys what is kept on disk for this model."""
 
+    @property
+    def on_torch(self) -> Target:
+        """The target as torch has it, which training goes through layer by layer.
+
+        Raises:
+            ModelLoadError: it was loaded for the CPU's kernels.
+        """
+        if isinstance(self.target, NativeTarget):
+            raise ModelLoadError(f"{self.name} runs on the CPU kernels; here it has to run on torch", param="model")
+        return self.target
+
 
 def pick_device(device: str) -> torch.device:
     """``auto``: the GPU where torch sees one, else the CPU.

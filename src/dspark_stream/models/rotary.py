@@ -47,13 +47,14 @@ class Rotary(msgspec.Struct, frozen=True, kw_only=True):
         return out / np.array(self.divisors) if self.divisors else out
 
     def _scaled(self, plain: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
+        stretched: npt.NDArray[np.float64] = plain / self.factor
         if self.kind == "linear":
-            return plain / self.factor
+            return stretched
         if self.kind == "llama3":
             waves = self.original * plain / (2 * np.pi)  # of so many periods in the original context
             mix = (waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             mix = np.clip(mix, 0.0, 1.0)  # 0: long waves, stretched; 1: short ones, as they are
-            return (1 - mix) * plain / self.factor + mix * plain
+            return (1 - mix) * stretched + mix * plain
         if self.kind == "yarn":
             low, high = (self._dimension_of(turns, size) for turns in (self.beta_fast, self.beta_slow))
             if self.truncate:
@@ -61,7 +62,7 @@ class Rotary(msgspec.Struct, frozen=True, kw_only=True):
             low, high = max(low, 0.0), min(high, size - 1.0)
             width = high - low if high > low else 1e-3
             ramp: npt.NDArray[np.float64] = np.clip((np.arange(size // 2) - low) / width, 0.0, 1.0)
-            return plain / self.factor * ramp + plain * (1 - ramp)
+            return stretched * ramp + plain * (1 - ramp)
         return plain
 
     def _dimension_of(self, turns: float, size: int) -> float:

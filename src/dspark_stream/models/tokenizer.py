@@ -37,6 +37,8 @@ class TokenBytes:
         added = raw.get_added_tokens_decoder()
         plain = _byte_level if '"ByteLevel"' in state else _sentence_piece if "▁" in state else None
         vocab = raw.get_vocab()
+        self.longest_name = max(map(len, map(str.encode, vocab)), default=1)
+        """Of what tokens are called, in bytes."""
         self._table: list[bytes] = [b""] * (max(vocab.values(), default=-1) + 1)
         for text, token in vocab.items():
             if token in added:
@@ -53,11 +55,6 @@ class TokenBytes:
         return max(map(len, self._table), default=1)
 
 
-def _byte_level(text: str) -> bytes:
-    """GPT-2's way of writing bytes: printable ones as themselves, the others from U+0100 on."""
-    return b"".join(BYTE_OF[c] if c in BYTE_OF else c.encode() for c in text)
-
-
 def _bytes_by_character() -> dict[str, bytes]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -66,6 +63,15 @@ def _bytes_by_character() -> dict[str, bytes]:
 
 
 BYTE_OF = _bytes_by_character()
+_AS_LATIN = {ord(c): b[0] for c, b in BYTE_OF.items()}
+
+
+def _byte_level(text: str) -> bytes:
+    """GPT-2's way of writing bytes: printable ones as themselves, the others from U+0100 on."""
+    try:
+        return text.translate(_AS_LATIN).encode("latin-1")
+    except UnicodeEncodeError:  # something besides, which then stands for itself
+        return b"".join(BYTE_OF.get(c) or c.encode() for c in text)
 
 
 def _sentence_piece(text: str) -> bytes:
@@ -91,8 +97,7 @@ class TextCodec:
         self._template = ChatTemplate(chat_template, special) if chat_template else None
         self.token_bytes = TokenBytes(raw)
         # a special token's own name can be typed as text, too
-        names = max((len(t.encode()) for t in raw.get_vocab()), default=1)
-        self.max_token_bytes = max(names, self.token_bytes.longest())
+        self.max_token_bytes = max(self.token_bytes.longest_name, self.token_bytes.longest())
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text; nothing is added, and special tokens in the text are read as such."""

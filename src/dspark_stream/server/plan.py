@@ -23,7 +23,15 @@ from dspark_stream.server.bodies import (
     convert_item,
     refuse_unsupported,
 )
-from dspark_stream.types import MAX_SEED, GenerationRequest, Mode, ModelInfo, SamplingParams, Verification
+from dspark_stream.types import (
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    GenerationRequest,
+    Mode,
+    ModelInfo,
+    SamplingParams,
+    Verification,
+)
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
@@ -102,6 +110,11 @@ class Planner:
     def __init__(self, info: ModelInfo, served_names: Sequence[str] = ()) -> None:
         self.info = info
         self.names = frozenset((info.model, *served_names))
+        # For each field that a request leaves out, by itself: a temperature of the request's own leaves top-p and top-k
+        # as the model's makers recommend them.
+        self._temperature = 1.0 if info.sampling.temperature is None else info.sampling.temperature
+        self._top_p = 1.0 if info.sampling.top_p is None else info.sampling.top_p
+        self._default_top_k = min(info.sampling.top_k or 0, info.vocab_size)
 
     def response(self, body: ResponseBody) -> Plan:
         """Plan for a ``response.create`` event or a body of ``POST /v1/responses``.
@@ -123,8 +136,8 @@ class Planner:
             instructions=body.instructions,
             previous_response_id=body.previous_response_id,
             max_output_tokens=self._max_tokens(body.max_output_tokens, "max_output_tokens"),
-            temperature=_ranged(body.temperature, "temperature", 0, 2, default=1.0),
-            top_p=_ranged(body.top_p, "top_p", 0, 1, default=1.0, low_open=True),
+            temperature=_ranged(body.temperature, "temperature", 0, MAX_TEMPERATURE, default=self._temperature),
+            top_p=_ranged(body.top_p, "top_p", 0, 1, default=self._top_p, low_open=True),
             top_k=self._top_k(extra.top_k, "dspark.top_k"),
             min_p=_ranged(extra.min_p, "dspark.min_p", 0, 1, default=0.0),
             seed=_seed(extra.seed, "dspark.seed"),
@@ -161,8 +174,8 @@ class Planner:
             input_param="messages",
             limit_param=limit_param,
             max_output_tokens=self._max_tokens(limit, limit_param),
-            temperature=_ranged(body.temperature, "temperature", 0, 2, default=1.0),
-            top_p=_ranged(body.top_p, "top_p", 0, 1, default=1.0, low_open=True),
+            temperature=_ranged(body.temperature, "temperature", 0, MAX_TEMPERATURE, default=self._temperature),
+            top_p=_ranged(body.top_p, "top_p", 0, 1, default=self._top_p, low_open=True),
             top_k=self._top_k(*_either(top_k, "top_k", extra.top_k)),
             min_p=_ranged(*_either(body.min_p, "min_p", extra.min_p), 0, 1, default=0.0),
             seed=_seed(*_either(body.seed, "seed", extra.seed)),
@@ -200,7 +213,7 @@ class Planner:
             raise InvalidRequestError(
                 f"`{param}` must be from 0 (off) to {self.info.vocab_size}, but is {_number(value)}", param=param
             )
-        return value or 0
+        return self._default_top_k if value is None else value
 
     def refuse_oversized(self, messages: Sequence[Message], param: str) -> None:
         """Raise for a prompt that is too long whatever its tokens are; costs no tokenising."""

@@ -215,6 +215,7 @@ class SocketShell:
             drafter=info.drafter,
             gamma=info.gamma,
             schedule=info.schedule,
+            sampling=info.sampling,
             limits=wire.HelloLimits(
                 max_model_len=info.max_model_len,
                 max_num_seqs=info.max_num_seqs,

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from dspark_stream.errors import BusyError, DsparkError, InternalError
 from dspark_stream.server.bodies import Encoding
-from dspark_stream.types import ErrorInfo, Usage
+from dspark_stream.types import ErrorInfo, RecommendedSampling, Usage
 
 JSON_PROTOCOL = "dspark.v1+json"
 MSGPACK_PROTOCOL = "dspark.v1+msgpack"
@@ -271,6 +271,8 @@ class Hello(msgspec.Struct, tag="dspark:hello", tag_field="type", kw_only=True):
     drafter: str | None
     gamma: int
     schedule: str
+    sampling: RecommendedSampling
+    """What is taken where a request says nothing; null: temperature 1, top-p 1, top-k off."""
     limits: HelloLimits
 
 

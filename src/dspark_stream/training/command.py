@@ -42,7 +42,7 @@ def _layers(text: str) -> tuple[int, ...]:
 DATA: list[Option] = [
     (
         "target",
-        'model to draft for: "embedded", a folder, a .gguf file or a hub name',
+        "model to draft for: a name (dspark-stream models lists them), a folder, a .gguf file or a hub name",
         {"metavar": "MODEL", "flags": ("--target", "--model")},
     ),
     (

@@ -40,7 +40,7 @@ from dspark_stream.files import write_whole
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.drafter_config import DrafterConfig
-from dspark_stream.models.embedded import ensure_embedded_model
+from dspark_stream.models.fetch import model_path
 from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
 from dspark_stream.progress import SILENT, Progress
@@ -71,9 +71,7 @@ def run_stages(plan: TrainPlan, folder: Path, out: Path, progress: Progress) -> 
     if is_finished(plan, folder, out):
         progress.say(f"nothing is left to do: the drafter is in {out}")
         return True
-    target_name = plan.target
-    if target_name == "embedded":
-        target_name = str(ensure_embedded_model(default_cache_dir(), progress))
+    target_name = model_path(plan.target, default_cache_dir(), progress)
     trained = training_stage(
         plan, target_name, answers_stage(plan, target_name, folder, progress), folder, out, progress
     )
@@ -256,7 +254,7 @@ def training_stage(
 
 def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) -> Drafter:
     """A drafter that starts from the target, or another drafter; float32, on its device. Sets the target's taps."""
-    target = loaded.target
+    target = loaded.on_torch
     if plan.init is not None:
         drafter = load_drafter(Path(plan.init), target).to(torch.float32)
         return deepened(drafter, plan.add_layers).train().requires_grad_(True)
@@ -294,7 +292,7 @@ def new_drafter(plan: TrainPlan, loaded: LoadedTarget, answers: list[Answer]) ->
 
 def new_trainer(plan: TrainPlan, loaded: LoadedTarget, split: Split, folder: Path, progress: Progress) -> Trainer:
     """Drafter, features and the state that an earlier run left in ``folder``, if one did."""
-    target = loaded.target
+    target = loaded.on_torch
     drafter = new_drafter(plan, loaded, split.train)
     if can_pack(target.device, target.dtype):
         pack_linears(target.decoder)  # the LM head stays plain: its rows are the drafter's

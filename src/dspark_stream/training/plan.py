@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dspark_stream.config import DEFAULT_MODEL
 from dspark_stream.errors import ConfigError
 from dspark_stream.files import write_whole
 from dspark_stream.types import MAX_SEED
@@ -36,7 +37,7 @@ would add its full share after the smallest step."""
 class TrainPlan:
     """Settings of `dspark-stream train`; the options' help says what each is."""
 
-    target: str = "embedded"
+    target: str = DEFAULT_MODEL
     prompts: tuple[str, ...] = ()
     answers: str | None = None
     licences: tuple[str, ...] = ()

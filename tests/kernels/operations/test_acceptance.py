@@ -7,11 +7,11 @@ import torch
 
 from dspark_kernels.acceptance import reference
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Drafts
+from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.models.torch.target import TargetOutput
 from dspark_stream.spec.accept import accept as engine_accept
 from dspark_stream.spec.draft import Block
 from dspark_stream.spec.noise import RoundUniforms
-from dspark_stream.models.torch.distributions import Dense
 from kernel_cases import GAMMA, Case, make, sampling_of
 
 

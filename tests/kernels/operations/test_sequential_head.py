@@ -1,4 +1,4 @@
-"""The walk over candidates: the reference against the engine's (spec/draft.py), the kernel against the reference."""
+"""The walk over candidates: the reference against the engine's (models/torch/walk.py), the kernel against it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dspark_kernels.sequential_head.reference import prepare
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Sampling
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.spec.calibration import Calibration, logit
-from dspark_stream.spec.draft import walk as engine_walk
+from dspark_stream.spec.draft import draft
 from dspark_stream.spec.survival import AcceptanceHistory
 from kernel_cases import HEADS, Case, prepared_on, random_case, sampling_of, sampling_on, weights_on
 from tiny import tiny_drafter, tiny_target
@@ -32,7 +32,8 @@ def test_with_every_token_a_candidate_it_is_the_engines_walk(load, device, head,
     views = case.views()
     for view, token in zip(views, anchor.tolist(), strict=True):
         view.anchor = token
-    blocks = engine_walk(drafter, hidden, views, Calibration(), AcceptanceHistory(drafter.gamma))
+    drafter.draft_hidden = lambda *_: hidden
+    blocks = draft(drafter, drafter.make_store(16), views, Calibration(), AcceptanceHistory(drafter.gamma))
 
     weights = head_weights(drafter)
     prepared = prepare(drafter.base_logits(hidden), hidden, weights, drafter.draft_vocab_size)

@@ -8,9 +8,9 @@ import torch
 from dspark_kernels import acceptance, admission, ragged_attention, sequential_head, weight_only
 from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.state import RoundState, Seat
+from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.quant import quantise_linears
 from dspark_stream.models.torch.target import Target
-from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.types import SamplingParams
 from tiny import tiny_drafter, tiny_models, tiny_target
 

@@ -81,11 +81,11 @@ float dot(const float* a, const float* b, int size) {  // size: a multiple of 16
     return sum_of(sum);
 }
 
-// Quants of x [count] by w = d·q + m, and what they lose: the sum of squares.
-float round_some(const float* x, int count, float scale, float least, float most, uint8_t* q) {
+// Quants of x by w = d·q + m, and what they lose: the sum of squares.
+float round_group(const float* x, float scale, float least, float most, uint8_t* q) {
     const float up = scale != 0.0f ? 1.0f / scale : 0.0f;
     float lost = 0.0f;
-    for (int k = 0; k < count; k++) {
+    for (int k = 0; k < GROUP; k++) {
         const float n = std::min(most, std::max(0.0f, std::nearbyint((x[k] - least) * up)));
         const float off = scale * n + least - x[k];
         lost += off * off;
@@ -94,24 +94,24 @@ float round_some(const float* x, int count, float scale, float least, float most
     return lost;
 }
 
-// Floats [count] to quants around zero. Of 8 bits so that the largest fits; of fewer the scale that loses least.
-uint16_t quantise_around_zero(const float* x, int count, Kind kind, uint8_t* best) {
+// Floats to quants around zero. Of 8 bits so that the largest fits; of fewer the scale that loses least.
+uint16_t quantise_around_zero(const float* x, Kind kind, uint8_t* best) {
     const float middle = middle_of(kind);
-    const float most = std::max(-*std::min_element(x, x + count), *std::max_element(x, x + count));
+    const float most = std::max(-*std::min_element(x, x + GROUP), *std::max_element(x, x + GROUP));
     uint8_t q[GROUP];
     float least = INFINITY;
     uint16_t best_d = 0;
-    std::fill_n(best, count, static_cast<uint8_t>(middle));
+    std::fill_n(best, GROUP, static_cast<uint8_t>(middle));
     const auto attempt = [&](float d) {
         const uint16_t half = half_of(d);
-        const float scale = float_of(half), lost = round_some(x, count, scale, -middle * scale, 2 * middle - 1, q);
+        const float scale = float_of(half), lost = round_group(x, scale, -middle * scale, 2 * middle - 1, q);
         if (!(lost < least)) return;
         least = lost, best_d = half;
-        std::copy_n(q, count, best);
+        std::copy_n(q, GROUP, best);
     };
     if (kind == EIGHT) return attempt(most / 127.0f), best_d;
-    const float at_most = *std::max_element(x, x + count) == most ? -most : most;  // the longer end takes the largest
-    for (int i = -6; i <= 6; i++) attempt(at_most / (-middle + 0.1f * static_cast<float>(i)));
+    const float furthest = *std::max_element(x, x + GROUP) == most ? most : -most;  // goes to the longer end, quant 0
+    for (int i = -6; i <= 6; i++) attempt(furthest / (-middle + 0.1f * static_cast<float>(i)));
     return best_d;
 }
 
@@ -126,7 +126,7 @@ void quantise_between(const float* x, Kind kind, Quants& to) {
     std::fill_n(to.q, GROUP, uint8_t{0});
     const auto attempt = [&](float d, float m) {
         const uint16_t half_d = half_of(d), half_m = half_of(m);
-        const float lost = round_some(x, GROUP, float_of(half_d), float_of(half_m), most, q);
+        const float lost = round_group(x, float_of(half_d), float_of(half_m), most, q);
         if (!(lost < least)) return;
         least = lost, to.d = half_d, to.m = half_m;
         std::copy_n(q, GROUP, to.q);
@@ -148,10 +148,10 @@ void quantise_between(const float* x, Kind kind, Quants& to) {
 
 Quants quantise_group(Kind kind, const float* x) {
     Quants to{};
-    if (has_m(kind)) return quantise_between(x, kind, to), to;
-    const int part = kind == SIX ? GROUP / 2 : GROUP;
-    to.d = quantise_around_zero(x, part, kind, to.q);
-    if (kind == SIX) to.second = quantise_around_zero(x + part, part, kind, to.q + part);
+    if (has_m(kind))
+        quantise_between(x, kind, to);
+    else
+        to.d = quantise_around_zero(x, kind, to.q);
     return to;
 }
 
@@ -433,7 +433,8 @@ bool dspark_pack(Context* context, Matrix* to, const int32_t* rows, const void* 
                                 return;
                             }
                             std::memcpy(own.q, group.q, GROUP);
-                            own.d = half_of(group.d), own.m = half_of(group.m), own.second = half_of(group.second);
+                            std::memcpy(own.in_block, group.in_block, 2);
+                            own.d = half_of(group.d), own.m = half_of(group.m);
                         });
                     }
                     for (int i = 0; i < layout.groups; i++) to->put(t, g + i, block[i]);

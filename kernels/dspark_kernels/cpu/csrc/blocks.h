@@ -1,5 +1,5 @@
-// GGUF's blocks (format facts: ggml's block_q4_0 … block_q6_K) as groups of 32 weights d·q + m with q unsigned; of Q6_K d
-// is of the first half, `second` of the other.
+// GGUF's blocks (format facts: ggml's block_q4_0 … block_q6_K) as groups of 32 weights d·q + m with q unsigned. Of Q4_K and
+// Q6_K d and m are the block's, and the group's own in them are bytes: see matrix.h.
 #pragma once
 
 #include "simd.h"
@@ -28,7 +28,8 @@ inline Layout layout_of(int type) {
 struct Group {
     bool exact = true;  // quants; else 32 floats
     uint8_t q[GROUP];
-    float d = 0.0f, m = 0.0f, second = 0.0f;
+    float d = 0.0f, m = 0.0f;
+    uint8_t in_block[2] = {};
     float x[GROUP];
 };
 
@@ -85,8 +86,12 @@ void read_block(const uint8_t* block, int type, Use use) {
             for (int i = 0; i < 8; i++) {
                 int scale, minimum;
                 k_scales(scales, i, &scale, &minimum);
-                g.d = d * static_cast<float>(scale);
-                g.m = -least * static_cast<float>(minimum);
+                if (type == Q4_K) {
+                    g.d = d, g.m = least;
+                    g.in_block[0] = static_cast<uint8_t>(scale), g.in_block[1] = static_cast<uint8_t>(minimum);
+                } else {
+                    g.d = d * static_cast<float>(scale), g.m = -least * static_cast<float>(minimum);
+                }
                 for (int k = 0; k < GROUP; k++) {
                     g.q[k] = static_cast<uint8_t>(q[i / 2 * GROUP + k] >> (i % 2 * 4) & 15);
                     if (type == Q5_K) g.q[k] = static_cast<uint8_t>(g.q[k] | (fifth[k] >> i & 1) << 4);
@@ -96,13 +101,12 @@ void read_block(const uint8_t* block, int type, Use use) {
             return;
         }
         case Q6_K: {  // 16 weights to a scale
-            const float d = half_at(block + 208);
-            const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192);
+            g.d = half_at(block + 208);
             for (int i = 0; i < 8; i++) {
                 const uint8_t *low = block + i / 4 * 64 + i % 2 * GROUP, *high = block + 128 + i / 4 * GROUP;
                 for (int k = 0; k < GROUP; k++)
                     g.q[k] = static_cast<uint8_t>((low[k] >> (i % 4 / 2 * 4) & 15) | (high[k] >> (i % 4 * 2) & 3) << 4);
-                g.d = d * static_cast<float>(scales[2 * i]), g.second = d * static_cast<float>(scales[2 * i + 1]);
+                std::memcpy(g.in_block, block + 192 + 2 * i, 2);
                 use(i, g);
             }
             return;

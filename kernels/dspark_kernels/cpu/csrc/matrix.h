@@ -1,16 +1,18 @@
 // Weight matrices as the kernels want them, and their product with quantised activations.
 //
 // w[n][k] = d·q + m with q unsigned, d and m shared by GROUP inputs of one output channel; of six bits d is shared by half
-// a group. Where quants lie around zero m is -d·2^(bits-1) and takes no memory. GGUF's blocks keep their quants; of the K
-// types d and m, there products of two numbers, are rounded to half precision.
+// a group. Where quants lie around zero m is -d·2^(bits-1) and takes no memory. GGUF's blocks keep their values to the bit,
+// but for Q5_K, whose d and m are rounded to half precision.
 //
 // Layout: tiles of 16 output channels; in a tile, group after group:
 //   nibbles: 4 x 64 bytes, chunk c with inputs 8c…8c+3 in the low ones and 8c+4…8c+7 in the high ones  (channel-major fours)
 //   fifth bits: 64 bytes, of inputs 4c…4c+3 the bits c;  fifth and sixth: 2 x 64 bytes, of inputs 16h+4c…16h+4c+3 the bits
 //     2c and 2c+1 of the h-th
 //   bytes: 8 x 64 bytes instead of all these, chunk c with inputs 4c…4c+3
-//   then 16 half-precision d, and where there are others 16 half-precision m, or d of the second half
-// so one product reads memory once, front to back. Source bytes are never kept beside it.
+//   then 16 half-precision d, and where there are others 16 half-precision m
+// GGUF's K blocks of 4 and 6 bits go as blocks of eight groups, which begin with 16 half-precision D (and M); a group ends
+// with 16 bytes, its d in D (signed of six bits, of either half), and 16 more, its -m in M.
+// So one product reads memory once, front to back. Source bytes are never kept beside it.
 #pragma once
 
 #include <algorithm>
@@ -32,14 +34,18 @@ namespace dspark {
 
 constexpr int ROWS = 16;          // activations that one reading of the weights serves
 
-// How weights are kept: the bits of a quant, and whether m has values of its own. Numbers are known to library.py.
-enum Kind : int { FOUR = 0, FOUR_M = 1, FIVE = 2, FIVE_M = 3, SIX = 4, EIGHT = 5 };
-constexpr int KINDS = 6;
-constexpr int bits_of(Kind kind) { return kind == EIGHT ? 8 : kind == SIX ? 6 : kind <= FOUR_M ? 4 : 5; }
-constexpr bool has_m(Kind kind) { return kind == FOUR_M || kind == FIVE_M; }
+// How weights are kept: the bits of a quant, _M with an m of its own, _K as GGUF's blocks with scales of scales (of six bits
+// there is no other). Numbers are known to library.py.
+enum Kind : int { FOUR = 0, FOUR_M = 1, FOUR_K = 2, FIVE = 3, FIVE_M = 4, SIX_K = 5, EIGHT = 6 };
+constexpr int bits_of(Kind kind) { return kind == EIGHT ? 8 : kind == SIX_K ? 6 : kind >= FIVE ? 5 : 4; }
+constexpr bool has_m(Kind kind) { return kind == FOUR_M || kind == FIVE_M || kind == FOUR_K; }
+constexpr bool in_blocks(Kind kind) { return kind == FOUR_K || kind == SIX_K; }
 constexpr float middle_of(Kind kind) { return static_cast<float>(1 << (bits_of(kind) - 1)); }
-constexpr size_t scale_bytes(Kind kind) { return (has_m(kind) || kind == SIX ? 4 : 2) * size_t{16}; }
+constexpr int block_groups(Kind kind) { return in_blocks(kind) ? 8 : 1; }
+constexpr size_t head_bytes(Kind kind) { return !in_blocks(kind) ? 0 : kind == FOUR_K ? 64 : 32; }  // of a block
+constexpr size_t scale_bytes(Kind kind) { return kind == FOUR_M || kind == FIVE_M ? 64 : 32; }      // of a group
 constexpr size_t group_bytes_of(Kind kind) { return static_cast<size_t>(bits_of(kind)) * 16 * 32 / 8 + scale_bytes(kind); }
+constexpr size_t block_bytes(Kind kind) { return head_bytes(kind) + block_groups(kind) * group_bytes_of(kind); }
 
 // use(std::integral_constant<Kind, kind>()) for a kind that is known when it runs.
 template <typename Use>
@@ -47,9 +53,10 @@ inline auto with_kind(Kind kind, Use use) {
     switch (kind) {
         case FOUR: return use(std::integral_constant<Kind, FOUR>());
         case FOUR_M: return use(std::integral_constant<Kind, FOUR_M>());
+        case FOUR_K: return use(std::integral_constant<Kind, FOUR_K>());
         case FIVE: return use(std::integral_constant<Kind, FIVE>());
         case FIVE_M: return use(std::integral_constant<Kind, FIVE_M>());
-        case SIX: return use(std::integral_constant<Kind, SIX>());
+        case SIX_K: return use(std::integral_constant<Kind, SIX_K>());
         default: return use(std::integral_constant<Kind, EIGHT>());
     }
 }
@@ -125,10 +132,11 @@ struct Weights {
     }
 };
 
-// 32 quants of one channel: low nibbles and what lies above them, d and m, and d of the second half.
+// 32 quants of one channel and their scales: d and m, or those of the block and this group's in them.
 struct Quants {
     uint8_t q[GROUP];
-    uint16_t d, m, second;
+    uint16_t d, m;
+    uint8_t in_block[2];
 };
 
 struct Matrix {
@@ -138,23 +146,22 @@ struct Matrix {
 
     int groups() const { return inputs / GROUP; }
     int tiles() const { return (outputs + LANES - 1) / LANES; }
-    size_t group_bytes() const { return group_bytes_of(kind); }
-    size_t tile_bytes() const { return group_bytes() * groups(); }
+    size_t tile_bytes() const { return block_bytes(kind) * (groups() / block_groups(kind)); }
     size_t bytes() const { return tile_bytes() * tiles(); }
     const uint8_t* tile(int t) const { return data.at + tile_bytes() * t; }
 
     Matrix() = default;
     Matrix(int outputs, int inputs, Kind kind) : outputs(outputs), inputs(inputs), kind(kind), data(bytes()) {}
 
-    // A group of a tile's 16 channels: 32 unsigned quants each and their half-precision scales.
+    // A group of a tile's 16 channels.
     void put(int t, int group, const Quants* of) {
         with_kind(kind, [&](auto known) { put_as<known.value>(t, group, of); });
     }
 
     template <Kind KIND>
     void put_as(int t, int group, const Quants* of) {
-        uint8_t* const at = data.at + tile_bytes() * t + group_bytes() * group;
-        std::memset(at, 0, group_bytes());
+        uint8_t* const at = data.at + place_of(t, group);
+        std::memset(at, 0, group_bytes_of(KIND));
         for (int lane = 0; lane < LANES; lane++) {
             const uint8_t* const q = of[lane].q;
             uint8_t* const to = at + lane * 4;
@@ -175,33 +182,43 @@ struct Matrix {
                 }
             }
         }
-        uint16_t* const scales = reinterpret_cast<uint16_t*>(at + group_bytes() - scale_bytes(KIND));
+        uint8_t* const scales = at + group_bytes_of(KIND) - scale_bytes(KIND);
+        uint16_t* halves = reinterpret_cast<uint16_t*>(scales);
+        if constexpr (in_blocks(KIND)) {
+            for (int lane = 0; lane < LANES; lane++)
+                for (int i : {0, 1}) scales[i * LANES + lane] = of[lane].in_block[i];
+            if (group % block_groups(KIND)) return;
+            halves = reinterpret_cast<uint16_t*>(at - head_bytes(KIND));
+        }
         for (int lane = 0; lane < LANES; lane++) {
-            scales[lane] = of[lane].d;
-            if constexpr (has_m(KIND)) scales[LANES + lane] = of[lane].m;
-            if constexpr (KIND == SIX) scales[LANES + lane] = of[lane].second;
+            halves[lane] = of[lane].d;
+            if constexpr (has_m(KIND)) halves[LANES + lane] = of[lane].m;
         }
     }
 
     Quants get(int channel, int group) const {
-        const uint8_t* at = tile(channel / LANES) + group_bytes() * group;
+        const uint8_t* const at = data.at + place_of(channel / LANES, group);
         const int lane = channel % LANES;
         Quants out{};
         for (int k = 0; k < GROUP; k++) {
-            const Place place = place_of(k, lane);
+            const int c = k / 4, byte = lane * 4 + k % 4;
             if (kind == EIGHT) {
-                out.q[k] = at[k / 4 * 64 + place.byte];
+                out.q[k] = at[c * 64 + byte];
                 continue;
             }
-            int q = at[k / 8 * 64 + place.byte] >> place.nibble & 15;
-            if (bits_of(kind) == 5) q |= (at[256 + place.byte] >> (k / 4) & 1) << 4;
-            if (bits_of(kind) == 6) q |= (at[256 + k / 16 * 64 + place.byte] >> (k % 16 / 4 * 2) & 3) << 4;
+            int q = at[c / 2 * 64 + byte] >> (c % 2 * 4) & 15;
+            if (bits_of(kind) == 5) q |= (at[256 + byte] >> c & 1) << 4;
+            if (bits_of(kind) == 6) q |= (at[256 + c / 4 * 64 + byte] >> (c % 4 * 2) & 3) << 4;
             out.q[k] = static_cast<uint8_t>(q);
         }
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(at + group_bytes() - scale_bytes(kind));
-        out.d = scales[lane];
-        if (has_m(kind)) out.m = scales[LANES + lane];
-        if (kind == SIX) out.second = scales[LANES + lane];
+        const uint8_t* const scales = at + group_bytes_of(kind) - scale_bytes(kind);
+        const uint16_t* halves = reinterpret_cast<const uint16_t*>(scales);
+        if (in_blocks(kind)) {
+            for (int i : {0, 1}) out.in_block[i] = scales[i * LANES + lane];
+            halves = reinterpret_cast<const uint16_t*>(data.at + place_of(channel / LANES, group / 8 * 8) - head_bytes(kind));
+        }
+        out.d = halves[lane];
+        if (has_m(kind)) out.m = halves[LANES + lane];
         return out;
     }
 
@@ -209,21 +226,22 @@ struct Matrix {
     void row(int channel, float* out) const {
         for (int g = 0; g < groups(); g++, out += GROUP) {
             const Quants from = get(channel, g);
-            const uint16_t halves[LANES] = {from.d, from.m, from.second};
-            alignas(64) float scales[LANES];
-            Floats::load_half(halves).store(scales);
+            float d[2] = {float_of(from.d), float_of(from.d)}, m = has_m(kind) ? float_of(from.m) : 0.0f;
+            if (kind == FOUR_K) d[0] = d[1] = d[0] * from.in_block[0], m *= -static_cast<float>(from.in_block[1]);
+            if (kind == SIX_K)
+                for (int i : {0, 1}) d[i] *= static_cast<int8_t>(from.in_block[i]);
             for (int k = 0; k < GROUP; k++) {
-                const float d = kind == SIX && k >= GROUP / 2 ? scales[2] : scales[0];
-                out[k] = d * static_cast<float>(from.q[k]) + (has_m(kind) ? scales[1] : -middle_of(kind) * d);
+                const float own = d[k / (GROUP / 2)];
+                out[k] = own * static_cast<float>(from.q[k]) + (has_m(kind) ? m : -middle_of(kind) * own);
             }
         }
     }
 
    private:
-    struct Place {
-        int byte, nibble;  // among 64 of a chunk, and how far up
-    };
-    static Place place_of(int k, int lane) { return {lane * 4 + k % 4, k % 8 / 4 * 4}; }
+    size_t place_of(int t, int group) const {
+        const int block = block_groups(kind);
+        return tile_bytes() * t + block_bytes(kind) * (group / block) + head_bytes(kind) + group_bytes_of(kind) * (group % block);
+    }
 };
 
 // Activations: signed bytes with a scale for each GROUP of a row, and each group's sum and its halves', for the weights' m.
@@ -295,17 +313,39 @@ struct Quantised {
     void put_one(std::pair<int, int> at, const float* x) { put(at.first, at.second, x); }
 };
 
+// What 16 channels' groups of a block have in common.
+template <Kind KIND>
+struct Head {
+    Floats d = Floats::zero(), m = Floats::zero();
+
+    // Where a block begins: reads its head and steps over it.
+    void see(const uint8_t*& at, int group) {
+        if constexpr (in_blocks(KIND)) {
+            if (group % block_groups(KIND)) return;
+            const uint16_t* const halves = reinterpret_cast<const uint16_t*>(at);
+            d = Floats::load_half(halves);
+            if constexpr (has_m(KIND)) m = Floats::zero() - Floats::load_half(halves + LANES);
+            at += head_bytes(KIND);
+        }
+    }
+};
+
 // A group's scales of 16 channels: d and m, of six bits those of both halves.
 template <Kind KIND>
 struct Scales {
-    static constexpr int PARTS = KIND == SIX ? 2 : 1;
+    static constexpr int PARTS = KIND == SIX_K ? 2 : 1;
     Floats d[PARTS], m[PARTS];
 
-    explicit Scales(const uint8_t* group) {
-        const uint16_t* at = reinterpret_cast<const uint16_t*>(group + group_bytes_of(KIND) - scale_bytes(KIND));
+    Scales(const uint8_t* group, const Head<KIND>& head) {
+        const uint8_t* const at = group + group_bytes_of(KIND) - scale_bytes(KIND);
+        const uint16_t* const halves = reinterpret_cast<const uint16_t*>(at);
         for (int i = 0; i < PARTS; i++) {
-            d[i] = Floats::load_half(at + i * LANES);
-            m[i] = has_m(KIND) ? Floats::load_half(at + LANES) : d[i] * Floats::all(-middle_of(KIND));
+            if constexpr (KIND == FOUR_K) {
+                d[i] = head.d * Floats::load_bytes(at), m[i] = head.m * Floats::load_bytes(at + LANES);
+            } else {
+                d[i] = KIND == SIX_K ? head.d * Floats::load_signed(at + i * LANES) : Floats::load_half(halves);
+                m[i] = has_m(KIND) ? Floats::load_half(halves + LANES) : d[i] * Floats::all(-middle_of(KIND));
+            }
         }
     }
     // Integer dot products of a part onto the total of one row. Every path does these in this order, so they agree to the
@@ -346,12 +386,12 @@ DSPARK_UNROLL(4)
 
 // One group of a tile times R rows of x from `first` on, onto out[first…]. Of four rows, sums are half of all registers.
 template <Kind KIND, int R>
-DSPARK_INLINE void add_rows(const uint8_t* at, const Quantised::Group& x, int first, Floats* out) {
+DSPARK_INLINE void add_rows(const uint8_t* at, const Head<KIND>& head, const Quantised::Group& x, int first, Floats* out) {
     constexpr int PARTS = Scales<KIND>::PARTS;
     Ints dots[PARTS][R];
     for (int part = 0; part < PARTS; part++)
         dots_of<KIND, R, 8 / PARTS>(at, x.q + first, part * 8 / PARTS, dots[part]);
-    const Scales<KIND> scales(at);
+    const Scales<KIND> scales(at, head);
 DSPARK_UNROLL(4)
     for (int r = 0; r < R; r++)
         for (int part = 0; part < PARTS; part++)
@@ -363,14 +403,16 @@ template <Kind KIND>
 DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::Group* x, int rows, Floats* out) {
     constexpr size_t step = group_bytes_of(KIND);
     for (int r = 0; r < rows; r++) out[r] = Floats::zero();
+    Head<KIND> head;
     for (int g = 0; g < groups; g++, at += step, x++) {
         prefetch<step>(at, PREFETCH);
+        head.see(at, g);
         int r = 0;
-        for (; r + 4 <= rows; r += 4) add_rows<KIND, 4>(at, *x, r, out);
+        for (; r + 4 <= rows; r += 4) add_rows<KIND, 4>(at, head, *x, r, out);
         switch (rows - r) {
-            case 1: add_rows<KIND, 1>(at, *x, r, out); break;
-            case 2: add_rows<KIND, 2>(at, *x, r, out); break;
-            case 3: add_rows<KIND, 3>(at, *x, r, out); break;
+            case 1: add_rows<KIND, 1>(at, head, *x, r, out); break;
+            case 2: add_rows<KIND, 2>(at, head, *x, r, out); break;
+            case 3: add_rows<KIND, 3>(at, head, *x, r, out); break;
         }
     }
 }
@@ -427,11 +469,13 @@ DSPARK_APART void tile_product(const uint8_t* at, int groups, const Quantised::G
     Floats total[M];
 DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) total[r] = Floats::zero();
+    Head<KIND> head;
     for (int g = 0; g < groups; g++, at += step, x++) {
         prefetch<step>(at, PREFETCH);
+        head.see(at, g);
         Bytes chunk[8];
         unpack<KIND>(at, chunk);
-        const Scales<KIND> scales(at);
+        const Scales<KIND> scales(at, head);
 DSPARK_UNROLL(16)
         for (int first = 0; first < M; first += SOME) {
             Ints dots[PARTS][SOME];
@@ -463,13 +507,19 @@ DSPARK_APART void tile_product_amx(const uint8_t* at, int groups, const Quantise
     Floats total[M];
 DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) total[r] = Floats::zero();
+    Head<KIND> heads[RING];
+    const uint8_t* places[RING];
     for (int i = 0; i < groups + ADDED; i++) {
         if (i < groups) {
             prefetch<step>(at, PREFETCH);
+            heads[i % RING] = heads[(i + RING - 1) % RING];
+            heads[i % RING].see(at, i);
+            places[i % RING] = at;
             Bytes chunk[8];
             unpack<KIND>(at, chunk);
 DSPARK_UNROLL(8)
             for (int c = 0; c < 8; c++) chunk[c].store(weights[i % RING] + 64 * c);
+            at += step;
         }
         const int j = i - LOADED;
         if (j >= 0 && j < groups) {
@@ -480,12 +530,11 @@ DSPARK_UNROLL(8)
         }
         const int k = i - ADDED;
         if (k >= 0) {
-            const Scales<KIND> scales(at - ADDED * step);
+            const Scales<KIND> scales(places[k % RING], heads[k % RING]);
 DSPARK_UNROLL(16)
             for (int r = 0; r < M; r++)
                 total[r] = scales.add(Ints{_mm512_load_si512(dots[k % RING][r])}, 0, x[k], r, total[r]);
         }
-        at += step;
     }
 DSPARK_UNROLL(16)
     for (int r = 0; r < M; r++) out[r] = total[r];
@@ -495,7 +544,7 @@ DSPARK_UNROLL(16)
 template <Kind KIND, int M>
 inline void tile_of(const uint8_t* at, int groups, const Quantised::Group* x, Floats* out) {
 #if defined(DSPARK_AMX)
-    if constexpr (M >= AMX_ROWS && KIND != SIX)  // an instruction sums over the whole group
+    if constexpr (M >= AMX_ROWS && KIND != SIX_K)  // an instruction sums over the whole group
         return tile_product_amx<KIND, M>(at, groups, x, out);
     else
 #endif

@@ -68,6 +68,12 @@ struct Floats {
     static Floats load_half(const uint16_t* p) {
         return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
     }
+    static Floats load_bytes(const uint8_t* p) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+    }
+    static Floats load_signed(const uint8_t* p) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+    }
     static Floats from(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     void store_half(uint16_t* p) const {
@@ -281,6 +287,16 @@ struct Floats {
         const __m128i* q = reinterpret_cast<const __m128i*>(p);
         return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
     }
+    static Floats load_bytes(const uint8_t* p) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+    }
+    static Floats load_signed(const uint8_t* p) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+    }
     static Floats from(Ints x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
     void store(float* p) const {
         _mm256_storeu_ps(p, lo);
@@ -457,6 +473,12 @@ struct Floats {
     }
     static Floats load_half(const uint16_t* p) {
         return make([=](int i) { return half_to_float(p[i]); });
+    }
+    static Floats load_bytes(const uint8_t* p) {
+        return make([=](int i) { return static_cast<float>(p[i]); });
+    }
+    static Floats load_signed(const uint8_t* p) {
+        return make([=](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
     }
     static Floats from(Ints x) {
         return make([&](int i) { return static_cast<float>(x.v[i]); });

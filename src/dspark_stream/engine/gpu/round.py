@@ -102,14 +102,15 @@ def _draft(models: RoundModels, state: RoundState, seats: int, here: Tensor) -> 
     ids = torch.where(k == 0, anchor.unsqueeze(1), drafter.config.mask_token_id).long()  # [R, γ]
     positions = torch.where(here.unsqueeze(1), start.unsqueeze(1) + k, 0)
     slots = torch.where(here.unsqueeze(1), state.slot[:seats].unsqueeze(1) + positions, -1)
-    seen = start.clamp(max=drafter.context_window) if drafter.context_window else start
+    window = drafter.context_window or models.longest
+    seen = start.clamp(max=window)  # a block's segment begins where its window does
     table = SegmentTable(
         torch.arange(0, seats * gamma, gamma, dtype=torch.int32, device=device),
         here.int() * gamma,
         (state.slot[:seats] + start - seen).int(),
         seen.int(),
         gamma,
-        models.longest,
+        min(models.longest, window + gamma),
     )
     attend = TableAttend(store, slots.flatten(), table, causal=False)
     hidden = drafter.block_hidden(ids.flatten(), positions.flatten(), attend).view(seats, gamma, -1)

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from dspark_kernels.admission import BUDGET, EARLY_STOP, FIXED, THRESHOLD
-from dspark_kernels.sequential_head import HeadWeights
 from dspark_stream.engine.gpu.graphs import Round, RoundLadder, Size
 from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.sizing import Sizing
 from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
+from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.head_weights import head_weights
+from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import logit
 from dspark_stream.spec.draft import acceptance_of
@@ -81,6 +82,29 @@ def check_rotary(target: Target) -> None:
             )
 
 
+def _on_torch(models: Models, candidates: int, longest: int) -> RoundModels:
+    """What rounds are captured of.
+
+    Raises:
+        ConfigError: models that cannot be captured.
+    """
+    target, drafter = models.target, models.drafter
+    stores = (models.target_kv, models.drafter_kv)
+    if (
+        not isinstance(target, Target)
+        or not isinstance(drafter, Drafter | None)
+        or not isinstance(stores[0], KVStore)
+        or not isinstance(stores[1], KVStore | None)
+    ):
+        raise ConfigError(
+            "cuda_graphs: rounds of models on the CPU kernels cannot be captured: --cuda-graphs off",
+            param="cuda_graphs",
+        )
+    check_rotary(target)
+    head = head_weights(drafter) if drafter is not None else None
+    return RoundModels(target, stores[0], drafter, stores[1], head, candidates, longest)
+
+
 class _Flight(NamedTuple):
     """A round that was started and not yet read."""
 
@@ -123,14 +147,10 @@ class GraphRounds:
                 "--cuda-graphs off",
                 param="max_num_seqs",
             )
-        check_rotary(models.target)
         self._models = models
         gamma = models.gamma
         device = models.target.device
-        head: HeadWeights | None = head_weights(models.drafter) if models.drafter else None
-        parts = RoundModels(
-            models.target, models.target_kv, models.drafter, models.drafter_kv, head, candidates, longest
-        )
+        parts = _on_torch(models, candidates, longest)
         self.state = RoundState(seats, gamma, seats * (gamma + 1), device)
         self.ladder = RoundLadder(parts, self.state, replace=replace)
         self.sizing = Sizing(self.ladder, models, models.history)
@@ -211,7 +231,7 @@ class GraphRounds:
         size = self.sizing.choose(self._seated, slowest_ms)
         self._models.skipping.probes = self.sizing.probes
         drafter = self._models.drafter
-        if size.drafting and drafter is not None and drafter.confidence_head is None:
+        if size.drafting and drafter is not None and not drafter.has_confidence:
             self.state.history.copy_(torch.tensor([logit(c) for c in self._models.history.confidence()]))
         begun = time.perf_counter()
         self.ladder.run(size)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,9 +86,16 @@ class NativeDrafter:
         ids = None if draft_ids is None else draft_ids.numpy().astype(np.int32)
         self._head = target.head if ids is None else target.head.take(ids)
         w2 = self._packed_w2(context, tensors)
-        self._walk = self._one_call(tensors, w2, ids)
-        self._heads = self._slot_by_slot(tensors, w2)
+        w1 = None if w2 is None else as_floats(tensors["markov_head.markov_w1.weight"]).half().contiguous()
+        self._walk = self._one_call(tensors, w1, w2, ids)
+        self._heads = self._slot_by_slot(tensors, w1, w2)
         self._logit_room = Room()
+
+    def seeing(self, window: int) -> NativeDrafter:
+        """The same drafter with another context window; weights are shared."""
+        other = copy(self)
+        other.config, other.context_window = replace(self.config, context_window=window), window
+        return other
 
     @property
     def has_confidence(self) -> bool:
@@ -111,7 +120,11 @@ class NativeDrafter:
         return pack(context, tensors["markov_head.markov_w2.weight"], W2_KIND) if rank and rank % GROUP == 0 else None
 
     def _one_call(
-        self, tensors: Mapping[str, Matrix], w2: PackedMatrix | None, ids: npt.NDArray[np.int32] | None
+        self,
+        tensors: Mapping[str, Matrix],
+        w1: Tensor | None,
+        w2: PackedMatrix | None,
+        ids: npt.NDArray[np.int32] | None,
     ) -> Head | None:
         """The walk as one call; None for heads and sizes that it does not know."""
         config, rank = self.config, self.config.markov_rank
@@ -119,13 +132,12 @@ class NativeDrafter:
             return None
         if rank and w2 is None:
             return None
-        w1 = as_floats(tensors["markov_head.markov_w1.weight"]).half().contiguous().numpy() if rank else None
         confidence = bias = None
         if config.enable_confidence_head:
             confidence = np.ascontiguousarray(_array(tensors["confidence_head.proj.weight"])[0])
             bias = tensors.get("confidence_head.proj.bias")
         return Head(
-            w1,
+            None if w1 is None else w1.numpy(),
             w2,
             confidence,
             0.0 if bias is None else float(as_floats(bias)),
@@ -134,18 +146,21 @@ class NativeDrafter:
             hidden_size=self.target.hidden_size,
         )
 
-    def _slot_by_slot(self, tensors: Mapping[str, Matrix], w2: PackedMatrix | None) -> SimpleNamespace:
-        """The heads as torch's modules, as `walk` wants them; W2 stays on the kernels."""
+    def _slot_by_slot(
+        self, tensors: Mapping[str, Matrix], w1: Tensor | None, w2: PackedMatrix | None
+    ) -> SimpleNamespace:
+        """The heads as torch's modules, as `walk` wants them; W1 and W2 are those of the one call."""
         config, hidden = self.config, self.target.hidden_size
         head = make_head(config, self.target.vocab_size, self._head.outputs, hidden, self.draft_ids)
         confidence = make_confidence_head(config, hidden)
         for prefix, module in (("markov_head.", head), ("confidence_head.", confidence)):
             if module is not None:
-                own = {n.removeprefix(prefix): as_floats(t).float() for n, t in tensors.items() if n.startswith(prefix)}
+                if module is head and w1 is not None and w2 is not None:
+                    head.markov_w1, head.markov_w2 = _HalfEmbedding(w1), _PackedLinear(w2)  # type: ignore[assignment]
+                names = {prefix + name for name, _ in module.named_parameters()}
+                own = {n.removeprefix(prefix): as_floats(t).float() for n, t in tensors.items() if n in names}
                 module.load_state_dict(own)
                 module.eval().requires_grad_(False)
-        if head is not None and w2 is not None:
-            head.markov_w2 = _PackedLinear(w2)  # type: ignore[assignment]
         return SimpleNamespace(
             markov_head=head, confidence_head=confidence, draft_ids=self.draft_ids, base_logits=self.base_logits
         )
@@ -214,6 +229,17 @@ class NativeDrafter:
         flat = hidden.reshape(-1, hidden.shape[-1]).numpy()
         out = self._head.product(flat, self._logit_room.get(len(flat), self._head.outputs))
         return torch.from_numpy(out).view(*hidden.shape[:-1], -1)
+
+
+class _HalfEmbedding(torch.nn.Module):
+    """Rows of W1 as the kernels read them, without a second copy."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight[tokens].float()
 
 
 class _PackedLinear(torch.nn.Module):

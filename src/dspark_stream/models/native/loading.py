@@ -48,6 +48,10 @@ def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tup
     def norm(name: str, size: int, there: bool) -> npt.NDArray[np.float32] | None:
         return weights.floats(f"{name}.weight", size, norm=True) if there else None
 
+    def biases(attention: str) -> npt.NDArray[np.float32]:
+        sizes = {"q": q, "k": kv, "v": kv}
+        return np.concatenate([weights.floats(f"{attention}{part}_proj.bias", n) for part, n in sizes.items()])
+
     def layer(i: int) -> LayerWeights:
         name = f"model.layers.{i}."
         attention, mlp = name + "self_attn.", name + "mlp."
@@ -65,11 +69,7 @@ def assemble(g: Geometry, weights: Weights, context: Context, eos_token_ids: tup
             post_norm=weights.floats(f"{name}{before_mlp}.weight", h, norm=True),
             q_norm=norm(f"{attention}q_norm", g.head_size, family.qk_norm),
             k_norm=norm(f"{attention}k_norm", g.head_size, family.qk_norm),
-            bias=np.concatenate(
-                [weights.floats(f"{attention}{p}_proj.bias", n) for p, n in zip("qkv", (q, kv, kv), strict=True)]
-            )
-            if family.qkv_bias
-            else None,
+            bias=biases(attention) if family.qkv_bias else None,
             after_attention=norm(f"{name}post_attention_layernorm", h, family.sandwich),
             after_mlp=norm(f"{name}post_feedforward_layernorm", h, family.sandwich),
             window=g.window if windowed else 0,

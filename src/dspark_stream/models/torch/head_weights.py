@@ -21,7 +21,7 @@ def head_weights(drafter: Drafter) -> HeadWeights:
     w1 = w2 = inner = inner_hidden = inner_bias = None
     longest = torch.zeros((), device=device)
     if head is not None:
-        w1, w2 = head.markov_w1.weight.detach(), head.markov_w2.weight.detach()
+        w1, w2 = head.whole_w1().detach(), head.markov_w2.weight.detach()
         longest = w2.float().norm(dim=1).max()
     if isinstance(head, GatedMarkovHead):
         kind = "gated"

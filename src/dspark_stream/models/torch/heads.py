@@ -50,6 +50,11 @@ class MarkovHead(nn.Module):
         known: Tensor = self.markov_w1(rows.clamp(min=0))
         return known * (rows >= 0).unsqueeze(-1).to(known.dtype)
 
+    def whole_w1(self) -> Tensor:
+        """W1 with a row for every token [V, r], for kernels that index it by target ids."""
+        weight = self.markov_w1.weight.detach()
+        return weight if self.w1_rows is None else self.embed(torch.arange(len(self.w1_rows), device=weight.device))
+
     def step(self, e: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Features of one slot from e = W1[x_{k-1}] [..., r] and h_k [..., H]: ([..., r], next state)."""
         return e, state
