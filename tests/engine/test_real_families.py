@@ -25,9 +25,12 @@ pytestmark = [
 ]
 PERPLEXITY = Path(__file__).parents[2] / "bench" / "perplexity.txt"
 TOKENS = 30
-TIE = 0.5
+TIE = 0.25
 """Nats by which torch may prefer the token that it writes to the one that the kernels write. Their activations are
-rounded to 8 bits, which moves logits by a few tenths; a wrong position, norm or weight moves them by many."""
+rounded to 8 bits, which moves logits by a few tenths; a wrong position, norm or weight moves them by many. Texts begin
+as the model knows them: without its first token Gemma's logits of a line's end change by half their size under any such
+rounding, torch's too.
+"""
 
 
 def file_of(name):
@@ -65,7 +68,7 @@ def greedy(target, prompt):
 )
 def test_greedy_text_is_torchs_up_to_near_ties(both, text, record_property):
     native, plain, codec = both
-    prompt = codec.encode(text)
+    prompt = codec._prompt(text)
     own, want = greedy(native, prompt), greedy(plain, prompt)
     print(repr(codec.decode(own)))
     if own == want:
@@ -80,7 +83,7 @@ def test_greedy_text_is_torchs_up_to_near_ties(both, text, record_property):
 
 def test_perplexity_is_torchs(both, record_property):
     native, plain, codec = both
-    ids = codec.encode(PERPLEXITY.read_text())[:600]
+    ids = codec._prompt(PERPLEXITY.read_text())[:600]
     found = [
         float(torch.nn.functional.cross_entropy(logits(target, ids)[:-1].float(), torch.tensor(ids[1:])).exp())
         for target in (native, plain)
