@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dspark_kernels.cpu import Context, Kind, best_isa
+from dspark_kernels.cpu import Context, Kind, Source, best_isa
 from dspark_kernels.cpu import build as building
 from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine, open_kernels
@@ -19,7 +19,7 @@ from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.evaluate import read_prompts
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
-from dspark_stream.models.checkpoint import load_drafter, save_drafter
+from dspark_stream.models.checkpoint import load_drafter, quantise_checkpoint, save_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.models.native.drafter import NativeDrafter
 from dspark_stream.models.native.target import NativeTarget
@@ -187,32 +187,40 @@ def test_a_draft_of_fewer_bits(tmp_path, context):
     assert 0.9 < similar.min() < 0.9999
 
 
+@pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("slots", [4, 2])
-def test_a_drafter_drafts_the_same(tmp_path, context, slots):
+def test_a_drafter_drafts_the_same(tmp_path, context, slots, window):
     path = write_model(tmp_path / "model.gguf", KIND.Q8_0)
     plain = load_target(str(path), dtype="float32", device="cpu").target
     native = load_target(str(path), kernels=context).target
-    save_drafter(tiny_drafter(plain, draft_vocab=40), tmp_path / "drafter", torch.float32)
+    save_drafter(tiny_drafter(plain, draft_vocab=40, context_window=window), tmp_path / "drafter", torch.float32)
     ids = [int(i) for i in np.random.default_rng(2).integers(0, VOCAB, 21)]
     hidden, walked = [], []
     for target in (plain, native):
         drafter = load_drafter(tmp_path / "drafter", target, Kind.EIGHT)
         assert isinstance(drafter, NativeDrafter) == (target is native)
         store, kv = target.make_store(64), drafter.make_store(64)
-        taps = target.forward([Rows(Extent(16, 48), 0, ids)], store).taps.clone()
-        drafter.append_context(taps[:20], list(range(20)), list(range(16, 36)), kv)
-        hidden.append(drafter.draft_hidden([(Extent(16, 48), 20, ids[20])], kv, slots).clone())
+        assert (drafter.ring > 0) == (target is native and window > 0)
+        extent = Extent(16, 48, 0)
+        taps = target.forward([Rows(extent, 0, ids)], store).taps.clone()
+        taps[: 20 - window if window else 0] = 1e3  # not looked at
+        drafter.append_context(taps[:20], list(range(20)), extent.context_slots(range(20), drafter.ring), kv)
+        hidden.append(drafter.draft_hidden([(extent, 20, ids[20])], kv, slots).clone())
         walked.append(drafter.base_logits(hidden[-1]).clone())
     assert torch.nn.functional.cosine_similarity(hidden[0], hidden[1], dim=-1).min() > 0.99
     assert torch.nn.functional.cosine_similarity(walked[0], walked[1], dim=-1).min() > 0.99
 
 
-@pytest.mark.parametrize(("head", "rank"), [("vanilla", 32), ("none", 0), ("vanilla", 8), ("gated", 32)])
+@pytest.mark.parametrize(
+    ("head", "rank", "w1_of_drafts"),
+    [("vanilla", 32, False), ("vanilla", 32, True), ("none", 0, False), ("vanilla", 8, False), ("gated", 32, True)],
+)
 @pytest.mark.parametrize("slots", [1, 3])
-def test_the_walk_in_one_call_is_the_walk_slot_by_slot(tmp_path, context, monkeypatch, head, rank, slots):
+def test_the_walk_in_one_call_is_the_walk_slot_by_slot(tmp_path, context, monkeypatch, head, rank, w1_of_drafts, slots):
     path = write_model(tmp_path / "model.gguf", KIND.Q8_0)
     torch_target = load_target(str(path), dtype="float32", device="cpu").target
-    save_drafter(tiny_drafter(torch_target, draft_vocab=40, head=head, rank=rank), tmp_path / "drafter", torch.float32)
+    made = tiny_drafter(torch_target, draft_vocab=40, head=head, rank=rank, w1_of_drafts=w1_of_drafts)
+    save_drafter(made, tmp_path / "drafter", torch.float32)
     drafter = load_drafter(tmp_path / "drafter", load_target(str(path), kernels=context).target)
     streams = [View(anchor, t) for anchor, t in ((5, 0.0), (9, 1.0), (33, 0.7), (60, 0.0), (2, 1.5))]
     store = drafter.make_store(64 * 64)
@@ -227,6 +235,32 @@ def test_the_walk_in_one_call_is_the_walk_slot_by_slot(tmp_path, context, monkey
         assert list(fast.indices) == list(slow.indices)
         for k, row in enumerate(q or ()):
             torch.testing.assert_close(row, slow.q.probabilities(k), atol=1e-6, rtol=1e-3)
+
+
+def test_a_quantised_checkpoint_is_run_as_it_is(tmp_path, context):
+    """Its blocks are the kernels' weights, exactly; torch dequantises them."""
+    path = write_model(tmp_path / "model.gguf", KIND.Q8_0)
+    plain = load_target(str(path), dtype="float32", device="cpu").target
+    native = load_target(str(path), kernels=context).target
+    save_drafter(tiny_drafter(plain, draft_vocab=40, rank=32), tmp_path / "whole", torch.float32)
+    kept = "layers.0.mlp.up_proj.weight"
+    quantise_checkpoint(tmp_path / "whole", tmp_path / "small", Source.Q4_0, Source.Q8_0, keep=(kept,))
+    written = json.loads((tmp_path / "small" / "config.json").read_text())["weight_blocks"]
+    assert written["fc.weight"] == written["markov_head.markov_w2.weight"] == "Q8_0"
+    assert written["layers.0.self_attn.q_proj.weight"] == "Q4_0"
+    assert kept not in written
+    whole, small = (load_drafter(tmp_path / name, plain) for name in ("whole", "small"))
+    packed = load_drafter(tmp_path / "small", native)
+    assert np.array_equal(packed._fc.rows(range(HIDDEN)), small.fc.weight.numpy())
+    taps, drafters = torch.randn(9, 2 * HIDDEN, generator=torch.Generator().manual_seed(1)), (whole, small, packed)
+    hidden = []
+    for drafter in drafters:
+        kv = drafter.make_store(64)
+        drafter.append_context(taps, list(range(9)), list(range(9)), kv)
+        hidden.append(drafter.draft_hidden([(Extent(0, 48), 9, 3)], kv, 4).clone())
+    to_whole, to_packed = (torch.nn.functional.cosine_similarity(hidden[1], h, dim=-1).min() for h in hidden[::2])
+    assert 0.9 < to_whole < to_packed
+    assert to_packed > 0.99
 
 
 def test_acceptance_by_the_kernels_is_acceptance_by_torch(tmp_path, context):

@@ -86,7 +86,8 @@ class NativeDrafter:
         ids = None if draft_ids is None else draft_ids.numpy().astype(np.int32)
         self._head = target.head if ids is None else target.head.take(ids)
         w2 = self._packed_w2(context, tensors)
-        w1 = None if w2 is None else as_floats(tensors["markov_head.markov_w1.weight"]).half().contiguous()
+        # copies of what is kept as it came: a view would keep the whole file mapped
+        w1 = None if w2 is None else as_floats(tensors["markov_head.markov_w1.weight"]).half().clone()
         self._walk = self._one_call(tensors, w1, w2, ids)
         self._heads = self._slot_by_slot(tensors, w1, w2)
         self._logit_room = Room()
@@ -134,7 +135,7 @@ class NativeDrafter:
             return None
         confidence = bias = None
         if config.enable_confidence_head:
-            confidence = np.ascontiguousarray(_array(tensors["confidence_head.proj.weight"])[0])
+            confidence = _array(tensors["confidence_head.proj.weight"])[0].copy()
             bias = tensors.get("confidence_head.proj.bias")
         return Head(
             None if w1 is None else w1.numpy(),
