@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import gguf
+import numpy as np
 
 
 def split(path: Path, count: int, *, everywhere: bool = False, **change: object) -> list[Path]:
@@ -34,3 +35,26 @@ def split(path: Path, count: int, *, everywhere: bool = False, **change: object)
         writer.write_tensors_to_file()
         writer.close()
     return paths
+
+
+def changed(path: Path, out: Path, fields: dict[str, object], tensors: dict[str, np.ndarray]) -> Path:
+    """A copy of a file with some fields (strings, whole numbers, floats) and tensors more."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
+    writer.kv_data[0].pop("general.architecture")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF."):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+    for key, value in fields.items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        add[type(value)](key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out

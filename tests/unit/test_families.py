@@ -168,6 +168,17 @@ def test_a_window_is_what_it_says(tmp_path, kernels, where):
         assert torch.equal(logits_of(target, changed)[-1], before[-1]) is not seen
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_windows_of_other_families(tmp_path, kernels, family):
+    """With the rotary embedding of all layers."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
+    model = save(tmp_path, family, SCALINGS["yarn"], sliding_window=WINDOW, **kinds)
+    with torch.inference_mode():
+        want = model(torch.tensor([IDS])).logits[0]
+    assert off(logits_of(load(tmp_path)), want) < EXACT
+    assert off(logits_of(load(tmp_path, kernels, Kind.EIGHT)), want) < 1.5 * ROUNDED
+
+
 def test_gemma4_runs_on_torch(tmp_path):
     config = Gemma4TextConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

@@ -32,11 +32,15 @@ def test_sizes_and_defaults():
 
 def test_scaling_and_windows_are_read():
     g = geometry_of(CONFIG | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "config.json")
-    assert (g.rotary.kind, g.rotary.factor, g.rotary.base) == ("default", 1.0, 5000.0)  # rope_parameters are newer
+    assert (g.rotary.kind, g.rotary.factor, g.rotary.base) == (
+        "linear",
+        2.0,
+        10_000.0,
+    )  # the library's rule
     old = {k: v for k, v in CONFIG.items() if k != "rope_parameters"} | {"rope_theta": 5000.0}
     g = geometry_of(old | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "config.json")
     assert (g.rotary.kind, g.rotary.factor, g.rotary.base, g.windowed) == ("linear", 2.0, 5000.0, ())
-    types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 33}
+    types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 33, "use_sliding_window": True}
     g = geometry_of(CONFIG | types | {"model_type": "qwen2"}, "config.json")
     assert (g.window, g.windowed, g.local_rotary, g.family.qkv_bias) == (33, (True, False), None, True)
     gemma = old | {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 512,
@@ -59,14 +63,16 @@ def test_scaling_and_windows_are_read():
         ({"vocab_size": float("inf")}, "vocab_size"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"rope_parameters": {"rope_theta": -1.0}}, "base"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta"),
         ({"rope_parameters": "yes"}, "rope_parameters"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "llama3 without factor"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not known"),
         ({"rope_parameters": {"rope_type": "linear"}}, "linear without factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor is 0.0"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "by layer"),
-        ({"model_type": "gemma3_text"}, "no sliding_window"),
+        ({"model_type": "gemma3_text"}, "not by layer type"),
+        ({"model_type": "gemma3_text", "rope_parameters": None, "sliding_window": None}, "sliding_window None"),
+        ({"layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
     ],
 )
 def test_bad_numbers_are_named_with_their_file(change, said):
@@ -87,11 +93,10 @@ def test_a_missing_field_is_named():
     [
         ({"model_type": "gemma4_text"}, "gemma4_text"),
         ({"model_type": "mamba"}, "mamba"),
-        ({"partial_rotary_factor": 0.5}, "part of each head"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"final_logit_softcapping": 30.0}, "soft-capped"),
         ({"use_sliding_window": True}, "windows"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-        ({"layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
         ({"attention_bias": True}, "biases"),
         ({"mlp_bias": True}, "biases"),
         ({"hidden_act": "gelu"}, "gelu"),

@@ -62,7 +62,7 @@ class Rotary(msgspec.Struct, frozen=True, kw_only=True):
             low, high = max(low, 0.0), min(high, size - 1.0)
             width = high - low if high > low else 1e-3
             ramp: npt.NDArray[np.float64] = np.clip((np.arange(size // 2) - low) / width, 0.0, 1.0)
-            return plain / self.factor * ramp + plain * (1 - ramp)
+            return stretched * ramp + plain * (1 - ramp)
         return plain
 
     def _dimension_of(self, turns: float, size: int) -> float:
