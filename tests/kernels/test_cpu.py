@@ -329,9 +329,13 @@ def at(*temperatures):
 # --- layers --------------------------------------------------------------------------------------------------
 
 
-def tables(positions, size, base=1000.0):
-    angles = np.arange(positions)[:, None] / base ** (np.arange(size // 2) / (size // 2))
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+def rope(size, base=1000.0, amplitude=1.0):
+    return Rope(base ** -(np.arange(size // 2) / (size // 2)), amplitude)
+
+
+def tables(rope, positions):
+    angles = np.arange(positions)[:, None] * rope.frequencies
+    return [torch.from_numpy((rope.amplitude * turn(angles)).astype(np.float32)) for turn in (np.cos, np.sin)]
 
 
 def models(
@@ -376,12 +380,12 @@ def models(
             )
         )
         native.append(LayerWeights(*parts, *vectors, *places))
-    final, turns = norm(hidden), [tables(128, size, 1000.0 * 10**i) for i in range(ropes)]
+    final, turns = norm(hidden), [rope(size, 1000.0 * 10**i, 1.0 + 0.1 * i) for i in range(ropes)]
     options = {"heads": heads, "kv_heads": kv_heads, "eps": 1e-5, "score_scale": score_scale, "gelu": gelu}
-    llama = Llama(context, final_norm=final, ropes=[Rope(*turn) for turn in turns], layers=native, **options)
+    llama = Llama(context, final_norm=final, ropes=turns, positions=128, layers=native, **options)
 
     def reference():
-        turned = [tuple(map(torch.from_numpy, turn)) for turn in turns]
+        turned = [tables(turn, 128) for turn in turns]
         return LlamaReference(plain, torch.from_numpy(final), turned, bfloat=context.kv_bfloat, **options)
 
     return llama, reference

@@ -131,7 +131,7 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "free_table": (None, [pointer]),
         "table_rows": (done, [pointer, pointer, integer, pointer]),
         "product": (done, [*three, integer, pointer, integer, pointer]),
-        "llama": (pointer, [*[integer] * 6, real, real, done, pointer, pointer, integer]),
+        "llama": (pointer, [*[integer] * 6, real, real, done, *three, integer]),
         "free_llama": (None, [pointer]),
         "add_layer": (done, [*three, *two]),
         "forward": (done, [pointer, pointer, integer, *[pointer] * 8, *place, pointer, integer, pointer]),
@@ -682,7 +682,7 @@ class LayerWeights(NamedTuple):
     window: int = 0
     """Positions that a row sees at most, itself among them."""
     rope: int = 0
-    """Which of the model's rotary tables."""
+    """Which of the model's rotary embeddings."""
 
 
 class Pass(NamedTuple):
@@ -758,17 +758,19 @@ def _untouched(*shape: int) -> Words:
 
 
 class Rope(NamedTuple):
-    """A rotary table: [positions, D/2] each."""
+    """A rotary embedding."""
 
-    cosine: npt.NDArray[Any]
-    sine: npt.NDArray[Any]
+    frequencies: Doubles  # radians a position [D/2]
+    amplitude: float = 1.0
+    """Of cosine and sine."""
 
 
 class Llama:
     """Decoder layers and final norm.
 
     Args:
-        ropes: rotary tables; layers say which is theirs.
+        ropes: rotary embeddings; layers say which is theirs.
+        positions: how many there are.
         score_scale: of query · key; None: 1/√D.
         gelu: the gate's activation is GELU by tanh, else SiLU.
 
@@ -786,33 +788,36 @@ class Llama:
         eps: float,
         final_norm: npt.NDArray[Any],
         ropes: Sequence[Rope],
+        positions: int,
         layers: Sequence[LayerWeights],
         score_scale: float | None = None,
         gelu: bool = False,
     ) -> None:
         if not layers or not ropes:
-            raise ValueError("no layers, or no rotary table")
+            raise ValueError("no layers, or no rotary embedding")
         first = layers[0]
         self.context, self.hidden, self.num_layers = context, first.q.inputs, len(layers)
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, first.q.outputs // heads
-        self.inner, self.positions = first.gate.outputs, len(ropes[0].cosine)
+        self.inner, self.positions = first.gate.outputs, positions
         d, h = self.head_size, self.hidden
         if d % 32 or d > 256 or h % GROUP or self.inner % GROUP or heads % kv_heads:
             raise ValueError(f"heads of {d}, hidden size {h}, inner size {self.inner} are not for these kernels")
-        final, tables = _floats(final_norm, h), [_floats(t) for rope in ropes for t in rope]
-        if any(table.shape != (self.positions, d // 2) for table in tables):
-            raise ValueError(f"rotary tables of {[table.shape for table in tables]} for heads of {d}")
+        final = _floats(final_norm, h)
+        if any(rope.frequencies.shape != (d // 2,) for rope in ropes):
+            raise ValueError(f"rotary frequencies of {[rope.frequencies.shape for rope in ropes]} for heads of {d}")
+        frequencies = np.ascontiguousarray([rope.frequencies for rope in ropes], dtype=np.float64)
+        amplitudes = np.array([rope.amplitude for rope in ropes], dtype=np.float32)
         library = context.library
         self.handle = library.llama(
             *(h, heads, kv_heads, d, self.inner, self.positions, eps, score_scale or d**-0.5, gelu),
-            *(_at(final), (ctypes.c_void_p * len(tables))(*map(_at, tables)), len(ropes)),
+            *(_at(final), _at(frequencies), _at(amplitudes), len(ropes)),
         )
         if not self.handle:
             raise MemoryError(library.error().decode())
         _free_with(self, library.free_llama, self.handle)
         for layer in layers:
             if not 0 <= layer.rope < len(ropes) or layer.window < 0:
-                raise ValueError(f"rotary table {layer.rope} or window {layer.window}")
+                raise ValueError(f"rotary embedding {layer.rope} or window {layer.window}")
             self._add(layer)
 
     def _add(self, layer: LayerWeights) -> None:

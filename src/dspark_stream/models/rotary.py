@@ -91,14 +91,6 @@ class Rotary(msgspec.Struct, frozen=True, kw_only=True):
             out["attention_factor"] = self.amplitude
         return out
 
-    def tables(self, positions: int, size: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """cos and sin [positions, D/2]."""
-        angles = np.arange(positions, dtype=np.float64)[:, None] * self.frequencies(size)[None, :]
-        return (
-            (self.amplitude * np.cos(angles)).astype(np.float32),
-            (self.amplitude * np.sin(angles)).astype(np.float32),
-        )
-
 
 NEEDED = {
     "default": (),

@@ -526,16 +526,17 @@ bool dspark_product(Context* context, const Matrix* w, const float* x, int rows,
 
 // --- models ---
 
-// ropes: tables [positions][D/2], of each rope cosines and then sines.
+// frequencies [ropes][D/2] and amplitudes [ropes]: of each rotary embedding.
 Llama* dspark_llama(int hidden, int heads, int kv_heads, int head_size, int inner, int positions, float eps,
-                    float score_scale, bool gelu, const float* final_norm, const float* const* ropes, int rope_count) {
+                    float score_scale, bool gelu, const float* final_norm, const double* frequencies,
+                    const float* amplitudes, int ropes) {
     return guarded([&] {
         auto model = std::make_unique<Llama>();
         model->shape = {hidden, heads, kv_heads, head_size, inner, positions, eps, score_scale};
         model->gelu = gelu;
         model->final_norm = copy(final_norm, hidden);
-        const size_t size = static_cast<size_t>(positions) * head_size / 2;
-        for (int i = 0; i < rope_count; i++) model->ropes.push_back({copy(ropes[2 * i], size), copy(ropes[2 * i + 1], size)});
+        for (int i = 0; i < ropes; i++, frequencies += head_size / 2)
+            model->ropes.push_back({std::vector<double>(frequencies, frequencies + head_size / 2), amplitudes[i]});
         return model.release();
     });
 }

@@ -21,11 +21,12 @@ struct Layer {
     Buffer<float> input_norm, post_norm;                    // before attention and MLP
     Buffer<float> q_norm, k_norm, bias, after_attention, after_mlp;  // bias [(Hq + 2·Hk)·D]; null where there is none
     int window = 0;                                         // positions that a row sees at most, itself among them; 0: all
-    int rope = 0;                                           // which of the model's rotary tables
+    int rope = 0;                                           // which of the model's rotary embeddings
 };
 
 struct Rope {
-    Buffer<float> cosine, sine;  // [positions][D/2]
+    std::vector<double> frequencies;  // radians a position [D/2]
+    float amplitude;                  // of cosine and sine
 };
 
 inline void rms_norm(const float* x, const float* weight, int size, float eps, float* out) {
@@ -64,6 +65,7 @@ class Llama {
             own.attention.reserve(s, longest);
         }
         put_together(pass);
+        make_turns(pass);
         pool.run([&](int thread) {
             Own& own = own_[thread];
             pool.each(thread, input_.groups, 1, [&](int first, int last) {
@@ -104,6 +106,7 @@ class Llama {
         const Shape& s = shape;
         input_.reserve(pass.rows, s.hidden);
         make_room(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
+        make_turns(pass);
         pool.run([&](int thread) {
             int first, last;
             share(pass.rows, 1, thread, pool.size(), &first, &last);
@@ -129,6 +132,8 @@ class Llama {
     std::vector<Together> together_;
     Quantised input_, aq_, hq_;
     std::vector<float> squares_;  // [groups][rows] of the residual stream
+    Buffer<float> turns_;  // [ropes][rows][D]: cosines and then sines of a row's position
+    size_t turns_size_ = 0;
     Buffer<float> qkv_, branch_;  // branch: what attention or MLP add, before a norm of its own
     size_t qkv_size_ = 0, branch_size_ = 0;
 
@@ -141,6 +146,22 @@ class Llama {
             for (int i = 0; i < parts; i++) {
                 const int first = r + (end - r) * i / parts;
                 together_.push_back({first, r + (end - r) * (i + 1) / parts - first});
+            }
+        }
+    }
+
+    // Once a pass, for all its layers and heads: a table of all positions would take megabytes.
+    void make_turns(const Pass& pass) {
+        const int half = shape.head_size / 2;
+        make_room(turns_, turns_size_, ropes.size() * pass.rows * shape.head_size);
+        float* to = turns_.get();
+        for (const Rope& rope : ropes) {
+            for (int r = 0; r < pass.rows; r++, to += shape.head_size) {
+                for (int i = 0; i < half; i++) {
+                    const double angle = pass.position[r] * rope.frequencies[i];
+                    to[i] = static_cast<float>(rope.amplitude * std::cos(angle));
+                    to[half + i] = static_cast<float>(rope.amplitude * std::sin(angle));
+                }
             }
         }
     }
@@ -192,7 +213,7 @@ class Llama {
                 for (int r = 0; r < pass.rows; r++) {
                     float* x = qkv_.get() + static_cast<size_t>(r) * width + head * s.head_size;
                     if (own_norm) rms_norm(x, own_norm, s.head_size, s.eps, x);
-                    if (is_query || is_key) turn(ropes[layer.rope], x, pass.position[r]);
+                    if (is_query || is_key) turn(x, turns_.get() + (static_cast<size_t>(layer.rope) * pass.rows + r) * s.head_size);
                     if (is_key) write_key(s, cache, head - s.heads, pass.slot[r], x);
                     if (!is_query && !is_key) write_value(s, cache, head - s.heads - s.kv_heads, pass.slot[r], x);
                 }
@@ -200,10 +221,9 @@ class Llama {
         });
     }
 
-    void turn(const Rope& rope, float* x, int position) const {
+    void turn(float* x, const float* c) const {
         const int half = shape.head_size / 2;
-        const float* c = rope.cosine.get() + static_cast<size_t>(position) * half;
-        const float* n = rope.sine.get() + static_cast<size_t>(position) * half;
+        const float* n = c + half;
         for (int i = 0; i < half; i += LANES) {
             const Floats a = Floats::load(x + i), b = Floats::load(x + half + i);
             const Floats cos = Floats::load(c + i), sin = Floats::load(n + i);

@@ -28,7 +28,7 @@ from dspark_stream.models.torch.walk import walk
 from dspark_stream.types import SamplingParams
 
 PAST_THE_END = 64
-"""Positions past the longest text for which rotary tables are made: drafts may go on past its end."""
+"""Positions past the longest text that there are: drafts may go on past its end."""
 DRAFT_KIND = Kind.FOUR_M
 """Of a drafter's layers whose checkpoint is not quantised, unless `draft_quant` says otherwise (docs/decisions/014)."""
 W2_KIND = Kind.EIGHT
@@ -66,7 +66,7 @@ class NativeDrafter:
         g, context = config.backbone, target.llama.context
         self.kv_shapes = [KVShape(g.kv_heads, g.head_size, g.head_size)] * config.num_layers
         kind = kind or DRAFT_KIND
-        rope = Rope(*g.rotary.tables(target.llama.positions, g.head_size))
+        rope = Rope(g.rotary.frequencies(g.head_size), g.rotary.amplitude)
         try:
             self._llama = Llama(
                 context,
@@ -75,6 +75,7 @@ class NativeDrafter:
                 eps=g.eps,
                 final_norm=_array(tensors["norm.weight"]) + g.family.norm_offset,
                 ropes=[rope],
+                positions=target.llama.positions,
                 score_scale=g.score_scale,
                 gelu=g.family.gelu,
                 layers=[_layer(context, g, tensors, f"layers.{i}.", kind) for i in range(config.num_layers)],
