@@ -1052,6 +1052,8 @@ def test_the_sanitizers_find_nothing():
     ]
     if not all(os.path.isabs(r) for r in runtimes):
         pytest.skip("the compiler has no sanitizer runtime")
+    for isa in supported_isas():  # minutes on a small machine, which no single test is given
+        building.build(isa, sanitize=True)
     environment = os.environ | {
         "DSPARK_CPU_SANITIZE": "1",
         "LD_PRELOAD": " ".join(runtimes),
