@@ -139,11 +139,11 @@ page.keyForm.addEventListener("submit", (/** @type {SubmitEvent} */ event) => {
  *          verification?: "rejection"|"coupled", view: AnswerView}} question
  * @returns {{ended: Promise<End>, cancel: () => void}}
  */
-function ask({ view, ...question }) {
+function ask({ view, settings: now = settings.read(), ...question }) {
   let cancel = () => {};
   view.sent();
   const ended = /** @type {Promise<End>} */ (new Promise((resolve) => {
-    ({ cancel } = connection.ask({ ...question, settings: settings.read() }, {
+    ({ cancel } = connection.ask({ ...question, settings: now }, {
       created: () => view.created(),
       delta: (text) => view.delta(text),
       step: (step) => view.step(step),
@@ -204,7 +204,7 @@ function endSentence(end, view) {
 
 /** @param {string} question */
 async function startRace(question) {
-  const now = settings.read();
+  const now = settings.readForRace();
   const seed = now.seed ?? newSeed();
   page.raceIntro.hidden = true;
   race = new RaceView(page.raceStage, { question, settings: now, seed, together: page.together.checked, gamma,
@@ -213,7 +213,7 @@ async function startRace(question) {
   const current = race;
   await whileRunning(current, current.run({
     ask: (lane, mode, verification, view) => {
-      const asked = ask({ lane, mode, verification, seed, view, input: [{ role: "user", content: question }] });
+      const asked = ask({ lane, mode, verification, seed, view, settings: now, input: [{ role: "user", content: question }] });
       asked.ended.then((end) => view.notifyEnd(end, () => {
         if (!running) startRace(question);
       }));

@@ -40,6 +40,8 @@ export class RaceView {
       : "One after the other, so that neither slows the other."];
     if (settings.temperature > 0) {
       how.push("Coupled verification, under which the same seed gives the same text at any temperature.");
+    } else {
+      how.push("Greedy: each time the likeliest token.");
     }
     if (gamma === 0) how.push("This server has no drafter, so both decode plainly.");
     how.push(`Seed ${seed}.`);

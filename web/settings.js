@@ -83,6 +83,15 @@ export class SettingsForm {
     };
   }
 
+  /**
+   * Of a race: greedy unless somebody chose a temperature. Greedy texts are the same on both sides at full speed.
+   * @returns {Settings}
+   */
+  readForRace() {
+    const chosen = this.read();
+    return "temperature" in this.chosen ? chosen : { ...chosen, temperature: 0 };
+  }
+
   /** @param {HTMLInputElement|HTMLSelectElement} input */
   #choose(input) {
     if (input instanceof HTMLInputElement && input.value === input.defaultValue) delete this.chosen[input.name];

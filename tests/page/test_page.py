@@ -446,6 +446,22 @@ async def test_race_with_temperature_is_coupled_and_can_run_at_once(launch: Laun
     await expect(page.locator(".how")).to_contain_text("Both at once")
 
 
+async def test_race_is_greedy_unless_a_temperature_was_chosen(launch: Launch) -> None:
+    """A race that samples because the model's makers recommend it, coupled and slower than it need be."""
+    recommended = RecommendedSampling(temperature=0.7, top_p=0.8, top_k=20)
+    site = await launch(FakeEngine(Script(), info=model_info(sampling=recommended)))
+    page = await site.connected()
+    verdict = await race(page)
+    await expect(verdict.locator(".headline")).to_have_text("Same text")
+    assert [r.sampling.temperature for r in site.engine.submitted] == [0.0, 0.0]
+    assert {r.verification for r in site.engine.submitted} == {"rejection"}
+    await expect(page.locator(".how")).to_contain_text("Greedy")
+    await setting(page, "temperature", "0.9")
+    await race(page)
+    await expect(page.locator(".how")).to_contain_text("Coupled")
+    assert site.engine.submitted[-1].sampling.temperature == 0.9
+
+
 async def test_race_texts_differ(launch: Launch) -> None:
     """A difference that is hidden, put in the wrong place, or left unexplained."""
     site = await launch(by_mode("The cat sat on the mat", "The cat lay on the mat"))
