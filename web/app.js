@@ -136,7 +136,7 @@ page.keyForm.addEventListener("submit", (/** @type {SubmitEvent} */ event) => {
 
 /**
  * @param {{lane: string, input: import("./protocol.js").Item[], mode: "dspark"|"plain", seed: number,
- *          verification?: "rejection"|"coupled", view: AnswerView}} question
+ *          settings?: import("./protocol.js").Settings, verification?: "rejection"|"coupled", view: AnswerView}} question
  * @returns {{ended: Promise<End>, cancel: () => void}}
  */
 function ask({ view, settings: now = settings.read(), ...question }) {
