@@ -127,6 +127,11 @@ class Figures:
         self._found.setdefault((what, engine, where), {})[repeat] = value
         print(f"  {repeat} {what:<22} {where:<12} {engine:<30} {value:10.3f}", flush=True)
 
+    def left_out(self, engine: str, why: str) -> None:
+        """A peer that cannot be measured."""
+        self.rows.append({"what": f"left out: {why}", "where": "", "engine": engine, "repeat": 0, "value": ""})
+        print(f"{engine} is left out: {why}")
+
     def middle(self, what: str, engine: str, where: str = "") -> float:
         """The median over repeats; not a number where there is none."""
         return median(self._found.get((what, engine, where), {0: math.nan}).values())
@@ -242,7 +247,7 @@ class Bench:
         for kind, worker in self.peers.items():
             worker.ask("generate", prompts=prompts, tokens=[self.tokens], ends=self.about["ends"])
             if worker.error:
-                print(f"{PEERS[kind]} is left out: {worker.error}")
+                self.figures.left_out(PEERS[kind], worker.error)
 
     def memory_gives(self) -> None:
         """What these threads can read now."""

@@ -290,10 +290,10 @@ def main() -> None:
         except Exception as error:  # whatever a library throws is its row in the table
             if kind == "dspark":
                 raise
-            said = str(error).strip()
-            missing = isinstance(error, ModuleNotFoundError)
-            first = said.splitlines()[0] if said else type(error).__name__
-            result = {"error": f"not installed: {said}" if missing else first}
+            # "… failed at FILE:" says less than the line behind it
+            said = [line for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+            first = said[0].strip() if said else type(error).__name__
+            result = {"error": f"not installed: {first}" if isinstance(error, ModuleNotFoundError) else first}
         print(json.dumps(result), file=answers, flush=True)
         if "error" in result:
             raise SystemExit(1)
