@@ -1,177 +1,406 @@
-"""A CPU without a GPU: this project beside llama.cpp and OpenVINO GenAI on the same GGUF file, in one run.
+"""A CPU without a GPU: what speculation brings, and this project beside llama.cpp, OpenVINO GenAI and vLLM on the same
+GGUF file, in one run.
 
-Every engine lives in a process of its own and only one computes at a time; variants take turns in every repeat, on the
-same prompts, greedy, fixed answer length; medians. Peers that are not installed are left out and said so
-(pip install -r bench/requirements.txt). The machine's own limits are measured in the same run.
+Every engine lives in a process of its own and only one computes at a time. Variants take turns in every repeat on the
+same prompts, under the file's own chat template; ratios are taken within a repeat, figures are medians. What memory
+gives is measured again and again in between. With one stream answers end where the model ends them; with many they
+go on to lengths of their own, so that loads are what they are called. A peer that is not installed or fails says so
+in its row. Peers may live in an environment of their own:
 
-    python bench/edge.py --tokens 128 --repeats 3
+    python -m venv runs/peers && runs/peers/bin/pip install -r bench/requirements.txt
+    python bench/edge.py --repeats 3 --sampled --peers-python runs/peers/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.util
+import contextlib
 import json
-import os
+import math
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from dspark_kernels.cpu import cpu_name
-from dspark_stream.config import default_cache_dir
-from dspark_stream.evaluate import read_prompts
-from dspark_stream.models.fetch import ensure_model
+import msgspec
+
+from common import write_csv
+from dspark_stream.config import DEFAULT_MODEL, default_cache_dir
+from dspark_stream.evaluate import GOLDEN, read_prompts
+from dspark_stream.models.fetch import model_path
 from dspark_stream.models.gguf import GgufFile
-from dspark_stream.models.names import MODELS
+from dspark_stream.models.recommended import recommended_sampling
 from dspark_stream.models.tokenizer import codec_from_gguf
 from dspark_stream.progress import Progress
+from dspark_stream.types import RecommendedSampling
 
-PEERS = {"llama": "llama_cpp", "openvino": "openvino_genai"}
+HERE = Path(__file__).parent
+PEERS = {
+    "llama": "llama.cpp",
+    "openvino": "OpenVINO GenAI",
+    "lookup": "OpenVINO GenAI, prompt lookup",
+    "vllm": "vLLM",
+}
 ROWS = (1, 2, 4, 8, 16)
 CONTEXT = 256
-TEXT = Path(__file__).parent / "perplexity.txt"
-Row = dict[str, object]
+LEAST_ANSWERS = 12
+FILLED_STREAMS, FILLED_TOKENS, LAST_TOKENS = 4, 2048, 64
+READY_WITHIN_S = 600.0
+USER, IN_ALL, LENGTH = "tokens/s of the user", "tokens/s in all", "accepted length"
+
+
+class Variant(NamedTuple):
+    """One way of ours to write."""
+
+    name: str
+    how: str
+    sampled: bool = False
+
+
+PLAIN, ADAPTIVE, ONE = Variant("plain", "plain"), Variant("DSpark", "adaptive"), Variant("fixed:1", "fixed:1")
+SAMPLED_PLAIN, SAMPLED = Variant("plain, sampled", "plain", True), Variant("DSpark, sampled", "adaptive", True)
+RATIOS = (
+    (ADAPTIVE.name, PLAIN.name),
+    (ADAPTIVE.name, PEERS["llama"]),
+    (PLAIN.name, PEERS["llama"]),
+    (ADAPTIVE.name, ONE.name),
+    (SAMPLED.name, SAMPLED_PLAIN.name),
+)
 
 
 class Worker:
-    """An engine's process."""
+    """An engine's process. ``error``: why there is none any more."""
 
-    def __init__(self, kind: str, model: Path, threads: int) -> None:
-        self.kind = kind
-        command = [sys.executable, str(Path(__file__).parent / "edge_worker.py"), kind, str(model), str(threads)]
+    def __init__(self, python: str, kind: str, model: str, threads: int, most: int = 0) -> None:
+        self.error = ""
+        command = [python, str(HERE / "edge_worker.py"), kind, model, str(threads), str(most)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        begun = time.perf_counter()
         self._read()
-        self.ready_s = time.perf_counter() - begun
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the {self.kind} engine ended; its error is above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        said = json.loads(line) if line else {"error": f"its process ended with status {self._process.wait()}"}
+        self.error = said.get("error", "")
+        return dict(said)
 
     def ask(self, do: str, **values: object) -> dict[str, Any]:
-        """One command's answer."""
+        """One command's answer, which has an ``error`` where there is none."""
+        if self.error:
+            return {"error": self.error}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **values}) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"do": do, **values}) + "\n")
+            self._process.stdin.flush()
         return self._read()
+
+    def must(self, do: str, **values: object) -> dict[str, Any]:
+        """The same of our own engine, without which there is nothing to compare."""
+        answer = self.ask(do, **values)
+        if "error" in answer:
+            raise SystemExit(f"dspark-stream: {answer['error']}; more of it is above")
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+
+
+class Figures:
+    """All that was measured."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+        self._found: dict[tuple[str, str, str], dict[int, float]] = {}
+
+    def note(self, what: str, engine: str, value: float, repeat: int = 0, where: str = "") -> None:
+        """One figure of an engine; ``where``: the prompts, the streams or the rows."""
+        self.rows.append({"what": what, "where": where, "engine": engine, "repeat": repeat, "value": round(value, 4)})
+        self._found.setdefault((what, engine, where), {})[repeat] = value
+        print(f"  {repeat} {what:<22} {where:<12} {engine:<30} {value:10.3f}", flush=True)
+
+    def left_out(self, engine: str, why: str) -> None:
+        """A peer that cannot be measured."""
+        self.rows.append({"what": f"left out: {why}", "where": "", "engine": engine, "repeat": 0, "value": ""})
+        print(f"{engine} is left out: {why}")
+
+    def middle(self, what: str, engine: str, where: str = "") -> float:
+        """The median over repeats; not a number where there is none."""
+        return median(self._found.get((what, engine, where), {0: math.nan}).values())
+
+    def ratio(self, what: str, engine: str, other: str, where: str = "") -> float:
+        """The median of what it was of the other's in the same repeat."""
+        theirs = self._found.get((what, other, where), {})
+        own = self._found.get((what, engine, where), {})
+        return median([own[r] / theirs[r] for r in own if theirs.get(r)] or [math.nan])
+
+    def spread(self, what: str, engine: str) -> tuple[float, float, float]:
+        """The least, the median and the most."""
+        values = self._found[what, engine, ""].values()
+        return min(values), median(values), max(values)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a .gguf file")
+    parser.add_argument("--tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl")
-    parser.add_argument("--limit", type=int, default=8, help="prompts for one stream; 16 streams take 16")
-    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--threads", type=int, default=2)
+    names = [HERE / "prompts" / f"{name}.jsonl" for name in ("code", "math", "chat")]
+    parser.add_argument("--prompts", type=Path, nargs="+", default=names, help="first turns are asked")
+    parser.add_argument("--limit", type=int, default=8, help="prompts of each file")
+    parser.add_argument("--streams", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--sampled", action="store_true", help="many streams at the recommended sampling too")
+    parser.add_argument("--peers-python", default=sys.executable, help="the Python that has the peers")
     parser.add_argument("--out", type=Path, default=Path("runs/edge.csv"))
     args = parser.parse_args()
-    model = args.model or ensure_model(MODELS["smollm2-135m"], default_cache_dir(), Progress())
-    gguf = GgufFile(model)
-    codec = codec_from_gguf(gguf.fields)
-    prompts = [codec.encode_chat([(m.role, m.content) for m in p.messages]) for p in read_prompts(args.prompts)]
-    prompts = [prompts[i % len(prompts)] for i in range(max(16, args.limit))]
-    installed = [kind for kind, module in PEERS.items() if importlib.util.find_spec(module)]
-    for kind in PEERS.keys() - set(installed):
-        print(f"{kind} is left out: it is not installed")
-    workers = {kind: Worker(kind, model, args.threads) for kind in ("dspark", *installed)}
-    rows: list[Row] = []
-
-    def note(what: str, engine: str, value: float, repeat: int = 0) -> None:
-        rows.append({"repeat": repeat, "what": what, "engine": engine, "value": round(value, 4)})
-        print(f"  {what:<28} {engine:<16} {value:10.3f}", flush=True)
-
-    for kind, worker in workers.items():
-        note("seconds to ready", kind, worker.ready_s)
-    variants = [("dspark", "plain"), ("dspark", "dspark"), *((kind, "plain") for kind in installed)]
-    texts: dict[str, list[list[int]]] = {}
-    for repeat in range(args.repeats + 1):  # the first is for warming up
-        for streams, some in ((1, prompts[: args.limit]), (16, prompts[:16])):
-            for kind, mode in variants:
-                if kind == "llama" and streams > 1:
-                    continue
-                answer = workers[kind].ask("generate", prompts=some, tokens=args.tokens, streams=streams, mode=mode)
-                name = "dspark-stream, DSpark" if mode == "dspark" else f"{kind}, plain"
-                texts[f"{name}, {streams}"] = answer["ids"]
-                if repeat:
-                    made = sum(map(len, answer["ids"]))
-                    note(f"tokens/s, {streams} streams", name, made / answer["seconds"], repeat)
-                    if mode == "dspark":
-                        note(f"accepted length, {streams} streams", name, answer["accepted_length"], repeat)
-        for kind in ("dspark", *(k for k in installed if k == "llama")):
-            for count in ROWS if repeat else ():
-                note(
-                    f"ms a pass of {count}", kind, workers[kind].ask("pass", rows=count, context=CONTEXT)["ms"], repeat
-                )
-        if repeat:
-            machine = workers["dspark"].ask("machine")
-            note("GB/s read", "machine", machine["bytes_per_s"] / 1e9, repeat)
-            note("G multiply-adds/s", "machine", machine["multiplies_per_s"] / 1e9, repeat)
-    full = [(p * (1 + 900 // len(p)))[:896] for p in prompts[:16]]
-    note("MiB, 16 x 1024 tokens", "dspark", workers["dspark"].ask("generate", prompts=full, tokens=128, streams=16,
-                                                                 mode="dspark")["memory_mib"])  # fmt: skip
-    ids = codec.encode(TEXT.read_text())[:1024]
-    for kind in ("dspark", *(k for k in installed if k == "llama")):
-        note("perplexity", kind, 2.718281828459045 ** workers[kind].ask("likelihood", ids=ids)["nll"])
-    write(args.out, rows)
-    report(rows, texts, model, gguf)
-
-
-def report(rows: list[Row], texts: dict[str, list[list[int]]], model: Path, gguf: GgufFile) -> None:
-    """The figures that are asked for, from medians."""
-
-    def middle(what: str, engine: str) -> float:
-        found = [float(str(r["value"])) for r in rows if r["what"] == what and r["engine"] == engine]
-        return median(found) if found else float("nan")
-
-    def best_peer(what: str) -> float:
-        return max((v for kind in PEERS if (v := middle(what, f"{kind}, plain")) == v), default=float("nan"))
-
-    plain, fast = middle("tokens/s, 1 streams", "dspark, plain"), middle("tokens/s, 1 streams", "dspark-stream, DSpark")
-    peer, one = best_peer("tokens/s, 1 streams"), middle("ms a pass of 1", "dspark")
-    multiplies = sum(t.shape[0] * t.shape[1] for n, t in gguf.tensors.items() if len(t.shape) == 2)
-    peak = (
-        16 * multiplies / (middle("ms a pass of 16", "dspark") / 1e3) / (middle("G multiply-adds/s", "machine") * 1e9)
-    )
-    floor_ms = model.stat().st_size / (middle("GB/s read", "machine") * 1e9) * 1e3
-    same = sum(a == b for a, b in zip(texts["dspark, plain, 1"], texts["dspark-stream, DSpark, 1"], strict=True))
-    lines = {
-        "plain, one stream / the better peer": plain / peer,
-        "DSpark, one stream / the better peer": fast / peer,
-        "DSpark, one stream / plain": fast / plain,
-        "DSpark, 16 streams / OpenVINO": middle("tokens/s, 16 streams", "dspark-stream, DSpark")
-        / middle("tokens/s, 16 streams", "openvino, plain"),
-        "pass of 4 / pass of 1": middle("ms a pass of 4", "dspark") / one,
-        "pass of 8 / pass of 1": middle("ms a pass of 8", "dspark") / one,
-        "share of the arithmetic peak, pass of 16": peak,
-        "share of the bandwidth floor, plain": floor_ms / (1e3 / plain),
-        "seconds to ready": middle("seconds to ready", "dspark"),
-        "MiB, 16 streams of 1024 tokens": middle("MiB, 16 x 1024 tokens", "dspark"),
-        "perplexity / llama.cpp's": middle("perplexity", "dspark") / middle("perplexity", "llama"),
-        f"texts equal, plain and DSpark (of {len(texts['dspark, plain, 1'])})": same,
+    path = model_path(args.model, default_cache_dir(), Progress())
+    codec = codec_from_gguf(GgufFile(Path(path)).fields)
+    sets = {
+        file.stem: [
+            codec.encode_chat([(m.role, m.content) for m in p.messages]) for p in read_prompts(file, args.limit)
+        ]
+        for file in args.prompts
     }
-    print()
-    for name, value in lines.items():
-        print(f"{name:<45} {value:8.3f}")
+    text = codec.encode((HERE / "perplexity.txt").read_text())
+    figures = Figures()
+
+    for repeat in range(args.repeats + 1):
+        took_s = start_to_ready(args.model, args.threads)
+        if repeat:  # the first sets up
+            figures.note("seconds to ready", "dspark", took_s, repeat)
+    figures.note("MiB of full streams", "dspark", filled(args.model, args.threads, text) / 2**20)
+
+    own = Worker(sys.executable, "dspark", args.model, args.threads, max(16, *args.streams))
+    about = own.must("about")
+    if not about["drafter"]:
+        print("no drafter is shipped for this model: nothing is speculated")
+    peers = {kind: Worker(args.peers_python, kind, path, args.threads) for kind in PEERS}
+    bench = Bench(figures, own, peers, about, recommended_sampling(args.model), args.tokens)
+    bench.warm_up(sets)
+    for repeat in range(1, args.repeats + 1):
+        for name, prompts in sets.items():
+            bench.one_stream(name, prompts, repeat)
+        mixed = [ids for some in zip(*sets.values(), strict=False) for ids in some]
+        for streams in args.streams:
+            bench.many_streams(mixed, streams, repeat, args.sampled)
+        bench.passes(repeat)
+    for engine, worker in bench.judges():
+        if "error" not in (answer := worker.ask("likelihood", ids=text[:1024])):
+            figures.note("perplexity", engine, math.exp(answer["nll"]))
+    for worker in (own, *peers.values()):
+        worker.close()
+    write_csv(args.out, figures.rows)
+    report(figures, bench, list(sets), args, Path(path).stat().st_size)
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """The CSV file, with the machine and the commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    machine = {"machine": cpu_name(), "cores": os.cpu_count(), "commit": commit.stdout.strip()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *machine])
-        writer.writeheader()
-        writer.writerows(one | machine for one in rows)
+class Bench:
+    """What is asked of the engines."""
+
+    def __init__(
+        self,
+        figures: Figures,
+        own: Worker,
+        peers: dict[str, Worker],
+        about: dict[str, Any],
+        sampling: RecommendedSampling,
+        tokens: int,
+    ) -> None:
+        self.figures, self.own, self.peers, self.about, self.tokens = figures, own, peers, about, tokens
+        said = {name: v for name, v in msgspec.to_builtins(sampling).items() if v is not None}
+        self.sampling = {"temperature": 1.0, **said}
+        self.one = [PLAIN, ADAPTIVE, ONE, SAMPLED_PLAIN, SAMPLED] if about["drafter"] else [PLAIN, SAMPLED_PLAIN]
+        self.same = self.texts = self._rates = 0
+
+    def judges(self) -> Iterator[tuple[str, Worker]]:
+        """Engines that show what is inside them."""
+        yield "dspark", self.own
+        yield PEERS["llama"], self.peers["llama"]
+
+    def written(self, variant: Variant, prompts: list[list[int]], tokens: list[int], repeat: int,
+                streams: int = 1) -> dict[str, Any]:  # fmt: skip
+        """Answers of ours; those of many streams do not end by themselves."""
+        return self.own.must(
+            "generate",
+            prompts=prompts,
+            tokens=tokens,
+            streams=streams,
+            how=variant.how,
+            sampling=self.sampling if variant.sampled else None,
+            seed=1 + 10_000 * repeat,
+            ends=self.about["ends"] if streams == 1 else None,
+        )
+
+    def warm_up(self, sets: dict[str, list[list[int]]]) -> None:
+        """Everybody answers once; peers that cannot are known then."""
+        prompts = next(iter(sets.values()))[:1]
+        for variant in self.one:
+            self.written(variant, prompts, [self.tokens], 0)
+        for kind, worker in self.peers.items():
+            worker.ask("generate", prompts=prompts, tokens=[self.tokens], ends=self.about["ends"])
+            if worker.error:
+                self.figures.left_out(PEERS[kind], worker.error)
+
+    def memory_gives(self) -> None:
+        """What these threads can read now."""
+        self._rates += 1
+        self.figures.note("GB/s read", "memory", self.own.must("read_rate")["bytes_per_s"] / 1e9, self._rates)
+
+    def one_stream(self, where: str, prompts: list[list[int]], repeat: int) -> None:
+        """One prompt after the other, everybody in turn."""
+        tokens = [self.tokens] * len(prompts)
+
+        def of_ours(variant: Variant) -> Callable[[], dict[str, Any]]:
+            return lambda: self.written(variant, prompts, tokens, repeat)
+
+        def of_peer(worker: Worker) -> Callable[[], dict[str, Any]]:
+            return lambda: worker.ask("generate", prompts=prompts, tokens=tokens, ends=self.about["ends"])
+
+        turns = [(variant.name, of_ours(variant)) for variant in self.one]
+        turns += [(PEERS[kind], of_peer(worker)) for kind, worker in self.peers.items()]
+        first = repeat % len(turns)  # nobody always goes first
+        texts: dict[str, list[list[int]]] = {}
+        for name, write in turns[first:] + turns[:first]:
+            answer = write()
+            if "error" in answer:
+                continue
+            texts[name] = answer["ids"]
+            if answer["user_s"]:
+                self.figures.note(USER, name, answer["user_tokens"] / answer["user_s"], repeat, where)
+            self.figures.note(IN_ALL, name, sum(map(len, answer["ids"])) / answer["seconds"], repeat, where)
+            if "accepted_length" in answer:
+                self.figures.note(LENGTH, name, answer["accepted_length"], repeat, where)
+        for variant in (ADAPTIVE, ONE) if self.about["drafter"] else ():
+            self.same += sum(a == b for a, b in zip(texts[PLAIN.name], texts[variant.name], strict=True))
+            self.texts += len(prompts)
+        self.memory_gives()
+
+    def many_streams(self, prompts: list[list[int]], streams: int, repeat: int, sampled: bool) -> None:
+        """Adaptive against plain with so many streams kept busy."""
+        count = max(LEAST_ANSWERS, 2 * streams)
+        asked = [prompts[i % len(prompts)] for i in range(count)]
+        # lengths less or more a half, evenly: streams of one length would all end in the same round
+        tokens = [max(1, round(self.tokens * (0.5 + i * GOLDEN % 1.0))) for i in range(count)]
+        turns = [v for v in self.one if v is not ONE and (sampled or not v.sampled)]
+        first = repeat % len(turns)
+        for variant in turns[first:] + turns[:first]:
+            answer = self.written(variant, asked, tokens, repeat, streams)
+            total = sum(map(len, answer["ids"])) / answer["seconds"]
+            self.figures.note(IN_ALL, variant.name, total, repeat, str(streams))
+            self.figures.note(LENGTH, variant.name, answer["accepted_length"], repeat, str(streams))
+        self.memory_gives()
+
+    def passes(self, repeat: int) -> None:
+        """Passes over few and many rows."""
+        for rows in ROWS:
+            for engine, worker in self.judges():
+                if "error" not in (answer := worker.ask("one_pass", rows=rows, context=CONTEXT)):
+                    self.figures.note("ms a pass", engine, answer["ms"], repeat, str(rows))
+            self.memory_gives()
+
+
+def start_to_ready(model: str, threads: int) -> float:
+    """Seconds from starting a service until it says that it is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dspark_stream", "serve", model, "--threads", str(threads), "--port", str(port)]
+    begun = time.perf_counter()
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while server.poll() is None and time.perf_counter() - begun < READY_WITHIN_S:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ready"):
+                return time.perf_counter() - begun
+            time.sleep(0.01)
+    finally:
+        server.terminate()
+        server.wait()
+    raise SystemExit(f"the service did not get ready: {' '.join(command)}")
+
+
+def filled(model: str, threads: int, text: list[int]) -> int:
+    """Resident bytes of an engine as a service has it, once a few streams are full."""
+    worker = Worker(sys.executable, "dspark", model, threads)
+    ids = (text * (1 + FILLED_TOKENS // len(text)))[: FILLED_TOKENS - LAST_TOKENS]
+    how = "adaptive" if worker.must("about")["drafter"] else "plain"
+    worker.must(
+        "generate",
+        prompts=[ids] * FILLED_STREAMS,
+        tokens=[LAST_TOKENS] * FILLED_STREAMS,
+        streams=FILLED_STREAMS,
+        how=how,
+    )
+    found = int(worker.must("memory")["bytes"])
+    worker.close()
+    return found
+
+
+def table(title: str, head: list[str], lines: list[list[object]]) -> None:
+    """Columns of one width; what is not a number is left out."""
+    print(f"\n{title}")
+    for line in [head, *lines]:
+        shown = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in line[1:]]
+        print(f"{line[0]!s:<32}" + "".join(f"{'' if x == 'nan' else x:>13}" for x in shown))
+
+
+def report(figures: Figures, bench: Bench, sets: list[str], args: argparse.Namespace, file_bytes: int) -> None:
+    """The tables."""
+    own, middle, ratio = [v.name for v in bench.one], figures.middle, figures.ratio
+    said = ", ".join(f"{name} {value:g}" for name, value in bench.sampling.items())
+    print(f"\n{args.model} on {args.threads} threads, medians of {args.repeats}; sampled: {said}, by rejection")
+    for name in sets:
+        lines: list[list[object]] = [
+            [v, *(middle(what, v, name) for what in (USER, IN_ALL, LENGTH))]
+            for v in [*own, *(PEERS[kind] for kind, worker in bench.peers.items() if not worker.error)]
+        ]
+        lines += [[PEERS[kind], worker.error] for kind, worker in bench.peers.items() if worker.error]
+        table(f"one stream, {name}: tokens/s", ["", "of the user", "in all", "accepted"], lines)
+    ratios = [[f"{a} / {b}", *(ratio(USER, a, b, n) for n in sets), *(ratio(IN_ALL, a, b, n) for n in sets)]
+              for a, b in RATIOS]  # fmt: skip
+    table("one stream, ratios: of the user; in all", ["", *sets, *sets], ratios)
+    if bench.texts:
+        print(f"greedy texts that are the plain one's: {bench.same} of {bench.texts}")
+
+    loads = [str(n) for n in args.streams]
+    lines = []
+    for plain, fast in ((PLAIN, ADAPTIVE), (SAMPLED_PLAIN, SAMPLED)):
+        if plain is PLAIN or args.sampled:
+            for v in (plain, fast) if bench.about["drafter"] else (plain,):
+                lines.append([v.name, *(middle(IN_ALL, v.name, n) for n in loads)])
+            if bench.about["drafter"]:
+                lines.append(["  their ratio", *(ratio(IN_ALL, fast.name, plain.name, n) for n in loads)])
+                lines.append(["  accepted length", *(middle(LENGTH, fast.name, n) for n in loads)])
+    table("tokens/s in all, by streams", ["", *loads], lines)
+
+    lines = []
+    for engine, _ in bench.judges():
+        times = [middle("ms a pass", engine, str(n)) for n in ROWS]
+        lines += [[engine, *times], ["  of one row's", *(t / times[0] for t in times)]]
+    table(f"ms of a pass at {CONTEXT} tokens, by rows", ["", *map(str, ROWS)], lines)
+
+    least, rate, most = figures.spread("GB/s read", "memory")
+    floor_ms = bench.about["bytes"] / rate / 1e6
+    users = [floor_ms * middle(USER, PLAIN.name, name) / 1e3 for name in sets]
+    lines = [
+        ["MB that a pass reads", bench.about["bytes"] / 1e6],
+        ["GB/s: least, median, most", least, rate, most],
+        ["ms that this takes", floor_ms],
+        ["share of it, a pass of one row", floor_ms / middle("ms a pass", "dspark", "1")],
+        [f"share of it, plain ({', '.join(sets)})", *users],
+        ["seconds from start to ready", middle("seconds to ready", "dspark")],
+        [f"MiB, {FILLED_STREAMS} streams of {FILLED_TOKENS}", middle("MiB of full streams", "dspark")],
+        ["  without the file's size", middle("MiB of full streams", "dspark") - file_bytes / 2**20],
+        *([f"perplexity, {engine}", middle("perplexity", engine)] for engine, _ in bench.judges()),
+    ]
+    table("the machine and the rest", [""], lines)
 
 
 if __name__ == "__main__":

@@ -815,6 +815,8 @@ class Llama:
         if not self.handle:
             raise MemoryError(library.error().decode())
         _free_with(self, library.free_llama, self.handle)
+        self.nbytes = 0
+        """Memory that the layers' matrices take."""
         for layer in layers:
             if not 0 <= layer.rope < len(ropes) or layer.window < 0:
                 raise ValueError(f"rotary embedding {layer.rope} or window {layer.window}")
@@ -840,6 +842,7 @@ class Llama:
         for name, size in sizes.items():
             vector = getattr(layer, name)
             vectors.append(None if vector is None else _floats(vector, size))
+        self.nbytes += sum(getattr(layer, name).nbytes for name in shapes)
         matrices = (ctypes.c_void_p * len(shapes))(*(getattr(layer, name).give() for name in shapes))
         places = (ctypes.c_void_p * len(vectors))(*map(_at, vectors))
         _done(self.context, self.context.library.add_layer(self.handle, matrices, places, layer.window, layer.rope))

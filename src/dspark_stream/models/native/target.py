@@ -90,6 +90,11 @@ class NativeTarget:
         """See `Target.kv_dtype`."""
         return torch.bfloat16 if self.llama.context.kv_bfloat else torch.float16
 
+    @property
+    def pass_bytes(self) -> int:
+        """Weights that a pass reads: every layer's matrices and the LM head; of the embedding it takes single rows."""
+        return self.llama.nbytes + self.head.nbytes
+
     def make_store(self, slots: int) -> NativeStore:
         """See `Target.make_store`."""
         return NativeStore(self.kv_shapes, slots)
