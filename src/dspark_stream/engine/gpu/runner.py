@@ -17,11 +17,15 @@ import torch
 
 from dspark_kernels.admission import BUDGET, EARLY_STOP, FIXED, THRESHOLD
 from dspark_stream.engine.gpu.graphs import Round, RoundLadder, Size
-from dspark_stream.engine.gpu.round import run_round
+from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.sizing import Sizing
 from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
+from dspark_stream.models.torch.drafter import Drafter
+from dspark_stream.models.torch.head_weights import head_weights
+from dspark_stream.models.torch.store import KVStore
+from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import logit
 from dspark_stream.spec.draft import acceptance_of
 from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
@@ -56,6 +60,28 @@ def rule_of(schedule: Schedule) -> list[int]:
         f"captured rounds do not know the schedule {type(schedule).__name__}: choose another, or --cuda-graphs off",
         param="schedule",
     )
+
+
+def _on_torch(models: Models, candidates: int, longest: int) -> RoundModels:
+    """What rounds are captured of.
+
+    Raises:
+        ConfigError: models that cannot be captured.
+    """
+    target, drafter = models.target, models.drafter
+    stores = (models.target_kv, models.drafter_kv)
+    if (
+        not isinstance(target, Target)
+        or not isinstance(drafter, Drafter | None)
+        or not isinstance(stores[0], KVStore)
+        or not isinstance(stores[1], KVStore | None)
+    ):
+        raise ConfigError(
+            "cuda_graphs: rounds of models on the CPU kernels cannot be captured: --cuda-graphs off",
+            param="cuda_graphs",
+        )
+    head = head_weights(drafter) if drafter is not None else None
+    return RoundModels(target, stores[0], drafter, stores[1], head, candidates, longest)
 
 
 class _Flight(NamedTuple):
