@@ -433,16 +433,6 @@ def test_a_schedule_that_is_not_known():
         GraphRounds(models_of(schedule=object()), seats=2, longest=300)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", {"full_attention": "default", "sliding_attention": "longrope"}])
-def test_a_rotary_embedding_that_looks_at_positions_on_the_host(kind):
-    """Guards against a capture that ends in CUDA's own words, minutes after the start."""
-    models = models_of()
-    models.target.decoder.rotary_emb.rope_type = kind
-    with pytest.raises(ConfigError, match="--cuda-graphs off") as caught:
-        GraphRounds(models, seats=2, longest=300)
-    assert caught.value.param == "cuda_graphs"
-
-
 def test_what_cannot_be_captured_is_said_in_our_words(monkeypatch):
     parts, state, _ = ready()
     ladder = RoundLadder(parts, state)
