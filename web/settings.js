@@ -94,7 +94,7 @@ export class SettingsForm {
 
   /** @param {HTMLInputElement|HTMLSelectElement} input */
   #choose(input) {
-    if (input instanceof HTMLInputElement && input.value === input.defaultValue) delete this.chosen[input.name];
+    if (input.value === "") delete this.chosen[input.name];
     else this.chosen[input.name] = input.value;
     keep(KEPT, JSON.stringify(this.chosen));
   }

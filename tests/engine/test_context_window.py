@@ -84,7 +84,7 @@ class Streams:
     def __init__(self, drafter, taps=None):
         self.drafter, self.taps = drafter, (taps_of(), taps_of(seed=3)) if taps is None else taps
         ring = drafter.ring
-        slots = ExtentAllocator(1024, ring, 4 * ring)
+        slots = ExtentAllocator(1024, ring, 4)
         slots.allocate(40)  # so that nobody's slots begin at 0
         self.extents = [slots.allocate(LENGTH + GAMMA) for _ in self.taps]
         self.store = drafter.make_store(4 * ring or 1024)

@@ -377,3 +377,13 @@ def test_fit_separates_what_was_measured_together():
     assert coupled.draft_ms(2, 3, 100.0) == pytest.approx(costs.draft_ms(2, 3, 100.0) + 2 * 3 * 0.493750 / 2)
     assert coupled.verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 3.0)
     assert costs.drawing(0.5, 0.0).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)
+
+
+def test_a_draft_costs_the_same_beyond_its_window():
+    """Guards against drafts that are priced out of long contexts by what a drafter with a window does not read."""
+    shape = {"tokens": [1, 8], "verify_ms": [1.0, 2.0], "streams": [1, 2], "stream_ms": [0.0, 0.1]}
+    curve = CapacityCurve(**shape, draft_ms=[1.0, 2.0], gamma=4, context=256, draft_read_us=1.0)
+    windowed = Costs(msgspec.structs.replace(curve, draft_window=512))
+    assert windowed.draft_ms(1, 4, 400) == pytest.approx(Costs(curve).draft_ms(1, 4, 400))
+    assert windowed.draft_ms(1, 4, 8192) == windowed.draft_ms(1, 4, 512) == pytest.approx(1.256)
+    assert Costs(curve).draft_ms(1, 4, 8192) == pytest.approx(1.0 + 7.936)

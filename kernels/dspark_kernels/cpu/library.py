@@ -460,7 +460,7 @@ class Weights(NamedTuple):
         accept: Sequence[float],
         uniform: float,
     ) -> tuple[int, int]:
-        """Block verification (`spec.accept.rejection`): how many of ℓ ≥ 1 drafts stand, and the bonus token.
+        """Block verification (models/distributions.py, `judge`): how many of ℓ ≥ 1 drafts stand, and the bonus token.
 
         Args:
             first: p of the first draft's row; ℓ + 1 rows from there on.
@@ -484,6 +484,8 @@ class Weights(NamedTuple):
             *(_at(ids), whole(*tokens), whole(*among), length),
             *((ctypes.c_double * length)(*accept[:length]), uniform, ctypes.byref(bonus)),
         )
+        if stand < 0:
+            raise MemoryError(self.context.library.error().decode())
         return int(stand), bonus.value
 
     def _check(self, q: Floats, ids: Ints | None) -> None:

@@ -191,7 +191,7 @@ def walked_whole(index: Tensor, scores: Tensor, confidence: Tensor | None, weigh
 def _features(
     weights: HeadWeights, e: Tensor, hidden: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What W2 multiplies, [R, r], and the recurrence's next state (`models/heads.py`)."""
+    """What W2 multiplies, [R, r], and the recurrence's next state (`models/torch/heads.py`)."""
     if weights.inner is None or hidden is None:
         return e, None
     inner = weights.inner.float()

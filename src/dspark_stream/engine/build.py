@@ -98,7 +98,7 @@ def build_engine(
         )
         max_model_len = affordable
     slots = slots_for_budget(config.kv_memory, per_token, max_model_len + gamma + 1, rings * drafter_bytes)
-    allocator = ExtentAllocator(slots, ring, rings)
+    allocator = ExtentAllocator(slots, ring, config.max_num_seqs if ring else 0)
     target_kv = target.make_store(slots)
     drafter_kv = drafter.make_store(rings or slots) if drafter else None
     folder = "" if drafter_folder is None else _weights_stamp(drafter_folder)
@@ -274,4 +274,5 @@ def drafter_folder(config: Config) -> Path | None:
 
 
 def _weights_stamp(folder: Path) -> str:
-    return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))])
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])

@@ -48,7 +48,7 @@ SOME_STREAMS = 16
 """What drawing costs is measured with so many streams at most."""
 SLOW_MS, ONCE_MS = 80.0, 240.0
 """Points that take so long are run twice, or once: buffers and what is left of the noise are small beside them."""
-FORMAT = "curve 12"
+FORMAT = "curve 13"
 ANY_CURVE = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0])
 """Rounds that are measured need one to go by."""
 
@@ -111,6 +111,7 @@ def load_or_measure(
             context=bench.context,
             long_context=bench.long_context,
             long_streams=bench.long_streams,
+            draft_window=drafter.context_window if drafter else 0,
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,9 @@ def sweep(
     return times
 
 
-def fit(times: Times, *, gamma: int, context: int, long_context: int, long_streams: int = 1) -> CapacityCurve:
+def fit(
+    times: Times, *, gamma: int, context: int, long_context: int, long_streams: int = 1, draft_window: int = 0
+) -> CapacityCurve:
     """A curve from `_Bench`'s points."""
     rows, plain = times["rows"], times["streams"]
     tokens, streams = sorted(rows), sorted(plain)
@@ -200,6 +203,7 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int, long_strea
         rest_ms=monotone([rest[r] for r in streams]),
         gamma=gamma,
         context=context,
+        draft_window=draft_window,
         sample_us=_each_us(times.get("sampled", {}), plain),
         coupled_us=_each_us(times.get("coupled", {}), plain),
     )
@@ -227,8 +231,8 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int, long_strea
         draft_coupled_us=_each_us(times.get("coupled draft", {}), whole) / gamma,
         feature_us=_each_us(times.get("features", {}), {}),
     )
-    if "long draft" in times:
-        slope = 1e3 * (times["long draft"][1] - whole[1]) / spread
+    if "long draft" in times and (more_seen := curve.drafted_from(long_context) - curve.drafted_from(context)) > 0:
+        slope = 1e3 * (times["long draft"][1] - whole[1]) / more_seen
         curve = msgspec.structs.replace(curve, draft_read_us=max(0.0, slope))
     return curve
 

@@ -1,7 +1,8 @@
 """Where streams keep their past: one fixed budget of token slots, handed out in contiguous extents.
 
 A token slot holds the target's keys and values of one position for every layer, and the drafter's context keys and
-values of the same position: they are reserved, kept and given back together (docs/decisions/002-kv-extents.md).
+values of the same position: they are reserved, kept and given back together (docs/decisions/002-kv-extents.md). A
+drafter with a window keeps the latest positions only, in a ring of each stream's own (029).
 """
 
 from __future__ import annotations
@@ -34,69 +35,48 @@ class Extent(NamedTuple):
         return [self.context + p % ring for p in positions] if ring else [self.slot + p for p in positions]
 
 
-class _Holes(NamedTuple):
-    """A sorted list of stretches that are free: (first, size)."""
-
-    free: list[tuple[int, int]]
-
-    def take(self, size: int) -> int | None:
-        """The first slot of the first stretch that is long enough."""
-        for i, (first, room) in enumerate(self.free):
-            if room >= size:
-                self.free[i : i + 1] = [(first + size, room - size)] if room > size else []
-                return first
-        return None
-
-    def give(self, first: int, size: int) -> None:
-        """Give a stretch back; it merges with the holes beside it."""
-        insort(self.free, (first, size))
-        merged: list[tuple[int, int]] = []
-        for at, room in self.free:
-            if merged and sum(merged[-1]) == at:
-                merged[-1] = (merged[-1][0], merged[-1][1] + room)
-            else:
-                merged.append((at, room))
-        self.free[:] = merged
-
-
 class ExtentAllocator:
-    """First fit. Raises nothing: no room is None.
+    """First fit over a sorted free list that merges neighbours, and a ring for each stream beside it. Raises nothing:
+    no room is None.
 
     Args:
         total: token slots.
         ring: slots of a stream's ring in the drafter's store; 0: there are none.
-        ring_total: slots of that store.
+        seats: how many rings there are.
     """
 
-    def __init__(self, total: int, ring: int = 0, ring_total: int = 0) -> None:
+    def __init__(self, total: int, ring: int = 0, seats: int = 0) -> None:
         self.total, self.ring = total - total % GRAIN, ring
         self.used = 0
-        self._slots = _Holes([(0, self.total)] if self.total else [])
-        self._rings = _Holes([(0, ring_total)] if ring_total else [])
-
-    def _ring_of(self, size: int) -> int:
-        """Whoever is shorter than a ring never comes round."""
-        return min(size, self.ring)
+        self._free: list[tuple[int, int]] = [(0, self.total)] if self.total else []
+        """Stretches: first slot and size."""
+        self._rings = [ring * seat for seat in reversed(range(seats))]
 
     def allocate(self, tokens: int) -> Extent | None:
-        """An extent of at least ``tokens`` slots, or None while there is no stretch that long."""
+        """An extent of at least ``tokens`` slots, or None while there is no stretch that long, or no ring."""
         size = max(GRAIN, -(-tokens // GRAIN) * GRAIN)
-        slot = self._slots.take(size)
-        if slot is None:
+        if self.ring and not self._rings:
             return None
-        context = self._rings.take(self._ring_of(size)) if self.ring else 0
-        if context is None:
-            self._slots.give(slot, size)
-            return None
-        self.used += size
-        return Extent(slot, size, context)
+        for i, (slot, room) in enumerate(self._free):
+            if room >= size:
+                self._free[i : i + 1] = [(slot + size, room - size)] if room > size else []
+                self.used += size
+                return Extent(slot, size, self._rings.pop() if self.ring else 0)
+        return None
 
     def free(self, extent: Extent) -> None:
-        """Give an extent back."""
+        """Give an extent back; it merges with the stretches beside it."""
         self.used -= extent.size
-        self._slots.give(extent.slot, extent.size)
         if self.ring:
-            self._rings.give(extent.context, self._ring_of(extent.size))
+            self._rings.append(extent.context)
+        insort(self._free, (extent.slot, extent.size))
+        merged: list[tuple[int, int]] = []
+        for slot, size in self._free:
+            if merged and sum(merged[-1]) == slot:
+                merged[-1] = (merged[-1][0], merged[-1][1] + size)
+            else:
+                merged.append((slot, size))
+        self._free = merged
 
 
 class KVShape(NamedTuple):

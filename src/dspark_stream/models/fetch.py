@@ -146,13 +146,15 @@ def _write_stamp(path: Path, folder: Path, model: NamedModel, progress: Progress
             os.fchmod(descriptor, 0o644)  # others who share the cache need not read the model either
             file.write(msgspec.json.encode(content))
         os.replace(name, _stamp(folder, model))
+        name = ""
     except OSError as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
         progress.say(
             f"{model.name} is in order, but that cannot be noted in {folder} ({error.strerror}): "
             "it will be verified at every start"
         )
+    finally:
+        if name:
+            Path(name).unlink(missing_ok=True)
 
 
 def _stamp(folder: Path, model: NamedModel) -> Path:

@@ -230,6 +230,18 @@ def _rotaries(family: Family, f: _Fields) -> tuple[Rotary, Rotary | None]:
     )
 
 
+def _divisors(gguf: GgufFile, size: int) -> tuple[float, ...]:
+    """The tensor `rope_freqs`, one for each frequency of heads of ``size``; empty where there is none."""
+    if "rope_freqs.weight" not in gguf.tensors:
+        return ()
+    factors = gguf.floats("rope_freqs.weight")
+    if factors.shape != (size // 2,):
+        raise ModelLoadError(
+            f"{gguf.path}: rope_freqs.weight has {factors.size} factors for heads of {size}", param="model"
+        )
+    return tuple(factors.tolist())
+
+
 def geometry_of_gguf(gguf: GgufFile) -> Geometry:
     """Of a GGUF file's metadata.
 
@@ -272,11 +284,7 @@ def geometry_of_gguf(gguf: GgufFile) -> Geometry:
     for name in ("attention.value_length", "rope.dimension_count"):
         if (other := count(name, size)) != size:
             raise UnsupportedError(f"{architecture}.{name} {other} with keys of {size}")
-    divisors = tuple(gguf.floats("rope_freqs.weight").tolist()) if "rope_freqs.weight" in gguf.tensors else ()
-    if divisors and len(divisors) != size // 2:
-        raise ModelLoadError(
-            f"{gguf.path}: rope_freqs.weight has {len(divisors)} factors for heads of {size}", param="model"
-        )
+    divisors = _divisors(gguf, size)
     windowed: tuple[bool, ...] = ()
     if family.windows:
         pattern = gguf.fields.get(f"{architecture}.attention.sliding_window_pattern")

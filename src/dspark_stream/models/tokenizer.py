@@ -168,7 +168,7 @@ def codec_from_hub(name_or_path: str) -> TextCodec | None:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the Rust library raises bare ones for a broken tokenizer.json
         raise ModelLoadError(f"no usable tokenizer at {name_or_path}: {error}", param="model") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelLoadError(f"{name_or_path}: only tokenizers with a tokenizer.json are supported", param="model")

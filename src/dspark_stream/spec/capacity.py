@@ -50,7 +50,9 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     attend_us: float = 0.0
     """Microseconds that it costs for every row."""
     draft_read_us: float = 0.0
-    """Microseconds that it costs in drafting a block."""
+    """Microseconds that it costs in drafting a block, as far as the drafter sees."""
+    draft_window: int = 0
+    """Positions of a context that a drafter sees at most; 0: all."""
     sample_us: float = 0.0
     """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one."""
     coupled_us: float = 0.0
@@ -68,6 +70,10 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         at = self.context if position is None else position
         draft = float(costs.draft_ms(drafting, self.gamma if slots is None else slots, at)) if drafting else 0.0
         return float(costs.verify_ms(batch_tokens, streams, at)) + draft + costs.rest_ms(streams)
+
+    def drafted_from(self, position: float) -> float:
+        """Positions that a draft at ``position`` reads."""
+        return min(position, self.draft_window or position)
 
     def sps(self, batch_tokens: int, streams: int, drafting: int) -> float:
         """Rounds a second when a round carries ``batch_tokens`` target tokens."""
@@ -194,7 +200,8 @@ class Costs:
         c = self.curve
         whole = interpolated(c.streams, c.draft_ms, drafting)
         spared = interpolated(c.streams, c.slot_ms, drafting) * (c.gamma - np.asarray(slots))
-        context_ms = 1e-3 * (position - c.context) * c.draft_read_us * np.asarray(drafting)
+        seen = c.drafted_from(position) - c.drafted_from(c.context)
+        context_ms = 1e-3 * seen * c.draft_read_us * np.asarray(drafting)
         return np.maximum(whole - spared + context_ms, LEAST_OF_BASE * whole) + self.after_draft_ms(drafting)
 
     def after_draft_ms(self, drafting: Any) -> Any:

@@ -1,6 +1,7 @@
 // What Python sees: plain C, by ctypes. Handles are made and freed in pairs. Calls return a handle or true; null or
 // false means that memory or threads ran out, or (dspark_refused) that rows do not stand where they could, and dspark_error
 // has the words. The caller has checked shapes: pointers are trusted here.
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -62,12 +63,16 @@ struct Context {  // a pool, and room for what products need
     std::vector<std::vector<float>> rooms;  // of each thread
     Buffer<Best> best;         // likewise
     size_t best_size = 0;
-    std::vector<int32_t> position, slot, first_slot, visible, from, ids;  // of a pass's rows
+    std::vector<int32_t> position, slot, first_slot, visible, from;  // of a pass's rows
     Buffer<float> hidden;
     size_t hidden_size = 0;
     Pool pool;  // the last: its threads end first
     explicit Context(int threads) : rooms(std::max(1, threads)), pool(threads) {}
 
+    // Before a job begins: memory that runs out within one cannot be told.
+    void reserve_rooms(int width) {
+        for (auto& room : rooms) room.reserve(width + LANES);
+    }
     void reserve_best(int rows) {
         const size_t wanted = static_cast<size_t>(pool.size()) * rows;
         if (wanted <= best_size) return;
@@ -168,7 +173,7 @@ void multiply(Context* context, const Matrix& w, const float* x, int rows, float
         share(rows, 1, thread, pool.size(), &first_row, &last_row);
         for (int r = first_row; r < last_row; r++) context->input.put_row(r, x + static_cast<size_t>(r) * w.inputs);
         pool.barrier();
-        Best* const own = context->best.get() + static_cast<size_t>(thread) * rows;
+        Best* const own = best ? context->best.get() + static_cast<size_t>(thread) * rows : nullptr;
         if (best)
             for (int r = 0; r < rows; r++) own[r] = Best();
         pool.each(thread, w.tiles(), TILES, [&](int first, int last) {
@@ -233,6 +238,7 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
     bool any_sampled = false, any_top_k = false;
     for (int r = 0; r < streams; r++) any_sampled |= sampled(r), any_top_k |= sampled(r) && sampling[r].top_k > 0;
     context->least.assign(streams, -INFINITY);
+    if (any_sampled) context->reserve_rooms(vocabulary);
     if (w2) context->input.reserve(streams, rank);
     context->found.resize(static_cast<size_t>(threads) * streams);
     context->sums.resize(context->found.size());
@@ -366,7 +372,8 @@ struct FileTable {
     int64_t offset;
     size_t row_bytes;
 
-    FileTable(int fd, int64_t offset, int inputs, int type) : file(dup(fd)), type(type), offset(offset) {
+    FileTable(int fd, int64_t offset, int inputs, int type)
+        : file(fcntl(fd, F_DUPFD_CLOEXEC, 0)), type(type), offset(offset) {
         if (file < 0) throw std::runtime_error(std::string("a descriptor cannot be had twice: ") + std::strerror(errno));
         const Layout layout = layout_of(type);
         row_bytes = static_cast<size_t>(inputs / GROUP / layout.groups) * layout.bytes;
@@ -643,9 +650,16 @@ bool dspark_draft(Context* context, Llama* model, const Table* embedding, float 
     return guarded([&] {
         const Pass pass = lay_out(context, streams, where, false, window, ring);
         float* const x = hidden_of(context, pass.rows, model->shape.hidden);
-        context->ids.assign(pass.rows, mask);
-        for (int r = 0; r < streams; r++) context->ids[static_cast<size_t>(r) * gamma] = anchors[r];
-        rows_of(*embedding, embedding_scale, context->ids.data(), pass.rows, x);
+        const size_t width = embedding->inputs;
+        for (int r = 0; r < streams; r++) rows_of(*embedding, embedding_scale, anchors + r, 1, x + r * gamma * width);
+        for (int row = 0, first = 0; row < pass.rows; row++) {  // the mask's row is read once
+            if (row % gamma == 0) continue;
+            float* const to = x + row * width;
+            if (first)
+                std::memcpy(to, x + first * width, sizeof(float) * width);
+            else
+                rows_of(*embedding, embedding_scale, &mask, 1, to), first = row;
+        }
         forward(context, model, pass, Store{keys, values, slots, ring}, x, nullptr, 0, nullptr);
         multiply(context, *lm_head, x, pass.rows, base, lm_head->outputs, nullptr);
         walk(context, *heads, base, x, streams, gamma, anchors, sampling, uniforms,
@@ -661,6 +675,7 @@ bool dspark_weigh(Context* context, float* scores, int rows, int width, const Sa
             for (int r = first; r < last; r++)
                 totals[r] = weigh_row(scores + static_cast<size_t>(r) * width, width, sampling[r], context->rooms[thread]);
         };
+        context->reserve_rooms(width);
         if (rows == 1) return some(0, 1, 0), true;  // done before another thread has woken up
         context->pool.run([&](int thread) {
             int first, last;
@@ -689,12 +704,17 @@ double dspark_overlap(const float* weights, int width, double total, double shar
     return Rest{weights, width, static_cast<float>(share / total), q, 1.0f, ids, drafts}.taken();
 }
 
-// How many of `length` drafts stand, at least one, and the bonus token. p: weights [length+1, width] with their sums; q
+// How many of `length` drafts stand, at least one of them given, and the bonus token; -1 where memory ran out. p: weights [length+1, width] with their sums; q
 // [length, drafts] with theirs, of the tokens `ids`, ascending (null: all).
 int dspark_judge(const float* p, const double* p_totals, int width, const float* q, const double* q_totals, int drafts,
                  const int32_t* ids, const int32_t* tokens, const int32_t* indices, int length, const double* accept,
                  double uniform, int32_t* bonus) {
-    return judge({p, p_totals, width}, {q, q_totals, drafts}, ids, tokens, indices, length, accept, uniform, bonus);
+    try {
+        return judge({p, p_totals, width}, {q, q_totals, drafts}, ids, tokens, indices, length, accept, uniform, bonus);
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return -1;
+    }
 }
 
 // --- what the machine can do ---

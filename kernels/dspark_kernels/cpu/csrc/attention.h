@@ -122,9 +122,9 @@ class Attention {  // of one thread
                      int first_query, int heads, const float* qkv, Quantised& out) {
         const int size = s.head_size, count = rows * heads;
         const int64_t base = pass.first_slot[first];
-        int longest = 0, begin = pass.begin(first, window);
-        for (int r = first; r < first + rows; r++) begin = std::min(begin, pass.begin(r, window));
-        begin = begin / BLOCK * BLOCK;  // what is before a row's own beginning weighs nothing: sums stay as they are
+        int longest = 0, first_seen = pass.begin(first, window);
+        for (int r = first; r < first + rows; r++) first_seen = std::min(first_seen, pass.begin(r, window));
+        const int begin = first_seen / BLOCK * BLOCK;  // what is before a row's own beginning weighs nothing
         for (int i = 0; i < count; i++) {
             const float* q = qkv + static_cast<size_t>(first + i / heads) * s.qkv() + (first_query + i % heads) * size;
             for (int d = 0; d < size; d += 2 * LANES)
@@ -139,7 +139,7 @@ class Attention {  // of one thread
             share_of[i] = weigh(scores_.get() + static_cast<size_t>(i) * stride_, pass.begin(r, window) - begin,
                                 pass.visible[r] - begin, longest - begin, s.score_scale);
         }
-        sum_values(s, cache, head, base, begin, longest);
+        sum_values(s, cache, head, base, begin, first_seen, longest);
         if (rows > 1 && !all_finite(sums_.get(), static_cast<size_t>(count) * size)) {
             // what a row does not see counts nothing, but nothing times no number is no number: each for itself
             for (int r = first; r < first + rows; r++)
@@ -210,9 +210,9 @@ class Attention {  // of one thread
         return Floats::all(1.0f / sum_of(total[0] + total[1]));
     }
 
-    // sums [queries][D] of weight · value. The last block may reach beyond what is seen, and even beyond the extent: what
-    // stands there is not a number for all we know, so it is read from a copy.
-    void sum_values(const Shape& s, const Cache& cache, int head, int64_t base, int begin, int longest) const {
+    // sums [queries][D] of weight · value. The first block may begin before what is seen, the last may reach beyond it, and
+    // even beyond the extent: what stands there is not a number for all we know, so these are read from a copy.
+    void sum_values(const Shape& s, const Cache& cache, int head, int64_t base, int begin, int first_seen, int longest) const {
         const uint16_t* weights = reinterpret_cast<const uint16_t*>(scores_.get());
         const int size = s.head_size;
         for (int d = 0; d < size; d += 4 * LANES) {
@@ -221,21 +221,25 @@ class Attention {  // of one thread
             cache.pieces(base, begin, longest, [&](int p, int until, int64_t slot) {
                 const uint16_t* from = cache.values + (cache.slots * head + slot) * size;
                 for (; p < until; p += BLOCK, from += static_cast<size_t>(BLOCK) * size) {
-                    if (p + BLOCK > until) copy_tail(from, size, until - p);
-                    multiply_tiles(weights + (p - begin), stride_ * 4, (p + BLOCK > until ? tail_.get() : from) + 2 * d,
-                                   2 * LANES, size * 4, tiles);
+                    const bool part = p < first_seen || p + BLOCK > until;
+                    if (part) copy_part(from, size, first_seen - p, std::min(BLOCK, until - p));
+                    multiply_tiles(weights + (p - begin), stride_ * 4, (part ? tail_.get() : from) + 2 * d, 2 * LANES,
+                                   size * 4, tiles);
                 }
             });
             store_tiles(sums_.get() + d, LANES, size * 4, tiles);
         }
     }
 
-    void copy_tail(const uint16_t* from, int size, int slots) const {
+    // A block's first `slots` slots without the `before` first ones; nothing else.
+    void copy_part(const uint16_t* from, int size, int before, int slots) const {
         uint16_t* to = tail_.get();
         std::memset(to, 0, sizeof(uint16_t) * BLOCK * size);
         std::memcpy(to, from, sizeof(uint16_t) * (slots / 2 * 2) * size);
         if (slots % 2)
             for (int d = 0; d < size; d++) to[(slots - 1) * size + 2 * d] = from[(slots - 1) * size + 2 * d];
+        for (int i = 0; i < before; i++)
+            for (int d = 0; d < size; d++) to[i / 2 * 2 * size + 2 * d + i % 2] = 0;
     }
 };
 

@@ -251,7 +251,7 @@ struct Rows {
     double probability(int k, int32_t at) const { return row(k)[at] / sums[k]; }
 };
 
-// Block verification of `length` drafts, at least one; what it does and why: rejection() in spec/accept.py.
+// Block verification of `length` drafts, at least one; what it does and why: Distributions.judge in models/distributions.py.
 // p: a row more than drafts; tokens are p's indices of the drafts, indices are q's. Sets the bonus token.
 inline int judge(const Rows& p, const Rows& q, const int32_t* ids, const int32_t* tokens, const int32_t* indices,
                  int length, const double* accept, double uniform, int32_t* bonus) {

@@ -22,10 +22,10 @@ def drawn_by(sampling: Sequence[SamplingParams]) -> npt.NDArray[np.float32]:
 
 
 class NativeDistributions(Distributions):
-    """Rows of `Weights` from ``first`` on."""
+    """Rows of `Weights` from ``first`` on; of drafts over the tokens ``draft_ids`` (None: all)."""
 
-    def __init__(self, weights: Weights, first: int = 0) -> None:
-        self._weights, self._first = weights, first
+    def __init__(self, weights: Weights, first: int = 0, draft_ids: Ints | None = None) -> None:
+        self._weights, self._first, self._draft_ids = weights, first, draft_ids
 
     @classmethod
     def of(cls, context: Context, logits: Tensor, sampling: Sequence[SamplingParams]) -> NativeDistributions:
@@ -65,9 +65,8 @@ class NativeDistributions(Distributions):
         """See `Distributions.judge`; the same in one call, of drafts that the kernels drew."""
         if not tokens or not isinstance(q, NativeDistributions):
             return super().judge(first, tokens, q, indices, draft_ids, accept, uniform)
-        found = self._weights.judge(
-            self._first + first, tokens, q._weights, q._first, indices, _ids(draft_ids), accept, uniform
-        )
+        ids = _ids(draft_ids) if q._draft_ids is None else q._draft_ids
+        found = self._weights.judge(self._first + first, tokens, q._weights, q._first, indices, ids, accept, uniform)
         return Judged(*found)
 
 
@@ -78,10 +77,10 @@ def _ids(draft_ids: Tensor | None) -> Ints | None:
 class NativeDrafts:
     """Blocks of R streams, g ≤ γ slots each, drafted in one call. See `Drafted`."""
 
-    def __init__(self, walked: Walked, confidence: bool) -> None:
+    def __init__(self, walked: Walked, confidence: bool, draft_ids: Ints | None) -> None:
         self.tokens: list[list[int]] = walked.tokens.tolist()
         self.logits: list[list[float]] | None = walked.logits.tolist() if confidence else None
-        self._walked = walked
+        self._walked, self._draft_ids = walked, draft_ids
 
     def indices(self, r: int) -> list[int]:
         """See `Drafted.indices`."""
@@ -91,4 +90,4 @@ class NativeDrafts:
     def q(self, r: int) -> NativeDistributions:
         """See `Drafted.q`."""
         assert self._walked.weights is not None
-        return NativeDistributions(self._walked.weights, r * len(self.tokens[r]))
+        return NativeDistributions(self._walked.weights, r * len(self.tokens[r]), self._draft_ids)

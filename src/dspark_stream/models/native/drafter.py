@@ -106,10 +106,14 @@ class NativeDrafter:
 
     @property
     def ring(self) -> int:
-        """Token slots of a stream's context: what a block sees, a whole block, and room for what comes in one piece."""
+        """Token slots of a stream's context: what a block sees, and a whole block.
+
+        What is handed over in one piece may be longer: its rows are written in order, and the latest stay.
+        """
         if not self.context_window:
             return 0
-        return -(-(self.context_window + self.gamma + 1) // RING_GRAIN) * RING_GRAIN
+        window = min(self.context_window, self.target.max_positions)
+        return -(-(window + self.gamma + 1) // RING_GRAIN) * RING_GRAIN
 
     def make_store(self, slots: int) -> NativeStore:
         """See `Drafter.make_store`."""
@@ -201,7 +205,7 @@ class NativeDrafter:
             self.target.embedding_scale,
             self.context_window,
         )
-        return NativeDrafts(walked, self.has_confidence)
+        return NativeDrafts(walked, self.has_confidence, self._walk.draft_ids)
 
     def _first(self, extent: Extent) -> int:
         return extent.context if self.ring else extent.slot

@@ -205,7 +205,10 @@ class GgufWeights:
         if info.type not in set(Source):
             return Table.of(self.matrix(name, rows, inputs))
         path, offset = self.gguf.place_of(own)
-        return Table.in_file(self.context, rows, inputs, Source(info.type), path, offset)
+        try:
+            return Table.in_file(self.context, rows, inputs, Source(info.type), path, offset)
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{path} changed while it was read: {error}", param="model") from error
 
     def matrix(self, name: str, rows: int, inputs: int, heads: int = 0) -> PackedMatrix:
         """See `Weights`: quants as they are; floats are rounded to 8 bits."""
