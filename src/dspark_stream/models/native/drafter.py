@@ -65,7 +65,7 @@ class NativeDrafter:
         self.gamma, self.context_window = config.block_size, config.context_window
         g, context = config.backbone, target.llama.context
         self.kv_shapes = [KVShape(g.kv_heads, g.head_size, g.head_size)] * config.num_layers
-        kind = kind or DRAFT_KIND
+        kind = DRAFT_KIND if kind is None else kind
         rope = Rope(g.rotary.frequencies(g.head_size), g.rotary.amplitude)
         try:
             self._llama = Llama(
