@@ -330,7 +330,8 @@ def target_from_folder(folder: Path, kind: Kind, context: Context) -> NativeTarg
         raise ModelLoadError(f"{path} cannot be used: {error}", param="model") from error
     weights = SafetensorsWeights(folder, context, kind, geometry)
     text = ("model.layers.", "lm_head.")
-    unknown = [n for n in weights.names if n.startswith(text) and n.endswith(".bias") and not geometry.family.qkv_bias]
+    read = tuple(f"{part}_proj.bias" for part in "qkv") if geometry.family.qkv_bias else ()
+    unknown = [n for n in weights.names if n.startswith(text) and n.endswith(".bias") and not n.endswith(read)]
     if unknown:
         raise UnsupportedError(unknown[0])
     ids = tuple(int(i) for i in eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
