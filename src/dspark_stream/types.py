@@ -39,6 +39,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Further stop tokens beside the model's own."""
     ignore_eos: bool = False
     """Do not stop at the model's own stop tokens (``stop_token_ids`` still count)."""
+    min_tokens: int = 0
+    """No stop token, of the model or of ``stop_token_ids``, before so many tokens were generated."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit once for every time that it was generated, as OpenAI and vLLM do."""
+    presence_penalty: float = 0.0
+    """Taken from a token's logit once it was generated."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in prompt or answer are divided by it where positive and multiplied where negative."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, added to its logit), ids ascending, each once."""
 
 
 class RecommendedSampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +71,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Bound on the time between two of its chunks, kept when possible; 0: the engine's own."""
     record_rounds: bool = False
     """Ask for a `RoundRecord` with every `TokensEvent`."""
+    client: str = ""
+    """Who asks, as far as fair shares go: streams of one client stand in one line. Never a key."""
 
 
 class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
