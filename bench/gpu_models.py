@@ -27,8 +27,8 @@ from dspark_stream.models.torch.layers import ATTENTION_NAME
 from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, Quant, quantise_linears
 from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import Calibration, logit
-from dspark_stream.spec.capacity import CapacityCurve
-from dspark_stream.spec.schedule import parse_schedule
+from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, Mode, SamplingParams
 

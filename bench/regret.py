@@ -42,7 +42,7 @@ from dspark_stream.report.sweep import shipped_prompts
 from dspark_stream.spec.calibration import BINS
 from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
 from dspark_stream.spec.handicap import Shape
-from dspark_stream.spec.schedule import Candidate, Schedule, admit_mixed, parse_schedule
+from dspark_stream.load.schedule import Candidate, Schedule, admit_mixed, parse_schedule
 from dspark_stream.spec.skipping import DraftPast, Plan, Skipping
 from dspark_stream.types import Acceptance, GenerationRequest, SamplingParams, TokensEvent
 

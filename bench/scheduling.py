@@ -22,7 +22,7 @@ from common import write_csv
 from dspark_stream.config import default_cache_dir
 from dspark_stream.spec.capacity import CapacityCurve, Costs
 from dspark_stream.spec.handicap import Shape
-from dspark_stream.spec.schedule import Adaptive, Candidate
+from dspark_stream.load.schedule import Adaptive, Candidate
 from dspark_stream.spec.skipping import DraftPast, Skipping
 
 

@@ -14,8 +14,8 @@ from dspark_stream.models.torch.layers import ATTENTION_NAME
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.capacity import CapacityCurve
-from dspark_stream.spec.schedule import Adaptive, Schedule
+from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.schedule import Adaptive, Schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
 

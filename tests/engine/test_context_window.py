@@ -20,7 +20,7 @@ from dspark_stream.models.loading import load_target
 from dspark_stream.models.native.drafter import NativeDrafter
 from dspark_stream.models.protocols import Draw
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
-from dspark_stream.spec.schedule import Fixed
+from dspark_stream.load.schedule import Fixed
 from dspark_stream.types import SamplingParams, TokensEvent
 from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 from tiny_families import HIDDEN, SCALINGS, VOCAB, config_of, randomise, save

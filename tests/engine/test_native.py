@@ -30,7 +30,7 @@ from dspark_stream.progress import SILENT
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import draft
-from dspark_stream.spec.schedule import parse_schedule
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from ggufs import split

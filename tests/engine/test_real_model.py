@@ -18,7 +18,7 @@ from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.protocols import Rows
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.noise import token_exponentials
-from dspark_stream.spec.schedule import parse_schedule
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 
 QUESTIONS = (

@@ -15,7 +15,7 @@ from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.spec.capacity import CapacityCurve, Costs
 from dspark_stream.spec.handicap import Handicap, Shape
-from dspark_stream.spec.schedule import Adaptive, Fixed, Lagged
+from dspark_stream.load.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.types import TokensEvent
 from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 

@@ -9,13 +9,13 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "dspark_stream"
 KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "dspark_kernels"
 
 LEAVES = {"config", "errors", "files", "types", "progress", "console"}
-ENGINE_AND_BELOW = {"engine", "spec", "models", "kernels", *LEAVES}
+ENGINE_AND_BELOW = {"engine", "load", "spec", "models", "kernels", *LEAVES}
 TOOLS = {"local", "generate", "evaluate", "calibrate", "report"}  # the engine used in this process
 MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": {"commands", "training", "evaluate", *LEAVES},
     "commands": {"server", "client", "training", "drafters", *TOOLS, *ENGINE_AND_BELOW},
-    "server": ENGINE_AND_BELOW - {"kernels", "models", "spec"},
+    "server": ENGINE_AND_BELOW - {"kernels", "models", "spec", "load"},
     "client": set(LEAVES) - {"config"},
     "evaluate": {"local", *ENGINE_AND_BELOW},
     "calibrate": {"local", *ENGINE_AND_BELOW},
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "local": ENGINE_AND_BELOW,
     "training": {"calibrate", "evaluate", "local", *ENGINE_AND_BELOW},
     "engine": {"drafters", *ENGINE_AND_BELOW},
+    "load": {"spec", *LEAVES},
     "spec": {"models", "kernels", *LEAVES},
     "models": {"kernels", *LEAVES},
     "config": {"errors"},

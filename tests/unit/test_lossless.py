@@ -28,10 +28,10 @@ from dspark_stream.models.torch.target import TargetOutput
 from dspark_stream.models.torch.walk import walk
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.capacity import RoundCost
+from dspark_stream.load.costs import RoundCost
 from dspark_stream.spec.draft import draft
 from dspark_stream.spec.noise import NoiseCache
-from dspark_stream.spec.schedule import Adaptive, Candidate, EarlyStop, Fixed, Lagged, Threshold, admit
+from dspark_stream.load.schedule import Adaptive, Candidate, EarlyStop, Fixed, Lagged, Threshold, admit
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, SamplingParams
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dspark_stream.engine.profile import BUDGET_S, LONG_STREAMS, SWEEPS, Point, _Bench, fit, sweep
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost, convex, ladder, monotone
-from dspark_stream.spec.schedule import (
+from dspark_stream.load.schedule import (
     Adaptive,
     Candidate,
     EarlyStop,

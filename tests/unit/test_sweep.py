@@ -21,7 +21,7 @@ from dspark_stream.report.sweep import (
     medians,
     shipped_prompts,
 )
-from dspark_stream.spec.capacity import CapacityCurve
+from dspark_stream.load.curve import CapacityCurve
 from fakes import FakeTokenizer
 from tiny import GAMMA, VOCAB, tiny_drafter, tiny_engine, tiny_models, tiny_target
 

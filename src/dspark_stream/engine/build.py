@@ -20,6 +20,7 @@ from dspark_stream.engine.profile import curve_key, load_or_measure
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.errors import ConfigError, ModelLoadError
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.fetch import model_path
@@ -35,7 +36,6 @@ from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, quantise_linears
 from dspark_stream.models.torch.target import Target as TorchTarget
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import Calibration, load_calibration
-from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import ModelInfo
 

@@ -19,14 +19,15 @@ from dspark_stream.engine.backlog import PIECE
 from dspark_stream.engine.step import Models, decode_round
 from dspark_stream.engine.stream import Stream
 from dspark_stream.files import write_whole
+from dspark_stream.load.costs import CostTable, RoundCost
+from dspark_stream.load.curve import CapacityCurve, Company, ladder, monotone
+from dspark_stream.load.schedule import Candidate
 from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator
 from dspark_stream.models.protocols import Drafter, Store, Target
 from dspark_stream.progress import Progress
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost, ladder, monotone
 from dspark_stream.spec.draft import Block
-from dspark_stream.spec.schedule import Candidate
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import GenerationRequest, SamplingParams, Verification
@@ -209,9 +210,9 @@ def fit(
     )
     spread = max(1, long_context - context)
     if "long" in times:  # one row a stream, and a block of them: what a position costs once, and for every row
-        here = Costs(curve)
+        here = Company(long_streams, context)
         slopes = {
-            n: 1e3 * (ms - float(here.verify_ms(n * long_streams, long_streams, context))) / (spread * long_streams)
+            n: 1e3 * (ms - float(curve.pass_ms(n * long_streams, here))) / (spread * long_streams)
             for n, ms in times["long"].items()
         }
         one, most = slopes[1], slopes[max(slopes)]
@@ -264,7 +265,7 @@ class _Bench:
         self.max_tokens = max(1, min(widest, max_model_len - self.context))
         self.long_rows = max(2, 1 + self.gamma)
         self.long_context = min(LONG_CONTEXT, max_model_len - self.long_rows)
-        self._any_costs = Costs(ANY_CURVE)
+        self._any_costs = CostTable(ANY_CURVE)
         self._extents: list[Extent] = []
         short, long = self.context + self.gamma + 1, self.long_context + self.long_rows
         for i in range(max_seqs):
@@ -413,7 +414,7 @@ class _Bench:
             schedule=_DraftOnly(slots),
             capacity=ANY_CURVE,
         )
-        models.costs = self._any_costs  # a service remembers its tables, too
+        models.controller.costs = self._any_costs  # a service remembers its tables, too
         streams = self._streams(count, context, 1.0 if verification == "coupled" else 0.0, verification)
         if slots:  # what the drafter is handed in a round
             taps = self._taps(count)

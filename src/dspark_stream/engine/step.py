@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from dspark_stream.engine.backlog import ROOM, hand_over, room
-from dspark_stream.engine.drift import Drift, watch
 from dspark_stream.engine.stream import Stream
+from dspark_stream.load.controller import Controller, Plan
+from dspark_stream.load.costs import Shape
+from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.schedule import Candidate, Schedule
 from dspark_stream.models.protocols import Drafter, Rows, Store, Target
 from dspark_stream.spec.accept import Outcome, accept
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
 from dspark_stream.spec.draft import Block, acceptance_of, draft, is_greedy
-from dspark_stream.spec.handicap import Shape
-from dspark_stream.spec.schedule import Candidate, Schedule
-from dspark_stream.spec.skipping import Plan, Skipping
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
@@ -50,7 +49,7 @@ class Models:
     history: AcceptanceHistory
     schedule: Schedule
     capacity: CapacityCurve
-    """As measured; `costs` is what it has become since."""
+    """As measured; the controller's cost table follows what rounds take."""
     rounds: GraphRounds | None = None
     """Captured rounds, on a GPU; they take the place of `decode_round`'s own steps."""
 
@@ -58,17 +57,7 @@ class Models:
     """Of this round's time, what was spent on context features of earlier ones."""
 
     def __post_init__(self) -> None:
-        self.costs = Costs(self.capacity)
-        self.skipping = Skipping(self.gamma)
-        self.drift = Drift(self.capacity)
-
-    def costs_of(self, streams: Sequence[Stream]) -> Costs:
-        """What rounds of these streams cost: those with a temperature take longer to draw for."""
-        drawn = [s for s in streams if not is_greedy(s)]
-        if not drawn:
-            return self.costs
-        by_torch = sum(s.verification == "coupled" for s in drawn)
-        return self.costs.drawing((len(drawn) - by_torch) / len(streams), by_torch / len(streams))
+        self.controller = Controller(self.gamma, self.capacity)
 
     @property
     def gamma(self) -> int:
@@ -96,51 +85,46 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
         return models.rounds.decode_round(streams, slowest_ms)
     models.late_ms = 0.0
     clock = [time.perf_counter()]
-    costs, position = models.costs_of(streams), _position(streams)
-    plan = _plan(models, streams, position, costs, slowest_ms)
-    cost = costs.round_cost(len(streams), position, sum(plan.drafting), plan.slots)
+    company = company_of(streams)
+    plan = _plan(models, streams, company, slowest_ms)
     clock.append(time.perf_counter())
     blocks = _draft(models, streams, plan)
     clock.append(time.perf_counter())
-    lengths = _schedule(models, streams, plan, blocks, cost.within(slowest_ms - models.late_ms))
+    lengths = _schedule(models, streams, plan, blocks, company, slowest_ms)
     clock.append(time.perf_counter())
     output = verify(models.target, models.target_kv, streams, blocks, lengths)
     outcomes = accept(output, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
     clock.append(time.perf_counter())
-    _learn(models, streams, blocks, lengths, outcomes, clock)
     committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock, slowest_ms < inf)
-    if not costs.rough:
-        clock.append(time.perf_counter())
-        shape = Shape(len(streams), position, sum(plan.drafting), plan.slots, len(streams) + sum(lengths))
-        _watch(models, shape, cost, clock)
+    round_ms = 1e3 * (time.perf_counter() - clock[0]) - models.late_ms
+    _learn(
+        models, streams, blocks, lengths, outcomes, Shape(company, *plan.size, len(streams) + sum(lengths)), round_ms
+    )
     return committed
 
 
-def _owed(streams: Sequence[Stream], plan: Plan) -> int:
-    """Positions whose context features the drafter is to be given first."""
-    return sum(s.backlog.count for s, drafts in zip(streams, plan.drafting, strict=True) if drafts)
+def company_of(streams: Sequence[Stream]) -> Company:
+    """What the cost of a round of these streams hangs on."""
+    count = len(streams)
+    coupled = sum(acceptance_of(s) == "coupled" for s in streams)
+    drawn = sum(not is_greedy(s) for s in streams) - coupled
+    return Company(count, sum([s.position for s in streams]) / count, drawn / count, coupled / count)
 
 
-def _position(streams: Sequence[Stream]) -> float:
-    """p̄: passes and drafts cost more the more context they read."""
-    return sum([s.position for s in streams]) / len(streams)
-
-
-def _plan(models: Models, streams: Sequence[Stream], position: float, costs: Costs, slowest_ms: float) -> Plan:
+def _plan(models: Models, streams: Sequence[Stream], company: Company, slowest_ms: float) -> Plan:
     """Who is drafted for, from the past alone: everybody under a static schedule, else whoever it pays for."""
     slots = models.schedule.slots(models.gamma) if models.drafter else 0
     if slots is None:
-        plan = models.skipping.plan([s.past for s in streams], position, costs)
+        plan = models.controller.plan([s.past for s in streams], company)
     else:
-        plan = Plan([s.drafts and slots > 0 for s in streams], slots, slots, 0.0)
+        plan = Plan([s.drafts and slots > 0 for s in streams], slots, 0.0)
     if not any(plan.drafting) or slowest_ms == inf:
         return plan
-    owed_ms = 1e-3 * costs.curve.feature_us * _owed(streams, plan)
-    for some in dict.fromkeys((plan.slots, plan.paying)):
-        cost = costs.round_cost(len(streams), position, sum(plan.drafting), some)
-        if owed_ms + cost.ms[0] <= slowest_ms:
-            return plan._replace(slots=some)
-    return Plan([False] * len(streams), 0, 0, plan.price)  # drafting alone would take too long, with nothing verified
+    costs = models.controller.costs
+    owed = sum(s.backlog.count for s, drafts in zip(streams, plan.drafting, strict=True) if drafts)
+    ms = costs.round_cost(company, *plan.size).ms[0] + 1e-3 * costs.curve.feature_us * owed
+    # where drafting alone would take too long, with nothing verified, nobody is drafted for
+    return plan if costs.pace * ms <= slowest_ms else plan._replace(drafting=[False] * len(streams))
 
 
 def _draft(models: Models, streams: Sequence[Stream], plan: Plan) -> list[Block]:
@@ -158,17 +142,26 @@ def _draft(models: Models, streams: Sequence[Stream], plan: Plan) -> list[Block]
 
 
 def _schedule(
-    models: Models, streams: Sequence[Stream], plan: Plan, blocks: Sequence[Block], cost: RoundCost
+    models: Models,
+    streams: Sequence[Stream],
+    plan: Plan,
+    blocks: Sequence[Block],
+    company: Company,
+    slowest_ms: float,
 ) -> list[int]:
     """ℓ of every stream, by prefix survival and what a round of this company costs."""
     if not any(plan.drafting):
         return [0] * len(streams)
+    controller = models.controller
+    cost = controller.costs.round_cost(company, *plan.size).within(
+        (slowest_ms - models.late_ms) / controller.costs.pace
+    )
     candidates = []
     for stream, block in zip(streams, blocks, strict=True):
         if stream.past is None:
             candidates.append(Candidate(()))
             continue
-        survival = models.skipping.corrected(stream.past, block.survival)
+        survival = controller.acceptance.corrected(stream.past, block.survival)
         candidates.append(Candidate(survival, acceptance_of(stream) != "rejection", stream.past.survivals[0]))
     return models.schedule.lengths(candidates, cost, plan.price)
 
@@ -179,26 +172,15 @@ def _learn(
     blocks: Sequence[Block],
     lengths: Sequence[int],
     outcomes: Sequence[Outcome],
-    clock: Sequence[float],
+    shape: Shape,
+    round_ms: float,
 ) -> None:
-    """What this round's drafts were worth goes into the decisions of later ones."""
-    _, planned, drafted, scheduled, verified = clock
-    draft_ms, verify_ms = (drafted - planned) * 1e3, (verified - scheduled) * 1e3
+    """What this round took and what its drafts were worth goes into the decisions of later ones."""
     survivals, accepted = [b.survival for b in blocks], [o.accepted for o in outcomes]
-    if models.drafter is not None and models.schedule.slots(models.gamma) is None:
-        models.skipping.learn([s.past for s in streams], survivals, lengths, accepted, draft_ms + verify_ms)
+    models.controller.learn([s.past for s in streams], survivals, lengths, accepted, shape, round_ms)
     for block, length, outcome in zip(blocks, lengths, outcomes, strict=True):
         if block.tokens:
             models.history.record(length, outcome.accepted)
-
-
-def _watch(models: Models, shape: Shape, cost: RoundCost, clock: Sequence[float]) -> None:
-    """What the round took against what it should have."""
-    begun, _, _, scheduled, verified, ended = clock
-    round_ms, verify_ms = (ended - begun) * 1e3 - models.late_ms, (verified - scheduled) * 1e3
-    models.costs = watch(
-        models.drift, models.skipping.handicap, models.costs, shape, cost, round_ms=round_ms, verify_ms=verify_ms
-    )
 
 
 def _commit(

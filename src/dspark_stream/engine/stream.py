@@ -9,11 +9,11 @@ from math import inf
 
 from dspark_stream.engine.backlog import Backlog
 from dspark_stream.engine.text import TextStream
+from dspark_stream.load.acceptance import Past
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.spec.draft import acceptance_of
 from dspark_stream.spec.noise import NoiseCache
-from dspark_stream.spec.skipping import DraftPast
 from dspark_stream.types import (
     ErrorInfo,
     FinishedEvent,
@@ -33,7 +33,7 @@ def round_key(request: GenerationRequest) -> int:
 
     Not the seed alone: two streams of one batch with the same seed at the same position would draw the same x_1, and
     the one's confidence, which knows its x_1, would decide about admitting the other's. Streams that are the same in
-    everything draw the same and do no harm: ties are admitted by position first (spec/schedule.py).
+    everything draw the same and do no harm: ties are admitted by position first (load/schedule.py).
     """
     s = request.sampling
     what = (s.seed, s.temperature, s.top_p, s.top_k, s.min_p, request.prompt_ids)
@@ -62,7 +62,7 @@ class Stream:
         """Draft tokens a round; 0 in plain mode."""
         self.round_key = round_key(request)
         self.noise = NoiseCache(request.sampling.seed, vocab)
-        self.past = DraftPast(self.gamma, acceptance_of(self)) if self.gamma else None
+        self.past = Past(self.gamma, acceptance_of(self)) if self.gamma else None
         """What its drafts have been like; None in plain mode."""
         self.backlog = Backlog()
         self.phase = Phase.WAITING

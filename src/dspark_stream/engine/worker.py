@@ -19,13 +19,13 @@ import torch
 
 from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.pacing import SAFE, pace
-from dspark_stream.engine.step import Committed, Models, decode_round, prefill, set_aside
+from dspark_stream.engine.step import Committed, Models, company_of, decode_round, prefill, set_aside
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, InternalError, InvalidRequestError
+from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
-from dspark_stream.spec.capacity import CapacityCurve
-from dspark_stream.spec.schedule import parse_schedule
 from dspark_stream.types import (
     MAX_SEED,
     EngineEvent,
@@ -177,9 +177,9 @@ class EngineThread:
             prompt_tokens_total=c.prompt_tokens,
             generation_tokens_total=c.generation_tokens,
             num_skipped_drafts_total=c.skipped,
-            num_probes_total=self._models.skipping.probes,
+            num_probes_total=self._models.controller.looks,
             late_chunks_total=c.late_chunks,
-            capacity_drift=self._models.drift.ratio,
+            capacity_drift=self._models.controller.costs.pace,
             last_step_age_s=0.0 if self._resting else time.perf_counter() - self._beat,
             alive=self._thread.is_alive(),
         )
@@ -291,9 +291,8 @@ class EngineThread:
         """What a round of so many of these takes, with nothing drafted."""
         if self._models.rounds is not None:
             return self._models.rounds.sizing.plain_ms
-        position = sum([s.position for s in streams]) / len(streams)
-        costs = self._models.costs_of(streams)
-        return lambda count: costs.round_cost(count, position, 0, 0).ms[0]
+        costs, company = self._models.controller.costs, company_of(streams)
+        return lambda count: costs.pace * costs.plain_ms(company._replace(streams=count))
 
     def _chunk(self, decoding: Sequence[Stream]) -> int:
         """Prompt tokens beside a round of ``decoding``: the largest measured pass that holds up nobody for too long."""
@@ -301,8 +300,9 @@ class EngineThread:
         tightest_ms = min(s.max_chunk_gap_ms for s in decoding)
         if tightest_ms < float("inf"):
             budget_ms = min(budget_ms, SAFE * tightest_ms - self._plain_round_ms(decoding)(len(decoding)))
-        curve = self._models.costs.curve
-        fitting = [n for n, ms in zip(curve.tokens, curve.verify_ms, strict=True) if ms <= budget_ms]
+        costs = self._models.controller.costs
+        passes = zip(costs.curve.tokens, costs.curve.verify_ms, strict=True)
+        fitting = [n for n, ms in passes if costs.pace * ms <= budget_ms]
         return max([PREFILL_LEAST, *fitting])
 
     def _publish(self, committed: Sequence[Committed]) -> None:

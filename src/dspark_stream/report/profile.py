@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.report.plot import Series, line_chart
-from dspark_stream.spec.capacity import CapacityCurve
 
 
 def table(curve: CapacityCurve) -> str:

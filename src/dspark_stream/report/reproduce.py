@@ -14,6 +14,7 @@ from dspark_stream import __version__
 from dspark_stream.engine.boundary import Tokenizer
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.evaluate import Prompt
+from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.report.plot import Series, line_chart
@@ -27,7 +28,6 @@ from dspark_stream.report.sweep import (
     measure,
     medians,
 )
-from dspark_stream.spec.capacity import CapacityCurve
 from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams, TokensEvent
 
 ADAPTIVE, ONE = "adaptive", "fixed:1"

@@ -22,13 +22,13 @@ from dspark_stream.engine.gpu.sizing import Sizing
 from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
+from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
 from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import logit
 from dspark_stream.spec.draft import acceptance_of
-from dspark_stream.spec.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
 from dspark_stream.types import RoundRecord
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class GraphRounds:
 
     def _start(self, slowest_ms: float) -> None:
         size = self.sizing.choose(self._seated, slowest_ms)
-        self._models.skipping.probes = self.sizing.probes
+        self._models.controller.looks = self.sizing.probes
         drafter = self._models.drafter
         if size.drafting and drafter is not None and not drafter.has_confidence:
             self.state.history.copy_(torch.tensor([logit(c) for c in self._models.history.confidence()]))

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from dspark_stream.engine.gpu.graphs import RoundLadder, Size
 from dspark_stream.engine.stream import Stream
-from dspark_stream.spec.schedule import EarlyStop, Fixed, Schedule, Threshold
+from dspark_stream.load.schedule import EarlyStop, Fixed, Schedule, Threshold
 from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
 
 WORTHWHILE = 1.02

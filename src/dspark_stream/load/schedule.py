@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from dspark_stream.spec.capacity import RoundCost
+from dspark_stream.load.costs import RoundCost
 
 Survival = Sequence[float]
 """a_1 ≥ a_2 ≥ … of one stream; empty for a stream that did not draft."""

@@ -1,0 +1,123 @@
+"""What drafts promise, and what promises turn out to be worth: of each stream, leaning on all of them.
+
+Only past rounds go in, so whatever is decided by it is lossless under every verification. Symbols: m streams, W blocks
+that are remembered, γ the draft block's size, T thresholds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+
+from dspark_stream.load.curve import Array
+from dspark_stream.types import Acceptance as Way
+
+THRESHOLDS: Array = np.array([0.0, 0.05, 0.12, 0.22, 0.35, 0.5, 0.7])
+"""Survivals from which on verification could pay; what a round's schedule will do is foreseen by the best of them."""
+BLOCKS = 32
+"""Drafts that are remembered of a stream, and twice as many of all."""
+LEAN = 8.0
+"""Blocks of its own from which on a stream is judged more by itself than by all streams."""
+WAYS: tuple[Way, ...] = get_args(Way)
+HOPE = 0.7
+"""Conditional acceptance that is believed in before anything was seen."""
+
+
+class _Ledger:
+    """The latest blocks' survivals as promised, and what was accepted of what was promised, fading."""
+
+    def __init__(self, gamma: int, blocks: int) -> None:
+        self.rows: Array = np.full((blocks, gamma), -1.0)
+        """[W, γ]; below 0 where there is no block yet."""
+        self.count = 0
+        self.promised = self.accepted = 0.0
+        self._keep = 1.0 - 1.0 / blocks
+
+    def add(self, row: Sequence[float], verified: int, accepted: int) -> None:
+        """One block."""
+        self.rows[self.count % len(self.rows)] = row
+        self.count += 1
+        if verified:
+            self.promised = self._keep * self.promised + sum(row[:verified])
+            self.accepted = self._keep * self.accepted + accepted
+
+
+class Past:
+    """What one stream's drafts have been like. Kept by the stream, written by `Acceptance`."""
+
+    def __init__(self, gamma: int, way: Way) -> None:
+        self.way: Way = way
+        """How its drafts are accepted: what is accepted differs by it."""
+        self.ledger = _Ledger(gamma, BLOCKS)
+        self.survivals: deque[Sequence[float]] = deque([(), ()], maxlen=2)
+        """Of the last two rounds, oldest first; empty for a round without drafts."""
+        self.owed = 0
+        """Positions whose context features the drafter would be given first."""
+
+
+class Acceptance:
+    """Of all streams; one for an engine.
+
+    Args:
+        gamma: the drafter's block size.
+    """
+
+    def __init__(self, gamma: int) -> None:
+        self._gamma = gamma
+        hope = [HOPE**k for k in range(1, gamma + 1)]
+        self._pools: dict[Way, _Ledger] = {way: _Ledger(gamma, 2 * BLOCKS) for way in WAYS}
+        self._usual: dict[Way, Sequence[float]] = dict.fromkeys(WAYS, hope)
+        """Mean survivals of the pool's blocks when they were last asked for."""
+        for pool in self._pools.values():
+            pool.add(hope, 0, 0)
+
+    def learn(self, past: Past, survival: Sequence[float], verified: int, accepted: int) -> None:
+        """What a stream's draft promised, empty where it had none, and what came of it."""
+        past.survivals.append(survival)
+        if survival:
+            row = self._whole(survival, self._usual[past.way])
+            past.ledger.add(row, verified, accepted)
+            self._pools[past.way].add(row, verified, accepted)
+
+    def worth(self, past: Past) -> float:
+        """What a promise of this stream is worth: accepted over promised, leaning on all streams'."""
+        pool = self._pools[past.way]
+        shared = (pool.accepted + LEAN) / (pool.promised + LEAN)
+        return (past.ledger.accepted + LEAN * shared) / (past.ledger.promised + LEAN)
+
+    def corrected(self, past: Past, survival: Sequence[float]) -> list[float]:
+        """Promises times what such promises have been worth so far."""
+        worth = self.worth(past)
+        return [min(1.0, worth * a) for a in survival]
+
+    def expected(self, pasts: Sequence[Past]) -> Array:
+        """Accepted and verified tokens that each stream's next draft brings, by threshold and slots, [2, m, T, γ]."""
+        pools = {}
+        for way in {past.way for past in pasts}:
+            pool = self._pools[way]
+            pools[way] = _sums(pool.rows) / min(pool.count, len(pool.rows))
+            self._usual[way] = pools[way][0, 0].tolist()
+        own = _sums(np.array([past.ledger.rows for past in pasts]))  # [2, m, T, γ]
+        blocks = np.array([min(past.ledger.count, BLOCKS) for past in pasts])[:, None, None]
+        shares = own + LEAN * np.array([pools[past.way] for past in pasts]).swapaxes(0, 1)
+        shares /= blocks + LEAN
+        shares[0] *= np.array([self.worth(past) for past in pasts])[:, None, None]
+        expected: Array = np.minimum(shares, 1.0).cumsum(axis=3)
+        return expected
+
+    def _whole(self, survival: Sequence[float], usual: Sequence[float]) -> Sequence[float]:
+        """The survival of all γ slots where only some were drafted: it goes on as blocks of late did, in the mean."""
+        drafted = len(survival)
+        if drafted == self._gamma:
+            return survival
+        onward = survival[-1] / max(usual[drafted - 1], 1e-9)
+        return [*survival, *(onward * a for a in usual[drafted:])]
+
+
+def _sums(rows: Array) -> Array:
+    """Survival of what is above each threshold, and how many slots are, over blocks [..., W, γ]: [2, ..., T, γ]."""
+    above = rows[..., None, :, :] >= THRESHOLDS[:, None, None]
+    return np.array([(above * rows[..., None, :, :]).sum(axis=-2), above.sum(axis=-2)])

@@ -1,0 +1,166 @@
+"""Who is drafted for in a round, and how many tokens: decided before drafting, from the past alone.
+
+*Ours*: of all sets of streams and block lengths the one with the most expected tokens a second is taken, and plain
+decoding where none is clearly better. A small share of time goes to looks: rounds that are run another way than the best
+one, so that a wrong idea of costs or drafts is found out. Only past rounds go in, so whatever is decided here is
+lossless under every verification.
+
+Symbols: R streams, m of them may be drafted for, γ the block's size, T thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dspark_stream.load.acceptance import THRESHOLDS, Acceptance, Past
+from dspark_stream.load.costs import CostTable, Shape
+from dspark_stream.load.curve import Array, CapacityCurve, Company
+
+HOLD = 8
+"""Rounds between two decisions while the streams are the same ones."""
+LOOK = 3
+"""Rounds of a look: the first of them pays for what others left in the caches."""
+SHARE = 0.02
+"""Of all time, what looks may lose by what is believed of them."""
+LEAST_LOSS = 0.1
+"""Of the time of a look's rounds, what it counts as losing at least: where nothing is lost, nothing is won by looking."""
+DOUBT = 1.6
+"""Beliefs may be wrong by so much: what would not be better for it is not looked at."""
+CLEAR = 1.02
+"""Drafting must promise so many times the throughput of plain decoding: where it wins nothing, nothing is to be run."""
+
+
+class Plan(NamedTuple):
+    """Who is drafted for in a round, and how."""
+
+    drafting: Sequence[bool]
+    """Of every stream."""
+    slots: int
+    """Draft tokens of each of them."""
+    price: float
+    """Tokens that a millisecond of the cost table is worth at this load: what verification has to bring."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Streams that are drafted for, and slots of each; none of both where nobody is."""
+        drafting = sum(self.drafting)
+        return drafting, self.slots if drafting else 0
+
+
+class _Choice(NamedTuple):
+    plan: Plan
+    rate: float
+    """Tokens a millisecond."""
+    ms: float
+
+
+class Controller:
+    """One for an engine.
+
+    Args:
+        gamma: the drafter's block size.
+        curve: what rounds take, as measured.
+    """
+
+    def __init__(self, gamma: int, curve: CapacityCurve) -> None:
+        self._gamma = gamma
+        self.costs = CostTable(curve)
+        self.acceptance = Acceptance(gamma)
+        self._for: tuple[Past | None, ...] = ()
+        self._plan = Plan((), 0, 0.0)
+        self._left = 0
+        """Rounds for which the plan still holds."""
+        self._saved_ms = 0.0
+        """What looks may lose now."""
+        self._looks: dict[tuple[str, int], int] = {}
+        """How often each kind was looked at, with streams of so many bits."""
+        self.looks = 0
+
+    # --- planning ----------------------------------------------------------------------------------------------
+
+    def plan(self, pasts: Sequence[Past | None], company: Company) -> Plan:
+        """The next round's. ``pasts``: of every stream, None for one that is never drafted for."""
+        present = tuple(pasts)
+        self._left -= 1
+        if present != self._for or self._left < 0:
+            self._for = present
+            self._plan, self._left = self._decide(pasts, company)
+        return self._plan
+
+    def _decide(self, pasts: Sequence[Past | None], company: Company) -> tuple[Plan, int]:
+        """A plan, and the rounds after this one for which it holds."""
+        self.costs.settle()
+        streams, plain_ms = len(pasts), self.costs.plain_ms(company)
+        nobody = _Choice(Plan([False] * streams, 0, streams / plain_ms), streams / plain_ms, plain_ms)
+        may = [r for r, past in enumerate(pasts) if past is not None]
+        if not may:
+            return nobody.plan, HOLD - 1
+        drafts, whole = self._drafts([p for p in pasts if p is not None], may, company)
+        best = drafts if drafts.rate > CLEAR * nobody.rate else nobody
+        others = {"plain": nobody} if best is drafts else {"drafts": drafts}
+        if whole.plan[:2] != best.plan[:2]:
+            others["whole"] = whole
+        look = self._look(best, others, pasts)
+        if look is not None:
+            return look.plan._replace(price=0.0 if look is whole else best.rate), LOOK - 1
+        return best.plan._replace(price=best.rate), HOLD - 1
+
+    def _drafts(self, pasts: Sequence[Past], may: Sequence[int], company: Company) -> tuple[_Choice, _Choice]:
+        """The best set of streams and block length; and whole blocks for everybody, all verified."""
+        accepted, verified = expected = self.acceptance.expected(pasts)  # [m, T, γ]
+        order = (THRESHOLDS[:, None] * verified - accepted).argsort(axis=0)
+        accepted, verified = np.take_along_axis(expected, order[None], axis=1).cumsum(axis=1)
+        tokens = company.streams + accepted
+        drafting = np.arange(1.0, len(may) + 1)[:, None, None]
+        slots = np.arange(1.0, self._gamma + 1)
+        ms = self.costs.round_ms(company, company.streams + verified, drafting, slots)
+        rate: Array = tokens / ms
+
+        def choice(n: int, t: int, g: int) -> _Choice:
+            chosen = {may[i] for i in order[: n + 1, t, g]}
+            plan = Plan([r in chosen for r in range(company.streams)], g + 1, 0.0)
+            return _Choice(plan, float(rate[n, t, g]), float(ms[n, t, g]))
+
+        n, t, g = (int(i) for i in np.unravel_index(int(rate.argmax()), rate.shape))
+        return choice(n, t, g), choice(len(may) - 1, 0, self._gamma - 1)
+
+    def _look(self, best: _Choice, others: dict[str, _Choice], pasts: Sequence[Past | None]) -> _Choice | None:
+        """What to look at now, if anything: what was looked at least; the oftener it was, the more has to be saved up."""
+        bits = len(pasts).bit_length()
+        some = [kind for kind, other in others.items() if DOUBT * other.rate > best.rate]
+        if not some:
+            return None
+        kind = min(some, key=lambda kind: self._looks.get((kind, bits), 0))
+        look, before = others[kind], self._looks.get((kind, bits), 0)
+        drafted = zip(pasts, look.plan.drafting, best.plan.drafting, strict=True)
+        owed = sum(past.owed for past, now, else_ in drafted if past is not None and now and not else_)
+        lost_ms = (
+            LOOK * look.ms * max(LEAST_LOSS, 1.0 - look.rate / best.rate) + 1e-3 * self.costs.curve.feature_us * owed
+        )
+        if self._saved_ms < lost_ms * (1 + before):
+            return None
+        self._saved_ms = 0.0
+        self._looks[kind, bits] = before + 1
+        self.looks += 1
+        return look
+
+    # --- learning ----------------------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        pasts: Sequence[Past | None],
+        survivals: Sequence[Sequence[float]],
+        lengths: Sequence[int],
+        accepted: Sequence[int],
+        shape: Shape,
+        ms: float,
+    ) -> None:
+        """What a round showed: promises of those that drafted (else empty), verified and accepted tokens, its time."""
+        for past, survival, length, took in zip(pasts, survivals, lengths, accepted, strict=True):
+            if past is not None:
+                self.acceptance.learn(past, survival, length, took)
+        self._saved_ms += SHARE * ms / self.costs.pace
+        self.costs.learn(shape, ms)

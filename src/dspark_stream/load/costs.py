@@ -1,0 +1,208 @@
+"""What a round takes: the capacity curve, corrected by what rounds really take.
+
+Two things are told apart. The *pace* is what all rounds take longer alike: a neighbour on the machine, a lower clock. It
+matters to whoever counts milliseconds and to no choice between rounds. The *corrections* are how far rounds of different
+sizes, with drafts and without, are apart beyond what the curve says; every choice hangs on them. They are learnt only
+where one round follows another that differs, since both then met the same machine.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import lru_cache
+from math import exp, log
+from typing import NamedTuple
+
+import numpy as np
+
+from dspark_stream.load.curve import Array, CapacityCurve, Company
+
+GAIN = 0.1
+"""Of what one change between rounds says against what is known, so much is believed."""
+MOST = 0.5
+"""And no more than this of it, as a logarithm: an interrupted round says nothing of rounds."""
+NEAR_SIZE, NEAR_DRAFTING = 0.35, 1.2
+"""Numbers of tokens, and of streams drafted for, that are this far apart, as a logarithm, are alike: what is learnt of
+one is, by half, so of the other."""
+
+
+class RoundCost:
+    """One round's milliseconds as a function of B alone, from ``first`` = R tokens on: all else has been decided."""
+
+    def __init__(self, first: int, ms: Sequence[float]) -> None:
+        self.first = first
+        self.ms = list(ms)
+        self._hull: RoundCost | None = None
+
+    def __call__(self, batch_tokens: int) -> float:
+        """Milliseconds at B."""
+        return self.ms[batch_tokens - self.first]
+
+    def within(self, slowest_ms: float) -> RoundCost:
+        """The same with everything past ``slowest_ms`` as good as forbidden; B = R stays, whatever it takes."""
+        if self.ms[-1] <= slowest_ms:
+            return self
+        return RoundCost(self.first, [self.ms[0], *(ms if ms <= slowest_ms else 1e9 for ms in self.ms[1:])])
+
+    @property
+    def hull(self) -> RoundCost:
+        """The greatest convex function below it: no staircase on which a greedy admission could get stuck."""
+        if self._hull is None:
+            self._hull = RoundCost(self.first, convex(self.ms))
+        return self._hull
+
+
+class Shape(NamedTuple):
+    """A round as costs know it."""
+
+    company: Company
+    drafting: int
+    slots: int
+    batch_tokens: int
+
+
+class _Seen(NamedTuple):
+    size: int
+    drafting: int
+    over: float
+    """Logarithm of what it took over what the table said."""
+
+
+class CostTable:
+    """Milliseconds of rounds at the pace of the curve; times `pace` they are this moment's. One for an engine."""
+
+    def __init__(self, curve: CapacityCurve) -> None:
+        self.curve = curve
+        self._drafted_for = curve.streams or [1]
+        self._sizes, self._streams = np.log(curve.tokens), np.log(self._drafted_for)
+        self._by_size: Array = np.zeros(len(curve.tokens))
+        """Corrections of rounds over so many tokens, as logarithms."""
+        self._by_drafting: Array = np.zeros(len(self._drafted_for))
+        """The same of drafting for so many streams, against no drafts."""
+        self._new_by_size, self._new_by_drafting = self._by_size.copy(), self._by_drafting.copy()
+        """What has been learnt since and is not yet in them."""
+        self._known, self._known_drafting = [0] * len(curve.tokens), [0] * len(self._drafted_for)
+        """Changes that each of them was learnt from."""
+        self._pace = 0.0
+        self._run: list[_Seen] = []
+        """The latest rounds of one sort, with drafts or without: the first and the last."""
+        self._before: _Seen | None = None
+        """The last one before that run."""
+        self._plain = lru_cache(maxsize=256)(self._plain_ms)
+        self._costs = lru_cache(maxsize=256)(self._cost)
+
+    @property
+    def pace(self) -> float:
+        """How many times as long rounds take as was measured, whatever they carry."""
+        return exp(self._pace)
+
+    # --- asking ------------------------------------------------------------------------------------------------
+
+    def round_ms(self, company: Company, batch_tokens: Array, drafting: Array, slots: Array) -> Array:
+        """Rounds over so many tokens that draft so many slots for so many streams, at least one; all broadcast."""
+        c = self.curve
+        beside = c.drafting_ms(drafting, slots, company) + c.beside_ms(company.streams)
+        by_drafting = np.interp(np.log(drafting), self._streams, self._by_drafting)
+        ms: Array = (c.pass_ms(batch_tokens, company) + beside) * np.exp(self._correction(batch_tokens) + by_drafting)
+        return ms
+
+    def plain_ms(self, company: Company) -> float:
+        """A round without drafts."""
+        return self._plain(_near(company))
+
+    def round_cost(self, company: Company, drafting: int, slots: int) -> RoundCost:
+        """What a round costs, for every B that it could have."""
+        return self._costs(_near(company), drafting, slots)
+
+    def ms(self, shape: Shape) -> float:
+        """One round."""
+        company, drafting, slots, batch_tokens = shape
+        return self.round_cost(company, drafting, slots)(batch_tokens)
+
+    def _correction(self, batch_tokens: Array) -> Array:
+        return np.interp(np.log(batch_tokens), self._sizes, self._by_size)
+
+    def _plain_ms(self, company: Company) -> float:
+        return self._cost(company, 0, 0).ms[0]
+
+    def _cost(self, company: Company, drafting: int, slots: int) -> RoundCost:
+        tokens = np.arange(company.streams, company.streams + drafting * slots + 1, dtype=float)
+        if drafting:
+            ms = self.round_ms(company, tokens, np.array(drafting), np.array(slots))
+        else:
+            ms = self.curve.pass_ms(tokens, company) + self.curve.beside_ms(company.streams)
+            ms = ms * np.exp(self._correction(tokens))
+        return RoundCost(company.streams, ms.tolist())
+
+    # --- learning ----------------------------------------------------------------------------------------------
+
+    def learn(self, shape: Shape, ms: float) -> None:
+        """A whole round's measured milliseconds."""
+        size = _nearest(self.curve.tokens, shape.batch_tokens)
+        drafting = 1 + _nearest(self._drafted_for, shape.drafting) if shape.drafting else 0
+        over = log(ms / self.ms(shape)) - float(self._new_by_size[size])
+        seen = _Seen(size, drafting, over - float(self._new_by_drafting[drafting - 1]) if drafting else over)
+        self._pace += GAIN * max(-MOST, min(MOST, seen.over - self._pace))
+        if self._run and bool(self._run[0].drafting) != bool(drafting):
+            self._before, self._run = self._run[-1], []
+        self._run = [*self._run[-1:], seen]
+        if len(self._run) < 2:
+            return  # the first round of a run still pays for what others left in the caches: the second is the measure
+        before, self._before = self._before or self._run[0], None
+        if (before.size, before.drafting) != (size, drafting):
+            self._change(before, seen)
+
+    def _change(self, before: _Seen, after: _Seen) -> None:
+        surprise = max(-MOST, min(MOST, after.over - before.over))
+        if bool(before.drafting) == bool(after.drafting):
+            known = [self._known[before.size], self._known[after.size]]
+            by = max(GAIN, 1 / (1 + min(known))) * surprise
+            share = (1 + known[0]) / (2 + sum(known))  # who is known less gives way
+            _move(self._new_by_size, self._sizes, NEAR_SIZE, after.size, by * share)
+            _move(self._new_by_size, self._sizes, NEAR_SIZE, before.size, by * (share - 1))
+            self._known[before.size] += 1
+            self._known[after.size] += 1
+        else:
+            drafting = max(before.drafting, after.drafting) - 1
+            by = max(GAIN, 1 / (1 + self._known_drafting[drafting])) * surprise
+            _move(self._new_by_drafting, self._streams, NEAR_DRAFTING, drafting, by if after.drafting else -by)
+            self._known_drafting[drafting] += 1
+
+    def settle(self) -> None:
+        """Answer by all that was learnt from now on; until then answers stay what they were."""
+        if self._new_by_size.any() or self._new_by_drafting.any():
+            self._by_size += self._new_by_size
+            self._by_drafting += self._new_by_drafting
+            self._new_by_size[:] = self._new_by_drafting[:] = 0.0
+            self._plain.cache_clear()
+            self._costs.cache_clear()
+
+
+def _move(corrections: Array, at: Array, near: float, i: int, by: float) -> None:
+    corrections += by * np.exp2(-(((at - at[i]) / near) ** 2))
+
+
+def _nearest(sizes: Sequence[int], size: int) -> int:
+    i = min(bisect_left(sizes, size), len(sizes) - 1)
+    return i - 1 if i and size - sizes[i - 1] < sizes[i] - size else i
+
+
+def _near(company: Company) -> Company:
+    """The company that stands for this one: position by steps of 32, shares by sixteenths."""
+    streams, position, sampled, coupled = company
+    return Company(streams, 32 * round(position / 32), round(16 * sampled) / 16, round(16 * coupled) / 16)
+
+
+def convex(values: Sequence[float]) -> list[float]:
+    """The greatest convex sequence below ``values`` (their lower hull)."""
+    corners: list[int] = []
+    for i, value in enumerate(values):
+        while len(corners) > 1:
+            a, b = corners[-2:]
+            if (values[b] - values[a]) * (i - b) < (value - values[b]) * (b - a):
+                break
+            corners.pop()
+        corners.append(i)
+    hull = np.interp(np.arange(len(values)), corners, [values[i] for i in corners])
+    return [float(v) for v in hull]

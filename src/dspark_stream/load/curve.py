@@ -1,0 +1,148 @@
+"""The capacity curve: how long a round takes on this machine, as a function of what it carries.
+
+Measured at start from real passes (engine/profile.py), kept on disk. Symbols: R streams, B target tokens of a round,
+p̄ the streams' mean position, γ the draft block's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+LEAST_OF_BASE = 0.25
+"""What a shorter context, or fewer slots, can leave of a measured time: slopes are measured too, and may be off."""
+
+
+class Company(NamedTuple):
+    """What the cost of a round hangs on, of the streams that it is for."""
+
+    streams: int
+    position: float
+    """p̄: passes and drafts cost more the more context they read."""
+    sampled: float = 0.0
+    """Share of the streams whose tokens are drawn by the kernels."""
+    coupled: float = 0.0
+    """Share of those for which torch draws."""
+
+
+class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds of a round's parts, measured at streams that hold ``context`` positions; linear between points.
+
+    A round is drafting (its context features included), a target pass with acceptance, and the rest. All lists over
+    ``streams`` may be left empty for nothing.
+    """
+
+    tokens: list[int]
+    verify_ms: list[float]
+    """A target pass over that many ``tokens`` of one stream."""
+    streams: list[int]
+    stream_ms: list[float]
+    """What the same pass costs more when its tokens belong to that many ``streams``."""
+    draft_ms: list[float]
+    """Drafting whole blocks for that many ``streams``."""
+    after_draft_ms: list[float] = []
+    """What drafting for that many ``streams`` adds to the pass that follows: it drives weights out of the processor's
+    caches."""
+    slot_ms: list[float] = []
+    """Of ``draft_ms``, what every slot after the first takes."""
+    rest_ms: list[float] = []
+    """A round of that many ``streams`` outside drafting and the pass: committing, text, hand-over."""
+    gamma: int = 1
+    context: int = 0
+    read_us: float = 0.0
+    """Microseconds that a position of a stream's context costs a pass, however many rows the stream has."""
+    attend_us: float = 0.0
+    """Microseconds that it costs for every row."""
+    draft_read_us: float = 0.0
+    """Microseconds that it costs in drafting a block, as far as the drafter sees."""
+    draft_window: int = 0
+    """Positions of a context that a drafter sees at most; 0: all."""
+    sample_us: float = 0.0
+    """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one."""
+    coupled_us: float = 0.0
+    """The same of a stream whose tokens torch draws: under coupled verification, or cut by top-k, top-p or min-p."""
+    draft_coupled_us: float = 0.0
+    """Microseconds that every draft token costs more for such a stream."""
+    feature_us: float = 0.0
+    """Microseconds that a position takes whose context features are handed over late."""
+
+    def drafted_from(self, position: float) -> float:
+        """Positions that a draft at ``position`` reads."""
+        return min(position, self.draft_window or position)
+
+    def pass_ms(self, batch_tokens: Any, company: Company) -> Any:
+        """A target pass over B tokens; B may be an array."""
+        rows = np.asarray(batch_tokens)
+        base = interpolated(self.tokens, self.verify_ms, rows)
+        base = base + interpolated(self.streams, self.stream_ms, company.streams)
+        read_us = self.read_us * company.streams + self.attend_us * rows
+        context_ms = 1e-3 * (company.position - self.context) * read_us
+        drawing_us = self.sample_us * company.sampled + self.coupled_us * company.coupled
+        return np.maximum(base + context_ms, LEAST_OF_BASE * base) + 1e-3 * drawing_us * rows
+
+    def drafting_ms(self, drafting: Any, slots: Any, company: Company) -> Any:
+        """Drafting ``slots`` tokens for so many streams, at least one, and what that adds to the pass after it; both may
+        be arrays."""
+        whole = interpolated(self.streams, self.draft_ms, drafting)
+        spared = interpolated(self.streams, self.slot_ms, drafting) * (self.gamma - np.asarray(slots))
+        seen = self.drafted_from(company.position) - self.drafted_from(self.context)
+        context_ms = 1e-3 * seen * self.draft_read_us * np.asarray(drafting)
+        drawing_ms = 1e-3 * self.draft_coupled_us * company.coupled * np.asarray(drafting) * np.asarray(slots)
+        after_ms = interpolated(self.streams, self.after_draft_ms, drafting)
+        return np.maximum(whole - spared + context_ms, LEAST_OF_BASE * whole) + drawing_ms + after_ms
+
+    def beside_ms(self, streams: int) -> float:
+        """The rest of a round of R streams."""
+        return float(interpolated(self.streams, self.rest_ms, streams))
+
+    def round_ms(
+        self, batch_tokens: int, streams: int, drafting: int, *, slots: int | None = None, position: float | None = None
+    ) -> float:
+        """A whole round: ``slots`` draft tokens for ``drafting`` of R streams, then a pass over B tokens."""
+        company = Company(streams, self.context if position is None else position)
+        draft = float(self.drafting_ms(drafting, self.gamma if slots is None else slots, company)) if drafting else 0.0
+        return float(self.pass_ms(batch_tokens, company)) + draft + self.beside_ms(streams)
+
+    def sps(self, batch_tokens: int, streams: int, drafting: int) -> float:
+        """Rounds a second when a round carries ``batch_tokens`` target tokens."""
+        return 1000.0 / self.round_ms(batch_tokens, streams, drafting)
+
+
+# --- fitting -------------------------------------------------------------------------------------------------
+
+
+def ladder(largest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, … 128, then doubling, up to and including ``largest``: few points, where curves bend."""
+    sizes = {1, 3, largest} if largest >= 3 else {1, largest}
+    step = 2
+    while step <= largest:
+        sizes |= {step, step * 3 // 2} if 2 < step < 128 else {step}
+        step *= 2
+    return sorted(s for s in sizes if s <= largest)
+
+
+def monotone(values: Sequence[float]) -> list[float]:
+    """The closest non-decreasing sequence in least squares (pool adjacent violators): more never costs less."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    return [mean for mean, n in blocks for _ in range(n)]
+
+
+def interpolated(xs: Sequence[int], ys: Sequence[float], x: Any) -> Any:
+    """Linear between points, flat before the first, on with the last slope after the last; 0 without points."""
+    if not ys:
+        return np.zeros(np.shape(x))
+    inside = np.interp(x, xs, ys)
+    if len(xs) == 1:
+        return inside
+    slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
+    return inside + slope * np.maximum(np.asarray(x) - xs[-1], 0)
