@@ -1,8 +1,8 @@
 """Who is drafted for in a round, and how many tokens: decided before drafting, from the past alone.
 
 *Ours*: of all sets of streams and block lengths the one with the most expected tokens a second is taken, and plain
-decoding where none is clearly better. A small share of time goes to looks: rounds that are run another way than the best
-one, so that a wrong idea of costs or drafts is found out. Only past rounds go in, so whatever is decided here is
+decoding where none is clearly better. A small share of time goes to looks: rounds that are run another way than the
+best one, so that a wrong idea of costs or drafts is found out. Only past rounds go in, so whatever is decided here is
 lossless under every verification.
 
 Symbols: R streams, m of them may be drafted for, γ the block's size, T thresholds.
@@ -16,19 +16,15 @@ from typing import NamedTuple
 import numpy as np
 
 from dspark_stream.load.acceptance import THRESHOLDS, Acceptance, Past
-from dspark_stream.load.costs import CostTable, Shape
+from dspark_stream.load.costs import COMPARED, CostTable, Shape
 from dspark_stream.load.curve import Array, CapacityCurve, Company
 
 HOLD = 8
 """Rounds between two decisions while the streams are the same ones."""
-LOOK = 3
-"""Rounds of a look: the first of them pays for what others left in the caches."""
 SHARE = 0.02
 """Of all time, what looks may lose by what is believed of them."""
 LEAST_LOSS = 0.1
-"""Of the time of a look's rounds, what it counts as losing at least: where nothing is lost, nothing is won by looking."""
-DOUBT = 1.6
-"""Beliefs may be wrong by so much: what would not be better for it is not looked at."""
+"""Of a look's time, what it counts as losing at least: where nothing is lost, little is won by looking."""
 CLEAR = 1.02
 """Drafting must promise so many times the throughput of plain decoding: where it wins nothing, nothing is to be run."""
 
@@ -105,7 +101,7 @@ class Controller:
             others["whole"] = whole
         look = self._look(best, others, pasts)
         if look is not None:
-            return look.plan._replace(price=0.0 if look is whole else best.rate), LOOK - 1
+            return look.plan._replace(price=0.0 if look is whole else best.rate), COMPARED - 1
         return best.plan._replace(price=best.rate), HOLD - 1
 
     def _drafts(self, pasts: Sequence[Past], may: Sequence[int], company: Company) -> tuple[_Choice, _Choice]:
@@ -128,18 +124,16 @@ class Controller:
         return choice(n, t, g), choice(len(may) - 1, 0, self._gamma - 1)
 
     def _look(self, best: _Choice, others: dict[str, _Choice], pasts: Sequence[Past | None]) -> _Choice | None:
-        """What to look at now, if anything: what was looked at least; the oftener it was, the more has to be saved up."""
+        """What was looked at least, where enough is saved up for it; the oftener it was, the more that has to be."""
         bits = len(pasts).bit_length()
-        some = [kind for kind, other in others.items() if DOUBT * other.rate > best.rate]
-        if not some:
+        if not others:
             return None
-        kind = min(some, key=lambda kind: self._looks.get((kind, bits), 0))
+        kind = min(others, key=lambda kind: self._looks.get((kind, bits), 0))
         look, before = others[kind], self._looks.get((kind, bits), 0)
         drafted = zip(pasts, look.plan.drafting, best.plan.drafting, strict=True)
         owed = sum(past.owed for past, now, else_ in drafted if past is not None and now and not else_)
-        lost_ms = (
-            LOOK * look.ms * max(LEAST_LOSS, 1.0 - look.rate / best.rate) + 1e-3 * self.costs.curve.feature_us * owed
-        )
+        lost_ms = COMPARED * look.ms * max(LEAST_LOSS, 1.0 - look.rate / best.rate)
+        lost_ms += 1e-3 * self.costs.curve.feature_us * owed
         if self._saved_ms < lost_ms * (1 + before):
             return None
         self._saved_ms = 0.0

@@ -1,9 +1,9 @@
 """What a round takes: the capacity curve, corrected by what rounds really take.
 
-Two things are told apart. The *pace* is what all rounds take longer alike: a neighbour on the machine, a lower clock. It
-matters to whoever counts milliseconds and to no choice between rounds. The *corrections* are how far rounds of different
-sizes, with drafts and without, are apart beyond what the curve says; every choice hangs on them. They are learnt only
-where one round follows another that differs, since both then met the same machine.
+Two things are told apart. The *pace* is what all rounds take longer alike: a neighbour on the machine, a lower clock.
+It matters to whoever counts milliseconds and to no choice between rounds. The *corrections* are how far rounds of
+different sizes, with drafts and without, are apart beyond what the curve says; every choice hangs on them. They are
+learnt only where one round follows another that differs, since both then met the same machine.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from dspark_stream.load.curve import Array, CapacityCurve, Company
 
 GAIN = 0.1
 """Of what one change between rounds says against what is known, so much is believed."""
+PRIOR = 2
+"""Changes as which it counts that a curve is right."""
+COMPARED = 3
+"""Rounds of a run, the first left out, that are held against what was before it."""
 MOST = 0.5
-"""And no more than this of it, as a logarithm: an interrupted round says nothing of rounds."""
-NEAR_SIZE, NEAR_DRAFTING = 0.35, 1.2
-"""Numbers of tokens, and of streams drafted for, that are this far apart, as a logarithm, are alike: what is learnt of
+"""No change says more than this, as a logarithm: an interrupted round says nothing of rounds."""
+NEAR = 0.7
+"""Numbers of tokens, or of streams drafted for, that are this far apart, as a logarithm, are alike: what is learnt of
 one is, by half, so of the other."""
 
 
@@ -85,10 +89,11 @@ class CostTable:
         self._known, self._known_drafting = [0] * len(curve.tokens), [0] * len(self._drafted_for)
         """Changes that each of them was learnt from."""
         self._pace = 0.0
-        self._run: list[_Seen] = []
-        """The latest rounds of one sort, with drafts or without: the first and the last."""
+        self._last: _Seen | None = None
+        self._rounds = 0
+        """Of the run of rounds of one sort, with drafts or without, that the last one belongs to."""
         self._before: _Seen | None = None
-        """The last one before that run."""
+        """What ended the run before."""
         self._plain = lru_cache(maxsize=256)(self._plain_ms)
         self._costs = lru_cache(maxsize=256)(self._cost)
 
@@ -144,29 +149,30 @@ class CostTable:
         over = log(ms / self.ms(shape)) - float(self._new_by_size[size])
         seen = _Seen(size, drafting, over - float(self._new_by_drafting[drafting - 1]) if drafting else over)
         self._pace += GAIN * max(-MOST, min(MOST, seen.over - self._pace))
-        if self._run and bool(self._run[0].drafting) != bool(drafting):
-            self._before, self._run = self._run[-1], []
-        self._run = [*self._run[-1:], seen]
-        if len(self._run) < 2:
-            return  # the first round of a run still pays for what others left in the caches: the second is the measure
-        before, self._before = self._before or self._run[0], None
-        if (before.size, before.drafting) != (size, drafting):
-            self._change(before, seen)
+        if self._last is not None and bool(self._last.drafting) != bool(drafting):
+            self._before, self._rounds = self._last, 0
+        last, self._last = self._last, seen
+        self._rounds += 1
+        if self._rounds > 1 and last is not None:  # the first of a run still pays for what others left in the caches
+            if (last.size, last.drafting) != (size, drafting):
+                self._change(last, seen)
+            if self._before is not None and self._rounds <= COMPARED:
+                self._change(self._before, seen)
 
     def _change(self, before: _Seen, after: _Seen) -> None:
         surprise = max(-MOST, min(MOST, after.over - before.over))
         if bool(before.drafting) == bool(after.drafting):
             known = [self._known[before.size], self._known[after.size]]
-            by = max(GAIN, 1 / (1 + min(known))) * surprise
+            by = max(GAIN, 1 / (PRIOR + min(known))) * surprise
             share = (1 + known[0]) / (2 + sum(known))  # who is known less gives way
-            _move(self._new_by_size, self._sizes, NEAR_SIZE, after.size, by * share)
-            _move(self._new_by_size, self._sizes, NEAR_SIZE, before.size, by * (share - 1))
+            _move(self._new_by_size, self._sizes, after.size, by * share)
+            _move(self._new_by_size, self._sizes, before.size, by * (share - 1))
             self._known[before.size] += 1
             self._known[after.size] += 1
         else:
             drafting = max(before.drafting, after.drafting) - 1
-            by = max(GAIN, 1 / (1 + self._known_drafting[drafting])) * surprise
-            _move(self._new_by_drafting, self._streams, NEAR_DRAFTING, drafting, by if after.drafting else -by)
+            by = max(GAIN, 1 / (PRIOR + self._known_drafting[drafting])) * surprise
+            _move(self._new_by_drafting, self._streams, drafting, by if after.drafting else -by)
             self._known_drafting[drafting] += 1
 
     def settle(self) -> None:
@@ -179,8 +185,8 @@ class CostTable:
             self._costs.cache_clear()
 
 
-def _move(corrections: Array, at: Array, near: float, i: int, by: float) -> None:
-    corrections += by * np.exp2(-(((at - at[i]) / near) ** 2))
+def _move(corrections: Array, at: Array, i: int, by: float) -> None:
+    corrections += by * np.exp2(-(((at - at[i]) / NEAR) ** 2))
 
 
 def _nearest(sizes: Sequence[int], size: int) -> int:

@@ -86,8 +86,8 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         return np.maximum(base + context_ms, LEAST_OF_BASE * base) + 1e-3 * drawing_us * rows
 
     def drafting_ms(self, drafting: Any, slots: Any, company: Company) -> Any:
-        """Drafting ``slots`` tokens for so many streams, at least one, and what that adds to the pass after it; both may
-        be arrays."""
+        """Drafting ``slots`` tokens for so many streams, at least one, and what that adds to the pass after it; both
+        may be arrays."""
         whole = interpolated(self.streams, self.draft_ms, drafting)
         spared = interpolated(self.streams, self.slot_ms, drafting) * (self.gamma - np.asarray(slots))
         seen = self.drafted_from(company.position) - self.drafted_from(self.context)
