@@ -19,6 +19,8 @@ from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.runner import GraphRounds
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.stream import Stream
+from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
@@ -27,8 +29,6 @@ from dspark_stream.models.torch.layers import ATTENTION_NAME
 from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, Quant, quantise_linears
 from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import Calibration, logit
-from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, Mode, SamplingParams
 

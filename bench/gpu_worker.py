@@ -27,11 +27,11 @@ from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.gpu.graphs import Size
 from dspark_stream.engine.gpu.runner import CANDIDATES, GraphRounds
 from dspark_stream.engine.step import Models
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.torch.quant import Quant, quantise_linears
 from dspark_stream.progress import SILENT, Progress
-from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.types import GenerationRequest, Mode, SamplingParams, TokensEvent
 from gpu_models import (
     CONTEXT,

@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import median, stdev
 from typing import Any
 
+from dspark_stream.spec.skipping import Plan
+
 from common import write_csv
 from dspark_stream.config import Config
 from dspark_stream.engine import step, worker
@@ -32,7 +34,6 @@ from dspark_stream.engine.build import build_engine
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.report.sweep import measure, shipped_prompts
-from dspark_stream.spec.skipping import Plan
 
 EIGHT, ENOUGH = 8, 4
 """Rounds by turns, and those of them that must be of as many streams as were asked for."""

@@ -30,20 +30,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from dspark_stream.engine.drift import Drift, watch
+from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
+from dspark_stream.spec.handicap import Shape
+from dspark_stream.spec.skipping import DraftPast, Plan, Skipping
+
 from common import write_csv, write_picture
 from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine
-from dspark_stream.engine.drift import Drift, watch
 from dspark_stream.evaluate import Prompt, read_prompts
+from dspark_stream.load.schedule import Candidate, Schedule, admit_mixed, parse_schedule
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.report.plot import Series, line_chart
 from dspark_stream.report.sweep import shipped_prompts
 from dspark_stream.spec.calibration import BINS
-from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost
-from dspark_stream.spec.handicap import Shape
-from dspark_stream.load.schedule import Candidate, Schedule, admit_mixed, parse_schedule
-from dspark_stream.spec.skipping import DraftPast, Plan, Skipping
 from dspark_stream.types import Acceptance, GenerationRequest, SamplingParams, TokensEvent
 
 

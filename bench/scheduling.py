@@ -17,13 +17,13 @@ from pathlib import Path
 from statistics import fmean
 
 import msgspec
+from dspark_stream.spec.capacity import CapacityCurve, Costs
+from dspark_stream.spec.handicap import Shape
+from dspark_stream.spec.skipping import DraftPast, Skipping
 
 from common import write_csv
 from dspark_stream.config import default_cache_dir
-from dspark_stream.spec.capacity import CapacityCurve, Costs
-from dspark_stream.spec.handicap import Shape
 from dspark_stream.load.schedule import Adaptive, Candidate
-from dspark_stream.spec.skipping import DraftPast, Skipping
 
 
 class Stored(msgspec.Struct):

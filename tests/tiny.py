@@ -7,6 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
+from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.schedule import Adaptive, Schedule
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
@@ -14,8 +16,6 @@ from dspark_stream.models.torch.layers import ATTENTION_NAME
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.load.schedule import Adaptive, Schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
 

@@ -12,6 +12,7 @@ from dspark_kernels.cpu import Context, Kind, best_isa
 from dspark_kernels.cpu import build as building
 from dspark_stream.engine.backlog import Backlog, hand_over
 from dspark_stream.engine.gpu.runner import GraphRounds
+from dspark_stream.load.schedule import Fixed
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
@@ -20,7 +21,6 @@ from dspark_stream.models.loading import load_target
 from dspark_stream.models.native.drafter import NativeDrafter
 from dspark_stream.models.protocols import Draw
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
-from dspark_stream.load.schedule import Fixed
 from dspark_stream.types import SamplingParams, TokensEvent
 from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 from tiny_families import HIDDEN, SCALINGS, VOCAB, config_of, randomise, save

@@ -15,12 +15,12 @@ from tokenizers import models as token_models
 
 import dspark_stream.engine.worker as worker_module
 from dspark_stream.errors import ContextLengthError, DrainingError, InvalidRequestError
+from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.protocols import Rows
 from dspark_stream.models.tokenizer import TokenBytes
-from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.types import FinishedEvent, TokensEvent
 from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 

@@ -17,6 +17,7 @@ from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine, open_kernels
 from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.evaluate import read_prompts
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter, quantise_checkpoint, save_drafter
@@ -30,7 +31,6 @@ from dspark_stream.progress import SILENT
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import draft
-from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from ggufs import split

@@ -10,6 +10,7 @@ import torch
 from dspark_stream.config import Config
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.build import build_engine
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import read_config
@@ -18,7 +19,6 @@ from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.protocols import Rows
 from dspark_stream.progress import SILENT
 from dspark_stream.spec.noise import token_exponentials
-from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 
 QUESTIONS = (

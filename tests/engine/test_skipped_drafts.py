@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 
-import msgspec
 import pytest
 import torch
 
 from dspark_stream.engine import backlog as backlogs
 from dspark_stream.engine.backlog import PIECE, ROOM, TOGETHER, Backlog, hand_over, room
-from dspark_stream.engine.drift import WINDOW, Drift, watch
+from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
-from dspark_stream.spec.capacity import CapacityCurve, Costs
-from dspark_stream.spec.handicap import Handicap, Shape
-from dspark_stream.load.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.types import TokensEvent
 from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 
@@ -108,10 +105,9 @@ class EveryRound(EveryNth):
         return [0] * len(candidates)
 
 
-def test_what_late_features_take_is_not_taken_for_slow_drafting(monkeypatch):
-    """Guards against probes that nothing is learnt from, and against learning their catching up."""
+def test_what_late_features_take_is_not_taken_for_slow_drafting():
+    """Guards against looks that nothing is learnt from, and against learning their catching up."""
     seen = []
-    monkeypatch.setattr(Handicap, "see", lambda self, shape, ms, expected_ms: seen.append((shape.drafting > 0, ms)))
     slow_ms = 40.0
 
     class Slow(type(tiny_drafter(tiny_target()))):
@@ -121,6 +117,7 @@ def test_what_late_features_take_is_not_taken_for_slow_drafting(monkeypatch):
 
     engine = engine_with(EveryNth(12))
     engine._models.drafter.__class__ = Slow
+    engine._models.controller.costs.learn = lambda shape, ms: seen.append((shape.drafting > 0, ms))
     asked = request("a", (5, 6, 7), max_tokens=100, ignore_eos=True, record_rounds=True)
     (rounds,) = rounds_of(engine, [asked]).values()
     drafted = [ms for is_drafted, ms in seen if is_drafted]
@@ -204,107 +201,3 @@ def test_a_drafter_with_a_ring_is_given_what_its_window_holds():
     assert (backlog.first, backlog.count) == (290, 40)
     hand_over([(Extent(1000, 400, 192), backlog)], drafter, None)
     assert drafter.given == [(192 + p % 64, p, float(p)) for p in range(290, 330)]
-
-
-CURVE = CapacityCurve(
-    tokens=[1, 4, 16], verify_ms=[5.0, 8.0, 20.0], streams=[1, 8], stream_ms=[0.0] * 2, draft_ms=[2.0, 4.0],
-    slot_ms=[0.2, 0.4], rest_ms=[1.0, 1.5],
-)  # fmt: skip
-
-
-def takes(drift, tokens, pass_ms, draft_ms=None, drafting=1):
-    """A round that takes so long, as `Drift` is told of it; whether its curve changed."""
-    i, j = CURVE.tokens.index(tokens), CURVE.streams.index(drafting)
-    draft = None if draft_ms is None else draft_ms / drift.curve.draft_ms[j]
-    return drift.see(tokens, pass_ms / drift.curve.verify_ms[i], drafting if draft_ms else 0, draft)
-
-
-def test_drift_follows_a_machine_that_changes_and_not_a_slow_round(caplog):
-    """Guards against schedules that go by a machine that is gone, and against following every hiccup."""
-    drift = Drift(CURVE)
-    for slow_pass, slow_draft in ((1.0, 10.0), (10.0, 1.0)):
-        for i in range(4 * WINDOW):
-            assert not takes(drift, 1, 5.0 * (slow_pass if i % 3 == 0 else 1), 2.0 * (slow_draft if i % 3 == 0 else 1))
-    assert drift.curve == CURVE
-    for _ in range(8 * WINDOW):  # a neighbour: everything takes twice as long, drafting three times
-        takes(drift, 1, 10.0, 6.0)
-    assert drift.curve.verify_ms == pytest.approx([10.0, 16.0, 40.0], rel=0.01)  # sizes that were not seen go along
-    assert drift.curve.draft_ms == pytest.approx([6.0, 12.0], rel=0.04)
-    assert drift.curve.rest_ms == pytest.approx([2.0, 3.0], rel=0.01)
-    assert drift.ratio == pytest.approx(2.0, rel=0.01)
-    assert "2.00 times" in caplog.text
-
-
-def test_drift_learns_how_far_sizes_are_apart_from_neighbours():
-    """Guards against a shape that is learnt from nothing, or forgotten while one size runs alone."""
-    drift = Drift(CURVE)
-    for turn in range(40):  # four rows take a quarter longer beside one than was measured
-        for _ in range(20):
-            takes(drift, 4 if turn % 2 else 1, 10.0 if turn % 2 else 5.0)
-    apart = drift.curve.verify_ms[1] / drift.curve.verify_ms[0]
-    assert apart == pytest.approx(2.0, rel=0.03)
-    assert drift.curve.verify_ms[2] / drift.curve.verify_ms[1] == pytest.approx(2.5, rel=0.03)  # goes with the nearest
-    for i in range(400):  # then one of them runs alone, and soon slow: that is the machine
-        takes(drift, 1, 5.0 if i < 10 else 7.0)
-    assert drift.curve.verify_ms[1] / drift.curve.verify_ms[0] == pytest.approx(apart, rel=0.02)
-
-
-def test_what_a_newcomer_shows_leaves_what_is_known_alone():
-    """Guards against sizes that are known well giving way to one that is seen for the first time, and against a pace
-    that is one size's own."""
-    drift = Drift(CURVE)
-    for turn in range(60):
-        for _ in range(10):
-            takes(drift, 4 if turn % 2 else 1, 8.0 if turn % 2 else 5.0)
-    for turn in range(20):  # sixteen rows take a third more than was measured
-        for _ in range(12):
-            takes(drift, 16 if turn % 2 else 1, 27.0 if turn % 2 else 5.0)
-        assert drift.curve.verify_ms[1] / drift.curve.verify_ms[0] == pytest.approx(1.6, rel=0.04)
-    assert drift.curve.verify_ms[2] / drift.curve.verify_ms[0] == pytest.approx(5.4, rel=0.04)
-    assert drift.ratio == pytest.approx(1.0, abs=0.03)
-    assert drift.curve.rest_ms == pytest.approx(CURVE.rest_ms, rel=0.03)
-
-
-def test_costs_come_to_say_what_rounds_take(caplog):
-    """Rounds of a machine that is another one than was measured, and swings: the curve and the handicap beside it come
-    to say together how much longer a round with drafts takes than a plain one."""
-    curve = msgspec.structs.replace(CURVE, gamma=3)
-    true = Costs(msgspec.structs.replace(curve, verify_ms=[5.0, 10.0, 25.0], draft_ms=[2.6, 5.2], rest_ms=[1.2, 1.8]))
-    drift, handicap, costs = Drift(curve), Handicap(), Costs(curve)
-    for i in range(4000):
-        drafting = int(i % 60 >= 8)
-        now, takes_now = (c.round_cost(1, 0.0, drafting, 3 * drafting) for c in (costs, true))
-        shape = Shape(1, 0.0, drafting, 3 * drafting, 1 + 3 * drafting)
-        pace = 1.4 if i // 150 % 2 else 1.0
-        round_ms = pace * takes_now(shape.batch_tokens)
-        pass_ms = round_ms - pace * (takes_now.draft_ms + takes_now.rest_ms)
-        costs = watch(drift, handicap, costs, shape, now, round_ms=round_ms, verify_ms=pass_ms)
-        if i > 1000 and i % 100 == 0:
-            believed, is_so = (c.round_cost(1, 0.0, 1, 3)(4) / c.round_cost(1, 0.0, 0, 0)(1) for c in (costs, true))
-            assert believed * handicap.factor(1) == pytest.approx(is_so, rel=0.05)
-
-
-def test_a_machine_that_swings_changes_nothing_between_sizes():
-    """Guards against a size seen in a slow second, and another in a fast one, held against each other."""
-    drift, rounds = Drift(CURVE), 0
-    for turn in range(120):  # plain rounds, then drafts, in blocks that know nothing of the swings
-        for _ in range(37):
-            rounds += 1
-            pace = 1.5 if rounds // 200 % 2 else 1.0
-            takes(drift, 4 if turn % 2 else 1, pace * (8.0 if turn % 2 else 5.0), pace * 2.0 if turn % 2 else None)
-        now = drift.curve
-        assert now.verify_ms[1] / now.verify_ms[0] == pytest.approx(1.6, rel=0.06)
-        assert now.draft_ms[0] / now.verify_ms[0] == pytest.approx(0.4, rel=0.06)
-
-
-def test_drafting_for_many_tells_nothing_of_drafting_for_one_once_that_was_seen():
-    """Guards against one load's drafting setting the price of another's."""
-    drift = Drift(CURVE)
-    for _ in range(8 * WINDOW):  # for one: half as long again
-        takes(drift, 1, 5.0, 3.0)
-    assert drift.curve.draft_ms == pytest.approx([3.0, 6.0], rel=0.04)
-    for _ in range(8 * WINDOW):  # for many: as measured
-        takes(drift, 16, 20.0, 4.0, drafting=8)
-    assert drift.curve.draft_ms == pytest.approx([3.0, 4.0], rel=0.04)
-    assert drift.curve.slot_ms == pytest.approx([0.3, 0.4], rel=0.04)
-    assert drift.curve.verify_ms == CURVE.verify_ms

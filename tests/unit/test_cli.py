@@ -14,9 +14,9 @@ import pytest
 from dspark_stream import cli, commands
 from dspark_stream.config import Config
 from dspark_stream.errors import InternalError, ModelLoadError
+from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.models.names import MODELS
 from dspark_stream.spec.calibration import load_calibration
-from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.types import RecommendedSampling
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 

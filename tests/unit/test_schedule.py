@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_stream.engine.profile import BUDGET_S, LONG_STREAMS, SWEEPS, Point, _Bench, fit, sweep
-from dspark_stream.models.cache import ExtentAllocator
-from dspark_stream.spec.capacity import CapacityCurve, Costs, RoundCost, convex, ladder, monotone
+from dspark_stream.load.costs import CostTable, RoundCost, Shape, convex
+from dspark_stream.load.curve import CapacityCurve, Company, ladder, monotone
 from dspark_stream.load.schedule import (
     Adaptive,
     Candidate,
@@ -22,6 +23,7 @@ from dspark_stream.load.schedule import (
     admit,
     parse_schedule,
 )
+from dspark_stream.models.cache import ExtentAllocator
 
 rows = st.lists(
     st.lists(st.floats(0.01, 1.0), max_size=4).map(lambda c: [*itertools.accumulate(c, lambda a, b: a * b)]),
@@ -184,26 +186,6 @@ def test_a_round_may_be_bounded():
         assert sum(Adaptive().lengths(candidates(rows, exact), cost.within(1.0), 0.01)) == 0
 
 
-def test_a_pace_scales_all_of_a_round():
-    parts = {
-        name: [1.0 + k, 2.0 + k, 3.5 + k]
-        for k, name in enumerate(("verify_ms", "stream_ms", "draft_ms", "after_draft_ms", "slot_ms", "rest_ms"))
-    }
-    each = dict.fromkeys(
-        ("read_us", "attend_us", "draft_read_us", "sample_us", "coupled_us", "draft_coupled_us", "feature_us"), 7.0
-    )
-    curve = CapacityCurve(tokens=[1, 4, 64], streams=[1, 4, 16], gamma=3, context=100, **parts, **each)
-    slow = curve.scaled(1.7, [1.0] * 3, [1.0] * 3)
-    for streams, drafting, slots in ((1, 0, 0), (4, 3, 2), (16, 16, 3)):
-        for sampled, coupled in ((0.0, 0.0), (0.5, 0.5)):
-            a, b = (
-                Costs(c).drawing(sampled, coupled).round_cost(streams, 300.0, drafting, slots) for c in (curve, slow)
-            )
-            assert b.ms == pytest.approx([1.7 * ms for ms in a.ms])
-            assert (b.draft_ms, b.rest_ms) == pytest.approx((1.7 * a.draft_ms, 1.7 * a.rest_ms))
-    assert slow.feature_us == pytest.approx(1.7 * 7.0)
-
-
 def test_ladder_and_monotone():
     assert ladder(1) == [1]
     assert ladder(7) == [1, 2, 3, 4, 6, 7]
@@ -232,31 +214,47 @@ def test_curve_knows_context_slots_and_the_rest():
     verify = 12.0 + 2.5 + (2 * 200 * 10.0 + 5 * 200 * 2.0) / 1e3
     draft = 3.0 - 3 * 0.5 + 2 * 200 * 5.0 / 1e3
     assert curve.round_ms(5, 2, 2, slots=1, position=300) == pytest.approx(verify + draft + 2.0)
-    cost = Costs(curve).round_cost(2, 288.0, 2, 1)
+    cost = CostTable(curve).round_cost(Company(2, 288.0), 2, 1)
     assert cost.ms == pytest.approx([curve.round_ms(b, 2, 2, slots=1, position=288) for b in (2, 3, 4)])
-    assert (cost.first, cost.draft_ms, cost.rest_ms) == (2, pytest.approx(draft - 12 * 2 * 5e-3), 2.0)
+    assert cost.first == 2
+    assert curve.beside_ms(2) == 2.0
 
 
-def test_the_outlay_of_all_choices_is_what_each_of_them_costs():
+def test_all_choices_at_once_cost_what_each_of_them_does():
     """Guards against deciding by other costs than those that lengths are chosen by."""
     more = {"context": 100, "read_us": 10.0, "attend_us": 2.0, "draft_read_us": 5.0, "after_draft_ms": [0.1, 0.4]}
-    costs = Costs(msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], rest_ms=[1.0, 3.0], **more))
-    outlay = costs.outlay(3, 300.0, 2, 4)
-    assert outlay.plain_ms == pytest.approx(costs.round_cost(3, 300.0, 0, 0)(3))
-    assert outlay.tokens.tolist() == list(range(3, 12))
-    for drafting, slots in itertools.product((1, 2), (1, 2, 3, 4)):
-        cost = costs.round_cost(3, 300.0, drafting, slots)
-        for tokens in range(3, 3 + drafting * slots + 1):
-            ms = outlay.verify_ms[tokens - 3] + outlay.beside_ms[drafting - 1, slots - 1]
-            assert ms == pytest.approx(cost(tokens))
+    more |= {"sample_us": 50.0, "coupled_us": 70.0, "draft_coupled_us": 30.0}
+    curve = msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], rest_ms=[1.0, 3.0], **more)
+    costs, company = CostTable(curve), Company(3, 288.0, 0.5, 0.25)
+    for turn in range(40):  # and so it is once corrections were learnt
+        shape = Shape(company, 2 * (turn // 4 % 2), 3 * (turn // 4 % 2), 9 if turn // 4 % 2 else 3)
+        costs.learn(shape, costs.ms(shape) * (1.3 if shape.drafting else 1.0))
+    costs.settle()
+    assert costs.plain_ms(company) == costs.round_cost(company, 0, 0)(3)
+    drafting, slots, tokens = np.arange(1.0, 3.0)[:, None, None], np.arange(1.0, 5.0)[:, None], np.arange(3.0, 12.0)
+    ms = costs.round_ms(company, tokens, drafting, slots)
+    for n, k in itertools.product((1, 2), (1, 2, 3, 4)):
+        cost = costs.round_cost(company, n, k)
+        assert [cost(b) for b in range(3, 4 + n * k)] == pytest.approx(ms[n - 1, k - 1, : 1 + n * k])
+    assert costs.round_cost(company, 2, 3)(9) > 1.1 * CostTable(curve).round_cost(company, 2, 3)(9)
+
+
+def test_companies_that_are_nearly_alike_share_a_table():
+    """A table is made for every sixteenth of the streams that draw, and every 32 positions."""
+    curve = msgspec.structs.replace(CURVE, context=100, read_us=10.0, sample_us=100.0)
+    costs = CostTable(curve)
+    assert costs.round_cost(Company(2, 290.0, 0.51), 2, 1) is costs.round_cost(Company(2, 300.0, 0.49), 2, 1)
+    assert costs.plain_ms(Company(2, 300.0, 0.02)) == costs.plain_ms(Company(2, 300.0))
+    assert (
+        costs.plain_ms(Company(2, 300.0, 0.5)) > costs.plain_ms(Company(2, 300.0)) > costs.plain_ms(Company(2, 200.0))
+    )
 
 
 def test_a_slope_that_was_measured_wrong_makes_nothing_free():
     """Guards against rounds that take no time at all before the position at which the curve was measured."""
     curve = msgspec.structs.replace(CURVE, context=256, read_us=200.0, draft_read_us=200.0, gamma=4, slot_ms=[9.0, 9.0])
-    costs = Costs(curve)
-    assert costs.verify_ms(1, 1, 0.0) == pytest.approx(2.5)
-    assert costs.draft_ms(1, 1, 0.0) == pytest.approx(0.5)
+    assert curve.pass_ms(1, Company(1, 0.0)) == pytest.approx(2.5)
+    assert curve.drafting_ms(1, 1, Company(1, 0.0)) == pytest.approx(0.5)
 
 
 class Clock:
@@ -366,24 +364,21 @@ def test_fit_separates_what_was_measured_together():
     together = fit(times, gamma=4, context=100, long_context=600, long_streams=4)
     assert (together.attend_us, together.read_us) == pytest.approx((1.0, 2.0))
     assert (curve.coupled_us, curve.draft_coupled_us, curve.feature_us) == pytest.approx((1000.0, 493.75, 7.0))
-    costs = Costs(curve)
-    cost = costs.round_cost(2, 100.0, 2, 4)  # what drafting adds to a pass counts as the pass's time, not as drafting's
-    assert cost.draft_ms == pytest.approx(3.0, abs=0.2)
-    assert cost(4) - cost.draft_ms - cost.rest_ms == pytest.approx(float(costs.verify_ms(4, 2, 96.0)) + 1.0)
-    assert costs.drawing(0.03, 0.0) is costs
-    assert not costs.drawing(0.5, 0.0).rough
-    coupled = costs.drawing(0.0, 0.5)
-    assert coupled.rough
-    assert coupled.draft_ms(2, 3, 100.0) == pytest.approx(costs.draft_ms(2, 3, 100.0) + 2 * 3 * 0.493750 / 2)
-    assert coupled.verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 3.0)
-    assert costs.drawing(0.5, 0.0).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)
+    greedy, drawn, coupled = Company(2, 100.0), Company(2, 100.0, sampled=0.5), Company(2, 100.0, coupled=0.5)
+    assert curve.drafting_ms(2, 4, greedy) == pytest.approx(3.0 + 1.0)  # what it adds to the pass after it, too
+    assert curve.drafting_ms(2, 4, drawn) == curve.drafting_ms(2, 4, greedy)
+    more_ms = curve.drafting_ms(2, 3, coupled) - curve.drafting_ms(2, 3, greedy)
+    assert more_ms == pytest.approx(2 * 3 * 0.493750 / 2)
+    assert curve.pass_ms(6, coupled) == pytest.approx(curve.pass_ms(6, greedy) + 3.0)
+    assert curve.pass_ms(6, drawn) == pytest.approx(curve.pass_ms(6, greedy) + 1.5)
 
 
 def test_a_draft_costs_the_same_beyond_its_window():
     """Guards against drafts that are priced out of long contexts by what a drafter with a window does not read."""
     shape = {"tokens": [1, 8], "verify_ms": [1.0, 2.0], "streams": [1, 2], "stream_ms": [0.0, 0.1]}
     curve = CapacityCurve(**shape, draft_ms=[1.0, 2.0], gamma=4, context=256, draft_read_us=1.0)
-    windowed = Costs(msgspec.structs.replace(curve, draft_window=512))
-    assert windowed.draft_ms(1, 4, 400) == pytest.approx(Costs(curve).draft_ms(1, 4, 400))
-    assert windowed.draft_ms(1, 4, 8192) == windowed.draft_ms(1, 4, 512) == pytest.approx(1.256)
-    assert Costs(curve).draft_ms(1, 4, 8192) == pytest.approx(1.0 + 7.936)
+    windowed = msgspec.structs.replace(curve, draft_window=512)
+    short, long, edge = (Company(1, position) for position in (400, 8192, 512))
+    assert windowed.drafting_ms(1, 4, short) == pytest.approx(curve.drafting_ms(1, 4, short))
+    assert windowed.drafting_ms(1, 4, long) == windowed.drafting_ms(1, 4, edge) == pytest.approx(1.256)
+    assert curve.drafting_ms(1, 4, long) == pytest.approx(1.0 + 7.936)

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 import msgspec
 import pytest
 
+from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import SILENT
 from dspark_stream.report.plot import Series, line_chart, ticks
@@ -21,7 +22,6 @@ from dspark_stream.report.sweep import (
     medians,
     shipped_prompts,
 )
-from dspark_stream.load.curve import CapacityCurve
 from fakes import FakeTokenizer
 from tiny import GAMMA, VOCAB, tiny_drafter, tiny_engine, tiny_models, tiny_target
 
