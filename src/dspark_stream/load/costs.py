@@ -70,7 +70,7 @@ class _Seen(NamedTuple):
     size: int
     drafting: int
     over: float
-    """Logarithm of what it took over what the table said."""
+    """Logarithm of what it took over what the curve said."""
 
 
 class CostTable:
@@ -146,9 +146,9 @@ class CostTable:
         """A whole round's measured milliseconds."""
         size = _nearest(self.curve.tokens, shape.batch_tokens)
         drafting = 1 + _nearest(self._drafted_for, shape.drafting) if shape.drafting else 0
-        over = log(ms / self.ms(shape)) - float(self._new_by_size[size])
-        seen = _Seen(size, drafting, over - float(self._new_by_drafting[drafting - 1]) if drafting else over)
-        self._pace += GAIN * max(-MOST, min(MOST, seen.over - self._pace))
+        told = float(self._by_size[size]) + (float(self._by_drafting[drafting - 1]) if drafting else 0.0)
+        seen = _Seen(size, drafting, log(ms / self.ms(shape)) + told)
+        self._pace += GAIN * max(-MOST, min(MOST, self._beyond(seen) - self._pace))
         if self._last is not None and bool(self._last.drafting) != bool(drafting):
             self._before, self._rounds = self._last, 0
         last, self._last = self._last, seen
@@ -159,8 +159,15 @@ class CostTable:
             if self._before is not None and self._rounds <= COMPARED:
                 self._change(self._before, seen)
 
+    def _beyond(self, seen: _Seen) -> float:
+        """What a round took beyond all that is known of such rounds, as a logarithm."""
+        known = self._by_size[seen.size] + self._new_by_size[seen.size]
+        if seen.drafting:
+            known += self._by_drafting[seen.drafting - 1] + self._new_by_drafting[seen.drafting - 1]
+        return seen.over - float(known)
+
     def _change(self, before: _Seen, after: _Seen) -> None:
-        surprise = max(-MOST, min(MOST, after.over - before.over))
+        surprise = max(-MOST, min(MOST, self._beyond(after) - self._beyond(before)))
         if bool(before.drafting) == bool(after.drafting):
             known = [self._known[before.size], self._known[after.size]]
             by = max(GAIN, 1 / (PRIOR + min(known))) * surprise
