@@ -33,7 +33,7 @@ class Schedule(Protocol):
     """Chooses the verification length ℓ of every stream together."""
 
     def slots(self, gamma: int) -> int | None:
-        """Draft tokens that every stream proposes in every round; None: only where it pays (spec/skipping.py)."""
+        """Draft tokens that every stream proposes in every round; None: only where it pays (load/controller.py)."""
 
     def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
         """ℓ_r for each stream, 0 ≤ ℓ_r ≤ len(survival).

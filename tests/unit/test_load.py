@@ -1,0 +1,349 @@
+"""Who is drafted for and how much, by what past rounds showed: played against machines and drafts that are known."""
+
+from __future__ import annotations
+
+import random
+from math import exp
+from typing import NamedTuple
+
+import msgspec
+import pytest
+
+from dspark_stream.load.acceptance import Acceptance, Past
+from dspark_stream.load.controller import Controller, Plan
+from dspark_stream.load.costs import CostTable, Shape
+from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.schedule import Adaptive, Candidate
+from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
+
+GAMMA = 4
+GOOD, BAD = [0.9, 0.8, 0.7, 0.6], [0.1, 0.02, 0.01, 0.01]
+IDLE = CapacityCurve(
+    tokens=[1, 2, 4, 8, 16, 32, 64], verify_ms=[5.0, 5.1, 5.2, 5.3, 5.5, 5.7, 6.0],
+    streams=[1, 4, 16], stream_ms=[0.0] * 3, draft_ms=[1.0, 2.5, 9.0], slot_ms=[0.2, 0.5, 2.0], gamma=GAMMA,
+)  # fmt: skip
+"""Verification is nearly free, drafting costs a fifth of a pass."""
+BUSY = msgspec.structs.replace(
+    IDLE, verify_ms=[5.0 + 3.0 * (n - 1) for n in IDLE.tokens], draft_ms=[1.0, 4.0, 16.0]
+)  # fmt: skip
+"""Every row costs three fifths of the first."""
+
+
+class Played(NamedTuple):
+    """A round as it came out."""
+
+    plan: Plan
+    verified: int
+    tokens: float
+    ms: float
+    """Without noise."""
+
+
+class Machine:
+    """Plays rounds of streams that promise one thing and keep it or another, on a machine that takes what ``truth``
+    says times what ``noise`` makes of it; the controller was given ``curve``."""
+
+    def __init__(self, truth, curve=None, noise=lambda: 1.0):
+        self.table, self.noise = CostTable(truth), noise
+        self.controller = Controller(GAMMA, curve or truth)
+
+    def play(self, pasts, rounds, promises, kept=None):
+        company, controller = Company(len(pasts), 96.0), self.controller
+        played = []
+        for _ in range(rounds):
+            plan = controller.plan(pasts, company)
+            rows = [p[: plan.slots] if drafts else [] for p, drafts in zip(promises, plan.drafting, strict=True)]
+            those = [
+                Candidate(controller.acceptance.corrected(past, row), True) if row else Candidate(())
+                for past, row in zip(pasts, rows, strict=True)
+            ]
+            lengths = Adaptive().lengths(those, controller.costs.round_cost(company, *plan.size), plan.price)
+            took = [sum(row[:length]) for row, length in zip(kept or promises, lengths, strict=True)]
+            shape = Shape(company, *plan.size, len(pasts) + sum(lengths))
+            ms = self.table.ms(shape)
+            controller.learn(pasts, rows, lengths, took, shape, ms * self.noise())
+            played.append(Played(plan, sum(lengths), len(pasts) + sum(took), ms))
+        return played
+
+    def corrections(self, streams=1, slots=GAMMA):
+        """Times as long as by the curve: plain rounds, and rounds with everything drafted and verified."""
+        table, company = self.controller.costs, Company(streams, 96.0)
+        curve = CostTable(table.curve)
+        dear = Shape(company, streams, slots, streams * (1 + slots))
+        return table.plain_ms(company) / curve.plain_ms(company), table.ms(dear) / curve.ms(dear)
+
+
+def pasts(count, way="greedy"):
+    return [Past(GAMMA, way) for _ in range(count)]
+
+
+def share(played, r=0):
+    return sum(one.plan.drafting[r] for one in played) / len(played)
+
+
+def rate(played):
+    return sum(one.tokens for one in played) / sum(one.ms for one in played)
+
+
+# --- who is drafted for --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [1, 6])
+def test_drafts_that_pay_are_made_and_drafts_that_do_not_are_not(streams):
+    for promise, truth, low, high in (
+        (GOOD, IDLE, 0.95, 1.0),  # all but looks
+        (BAD, IDLE, 0.0, 0.05),
+        ([0.5, 0.1, 0.05, 0.01], BUSY, 0.0, 0.05),
+    ):
+        machine, those = Machine(truth), pasts(streams)
+        machine.play(those, 100, [promise] * streams)
+        played = machine.play(those, 300, [promise] * streams)
+        assert all(low <= share(played, r) <= high for r in range(streams))
+
+
+def test_ties_go_to_plain():
+    """Guards against work for nothing: a draft that brings as much as it costs is left out."""
+    free = msgspec.structs.replace(IDLE, verify_ms=[5.0] * 7, draft_ms=[1.0] * 3, slot_ms=[0.25] * 3)
+    for first, low, high in ((0.05, 0.0, 0.05), (0.08, 0.95, 1.0)):  # one slot: 0.25 ms beside 5
+        machine, those = Machine(free), pasts(1)
+        machine.play(those, 200, [[first, 0.0, 0.0, 0.0]])
+        assert low <= share(machine.play(those, 400, [[first, 0.0, 0.0, 0.0]])) <= high
+
+
+@pytest.mark.parametrize("truth", [IDLE, BUSY])
+def test_streams_are_told_apart(truth):
+    """Guards against one verdict for all: the one whose drafts hold is drafted for, those beside it are not."""
+    sure = [0.99, 0.98, 0.97, 0.96]
+    machine, those, promises = Machine(truth), pasts(4), [BAD, sure, BAD, BAD]
+    machine.play(those, 200, promises)
+    played = machine.play(those, 300, promises)
+    assert share(played, 1) > 0.95
+    assert max(share(played, r) for r in (0, 2, 3)) < 0.1
+
+
+@pytest.mark.parametrize("way", ["greedy", "rejection", "coupled"])
+def test_promises_that_are_not_kept_count_for_what_they_brought(way):
+    """Guards against a drafter that is sure of itself and wrong: other languages, other domains."""
+    machine, those = Machine(IDLE), pasts(1, way)
+    machine.play(those, 200, [GOOD], [[0.0] * GAMMA])
+    assert share(machine.play(those, 200, [GOOD], [[0.0] * GAMMA])) < 0.1
+    assert machine.controller.acceptance.corrected(those[0], GOOD)[0] < 0.4
+
+
+def test_what_promises_are_worth_is_each_streams_own_and_a_newcomers_is_all_the_others():
+    acceptance, (liar, honest, newcomer, other) = Acceptance(GAMMA), [*pasts(3), *pasts(1, "coupled")]
+    for _ in range(60):
+        acceptance.learn(liar, GOOD, GAMMA, 0)
+        acceptance.learn(honest, GOOD, GAMMA, 3)
+    worths = [acceptance.worth(past) for past in (liar, newcomer, honest)]
+    assert worths[0] < 0.15 < worths[1] < 0.85 < worths[2]
+    assert acceptance.worth(other) == pytest.approx(1.0)  # drafts of another way of accepting say nothing of it
+    assert max(acceptance.corrected(honest, [1.0, 1.0])) <= 1.0
+
+
+def test_slots_that_were_not_drafted_go_on_as_whole_blocks_did():
+    """Guards against a block that keeps itself short, since nobody would know what later slots promise."""
+    acceptance, (whole, short) = Acceptance(GAMMA), pasts(2)
+    for _ in range(100):
+        acceptance.learn(whole, [0.8, 0.4, 0.2, 0.1], 1, 1)
+    acceptance.expected([whole])
+    for _ in range(100):
+        acceptance.learn(short, [0.4], 1, 0)
+    verified = acceptance.expected([short])[1, 0]  # by threshold and slots: how many survive it
+    accepted = acceptance.expected([short])[0, 0] / acceptance.worth(short)
+    assert accepted[0] == pytest.approx([0.4, 0.6, 0.7, 0.75], rel=0.2)
+    assert verified[0] == pytest.approx([1, 2, 3, 4])
+
+
+def test_a_stream_left_out_is_looked_at_again_and_taken_back():
+    """Guards against a verdict for ever: drafts that begin to hold are found out, alone or beside others' that do."""
+    for promises, r in (([BAD], 0), ([GOOD, BAD, GOOD], 1)):
+        machine, those = Machine(IDLE), pasts(len(promises))
+        machine.play(those, 200, promises)
+        assert share(machine.play(those, 300, promises), r) < 0.1
+        played = machine.play(those, 1500, [GOOD] * len(promises))
+        assert share(played[-200:], r) > 0.9
+        assert machine.controller.looks > 0
+
+
+@pytest.mark.parametrize(("truth", "streams"), [(IDLE, 1), (BUSY, 8)])
+def test_looks_keep_within_their_share_of_time(truth, streams):
+    """Guards against what is lost by looking where there is nothing to find, and against never looking."""
+    machine, those = Machine(truth), pasts(streams)
+    machine.play(those, 100, [BAD] * streams)
+    before = machine.controller.looks
+    played = machine.play(those, 3000, [BAD] * streams)
+    plain = streams / machine.table.plain_ms(Company(streams, 96.0))
+    assert 0.97 * plain < rate(played) <= plain
+    assert machine.controller.looks > before
+    assert all(share(played, r) < 0.03 for r in range(streams))
+
+
+def test_who_comes_and_goes_is_not_mixed_up():
+    """Guards against pasts by batch row instead of by stream."""
+    machine, those, promises = Machine(IDLE), pasts(8), [GOOD if r > 4 else BAD for r in range(8)]
+    machine.play(those, 300, promises)
+    found = {id(past): [0, 0] for past in those}
+    chance = random.Random(3)
+    for _ in range(120):
+        here = chance.sample(range(8), chance.randint(3, 8))
+        present = [those[r] for r in here]
+        for one in machine.play(present, 2, [promises[r] for r in here]):
+            assert len(one.plan.drafting) == len(here)
+            for past, drafts in zip(present, one.plan.drafting, strict=True):
+                found[id(past)][0] += drafts
+                found[id(past)][1] += 1
+    shares = [drafted / rounds for drafted, rounds in (found[id(past)] for past in those)]
+    assert min(shares[5:]) > 0.9
+    assert max(shares[:5]) < 0.1
+
+
+def test_streams_in_plain_mode_are_never_drafted_for():
+    machine, (one,) = Machine(IDLE), pasts(1)
+    controller, company = machine.controller, Company(3, 96.0)
+    drafted = 0
+    for i in range(400):
+        plan = controller.plan([None, one, None], company)
+        assert (plan.drafting[0], plan.drafting[2]) == (False, False)
+        rows = [[], GOOD[: plan.slots] if plan.drafting[1] else [], []]
+        took = [0, len(rows[1]) * (i % 3 > 0), 0]
+        shape = Shape(company, *plan.size, 3 + len(rows[1]))
+        controller.learn([None, one, None], rows, [len(r) for r in rows], took, shape, machine.table.ms(shape))
+        drafted += plan.drafting[1]
+    assert drafted > 300
+    assert controller.plan([None, None], Company(2, 96.0)).size == (0, 0)
+
+
+def test_short_blocks_where_later_slots_are_worth_nothing_and_long_ones_once_they_are():
+    """Guards against slots that nobody verifies where each of them costs, and against never looking at them again."""
+    machine, those = Machine(IDLE), pasts(1)
+    machine.play(those, 200, [[0.95, 0.02, 0.01, 0.01]])
+    slots = [one.plan.size[1] for one in machine.play(those, 400, [[0.95, 0.02, 0.01, 0.01]])]
+    assert slots.count(1) > 0.9 * len(slots)
+    slots = [one.plan.size[1] for one in machine.play(those, 1500, [GOOD])]
+    assert slots[-200:].count(GAMMA) > 150
+
+
+@pytest.mark.parametrize("sure", [0.9, 0.05])
+def test_a_drafter_without_confidence_is_judged_by_its_history(sure):
+    """Its promises are what the past had, so they say nothing of the round at hand: the past alone decides."""
+    machine, those, history, chance = Machine(IDLE), pasts(2), AcceptanceHistory(GAMMA), random.Random(5)
+    drafted = []
+    for _ in range(500):
+        promise = prefix_survival(history.confidence())
+        stood = [next((k for k in range(GAMMA) if chance.random() > sure), GAMMA) for _ in those]
+        (one,) = machine.play(those, 1, [promise] * 2, [[1.0] * n + [0.0] * (GAMMA - n) for n in stood])
+        length = one.verified // 2
+        if any(one.plan.drafting):
+            for n in stood:
+                history.record(length, min(n, length))
+        drafted.append(any(one.plan.drafting))
+    late = sum(drafted[200:]) / 300
+    assert late > 0.9 if sure > 0.5 else late < 0.1
+
+
+# --- what rounds take ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_a_table_that_makes_drafts_too_dear_is_found_out(streams):
+    """Guards against a verdict that rules out the very rounds that would show it wrong."""
+    dear = msgspec.structs.replace(IDLE, draft_ms=[4 * ms for ms in IDLE.draft_ms], slot_ms=[0.8, 2.0, 8.0])
+    promise = [0.55, 0.3, 0.15, 0.1]
+    machine, those = Machine(IDLE, dear), pasts(streams)
+    machine.play(those, 1500, [promise] * streams)
+    assert share(machine.play(those, 300, [promise] * streams)) > 0.9
+
+
+@pytest.mark.parametrize("curve", [IDLE, BUSY])
+def test_a_table_that_makes_drafts_too_cheap_is_found_out(curve):
+    """Guards against a curve that flatters drafting for as long as the service runs."""
+    truth = msgspec.structs.replace(curve, draft_ms=[5 * ms for ms in curve.draft_ms], slot_ms=[0.2, 0.5, 2.0])
+    promise = [0.7, 0.2, 0.05, 0.01]
+    machine, those = Machine(truth, curve), pasts(1)
+    first = machine.play(those, 20, [promise])
+    assert curve is BUSY or share(first) > 0.5
+    machine.play(those, 500, [promise])
+    assert share(machine.play(those, 300, [promise])) < 0.1
+
+
+def test_a_table_that_makes_some_passes_too_dear_is_found_out():
+    """A size was measured twice as long as it takes, in an interrupted second, say."""
+    wrong = msgspec.structs.replace(IDLE, verify_ms=[5.0, 10.2, 10.4, 10.6, 11.0, 11.4, 12.0])
+    machine, those = Machine(IDLE, wrong), pasts(1)
+    first = machine.play(those, 10, [[0.7, 0.2, 0.05, 0.01]])
+    assert share(first) < 0.5
+    machine.play(those, 1500, [[0.7, 0.2, 0.05, 0.01]])
+    assert share(machine.play(those, 300, [[0.7, 0.2, 0.05, 0.01]])) > 0.9
+
+
+class Swings:
+    """Phases of random length in which all rounds take up to twice as long alike, and some jitter."""
+
+    def __init__(self, seed, jitter=0.03):
+        self.chance, self.jitter, self.left, self.pace = random.Random(seed), jitter, 0, 1.0
+
+    def __call__(self):
+        self.left -= 1
+        if self.left < 0:
+            self.left, self.pace = self.chance.randint(10, 200), self.chance.choice([1.0, 1.0, 1.4, 2.0])
+        return self.pace * exp(self.chance.gauss(0.0, self.jitter))
+
+
+@pytest.mark.parametrize(("promise", "streams"), [(GOOD, 1), ([0.3, 0.1, 0.02, 0.01], 1), (GOOD, 6)])
+def test_a_machine_that_swings_changes_the_pace_and_no_choice(promise, streams):
+    """Guards against a plain round of a fast second held against drafts of a slow one."""
+    steady, swinging = Machine(IDLE), Machine(IDLE, noise=Swings(streams))
+    paces = []
+    rates = []
+    for machine in (steady, swinging):
+        those, played = pasts(streams), []
+        for _ in range(40):
+            played += machine.play(those, 40, [promise] * streams)
+            paces.append(machine.controller.costs.pace)
+            assert machine.corrections(streams) == pytest.approx((1.0, 1.0), abs=0.06)
+        rates.append(rate(played))
+    assert rates[1] == pytest.approx(rates[0], rel=0.02)
+    assert paces[:40] == pytest.approx([1.0] * 40, abs=0.01)
+    assert max(paces) > 1.6
+    assert min(paces[40:]) < 1.1
+
+
+def test_one_interrupted_round_moves_little():
+    slow = iter([])
+    machine, those = Machine(IDLE, noise=lambda: next(slow, 1.0)), pasts(1)
+    machine.play(those, 300, [GOOD])
+    for times in (50.0, 5000.0):
+        slow = iter([times])
+        machine.play(those, 40, [GOOD])
+        assert machine.corrections() == pytest.approx((1.0, 1.0), abs=0.06)
+    assert machine.controller.costs.pace == pytest.approx(1.0, abs=0.05)
+    slow = iter([1e-3])
+    machine.play(those, 40, [GOOD])
+    assert machine.corrections() == pytest.approx((1.0, 1.0), abs=0.06)
+
+
+def test_what_was_learnt_is_answered_by_only_after_settle():
+    """Guards against a table that says something else in the middle of a decision, or of a round."""
+    table, company = CostTable(IDLE), Company(1, 96.0)
+    shapes = [Shape(company, 0, 0, 1)] * 4 + [Shape(company, 1, 3, 4)] * 4
+    before = [table.ms(shape) for shape in shapes]
+    for shape, ms in zip(shapes * 20, before * 20, strict=True):
+        table.learn(shape, ms * (1.5 if shape.drafting else 1.0))
+    assert [table.ms(shape) for shape in shapes] == before
+    table.settle()
+    after = [table.ms(shape) for shape in shapes]
+    assert after[-1] / after[0] == pytest.approx(1.5 * before[-1] / before[0], rel=0.05)
+    table.settle()
+    assert [table.ms(shape) for shape in shapes] == after
+
+
+def test_price_is_the_throughput_that_the_past_lets_expect():
+    machine, those, company = Machine(IDLE), pasts(2), Company(2, 96.0)
+    plain = machine.controller.plan([None, None], company).price
+    assert plain == pytest.approx(2 / machine.table.plain_ms(company))
+    machine.play(those, 200, [GOOD] * 2)
+    played = machine.play(those, 200, [GOOD] * 2)
+    prices = [one.plan.price for one in played if one.plan.size == (2, GAMMA)]
+    assert max(prices) == pytest.approx(rate(played), rel=0.05)
+    assert max(prices) > 1.5 * plain
