@@ -19,7 +19,7 @@ from dspark_stream.models.blocks import Blocks, as_floats
 from dspark_stream.models.cache import Extent, KVShape
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.geometry import Geometry, UnsupportedError
-from dspark_stream.models.native.distributions import NativeDrafts, drawn_by
+from dspark_stream.models.native.distributions import NativeDrafts, drawn_by, raced_by
 from dspark_stream.models.native.store import NativeStore
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.protocols import Drafted, Draw, Store
@@ -183,10 +183,11 @@ class NativeDrafter:
     def draft(self, anchors: list[tuple[Extent, int, int]], store: Store, slots: int, draws: Sequence[Draw]) -> Drafted:
         """See `Drafter.draft`."""
         assert isinstance(store, NativeStore)
-        if self._walk is None or any(draw.noise is not None for draw in draws):
+        if self._walk is None:
             hidden = self.draft_hidden(anchors, store, slots)
             return walk(self._heads, hidden, [anchor for _, _, anchor in anchors], draws)
-        sampled = any(draw.uniforms for draw in draws)
+        sampled = [draw.uniforms or draw.race for draw in draws]
+        races = [draw.race for draw in draws]
         where: list[int] = []
         for extent, p, _ in anchors:
             where += (self._first(extent), p, slots)
@@ -200,8 +201,11 @@ class NativeDrafter:
             [anchor for _, _, anchor in anchors],
             store.place,
             self._logit_room,
-            drawn_by([d.sampling if d.uniforms else GREEDY for d in draws]) if sampled else None,
-            np.array([[*d.uniforms[:slots]] or [0.0] * slots for d in draws]) if sampled else None,
+            drawn_by([d.sampling if s else GREEDY for d, s in zip(draws, sampled, strict=True)])
+            if any(sampled)
+            else None,
+            np.array([[*d.uniforms[:slots]] or [0.0] * slots for d in draws]) if any(sampled) else None,
+            raced_by(races) if any(races) else None,
             self.target.embedding_scale,
             self.context_window,
         )
