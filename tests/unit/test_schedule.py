@@ -189,16 +189,12 @@ def test_a_pace_scales_all_of_a_round():
         name: [1.0 + k, 2.0 + k, 3.5 + k]
         for k, name in enumerate(("verify_ms", "stream_ms", "draft_ms", "after_draft_ms", "slot_ms", "rest_ms"))
     }
-    each = dict.fromkeys(
-        ("read_us", "attend_us", "draft_read_us", "sample_us", "coupled_us", "draft_coupled_us", "feature_us"), 7.0
-    )
+    each = dict.fromkeys(("read_us", "attend_us", "draft_read_us", "sample_us", "feature_us"), 7.0)
     curve = CapacityCurve(tokens=[1, 4, 64], streams=[1, 4, 16], gamma=3, context=100, **parts, **each)
     slow = curve.scaled(1.7, [1.0] * 3, [1.0] * 3)
     for streams, drafting, slots in ((1, 0, 0), (4, 3, 2), (16, 16, 3)):
-        for sampled, coupled in ((0.0, 0.0), (0.5, 0.5)):
-            a, b = (
-                Costs(c).drawing(sampled, coupled).round_cost(streams, 300.0, drafting, slots) for c in (curve, slow)
-            )
+        for sampled in (0.0, 0.5):
+            a, b = (Costs(c).drawing(sampled).round_cost(streams, 300.0, drafting, slots) for c in (curve, slow))
             assert b.ms == pytest.approx([1.7 * ms for ms in a.ms])
             assert (b.draft_ms, b.rest_ms) == pytest.approx((1.7 * a.draft_ms, 1.7 * a.rest_ms))
     assert slow.feature_us == pytest.approx(1.7 * 7.0)
@@ -346,8 +342,6 @@ def test_fit_separates_what_was_measured_together():
         "long": {1: 9.5 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
         "long draft": {1: 2.5 + 0.25},
         "sampled": {4: 20.0},
-        "coupled": {4: 22.0},
-        "coupled draft": {4: 13.55},
         "features": {100: 0.7},
     }
     curve = fit(times, gamma=4, context=100, long_context=600)
@@ -365,18 +359,14 @@ def test_fit_separates_what_was_measured_together():
     times["long"] = {1: 18.0 + 4 * 3.0 * 0.5, 2: 24.0 + 4 * (2.0 + 2.0) * 0.5}  # four streams of one and of two rows
     together = fit(times, gamma=4, context=100, long_context=600, long_streams=4)
     assert (together.attend_us, together.read_us) == pytest.approx((1.0, 2.0))
-    assert (curve.coupled_us, curve.draft_coupled_us, curve.feature_us) == pytest.approx((1000.0, 493.75, 7.0))
+    assert curve.feature_us == pytest.approx(7.0)
     costs = Costs(curve)
     cost = costs.round_cost(2, 100.0, 2, 4)  # what drafting adds to a pass counts as the pass's time, not as drafting's
     assert cost.draft_ms == pytest.approx(3.0, abs=0.2)
     assert cost(4) - cost.draft_ms - cost.rest_ms == pytest.approx(float(costs.verify_ms(4, 2, 96.0)) + 1.0)
-    assert costs.drawing(0.03, 0.0) is costs
-    assert not costs.drawing(0.5, 0.0).rough
-    coupled = costs.drawing(0.0, 0.5)
-    assert coupled.rough
-    assert coupled.draft_ms(2, 3, 100.0) == pytest.approx(costs.draft_ms(2, 3, 100.0) + 2 * 3 * 0.493750 / 2)
-    assert coupled.verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 3.0)
-    assert costs.drawing(0.5, 0.0).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)
+    assert costs.drawing(0.03) is costs
+    assert costs.drawing(0.5).draft_ms(2, 3, 100.0) == pytest.approx(costs.draft_ms(2, 3, 100.0))
+    assert costs.drawing(0.5).verify_ms(6, 2, 100.0) == pytest.approx(costs.verify_ms(6, 2, 100.0) + 1.5)
 
 
 def test_a_draft_costs_the_same_beyond_its_window():

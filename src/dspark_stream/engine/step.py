@@ -64,11 +64,7 @@ class Models:
 
     def costs_of(self, streams: Sequence[Stream]) -> Costs:
         """What rounds of these streams cost: those with a temperature take longer to draw for."""
-        drawn = [s for s in streams if not is_greedy(s)]
-        if not drawn:
-            return self.costs
-        by_torch = sum(s.verification == "coupled" for s in drawn)
-        return self.costs.drawing((len(drawn) - by_torch) / len(streams), by_torch / len(streams))
+        return self.costs.drawing(sum(not is_greedy(s) for s in streams) / len(streams))
 
     @property
     def gamma(self) -> int:
@@ -109,10 +105,9 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     clock.append(time.perf_counter())
     _learn(models, streams, blocks, lengths, outcomes, clock)
     committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock, slowest_ms < inf)
-    if not costs.rough:
-        clock.append(time.perf_counter())
-        shape = Shape(len(streams), position, sum(plan.drafting), plan.slots, len(streams) + sum(lengths))
-        _watch(models, shape, cost, clock)
+    clock.append(time.perf_counter())
+    shape = Shape(len(streams), position, sum(plan.drafting), plan.slots, len(streams) + sum(lengths))
+    _watch(models, shape, cost, clock)
     return committed
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import ceil
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -54,11 +53,8 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     draft_window: int = 0
     """Positions of a context that a drafter sees at most; 0: all."""
     sample_us: float = 0.0
-    """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one."""
-    coupled_us: float = 0.0
-    """The same of a stream whose tokens torch draws: under coupled verification, or cut by top-k, top-p or min-p."""
-    draft_coupled_us: float = 0.0
-    """Microseconds that every draft token costs more for such a stream."""
+    """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one, whatever its
+    verification."""
     feature_us: float = 0.0
     """Microseconds that a position takes whose context features are handed over late."""
 
@@ -94,9 +90,7 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
             read_us=pace * self.read_us,
             attend_us=pace * self.attend_us,
             sample_us=pace * self.sample_us,
-            coupled_us=pace * self.coupled_us,
             draft_read_us=drafting * self.draft_read_us,
-            draft_coupled_us=drafting * self.draft_coupled_us,
             feature_us=drafting * self.feature_us,
         )
 
@@ -147,34 +141,25 @@ class Outlay(NamedTuple):
 
 
 class Costs:
-    """A capacity curve that answers for whole arrays, and remembers what it was asked.
+    """A capacity curve that answers for whole arrays, and remembers what it was asked."""
 
-    ``rough``: some of it is not known well enough to tell from it whether the machine has changed.
-    """
-
-    def __init__(self, curve: CapacityCurve, *, rough: bool = False) -> None:
-        self.curve, self.rough = curve, rough
+    def __init__(self, curve: CapacityCurve) -> None:
+        self.curve = curve
         self.table = lru_cache(maxsize=256)(self._table)
         self._outlays = lru_cache(maxsize=64)(self._outlay)
-        self._drawing: dict[tuple[int, int], Costs] = {}
+        self._drawing: dict[int, Costs] = {}
 
-    def drawing(self, sampled: float, coupled: float) -> Costs:
-        """The same where those shares of the streams are drawn for, ``coupled`` ones by torch; to a sixteenth."""
-        shares = round(16 * sampled), ceil(16 * coupled)
-        if shares == (0, 0):
+    def drawing(self, sampled: float) -> Costs:
+        """The same where that share of the streams has a temperature; to a sixteenth."""
+        share = round(16 * sampled)
+        if share == 0:
             return self
-        if shares not in self._drawing:
+        if share not in self._drawing:
             c = self.curve
-            row_ms = 1e-3 * (c.sample_us * shares[0] + c.coupled_us * shares[1]) / 16
-            slot_ms = [1e-3 * c.draft_coupled_us * r * shares[1] / 16 for r in c.streams]
-            dearer = msgspec.structs.replace(
-                c,
-                verify_ms=[ms + row_ms * n for n, ms in zip(c.tokens, c.verify_ms, strict=True)],
-                draft_ms=[ms + c.gamma * more for ms, more in zip(c.draft_ms, slot_ms, strict=False)],
-                slot_ms=[ms + more for ms, more in zip(c.slot_ms, slot_ms, strict=False)],
-            )
-            self._drawing[shares] = Costs(dearer, rough=shares[1] > 0)
-        return self._drawing[shares]
+            row_ms = 1e-3 * c.sample_us * share / 16
+            verify_ms = [ms + row_ms * n for n, ms in zip(c.tokens, c.verify_ms, strict=True)]
+            self._drawing[share] = Costs(msgspec.structs.replace(c, verify_ms=verify_ms))
+        return self._drawing[share]
 
     def slower(self, than: Costs, apart: float) -> float | None:
         """How many times as long everything takes as by other costs; None where it is not everything alike: where some

@@ -347,16 +347,16 @@ class Skipping:
         chosen = {may[i] for i in outlook.order[: n + 1, t, g]}
         best = Plan([r in chosen for r in range(streams)], int(g) + 1, int(g) + 1, float(rate[n, t, g]))
         margin = best.price / (WORTHWHILE * plain)
-        factor = 1.0 if costs.rough else self.handicap.factor(streams)
+        factor = self.handicap.factor(streams)
         if margin <= factor:
             self._all_of = ()
             loses_ms = DRAFTS_LOOK * float(outlook.ms[n, t, g]) * (1.0 - margin / factor)
-            if not costs.rough and loses_ms <= self._to_lose_ms and self.handicap.take_look(streams, margin):
+            if loses_ms <= self._to_lose_ms and self.handicap.take_look(streams, margin):
                 self._to_lose_ms -= loses_ms
                 return best._replace(price=plain), DRAFTS_LOOK, True  # what is verified has to be worth plain rounds
             self._not_for = streams
             return nobody, REST_HOLDS, False
-        if not costs.rough and self.handicap.wants_plain(streams, margin):
+        if self.handicap.wants_plain(streams, margin):
             return nobody, PLAIN_LOOK, True
         for r in chosen:
             _of(pasts, r).wait = FIRST_WAIT
