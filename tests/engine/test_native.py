@@ -319,6 +319,7 @@ def engine_on(threads, folder, schedule):
         schedule=schedule,
         capacity=FLAT,
     )
+    models.drift.see = lambda *_: False  # the machine of an invented curve does not change
     return tiny_engine(models, slots=4096, max_num_seqs=16)
 
 
@@ -353,7 +354,7 @@ def test_a_seed_gives_the_same_text_however_it_is_computed(tmp_path, monkeypatch
     assert len({tuple(ids) for ids in plain.values()}) == len(plain)
     drafted, accepted = texts(engine_on(2, tmp_path, Fixed(GAMMA)), asked, 1)
     assert drafted == plain
-    assert accepted > 20
+    assert accepted > 10  # of a drafter that learnt nothing
     company = [request(f"x{i}", (9, 9 + i), temperature=0.9 * (i % 2), seed=i, max_tokens=20 + i) for i in range(10)]
     for threads, schedule in ((1, Adaptive()), (2, Fixed(2)), (3, Fixed(GAMMA))):
         among, _ = texts(engine_on(threads, tmp_path, schedule), company[:5] + asked + company[5:], 16)
