@@ -186,8 +186,6 @@ class NativeDrafter:
         if self._walk is None:
             hidden = self.draft_hidden(anchors, store, slots)
             return walk(self._heads, hidden, [anchor for _, _, anchor in anchors], draws)
-        sampled = [draw.uniforms or draw.race for draw in draws]
-        races = [draw.race for draw in draws]
         where: list[int] = []
         for extent, p, _ in anchors:
             where += (self._first(extent), p, slots)
@@ -201,11 +199,7 @@ class NativeDrafter:
             [anchor for _, _, anchor in anchors],
             store.place,
             self._logit_room,
-            drawn_by([d.sampling if s else GREEDY for d, s in zip(draws, sampled, strict=True)])
-            if any(sampled)
-            else None,
-            np.array([[*d.uniforms[:slots]] or [0.0] * slots for d in draws]) if any(sampled) else None,
-            raced_by(races) if any(races) else None,
+            *_drawn(draws, slots),
             self.target.embedding_scale,
             self.context_window,
         )
@@ -239,6 +233,17 @@ class NativeDrafter:
         flat = hidden.reshape(-1, hidden.shape[-1]).numpy()
         out = self._head.product(flat, self._logit_room.get(len(flat), self._head.outputs))
         return torch.from_numpy(out).view(*hidden.shape[:-1], -1)
+
+
+def _drawn(
+    draws: Sequence[Draw], slots: int
+) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.float64] | None, npt.NDArray[np.int64] | None]:
+    """Sampling, uniforms and noise of R streams as the kernels take them; None where nobody needs them."""
+    if not any(d.uniforms or d.race for d in draws):
+        return None, None, None
+    sampling = drawn_by([d.sampling if d.uniforms or d.race else GREEDY for d in draws])
+    uniforms = np.array([[*d.uniforms[:slots]] or [0.0] * slots for d in draws])
+    return sampling, uniforms, raced_by([d.race for d in draws]) if any(d.race for d in draws) else None
 
 
 class _HalfEmbedding(torch.nn.Module):
