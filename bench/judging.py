@@ -5,29 +5,40 @@ block's share w_k (`spec.accept.rejection`). Both are summed over the rounds of 
 by the judging alone and not by what was drafted. Every draft is verified. Prints a table, writes a line a file.
 
     python bench/judging.py --prompts eval/*.jsonl
+
+``--speed`` asks instead what drawing and judging take, by verification, of one stream whose drafts are all verified:
+milliseconds a row of the target and a draft token beyond greedy ones, and tokens a second, in turns and as a ratio
+within them.
+
+    python bench/judging.py --speed --model qwen2.5-coder-0.5b --temperature 0.7 --top-p 0.8 --top-k 20
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 from torch import Tensor
 
+import dspark_stream.engine.step as engine_step
 import dspark_stream.spec.accept as engine_accept
 from common import write_csv
 from dspark_stream.config import MAX_FIXED, Config
 from dspark_stream.engine.build import build_engine
-from dspark_stream.evaluate import Plan, read_prompts, run_prompts
+from dspark_stream.evaluate import Plan, Prompt, read_prompts, run_prompts
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.distributions import Distributions
-from dspark_stream.progress import Progress
+from dspark_stream.progress import SILENT, Progress
+from dspark_stream.report.sweep import shipped_prompts
 from dspark_stream.spec.accept import Outcome, rejection
 from dspark_stream.spec.draft import Block, StreamView
-from dspark_stream.types import SamplingParams
+from dspark_stream.types import Acceptance, SamplingParams, Verification
 
 
 class Watch:
@@ -62,15 +73,22 @@ class Watch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True)
+    parser.add_argument("--prompts", type=Path, nargs="+", default=[], help="with --speed: default the shipped ones")
     parser.add_argument("--limit", type=int, default=None, help="prompts of each file")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--speed", action="store_true", help="what drawing and judging take, by verification")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0, help="with --speed, as the next two")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/judging.csv"))
     args = parser.parse_args()
+    if not (args.prompts or args.speed):
+        parser.error("--prompts is needed")
     config = Config(
         model=args.model,
         drafter=args.drafter,
@@ -80,8 +98,10 @@ def main() -> None:
     )
     engine, tokenizer = build_engine(config, Progress())
     assert tokenizer is not None
+    if args.speed:
+        return speed(engine, tokenizer, args)
     plan = Plan(
-        sampling=SamplingParams(max_tokens=args.tokens, temperature=1.0, seed=1),
+        sampling=SamplingParams(max_tokens=args.tokens, temperature=args.temperature, seed=1),
         mode="dspark",
         verification="rejection",
         streams=args.streams,
@@ -120,6 +140,100 @@ def row(file: str, watch: Watch) -> dict[str, object]:
         "error": round(pstdev(watch.accepted) / len(token) ** 0.5, 3),
         "survival_by_token": " ".join(f"{x:.3f}" for x in token.mean(0)),
         "survival_by_block": " ".join(f"{x:.3f}" for x in block.mean(0)),
+    }
+
+
+# --- what it takes ---------------------------------------------------------------------------------------------
+
+WAYS: dict[Acceptance, Verification] = {"greedy": "rejection", "rejection": "rejection", "coupled": "coupled"}
+
+
+class Turn(NamedTuple):
+    """One way's turn."""
+
+    row_ms: float
+    """Of `accept`, a row of the target."""
+    token_ms: float
+    """Of `draft`, a draft token."""
+    tokens_per_s: float
+    accepted_length: float
+
+
+class Clock:
+    """A function of the engine's step, and the seconds that its calls took."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self.seconds = function, 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        begun = time.perf_counter()
+        result = self._function(*args)
+        self.seconds += time.perf_counter() - begun
+        return result
+
+
+def speed(engine: Any, tokenizer: Any, args: argparse.Namespace) -> None:
+    """Ways in turns over the same prompts; a table of medians."""
+    prompts = [p for path in args.prompts for p in read_prompts(path, args.limit)] or shipped_prompts()[: args.limit]
+    turns: dict[Acceptance, list[Turn]] = {way: [] for way in WAYS}
+    with LocalEngine(engine) as local:
+        for repeat in range(-1, args.repeats):  # the first fills buffers
+            for way in WAYS:
+                turn = one_turn(local, tokenizer, prompts, way, args, repeat)
+                if repeat >= 0:
+                    turns[way].append(turn)
+    rows = [speed_row(way, turns[way], turns["greedy"], turns["rejection"]) for way in WAYS]
+    write_csv(args.out, rows)
+    print("\n| way | ms a row | ms a draft token | tokens/s | of rejection | accepted length |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for r in rows:
+        print("| {way} | {row_ms:+} | {token_ms:+} | {tokens_per_s} | {of_rejection} | {accepted_length} |".format(**r))
+
+
+def one_turn(
+    local: LocalEngine,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    way: Acceptance,
+    args: argparse.Namespace,
+    repeat: int,
+) -> Turn:
+    """Every prompt once, one after the other."""
+    cuts = {"top_p": args.top_p, "top_k": args.top_k}
+    temperature = 0.0 if way == "greedy" else args.temperature
+    plan = Plan(
+        sampling=SamplingParams(max_tokens=args.tokens, temperature=temperature, seed=2 + repeat, **cuts),
+        mode="dspark",
+        verification=WAYS[way],
+        streams=1,
+        turns=1,
+    )
+    accept, draft = Clock(engine_step.accept), Clock(engine_step.draft)
+    with mock.patch.object(engine_step, "accept", accept), mock.patch.object(engine_step, "draft", draft):
+        tally = run_prompts(local, tokenizer, prompts, plan, SILENT, way)
+    figures, verified = tally.figures(), sum(1 + r.scheduled for r in tally.rounds)
+    drafted = sum(len(r.draft_tokens) for r in tally.rounds)
+    return Turn(
+        1e3 * accept.seconds / verified,
+        1e3 * draft.seconds / drafted,
+        figures.tokens_per_s_user or 0.0,
+        figures.accepted_length or 0.0,
+    )
+
+
+def speed_row(
+    way: Acceptance, turns: Sequence[Turn], greedy: Sequence[Turn], rejected: Sequence[Turn]
+) -> dict[str, object]:
+    """One way's line: milliseconds beyond those of greedy rounds of the same repeat."""
+    pairs = list(zip(turns, greedy, strict=True))
+    ratios = [own.tokens_per_s / other.tokens_per_s for own, other in zip(turns, rejected, strict=True)]
+    return {
+        "way": way,
+        "row_ms": round(median(own.row_ms - other.row_ms for own, other in pairs), 3),
+        "token_ms": round(median(own.token_ms - other.token_ms for own, other in pairs), 3),
+        "tokens_per_s": round(median(t.tokens_per_s for t in turns), 1),
+        "of_rejection": round(median(ratios), 3),
+        "accepted_length": round(fmean(t.accepted_length for t in turns), 3),
     }
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,10 @@ from dspark_kernels.cpu import Context, Kind, Source, best_isa
 from dspark_kernels.cpu import build as building
 from dspark_stream.config import Config
 from dspark_stream.engine.build import build_engine, open_kernels
+from dspark_stream.engine.step import Models
 from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.evaluate import read_prompts
-from dspark_stream.load.schedule import parse_schedule
+from dspark_stream.load.schedule import Adaptive, Fixed, parse_schedule
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter, quantise_checkpoint, save_drafter
@@ -31,11 +33,12 @@ from dspark_stream.progress import SILENT
 from dspark_stream.spec.accept import accept
 from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import draft
+from dspark_stream.spec.noise import NoiseCache
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from ggufs import split
 from shared_data import shared
-from tiny import tiny_drafter
+from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine
 
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
 
@@ -223,6 +226,9 @@ def test_the_walk_in_one_call_is_the_walk_slot_by_slot(tmp_path, context, monkey
     save_drafter(made, tmp_path / "drafter", torch.float32)
     drafter = load_drafter(tmp_path / "drafter", load_target(str(path), kernels=context).target)
     streams = [View(anchor, t) for anchor, t in ((5, 0.0), (9, 1.0), (33, 0.7), (60, 0.0), (2, 1.5))]
+    streams += [
+        View(anchor, 0.8, way="coupled", **cuts) for anchor, cuts in ((11, {}), (12, {"top_p": 0.8, "top_k": 9}))
+    ]
     store = drafter.make_store(64 * 64)
     one_call = draft(drafter, store, streams, Calibration(), AcceptanceHistory(drafter.gamma), slots)
     native_q = [[b.q.probabilities(k).clone() for k in range(slots)] if b.q else None for b in one_call]
@@ -274,27 +280,85 @@ def test_acceptance_by_the_kernels_is_acceptance_by_torch(tmp_path, context):
     seen = set()
     for position in range(40):
         streams = [View(9, 1.0, position), View(7, 0.0, position), View(5, 1.3, position), View(3, 1.0, position)]
+        streams += [View(4, 1.2, position, way="coupled"), View(2, 0.7, position, way="coupled", top_p=0.8, top_k=20)]
         blocks = draft(drafter, kv, streams, Calibration(), AcceptanceHistory(drafter.gamma), 3)
         by_torch_too = [
             replace(b, q=Dense(torch.stack([b.q.probabilities(k) for k in range(3)]))) if b.q else b for b in blocks
         ]
-        lengths = [3, 2, 1, 0]
+        lengths = [3, 2, 1, 0, 3, 2]
         batch = [Rows(Extent(0, 64), 3, [b.tokens[0]] * (1 + n)) for b, n in zip(blocks, lengths, strict=True)]
         output = target.forward(batch, store)
         plain = TargetOutput(output.rows.clone(), output.taps)
         by_torch = accept(plain, streams, by_torch_too, lengths, drafter.draft_ids)
         assert accept(output, streams, blocks, lengths, drafter.draft_ids) == by_torch
         seen |= {(r, outcome.accepted) for r, outcome in enumerate(by_torch)}
-    assert {(0, 0), (0, 1), (2, 0), (2, 1)} <= seen  # both ways of ending a round were among them
+    assert {(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1), (5, 0)} <= seen  # both ways of ending a round
 
 
 class View:
     """As much of a stream as drafting and acceptance look at."""
 
-    def __init__(self, anchor, temperature=0.0, position=3):
+    def __init__(self, anchor, temperature=0.0, position=3, way="rejection", **cuts):
         self.anchor, self.position, self.round_key = anchor, position, anchor
         self.extent = Extent(64 * anchor, 64)  # everybody has slots of their own
-        self.sampling, self.verification = SamplingParams(max_tokens=1, temperature=temperature), "rejection"
+        self.sampling, self.verification = SamplingParams(max_tokens=1, temperature=temperature, **cuts), way
+        self.noise = NoiseCache(2**63 - anchor, VOCAB)
+
+
+def engine_on(threads, folder, schedule):
+    """A tiny target and its drafter, both on the kernels, with so many threads."""
+    target = load_target(str(folder / "model.gguf"), kernels=Context(threads, best_isa())).target
+    drafter = load_drafter(folder / "drafter", target)
+    models = Models(
+        target=target,
+        target_kv=target.make_store(4096),
+        drafter=drafter,
+        drafter_kv=drafter.make_store(4096),
+        calibration=Calibration(),
+        history=AcceptanceHistory(drafter.gamma),
+        schedule=schedule,
+        capacity=FLAT,
+    )
+    models.drift.see = lambda *_: False  # the machine of an invented curve does not change
+    return tiny_engine(models, slots=4096, max_num_seqs=16)
+
+
+def test_a_seed_gives_the_same_text_however_it_is_computed(tmp_path, monkeypatch):
+    """Plain, drafted, alone, among 16 of all ways, on one thread and on more: a coupled text is the target's and the
+    seed's alone. And nobody takes it to torch: none of its noise is made there.
+    """
+    write_model(tmp_path / "model.gguf", KIND.Q8_0)
+    torch_target = load_target(str(tmp_path / "model.gguf"), dtype="float32", device="cpu").target
+    save_drafter(tiny_drafter(torch_target, draft_vocab=40, rank=32), tmp_path / "drafter", torch.float32)
+    monkeypatch.setattr(NoiseCache, "at", lambda *_: pytest.fail("noise drawn by torch"))
+    ways = [{"temperature": 0.7, "top_p": 0.8, "top_k": 20}, {"temperature": 1.0}, {"temperature": 1.3, "min_p": 0.02}]
+    asked = [
+        request(f"{seed}", (5, 6, 40 + seed) * (1 + 7 * seed), verification="coupled", seed=seed, ignore_eos=True,
+                max_tokens=24, **ways[seed % 3])
+        for seed in range(6)
+    ]  # fmt: skip
+
+    def texts(engine, requests, streams):
+        found = {r.request_id: [] for r in requests}
+        accepted = 0
+        with LocalEngine(engine) as local:
+            for event, _ in local.run(requests, streams):
+                if isinstance(event, TokensEvent):
+                    found[event.request_id] += event.token_ids
+                else:
+                    accepted += event.usage.accepted
+        return {name: ids for name, ids in found.items() if name.isdigit()}, accepted
+
+    plainly = [msgspec.structs.replace(one, mode="plain") for one in asked]
+    plain, _ = texts(engine_on(2, tmp_path, Fixed(GAMMA)), plainly, 1)
+    assert len({tuple(ids) for ids in plain.values()}) == len(plain)
+    drafted, accepted = texts(engine_on(2, tmp_path, Fixed(GAMMA)), asked, 1)
+    assert drafted == plain
+    assert accepted > 10  # of a drafter that learnt nothing
+    company = [request(f"x{i}", (9, 9 + i), temperature=0.9 * (i % 2), seed=i, max_tokens=20 + i) for i in range(10)]
+    for threads, schedule in ((1, Adaptive()), (3, Fixed(GAMMA))):
+        among, _ = texts(engine_on(threads, tmp_path, schedule), company[:5] + asked + company[5:], 16)
+        assert among == plain
 
 
 @pytest.mark.parametrize("way", ["truncated", "missing tensor", "wrong shape"])

@@ -27,6 +27,9 @@ from dspark_kernels.cpu import (
     Source,
     Table,
     Weights,
+    noise_rows,
+    race,
+    reference,
     sampling_rows,
     supported_isas,
 )
@@ -47,7 +50,7 @@ from dspark_stream.models.native.distributions import NativeDistributions
 from dspark_stream.models.torch.distributions import Dense, distributions
 from dspark_stream.spec.accept import rejection
 from dspark_stream.spec.draft import Block
-from dspark_stream.spec.noise import RoundUniforms
+from dspark_stream.spec.noise import RoundUniforms, token_exponentials
 from dspark_stream.types import SamplingParams
 
 SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"
@@ -1012,6 +1015,163 @@ def test_tokens_of_no_weight_are_never_drawn(context):
         weights.draw_rest(0, 0.5, 1.0, np.zeros(4, dtype=np.float32), None)
     with pytest.raises(ValueError, match="vocabulary"):
         weights.overlap(0, 1.0, np.zeros(4, dtype=np.float32), None)
+
+
+# --- races ---------------------------------------------------------------------------------------------------
+
+
+RACES = [*CUTS, Sampling(0.7, top_p=0.8, top_k=20), Sampling(0.05)]
+
+
+@pytest.mark.parametrize("width", [1, 15, 63, 100, 5000, 30_003])
+@pytest.mark.parametrize("shape", ["random", "peaked", "flat", "ties"])
+def test_races_are_won_as_the_reference_says(context, width, shape):
+    """Guards against noise of a kernel's own, and against a token that is passed over though it would have won."""
+    scores = {
+        "random": lambda: 3 * random(1, width),
+        "peaked": lambda: 15 * random(1, width) ** 3,
+        "flat": lambda: 0.01 * random(1, width),
+        "ties": lambda: (2 * random(1, width)).round() / 2,
+    }[shape]()
+    noise = [((1 << 64) - 1 - 7919 * i, 2**24 - 1 - i) for i in range(len(RACES))]
+    rows = np.repeat(scores, len(RACES), 0)
+    p = Weights.of(context, rows.copy(), rows_of(RACES))
+    got = race(context, rows.copy(), rows_of(RACES), noise_rows(noise))
+    for i, (by, (seed, position)) in enumerate(zip(RACES, noise, strict=True)):
+        e = token_exponentials(seed, position, width)  # quicker than `reference.race`, entry by entry the same
+        assert got[i] == int((e / torch.from_numpy(p.values[i]).double()).argmin())
+        by_torch = torch_distribution(scores[0], by)
+        if got[i] != int((e / by_torch.double()).argmin()):  # two were as good as equal, or one was just in or just out
+            border = (p.values[i] > 0) != (by_torch.numpy() > 0)
+            ratio = (e / by_torch.double()).sort().values
+            assert border.any() or ratio[1] < ratio[0] * (1 + 1e-5)
+    some = [5, 0, 3]
+    alone = rows.copy()
+    assert race(context, alone, rows_of([RACES[i] for i in some]), noise_rows([noise[i] for i in some]), some) == [
+        got[i] for i in some
+    ]
+    np.testing.assert_array_equal(alone[1], rows[1])  # who does not race keeps its scores
+    np.testing.assert_array_equal(alone[5], p.values[5])
+
+
+def test_a_race_draws_by_the_weights(context):
+    """Guards against a wrong law, whatever the reference thinks: over many positions tokens come up as often as they
+    should, far down the row too."""
+    scores = np.repeat((2 * random(1, 200, seed=3)).astype(np.float32), 500, 0)
+    p = Weights.of(context, scores[:1].copy(), at(1.3)).probabilities(0).astype(np.float64)
+    count, positions = np.zeros(200), 40 * 500
+    for first in range(0, positions, 500):
+        tokens = race(context, scores.copy(), at(*[1.3] * 500), noise_rows([(9, first + i) for i in range(500)]))
+        count += np.bincount(tokens, minlength=200)
+    many = p * positions > 5
+    chi = ((count - positions * p) ** 2 / (positions * p))[many].sum()
+    assert abs(chi - many.sum()) < 4 * (2 * many.sum()) ** 0.5
+    assert many.sum() > 100
+
+
+def test_races_do_not_depend_on_threads_or_company(context):
+    """Guards against a text that changes with the machine's load: to the token, for any share of a row."""
+    rows, width = 9, 4099
+    scores = 3 * random(rows, width)
+    by, noise = rows_of((RACES * 2)[:rows]), noise_rows([(77, i) for i in range(rows)])
+    want = race(context, scores.copy(), by, noise)
+    for threads in (1, 3, 7):
+        own = Context(threads, context.isa, sanitize=SANITIZE)
+        assert race(own, scores.copy(), by, noise) == want
+        for i in range(rows):
+            assert race(own, scores[i : i + 1].copy(), by[i : i + 1].copy(), noise[i : i + 1].copy()) == want[i : i + 1]
+
+
+def test_races_of_what_is_no_number(context):
+    scores = random(4, 300)
+    scores[0, :280] = -np.inf
+    scores[1, 7], scores[2], scores[3] = np.nan, np.nan, -np.inf
+    for position in range(50):
+        noise = noise_rows([(3, position)] * 4)
+        got = race(context, scores.copy(), at(*[1.0] * 4), noise)
+        assert got[0] >= 280
+        assert got[1] != 7
+        assert got[2:] == [0, 0]  # any token will do, so long as it is one
+    fine = {"sampling": at(*[1.0] * 4), "noise": noise, "rows": [0, 1, 2, 3]}
+    for wrong, said in (
+        ({"sampling": at(1.0, 1.0, 0.0, 1.0)}, "temperature above 0"),
+        ({"noise": noise_rows([(3, -1)] * 4)}, "without a position"),
+        ({"noise": noise[:3].copy()}, "noise of other rows"),
+        ({"rows": [0, 1, 2, 4]}, "not there"),
+        ({"rows": [0, 1, 1, 2]}, "a row twice"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            race(context, scores.copy(), **fine | wrong)
+    assert race(context, scores[:0], at(), noise_rows([])) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("reduced", [True, False], ids=["draft vocabulary", "all"])
+def test_drafts_race_under_the_targets_noise(context, reduced, threads):
+    """Greedy, drawn and racing streams together; a racing one's draft wins under the noise of the target's token."""
+    context = Context(threads, context.isa, sanitize=SANITIZE)
+    streams, gamma, vocabulary, rank, rng = 11, 4, 403, 32, np.random.default_rng(4)
+    tokens = 1000 if reduced else vocabulary
+    ids = np.sort(rng.permutation(tokens)[:vocabulary]).astype(np.int32)
+    w1, w2 = random(tokens, rank, seed=2).astype(np.float16), packed(context, random(vocabulary, rank, seed=3))
+    head = Head(w1, w2, None, 0.0, ids if reduced else None, vocabulary=vocabulary, hidden_size=16)
+    base, anchors = 2 * random(streams, gamma, vocabulary, seed=5), rng.integers(0, tokens, streams).astype(np.int32)
+    sampling, uniforms = some_sampling(rng, streams, 0.8), rng.random((streams, gamma))
+    noise = [(1000 + r, 50 + r) if r % 3 else None for r in range(streams)]
+    hidden, rows = np.zeros((streams, gamma, 16), dtype=np.float32), noise_rows([own or (0, -1) for own in noise])
+    got = head.walk(context, base.copy(), hidden, anchors, rows_of(sampling), uniforms, rows)
+    plain = head.walk(context, base.copy(), hidden, anchors, rows_of(sampling), uniforms)
+    order = torch.from_numpy(ids).long() if reduced else None
+    raced = 0
+    for r, (by, own) in enumerate(zip(sampling, noise, strict=True)):
+        if not (by.temperature and own):
+            assert got.tokens[r].tolist() == plain.tokens[r].tolist()
+            continue
+        for k in range(gamma):
+            q = torch.from_numpy(got.weights.values[r * gamma + k])
+            assert got.indices[r, k] == reference.race(q, own[0], own[1] + k, order)
+            raced += 1
+    assert raced >= 20
+    assert (got.tokens == ids[got.indices] if reduced else got.tokens == got.indices).all()
+    with pytest.raises(ValueError, match="noise"):
+        head.walk(context, base.copy(), hidden, anchors, rows_of(sampling), uniforms, rows[1:].copy())
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_pass_is_the_same_in_any_company_and_on_any_number_of_threads(context, shape):
+    """Guards against logits that know their batch, to the bit: then no seed would give the same text at any load. A
+    text written one row a pass, beside passes of blocks among others' rows, is prefilled in pieces on other threads.
+    """
+    generator = np.random.default_rng(5)
+    states = {}
+    for threads, pieces in ((1, [1] * 24), (2, [24]), (2, [5, 1, 8, 2, 8]), (3, [16, 8]), (5, [3] * 8)):
+        own = Context(threads, context.isa, sanitize=SANITIZE)
+        llama, _ = models(own, **shape)
+        store = Store.zeros(llama.num_layers, 64 * 9, llama.kv_heads, llama.head_size)
+        tokens = random(24, llama.hidden, seed=8)
+        out, at_row = [], 0
+        for size in pieces:
+            others = int(generator.integers(0, 8))  # streams beside it, before it and after it, of a few rows each
+            rows = [
+                (64 * (1 + i), int(generator.integers(0, 20)), int(generator.integers(1, 9))) for i in range(others)
+            ]
+            place = int(generator.integers(0, others + 1))
+            rows.insert(place, (0, at_row, size))
+            x = [random(n, llama.hidden, seed=int(generator.integers(1 << 30))) for _, _, n in rows]
+            x[place] = tokens[at_row : at_row + size]
+            position = np.concatenate([p + np.arange(n) for _, p, n in rows]).astype(np.int32)
+            first = np.concatenate([np.full(n, slot) for slot, _, n in rows]).astype(np.int32)
+            x = np.ascontiguousarray(np.concatenate(x), dtype=np.float32)
+            llama.forward(x, Pass(position, first + position, first, position + 1), store,
+                          np.empty(0, np.int32), np.empty((len(x), 0), np.float32))  # fmt: skip
+            before = sum(n for _, _, n in rows[:place])
+            out.append(x[before : before + size])
+            at_row += size
+        states[threads, tuple(pieces)] = np.concatenate(out)
+    want = next(iter(states.values()))
+    assert np.isfinite(want).all()
+    for how, got in states.items():
+        np.testing.assert_array_equal(got, want, err_msg=str(how))
 
 
 # --- builds --------------------------------------------------------------------------------------------------

@@ -344,8 +344,6 @@ def test_fit_separates_what_was_measured_together():
         "long": {1: 9.5 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
         "long draft": {1: 2.5 + 0.25},
         "sampled": {4: 20.0},
-        "coupled": {4: 22.0},
-        "coupled draft": {4: 13.55},
         "features": {100: 0.7},
     }
     curve = fit(times, gamma=4, context=100, long_context=600)
@@ -363,13 +361,10 @@ def test_fit_separates_what_was_measured_together():
     times["long"] = {1: 18.0 + 4 * 3.0 * 0.5, 2: 24.0 + 4 * (2.0 + 2.0) * 0.5}  # four streams of one and of two rows
     together = fit(times, gamma=4, context=100, long_context=600, long_streams=4)
     assert (together.attend_us, together.read_us) == pytest.approx((1.0, 2.0))
-    assert (curve.coupled_us, curve.draft_coupled_us, curve.feature_us) == pytest.approx((1000.0, 493.75, 7.0))
-    greedy, drawn, coupled = Company(2, 100.0), Company(2, 100.0, sampled=0.5), Company(2, 100.0, coupled=0.5)
+    assert curve.feature_us == pytest.approx(7.0)
+    greedy, drawn = Company(2, 100.0), Company(2, 100.0, sampled=0.5)
     assert curve.drafting_ms(2, 4, greedy) == pytest.approx(3.0 + 1.0)  # what it adds to the pass after it, too
     assert curve.drafting_ms(2, 4, drawn) == curve.drafting_ms(2, 4, greedy)
-    more_ms = curve.drafting_ms(2, 3, coupled) - curve.drafting_ms(2, 3, greedy)
-    assert more_ms == pytest.approx(2 * 3 * 0.493750 / 2)
-    assert curve.pass_ms(6, coupled) == pytest.approx(curve.pass_ms(6, greedy) + 3.0)
     assert curve.pass_ms(6, drawn) == pytest.approx(curve.pass_ms(6, greedy) + 1.5)
 
 

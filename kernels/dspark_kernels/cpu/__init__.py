@@ -14,6 +14,8 @@ from dspark_kernels.cpu.library import (
     Table,
     Walked,
     Weights,
+    noise_rows,
+    race,
     sampling_rows,
 )
 from dspark_kernels.cpu.machine import cpu_name
@@ -35,6 +37,8 @@ __all__ = [
     "Weights",
     "best_isa",
     "cpu_name",
+    "noise_rows",
+    "race",
     "sampling_rows",
     "supported_isas",
 ]

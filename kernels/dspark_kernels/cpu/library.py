@@ -27,6 +27,7 @@ Halves = npt.NDArray[np.float16]
 Words = npt.NDArray[np.uint16]
 Ints = npt.NDArray[np.int32]
 Doubles = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
 
 GROUP = 32
 """Weights that share a scale; inputs of every matrix are a multiple of it."""
@@ -135,16 +136,17 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "free_llama": (None, [pointer]),
         "add_layer": (done, [*three, *two]),
         "forward": (done, [pointer, pointer, integer, *[pointer] * 8, *place, pointer, integer, pointer]),
-        "walk": (done, [*[pointer] * 4, *two, *[pointer] * 7]),
+        "walk": (done, [*[pointer] * 4, *two, *[pointer] * 8]),
         "draft": (
             done,
-            [*three, real, *[pointer] * 2, *[integer] * 3, pointer, integer, *three, *place, *[pointer] * 7],
+            [*three, real, *[pointer] * 2, *[integer] * 3, pointer, integer, *three, *place, *[pointer] * 8],
         ),
         "run": (
             done,
             [*three, real, pointer, integer, *[pointer] * 4, *place, pointer, integer, *two_at, integer, *two_at],
         ),
         "weigh": (done, [pointer, pointer, *two, pointer, pointer]),
+        "race": (done, [pointer, pointer, integer, pointer, integer, *three]),
         "draw": (integer, [pointer, integer, double, double]),
         "draw_rest": (integer, [pointer, integer, double, double, pointer, pointer, integer, double]),
         "overlap": (double, [pointer, integer, double, double, pointer, pointer, integer]),
@@ -394,6 +396,44 @@ def sampling_rows(rows: Sequence[tuple[float, float, float, int]]) -> Floats:
     return out
 
 
+def noise_rows(rows: Sequence[tuple[int, int]]) -> Longs:
+    """Which noise rows race by, as the kernels read it [n, 2]: a stream's seed, of 64 bits, and an output position (-1:
+    no race)."""
+    out = np.empty((len(rows), 2), dtype=np.int64)
+    out.view(np.uint64)[:, 0] = [seed & 0xFFFF_FFFF_FFFF_FFFF for seed, _ in rows]
+    out[:, 1] = [position for _, position in rows]
+    return out
+
+
+def race(
+    context: Context, scores: Floats, sampling: Floats, noise: Longs, rows: Sequence[int] | Ints | None = None
+) -> list[int]:
+    """The tokens of least E/p [n] (`reference.race`), p by each row's sampling, E by its noise.
+
+    Who wins depends neither on the other rows nor on the number of threads.
+
+    Args:
+        scores: [N, V]; rows that race become weights where they stand, as by `Weights.of`.
+        sampling: `sampling_rows` [n, 4], every temperature above 0.
+        noise: `noise_rows` [n, 2], all at positions from 0 on.
+        rows: which of ``scores`` [n], each once; None: all.
+    """
+    chosen = np.arange(len(scores), dtype=np.int32) if rows is None else _ints(rows)
+    count, width = len(chosen), scores.shape[1]
+    _must(scores.dtype == np.float32 and scores.flags.c_contiguous and width > 0, "scores of another kind")
+    _must(count == 0 or (chosen.min() >= 0 and chosen.max() < len(scores)), "rows that are not there")
+    _must(len(np.unique(chosen)) == count, "a row twice")
+    _check_sampling(sampling, count)
+    _must((sampling[:, 0] > 0).all(), "a temperature above 0 is needed for every row")
+    _check_noise(noise, count)
+    _must((noise[:, 1] >= 0).all(), "rows without a position")
+    tokens = np.empty(count, dtype=np.int32)
+    places = _at(scores), width, _at(chosen), count, _at(sampling), _at(noise), _at(tokens)
+    _done(context, context.library.race(context.handle, *places))
+    found: list[int] = tokens.tolist()
+    return found
+
+
 class Weights(NamedTuple):
     """N rows that tokens are drawn from: probabilities before they are divided by their sums."""
 
@@ -507,6 +547,10 @@ def _check_sampling(sampling: Floats, rows: int) -> None:
     )
 
 
+def _check_noise(noise: Longs, rows: int) -> None:
+    _must(noise.dtype == np.int64 and noise.shape == (rows, 2) and noise.flags.c_contiguous, "noise of other rows")
+
+
 class Walked(NamedTuple):
     """What a walk through R blocks of γ slots drafted."""
 
@@ -586,6 +630,7 @@ class Head:
         anchors: Ints,
         sampling: Floats | None = None,
         uniforms: Doubles | None = None,
+        noise: Longs | None = None,
     ) -> Walked:
         """Drafts of R streams, slot after slot.
 
@@ -595,6 +640,8 @@ class Head:
             anchors: [R].
             sampling: `sampling_rows` [R, 4], temperature 0 for greedy drafts; None: all are.
             uniforms: [R, γ] in [0, 1), for those that sample.
+            noise: `noise_rows` [R, 2] at the first slot's position: who has one races instead, under the noise of the
+                target's tokens. None: nobody.
         """
         streams, gamma, vocabulary = base.shape
         _must(vocabulary == self.vocabulary, "another draft vocabulary")
@@ -604,7 +651,7 @@ class Head:
         _must(anchors.shape == (streams,), "anchors of other streams")
         if self.w1 is not None and len(anchors) and not self.w1_of_drafts:
             _must(0 <= int(anchors.min()) <= int(anchors.max()) < len(self.w1), "anchors outside the vocabulary")
-        out = _Drafted(context, self, anchors, gamma, sampling, uniforms)
+        out = _Drafted(context, self, anchors, gamma, sampling, uniforms, noise)
         library = context.library
         done = library.walk(
             context.handle, self.address, _at(base), _at(hidden), streams, gamma, out.anchors, *out.drawn, *out.places
@@ -624,6 +671,7 @@ class _Drafted:
         gamma: int,
         sampling: Floats | None,
         uniforms: Doubles | None,
+        noise: Longs | None,
     ) -> None:
         streams = len(anchors)
         _must(
@@ -633,8 +681,8 @@ class _Drafted:
         self._context = context
         self._keep: list[npt.NDArray[Any]] = [anchors]
         self.anchors = _at(anchors)
-        self.drawn: tuple[int | None, int | None] = (None, None)
-        """Addresses of sampling and uniforms."""
+        self.drawn: tuple[int | None, int | None, int | None] = (None, None, None)
+        """Addresses of sampling, uniforms and noise."""
         self._totals: Doubles | None = None
         if sampling is not None and (sampling[:, 0] > 0).any():
             _check_sampling(sampling, streams)
@@ -642,7 +690,10 @@ class _Drafted:
             _must(uniforms is not None and uniforms.dtype == np.float64 and uniforms.flags.c_contiguous, "uniforms")
             assert uniforms is not None
             self._keep += [sampling, uniforms]
-            self.drawn = _at(sampling), _at(uniforms)
+            if noise is not None:
+                _check_noise(noise, streams)
+                self._keep.append(noise)
+            self.drawn = _at(sampling), _at(uniforms), _at(noise)
             self._totals = np.ones(streams * gamma)
         # tokens, indices and confidence logits of four bytes each lie together: one address to ask for
         self._out = np.zeros((3, streams, gamma), dtype=np.int32)
@@ -943,6 +994,7 @@ class Llama:
         base: Room,
         sampling: Floats | None = None,
         uniforms: Doubles | None = None,
+        noise: Longs | None = None,
         embedding_scale: float = 1.0,
         window: int = 0,
     ) -> Walked:
@@ -954,7 +1006,7 @@ class Llama:
             anchors: [R].
             place: `Store.place`.
             base: where base logits go; `Walked.weights` are a view of it, good until it is next written to.
-            sampling: see `Head.walk`; ``uniforms`` likewise.
+            sampling: see `Head.walk`; ``uniforms`` and ``noise`` likewise.
             window: positions before the anchor that a block sees; 0: all.
 
         Raises:
@@ -967,7 +1019,7 @@ class Llama:
         _must(lm_head.outputs == head.vocabulary and head.hidden_size == self.hidden, "heads of another drafter")
         streams = len(anchors)
         words = np.array([*anchors, *where], dtype=np.int32)
-        out = _Drafted(self.context, head, words[:streams], gamma, sampling, uniforms)
+        out = _Drafted(self.context, head, words[:streams], gamma, sampling, uniforms, noise)
         scores = base.get(streams, gamma, lm_head.outputs)
         done = self.context.library.draft(
             self.context.handle,

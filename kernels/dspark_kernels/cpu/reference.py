@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dspark_kernels.noise.reference import exponentials, signed
+
 GROUP = 32
 
 
@@ -178,6 +180,13 @@ def draw(weights: Tensor, uniform: float) -> int:
     return int(torch.searchsorted(sums, uniform * sums[-1], right=True).clamp(max=len(weights) - 1))
 
 
+def race(p: Tensor, seed: int, position: int, tokens: Tensor | None = None) -> int:
+    """The index of least E/p in p [V], of equal ones the first; E of ``tokens`` [V] (None: all, in order) at one output
+    position of a stream. Never one of probability 0, so long as there is another."""
+    tokens = torch.arange(len(p)) if tokens is None else tokens
+    return int((exponentials(torch.tensor(signed(seed)), torch.tensor(position), tokens) / p.double()).argmin())
+
+
 def rest(p: Tensor, q: Tensor, draft_ids: Tensor | None) -> Tensor:
     """max(p - q, 0) [V]; q [Vd] stands at ``draft_ids``, None: everywhere."""
     wide = q if draft_ids is None else torch.zeros_like(p).scatter(0, draft_ids, q)
@@ -192,9 +201,11 @@ def walk(
     anchors: Tensor,
     sampling: Sequence[Sampling],
     uniforms: Tensor,
+    noise: Sequence[tuple[int, int] | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Drafts [R, γ], target ids, of base logits [R, γ, Vd] under bias w2 [Vd, r] · w1 [V, r], and what they were drawn
-    from [R, γ, Vd], where they were. Sampling [R]; uniforms [R, γ].
+    from [R, γ, Vd], where they were. Sampling [R]; uniforms [R, γ]; noise [R], for those that race: seed and the first
+    slot's position.
     """
     previous, tokens, drawn_from = anchors.long(), [], []
     for k in range(base.shape[1]):
@@ -205,7 +216,8 @@ def walk(
         for r, by in enumerate(sampling):
             if by.temperature > 0:
                 q[r] = distribution(scores[r], by)
-                index[r] = draw(q[r], float(uniforms[r, k]))
+                own = noise[r] if noise else None
+                index[r] = race(q[r], own[0], own[1] + k, draft_ids) if own else draw(q[r], float(uniforms[r, k]))
         previous = index if draft_ids is None else draft_ids[index]
         tokens.append(previous)
         drawn_from.append(q)

@@ -21,7 +21,7 @@ ROUNDS = 10
 LOW = 0xFFFF_FFFF
 SMALLEST, LARGEST = 2.0**-54, 1.0 - 2.0**-24
 """Where single precision rounds a uniform to 0 or to 1, it counts as these: noise must be finite, or a token that is
-the only one left could lose its race."""
+the only one left could lose its race. In double precision no uniform is 1, and one that is 0 counts as the smallest."""
 
 
 def signed(word: int) -> int:
@@ -62,7 +62,7 @@ def uniforms(key: Tensor, position: Tensor, purpose: int, index: Tensor) -> Tens
 
 def exponentials(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
     """E ~ Exp(1) of tokens at output positions, float64: `spec.noise.token_exponentials`, entry by entry."""
-    return -torch.log1p(-uniforms(seed, position, TOKEN, token))
+    return -torch.log1p(-uniforms(seed, position, TOKEN, token).clamp(min=SMALLEST))
 
 
 def race_noise(seed: Tensor, position: Tensor, token: Tensor, purpose: int = TOKEN) -> Tensor:

@@ -30,7 +30,7 @@ from dspark_stream.spec.calibration import Calibration
 from dspark_stream.spec.draft import Block
 from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.spec.verify import verify
-from dspark_stream.types import GenerationRequest, SamplingParams, Verification
+from dspark_stream.types import GenerationRequest, SamplingParams
 
 CONTEXT, LONG_CONTEXT, LONG_STREAMS = 256, 1024, 4
 """Positions that a measured stream already holds, and that so many streams hold to see what context costs; where the
@@ -49,7 +49,7 @@ SOME_STREAMS = 16
 """What drawing costs is measured with so many streams at most."""
 SLOW_MS, ONCE_MS = 80.0, 240.0
 """Points that take so long are run twice, or once: buffers and what is left of the noise are small beside them."""
-FORMAT = "curve 13"
+FORMAT = "curve 14"
 ANY_CURVE = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0])
 """Rounds that are measured need one to go by."""
 
@@ -206,7 +206,6 @@ def fit(
         context=context,
         draft_window=draft_window,
         sample_us=_each_us(times.get("sampled", {}), plain),
-        coupled_us=_each_us(times.get("coupled", {}), plain),
     )
     spread = max(1, long_context - context)
     if "long" in times:  # one row a stream, and a block of them: what a position costs once, and for every row
@@ -229,7 +228,6 @@ def fit(
         draft_ms=draft_ms,
         after_draft_ms=after_ms,
         slot_ms=monotone(slot_ms),
-        draft_coupled_us=_each_us(times.get("coupled draft", {}), whole) / gamma,
         feature_us=_each_us(times.get("features", {}), {}),
     )
     if "long draft" in times and (more_seen := curve.drafted_from(long_context) - curve.drafted_from(context)) > 0:
@@ -299,7 +297,7 @@ class _Bench:
         streams = [n for n in streams if n in rows]
         points += [Point("streams", n, self.streams_ms) for n in streams]
         some = max(n for n in streams if n <= SOME_STREAMS)
-        points += [Point("sampled", some, self.sampled_ms), Point("coupled", some, self.coupled_ms)]
+        points.append(Point("sampled", some, self.sampled_ms))
         points += [Point("rest", n, self.rest_ms) for n in streams]
         far = self.long_streams and self.long_context >= 2 * self.context
         if far:
@@ -309,24 +307,18 @@ class _Bench:
             points += [Point("draft", n, self.draft_ms) for n in streams]
             points += [Point("after", n, self.after_ms) for n in streams]
             points += [Point("slot", n, self.slot_ms) for n in streams]
-            points += [
-                Point("coupled draft", some, self.coupled_draft_ms),
-                Point("features", features, self.features_ms),
-            ]
+            points.append(Point("features", features, self.features_ms))
             if far:
                 points.append(Point("long draft", 1, self.long_draft_ms))
         # large ones first: what a pass of 512 rows leaves in the processor's caches would cost a small one after it a
         # quarter of its time, for longer than it is run before it counts
         return sorted(points, key=lambda point: -point.size)
 
-    def _streams(
-        self, count: int, context: int = 0, temperature: float = 0.0, verification: Verification = "rejection"
-    ) -> list[Stream]:
+    def _streams(self, count: int, context: int = 0, temperature: float = 0.0) -> list[Stream]:
         request = GenerationRequest(
             request_id="profile",
             prompt_ids=(0,) * ((context or self.context) + 1),
             sampling=SamplingParams(max_tokens=1 << 20, temperature=temperature),
-            verification=verification,
         )
         streams = [Stream(request, self._target.vocab_size, self.gamma, frozenset(), None) for _ in range(count)]
         for i, stream in enumerate(streams):
@@ -357,10 +349,6 @@ class _Bench:
         """As `streams_ms`, with a temperature."""
         return self._verify_ms(self._streams(count, temperature=1.0), 0)
 
-    def coupled_ms(self, count: int) -> float:
-        """As `sampled_ms`, under coupled verification."""
-        return self._verify_ms(self._streams(count, temperature=1.0, verification="coupled"), 0)
-
     def rest_ms(self, count: int) -> float:
         """A plain round of that many streams, without its pass."""
         return self._round(count, 0).rest_ms
@@ -376,10 +364,6 @@ class _Bench:
     def slot_ms(self, count: int) -> float:
         """As `draft_ms` with the first token of each block only."""
         return self._round(count, 1).rest_ms
-
-    def coupled_draft_ms(self, count: int) -> float:
-        """As `draft_ms`, under coupled verification."""
-        return self._round(count, self.gamma, verification="coupled").rest_ms
 
     def features_ms(self, count: int) -> float:
         """Context features of so many positions of one stream."""
@@ -402,7 +386,7 @@ class _Bench:
         """As `draft_ms`, deep in a long context."""
         return self._round(count, self.gamma, self.long_context).rest_ms
 
-    def _round(self, count: int, slots: int, context: int = 0, verification: Verification = "rejection") -> _Round:
+    def _round(self, count: int, slots: int, context: int = 0) -> _Round:
         """A real round."""
         models = Models(
             target=self._target,
@@ -415,7 +399,7 @@ class _Bench:
             capacity=ANY_CURVE,
         )
         models.controller.costs = self._any_costs  # a service remembers its tables, too
-        streams = self._streams(count, context, 1.0 if verification == "coupled" else 0.0, verification)
+        streams = self._streams(count, context)
         if slots:  # what the drafter is handed in a round
             taps = self._taps(count)
             for i, stream in enumerate(streams):

@@ -106,9 +106,8 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
 def company_of(streams: Sequence[Stream]) -> Company:
     """What the cost of a round of these streams hangs on."""
     count = len(streams)
-    coupled = sum(acceptance_of(s) == "coupled" for s in streams)
-    drawn = sum(not is_greedy(s) for s in streams) - coupled
-    return Company(count, sum([s.position for s in streams]) / count, drawn / count, coupled / count)
+    drawn = sum(not is_greedy(s) for s in streams)
+    return Company(count, sum([s.position for s in streams]) / count, drawn / count)
 
 
 def _plan(models: Models, streams: Sequence[Stream], company: Company, slowest_ms: float) -> Plan:

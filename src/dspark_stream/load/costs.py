@@ -202,9 +202,9 @@ def _nearest(sizes: Sequence[int], size: int) -> int:
 
 
 def _near(company: Company) -> Company:
-    """The company that stands for this one: position by steps of 32, shares by sixteenths."""
-    streams, position, sampled, coupled = company
-    return Company(streams, 32 * round(position / 32), round(16 * sampled) / 16, round(16 * coupled) / 16)
+    """The company that stands for this one: position by steps of 32, the share by sixteenths."""
+    streams, position, sampled = company
+    return Company(streams, 32 * round(position / 32), round(16 * sampled) / 16)
 
 
 def convex(values: Sequence[float]) -> list[float]:

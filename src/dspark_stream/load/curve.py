@@ -25,9 +25,7 @@ class Company(NamedTuple):
     position: float
     """p̄: passes and drafts cost more the more context they read."""
     sampled: float = 0.0
-    """Share of the streams whose tokens are drawn by the kernels."""
-    coupled: float = 0.0
-    """Share of those for which torch draws."""
+    """Share of the streams that have a temperature."""
 
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,11 +61,8 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     draft_window: int = 0
     """Positions of a context that a drafter sees at most; 0: all."""
     sample_us: float = 0.0
-    """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one."""
-    coupled_us: float = 0.0
-    """The same of a stream whose tokens torch draws: under coupled verification, or cut by top-k, top-p or min-p."""
-    draft_coupled_us: float = 0.0
-    """Microseconds that every draft token costs more for such a stream."""
+    """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one, whatever its
+    verification."""
     feature_us: float = 0.0
     """Microseconds that a position takes whose context features are handed over late."""
 
@@ -82,8 +77,7 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         base = base + interpolated(self.streams, self.stream_ms, company.streams)
         read_us = self.read_us * company.streams + self.attend_us * rows
         context_ms = 1e-3 * (company.position - self.context) * read_us
-        drawing_us = self.sample_us * company.sampled + self.coupled_us * company.coupled
-        return np.maximum(base + context_ms, LEAST_OF_BASE * base) + 1e-3 * drawing_us * rows
+        return np.maximum(base + context_ms, LEAST_OF_BASE * base) + 1e-3 * self.sample_us * company.sampled * rows
 
     def drafting_ms(self, drafting: Any, slots: Any, company: Company) -> Any:
         """Drafting ``slots`` tokens for so many streams, at least one, and what that adds to the pass after it; both
@@ -92,9 +86,8 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         spared = interpolated(self.streams, self.slot_ms, drafting) * (self.gamma - np.asarray(slots))
         seen = self.drafted_from(company.position) - self.drafted_from(self.context)
         context_ms = 1e-3 * seen * self.draft_read_us * np.asarray(drafting)
-        drawing_ms = 1e-3 * self.draft_coupled_us * company.coupled * np.asarray(drafting) * np.asarray(slots)
         after_ms = interpolated(self.streams, self.after_draft_ms, drafting)
-        return np.maximum(whole - spared + context_ms, LEAST_OF_BASE * whole) + drawing_ms + after_ms
+        return np.maximum(whole - spared + context_ms, LEAST_OF_BASE * whole) + after_ms
 
     def beside_ms(self, streams: int) -> float:
         """The rest of a round of R streams."""

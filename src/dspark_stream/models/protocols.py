@@ -31,6 +31,24 @@ class Rows(NamedTuple):
     token_ids: list[int]
 
 
+class Noise(Protocol):
+    """A stream's exponentials, by output position and token: `dspark_kernels.noise`."""
+
+    seed: int
+    """What they are made from, at every position alone."""
+
+    def at(self, first: int, count: int) -> Tensor:
+        """Those of positions ``first`` … ``first + count - 1``, [count, V]; earlier ones are not asked for again."""
+
+
+class Race(NamedTuple):
+    """Under whose noise a row's token is drawn (coupled verification): that of the least exponential over p."""
+
+    noise: Noise
+    position: int
+    """Output position of the row; of a draft's first slot."""
+
+
 class Verified(Protocol):
     """What a target pass says of the rows asked for; good until the next pass."""
 
@@ -46,6 +64,9 @@ class Verified(Protocol):
 
     def distributions(self, rows: Sequence[int], sampling: Sequence[SamplingParams]) -> Distributions:
         """What each row's token is drawn from; once a row: its logits may be gone then."""
+
+    def raced(self, rows: Sequence[int], sampling: Sequence[SamplingParams], races: Sequence[Race]) -> list[int]:
+        """The token that each row's own noise draws from what `distributions` would give; once a row, as there."""
 
 
 class Target(Protocol):
@@ -99,8 +120,8 @@ class Draw(NamedTuple):
     sampling: SamplingParams
     uniforms: Sequence[float] = ()
     """[g] in [0, 1), for inverse transform (rejection)."""
-    noise: Tensor | None = None
-    """Exponentials [g, V], for the race that the target runs with the same (coupled)."""
+    race: Race | None = None
+    """For the race that the target runs under the same noise (coupled)."""
 
 
 class Drafted(Protocol):

@@ -24,8 +24,7 @@ def table(curve: CapacityCurve) -> str:
     lines.append(
         f"a position of context costs a pass {curve.read_us:.2f} µs for each stream and {curve.attend_us:.2f} µs for "
         f"each row, drafting {curve.draft_read_us:.2f} µs for each stream; sampling costs "
-        f"{curve.sample_us:.0f} µs a row, coupled {curve.coupled_us:.0f} µs and {curve.draft_coupled_us:.0f} µs a "
-        f"draft token; a position that the drafter learns of late costs {curve.feature_us:.1f} µs"
+        f"{curve.sample_us:.0f} µs a row; a position that the drafter learns of late costs {curve.feature_us:.1f} µs"
     )
     return "\n".join(lines)
 

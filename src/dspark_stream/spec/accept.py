@@ -12,10 +12,10 @@ from itertools import accumulate
 from torch import Tensor
 
 from dspark_stream.models.distributions import Distributions, Judged
-from dspark_stream.models.protocols import Verified
-from dspark_stream.models.torch.distributions import distributions, race
+from dspark_stream.models.protocols import Race, Verified
 from dspark_stream.spec.draft import Block, StreamView, acceptance_of
 from dspark_stream.spec.noise import RoundUniforms
+from dspark_stream.types import Acceptance
 
 Outcome = Judged
 """One stream's round: x_1 … x_accepted stand, then ``bonus``."""
@@ -30,34 +30,32 @@ def accept(
 ) -> list[Outcome]:
     """Both verifications over one ragged batch of target rows. ℓ = 0 is plain decoding: the bonus token alone."""
     first = [0, *accumulate(1 + length for length in lengths)]
+    ways = [acceptance_of(stream) for stream in streams]
     outcomes: list[Outcome | None] = [None] * len(streams)
 
-    for r, stream in enumerate(streams):  # before any row of logits becomes a distribution
-        rows = range(first[r], first[r + 1])
-        match acceptance_of(stream):
-            case "greedy":
-                outcomes[r] = matched(blocks[r].tokens[: lengths[r]], output.best(rows))
-            case "coupled":
-                outcomes[r] = matched(blocks[r].tokens[: lengths[r]], _raced(output.logits(rows), stream))
-            case "rejection":
-                pass
+    def rows_of(way: Acceptance) -> list[tuple[int, int]]:
+        """Stream and place in its block of every row of that way's streams."""
+        return [(r, j) for r, own in enumerate(ways) if own == way for j in range(lengths[r] + 1)]
 
-    drawn = [r for r in range(len(streams)) if outcomes[r] is None]
-    if drawn:
-        rows_drawn = [first[r] + j for r in drawn for j in range(lengths[r] + 1)]
-        p = output.distributions(rows_drawn, [streams[r].sampling for r in drawn for _ in range(lengths[r] + 1)])
-        row = 0
-        for r in drawn:
-            outcomes[r] = rejection(p, row, streams[r], blocks[r], lengths[r], draft_ids)
-            row += lengths[r] + 1
+    for r, way in enumerate(ways):  # before any row of logits becomes a distribution
+        if way == "greedy":
+            outcomes[r] = matched(blocks[r].tokens[: lengths[r]], output.best(range(first[r], first[r + 1])))
+    if coupled := rows_of("coupled"):
+        tokens = iter(
+            output.raced(
+                [first[r] + j for r, j in coupled],
+                [streams[r].sampling for r, _ in coupled],
+                [Race(streams[r].noise, streams[r].position + 1 + j) for r, j in coupled],
+            )
+        )
+        for r in dict.fromkeys(r for r, _ in coupled):
+            outcomes[r] = matched(blocks[r].tokens[: lengths[r]], [next(tokens) for _ in range(lengths[r] + 1)])
+    if drawn := rows_of("rejection"):
+        p = output.distributions([first[r] + j for r, j in drawn], [streams[r].sampling for r, _ in drawn])
+        for row, (r, j) in enumerate(drawn):
+            if j == 0:
+                outcomes[r] = rejection(p, row, streams[r], blocks[r], lengths[r], draft_ids)
     return [o for o in outcomes if o is not None]
-
-
-def _raced(logits: Tensor, stream: StreamView) -> list[int]:
-    """The target's own token at each of a stream's rows: the race with the stream's noise at that position."""
-    p = distributions(logits, [stream.sampling] * len(logits))
-    tokens: list[int] = race(p, stream.noise.at(stream.position + 1, len(logits)).to(p.device)).tolist()
-    return tokens
 
 
 def matched(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> Outcome:

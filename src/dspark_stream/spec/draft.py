@@ -11,9 +11,9 @@ from typing import Protocol
 
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.distributions import Distributions
-from dspark_stream.models.protocols import Drafted, Drafter, Draw, Store
+from dspark_stream.models.protocols import Drafted, Drafter, Draw, Noise, Race, Store
 from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.noise import NoiseCache, RoundUniforms
+from dspark_stream.spec.noise import RoundUniforms
 from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.types import Acceptance, SamplingParams, Verification
 
@@ -46,7 +46,7 @@ class StreamView(Protocol):
         """Keys its uniforms (rejection verification); no other stream of the batch has the same."""
 
     @property
-    def noise(self) -> NoiseCache:
+    def noise(self) -> Noise:
         """Its token exponentials (coupled verification)."""
 
 
@@ -107,7 +107,7 @@ def _draw(stream: StreamView, uniforms: RoundUniforms | None, slots: int) -> Dra
     if uniforms is not None:
         return Draw(stream.sampling, uniforms.draft[:slots])
     if acceptance_of(stream) == "coupled":
-        return Draw(stream.sampling, noise=stream.noise.at(stream.position + 1, slots))
+        return Draw(stream.sampling, race=Race(stream.noise, stream.position + 1))
     return Draw(stream.sampling)
 
 

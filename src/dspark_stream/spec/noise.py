@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark_kernels.noise.reference import SMALLEST
+
 
 class Purpose(IntEnum):
     """Separates draws that share a seed and a position."""
@@ -60,12 +62,15 @@ def token_exponentials(seed: int, position: int, vocab: int) -> Tensor:
 
     argmin E/p is distributed as p: the Gumbel-max trick with -log E for the Gumbel noise, without the logarithm of p.
     """
-    u = _generator(seed, position, Purpose.TOKEN).random(vocab)
+    u = np.maximum(_generator(seed, position, Purpose.TOKEN).random(vocab), SMALLEST)
     return torch.log1p(torch.from_numpy(u).neg_()).neg_()
 
 
 class NoiseCache:
-    """A stream's token exponentials around the positions it works on: drafted once, verified with the same."""
+    """A stream's token exponentials around the positions it works on: drafted once, verified with the same.
+
+    Kernels make what they need of it from ``seed``, and then nothing is kept here. See `models.protocols.Noise`.
+    """
 
     def __init__(self, seed: int, vocab: int) -> None:
         self.seed, self.vocab = seed, vocab

@@ -13,7 +13,7 @@
 #include "blocks.h"
 #include "llama.h"
 #include "measure.h"
-#include "sampling.h"
+#include "race.h"
 
 using namespace dspark;
 
@@ -59,6 +59,7 @@ struct Context {  // a pool, and room for what products need
     Quantised input;
     std::vector<Found> found;  // [threads, rows]
     std::vector<double> sums;  // likewise, of weights
+    std::vector<Leader> ahead;  // likewise, of races
     std::vector<float> least;  // of each row, the score from which on tokens count
     std::vector<std::vector<float>> rooms;  // of each thread
     Buffer<Best> best;         // likewise
@@ -196,6 +197,16 @@ void multiply(Context* context, const Matrix& w, const float* x, int rows, float
     });
 }
 
+// Who won a row's race, of which every thread has run a part; 0 where no weight is (a row of NaN).
+int32_t winner(const std::vector<Leader>& ahead, int row, int rows, int threads) {
+    Leader best;
+    for (int thread = 0; thread < threads; thread++) {
+        const Leader& theirs = ahead[static_cast<size_t>(thread) * rows + row];
+        if (theirs.index >= 0) best.see(theirs.ratio, theirs.index);
+    }
+    return std::max(best.index, 0);
+}
+
 // A drafter's sequential and confidence head, and its vocabulary. Without a sequential head (w2 null) there is no bias,
 // without confidence (null) no logit.
 struct Heads {
@@ -227,21 +238,25 @@ struct Drafts {  // of R streams and γ slots
 
 // The sequential head for R streams at once: token k of stream r is drawn from base [R, γ, Vd] plus W2·W1[token k-1];
 // its confidence logit is w·[h; W1[token k-1]] + b. Temperature 0 (sampling null: everybody's) takes the greatest. Else base
-// becomes weights where it stands, and `uniforms` [R, γ] draws among them.
+// becomes weights where it stands, and `uniforms` [R, γ] draws among them, or a race does that begins at noise [R] (null:
+// nobody's), the first slot's position.
 void walk(Context* context, const Heads& heads, float* base, const float* hidden, int streams, int gamma,
-          const int32_t* anchors, const Sampling* sampling, const double* uniforms, const Drafts& to) {
+          const int32_t* anchors, const Sampling* sampling, const double* uniforms, const Noise* noise, const Drafts& to) {
     const int threads = context->pool.size(), vocabulary = heads.vocabulary, rank = heads.rank;
     const int tiles = (vocabulary + LANES - 1) / LANES;
     const Matrix* const w2 = heads.w2;
     const auto scores = [&](int r, int k) { return base + (static_cast<size_t>(r) * gamma + k) * vocabulary; };
     const auto sampled = [&](int r) { return sampling && sampling[r].temperature > 0.0f; };
-    bool any_sampled = false, any_top_k = false;
-    for (int r = 0; r < streams; r++) any_sampled |= sampled(r), any_top_k |= sampled(r) && sampling[r].top_k > 0;
+    const auto raced = [&](int r) { return noise && sampled(r) && noise[r].position >= 0; };
+    bool any_sampled = false, any_top_k = false, any_raced = false;
+    for (int r = 0; r < streams; r++)
+        any_sampled |= sampled(r), any_top_k |= sampled(r) && sampling[r].top_k > 0, any_raced |= raced(r);
     context->least.assign(streams, -INFINITY);
     if (any_sampled) context->reserve_rooms(vocabulary);
     if (w2) context->input.reserve(streams, rank);
     context->found.resize(static_cast<size_t>(threads) * streams);
     context->sums.resize(context->found.size());
+    context->ahead.resize(context->found.size());
     context->pool.run([&](int thread) {
         alignas(64) float e[4096];
         int first_row, last_row, first, last;
@@ -308,17 +323,28 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
                                                        greatest(r).score, sampling[r].temperature, context->least[r]);
                 context->pool.barrier();
             }
+            for (int r = first_row; r < last_row; r++) {
+                if (!sampled(r)) continue;
+                double total = 0;
+                for (int other = 0; other < threads; other++) total += context->sums[static_cast<size_t>(other) * streams + r];
+                to.totals[r * gamma + k] = cut(scores(r, k), vocabulary, total, sampling[r], context->rooms[thread]);
+            }
+            if (any_raced) {
+                context->pool.barrier();
+                for (int r = 0; r < streams; r++)
+                    if (raced(r))
+                        context->ahead[own + r] = race(scores(r, k), first * LANES, std::min(last * LANES, vocabulary),
+                                                       heads.draft_ids, {noise[r].seed, noise[r].position + k});
+                context->pool.barrier();
+            }
             for (int r = first_row; r < last_row; r++) {  // whoever drafts on for a stream says what it has come to
                 const int at = r * gamma + k;
                 int32_t index = greatest(r).index;
                 if (index >= vocabulary) index = 0;  // nothing but NaN
-                if (sampled(r)) {
-                    to.totals[at] = 0;
-                    for (int other = 0; other < threads; other++)
-                        to.totals[at] += context->sums[static_cast<size_t>(other) * streams + r];
-                    to.totals[at] = cut(scores(r, k), vocabulary, to.totals[at], sampling[r], context->rooms[thread]);
+                if (raced(r))
+                    index = winner(context->ahead, r, streams, threads);
+                else if (sampled(r))
                     index = draw(scores(r, k), vocabulary, uniforms[at] * to.totals[at]);
-                }
                 to.indices[at] = index;
                 to.tokens[at] = heads.draft_ids ? heads.draft_ids[index] : index;
             }
@@ -631,10 +657,10 @@ bool dspark_append_context(Context* context, Llama* model, const Matrix* fc, con
 
 // See walk.
 bool dspark_walk(Context* context, const Heads* heads, float* base, const float* hidden, int streams, int gamma,
-                 const int32_t* anchors, const Sampling* sampling, const double* uniforms, int32_t* tokens,
-                 int32_t* indices, double* totals, float* logits) {
+                 const int32_t* anchors, const Sampling* sampling, const double* uniforms, const Noise* noise,
+                 int32_t* tokens, int32_t* indices, double* totals, float* logits) {
     return guarded([&] {
-        walk(context, *heads, base, hidden, streams, gamma, anchors, sampling, uniforms,
+        walk(context, *heads, base, hidden, streams, gamma, anchors, sampling, uniforms, noise,
              Drafts{tokens, indices, totals, logits});
         return true;
     });
@@ -645,8 +671,8 @@ bool dspark_walk(Context* context, const Heads* heads, float* base, const float*
 bool dspark_draft(Context* context, Llama* model, const Table* embedding, float embedding_scale, const Matrix* lm_head,
                   const Heads* heads, int mask, int streams, int gamma, const int32_t* where, int window,
                   const int32_t* anchors, uint16_t* keys, uint16_t* values, int64_t slots, int ring, float* base,
-                  const Sampling* sampling, const double* uniforms, int32_t* tokens, int32_t* indices, double* totals,
-                  float* logits) {
+                  const Sampling* sampling, const double* uniforms, const Noise* noise, int32_t* tokens, int32_t* indices,
+                  double* totals, float* logits) {
     return guarded([&] {
         const Pass pass = lay_out(context, streams, where, false, window, ring);
         float* const x = hidden_of(context, pass.rows, model->shape.hidden);
@@ -662,7 +688,7 @@ bool dspark_draft(Context* context, Llama* model, const Table* embedding, float 
         }
         forward(context, model, pass, Store{keys, values, slots, ring}, x, nullptr, 0, nullptr);
         multiply(context, *lm_head, x, pass.rows, base, lm_head->outputs, nullptr);
-        walk(context, *heads, base, x, streams, gamma, anchors, sampling, uniforms,
+        walk(context, *heads, base, x, streams, gamma, anchors, sampling, uniforms, noise,
              Drafts{tokens, indices, totals, logits});
         return true;
     });
@@ -682,6 +708,30 @@ bool dspark_weigh(Context* context, float* scores, int rows, int width, const Sa
             share(rows, 1, thread, context->pool.size(), &first, &last);
             some(first, last, thread);
         });
+        return true;
+    });
+}
+
+// Each of `count` rows of scores [·, width] to weights where it stands, by its sampling, temperature > 0, and the token that
+// wins its race there: tokens [count].
+bool dspark_race(Context* context, float* scores, int width, const int32_t* rows, int count, const Sampling* sampling,
+                 const Noise* noise, int32_t* tokens) {
+    return guarded([&] {
+        const int threads = context->pool.size(), tiles = (width + LANES - 1) / LANES;
+        const auto row = [&](int i) { return scores + static_cast<size_t>(rows[i]) * width; };
+        context->reserve_rooms(width);
+        context->ahead.resize(static_cast<size_t>(threads) * count);
+        context->pool.run([&](int thread) {
+            int first, last;
+            share(count, 1, thread, threads, &first, &last);
+            for (int i = first; i < last; i++) weigh_row(row(i), width, sampling[i], context->rooms[thread]);
+            context->pool.barrier();
+            share(tiles, 1, thread, threads, &first, &last);
+            for (int i = 0; i < count; i++)
+                context->ahead[static_cast<size_t>(thread) * count + i] =
+                    race(row(i), first * LANES, std::min(last * LANES, width), nullptr, noise[i]);
+        });
+        for (int i = 0; i < count; i++) tokens[i] = winner(context->ahead, i, count, threads);
         return true;
     });
 }

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, Walked, Weights, sampling_rows
+from dspark_kernels.cpu import Context, Walked, Weights, noise_rows, sampling_rows
 from dspark_stream.models.distributions import Distributions, Judged
+from dspark_stream.models.protocols import Race
 from dspark_stream.types import SamplingParams
 
 Ints = npt.NDArray[np.int32]
@@ -19,6 +20,11 @@ Ints = npt.NDArray[np.int32]
 def drawn_by(sampling: Sequence[SamplingParams]) -> npt.NDArray[np.float32]:
     """`sampling_rows` of requests' sampling."""
     return sampling_rows([(s.temperature, s.top_p, s.min_p, s.top_k) for s in sampling])
+
+
+def raced_by(races: Sequence[Race | None]) -> npt.NDArray[np.int64]:
+    """`noise_rows` of races, -1 for those who have none."""
+    return noise_rows([(own.noise.seed, own.position) if own else (0, -1) for own in races])
 
 
 class NativeDistributions(Distributions):

@@ -19,7 +19,7 @@ from dspark_stream.models.blocks import Blocks, as_floats
 from dspark_stream.models.cache import Extent, KVShape
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.geometry import Geometry, UnsupportedError
-from dspark_stream.models.native.distributions import NativeDrafts, drawn_by
+from dspark_stream.models.native.distributions import NativeDrafts, drawn_by, raced_by
 from dspark_stream.models.native.store import NativeStore
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.protocols import Drafted, Draw, Store
@@ -183,10 +183,9 @@ class NativeDrafter:
     def draft(self, anchors: list[tuple[Extent, int, int]], store: Store, slots: int, draws: Sequence[Draw]) -> Drafted:
         """See `Drafter.draft`."""
         assert isinstance(store, NativeStore)
-        if self._walk is None or any(draw.noise is not None for draw in draws):
+        if self._walk is None:
             hidden = self.draft_hidden(anchors, store, slots)
             return walk(self._heads, hidden, [anchor for _, _, anchor in anchors], draws)
-        sampled = any(draw.uniforms for draw in draws)
         where: list[int] = []
         for extent, p, _ in anchors:
             where += (self._first(extent), p, slots)
@@ -200,8 +199,7 @@ class NativeDrafter:
             [anchor for _, _, anchor in anchors],
             store.place,
             self._logit_room,
-            drawn_by([d.sampling if d.uniforms else GREEDY for d in draws]) if sampled else None,
-            np.array([[*d.uniforms[:slots]] or [0.0] * slots for d in draws]) if sampled else None,
+            *_drawn(draws, slots),
             self.target.embedding_scale,
             self.context_window,
         )
@@ -235,6 +233,17 @@ class NativeDrafter:
         flat = hidden.reshape(-1, hidden.shape[-1]).numpy()
         out = self._head.product(flat, self._logit_room.get(len(flat), self._head.outputs))
         return torch.from_numpy(out).view(*hidden.shape[:-1], -1)
+
+
+def _drawn(
+    draws: Sequence[Draw], slots: int
+) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.float64] | None, npt.NDArray[np.int64] | None]:
+    """Sampling, uniforms and noise of R streams as the kernels take them; None where nobody needs them."""
+    if not any(d.uniforms or d.race for d in draws):
+        return None, None, None
+    sampling = drawn_by([d.sampling if d.uniforms or d.race else GREEDY for d in draws])
+    uniforms = np.array([[*d.uniforms[:slots]] or [0.0] * slots for d in draws])
+    return sampling, uniforms, raced_by([d.race for d in draws]) if any(d.race for d in draws) else None
 
 
 class _HalfEmbedding(torch.nn.Module):

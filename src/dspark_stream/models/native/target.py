@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, Llama, PackedMatrix, Room, Table
+from dspark_kernels.cpu import Context, Llama, PackedMatrix, Room, Table, race
 from dspark_kernels.cpu.build import library_path
 from dspark_stream.models.cache import KVShape
-from dspark_stream.models.native.distributions import NativeDistributions
+from dspark_stream.models.native.distributions import NativeDistributions, drawn_by, raced_by
 from dspark_stream.models.native.store import NativeStore
-from dspark_stream.models.protocols import Rows, Store
+from dspark_stream.models.protocols import Race, Rows, Store
 from dspark_stream.models.taps import checked_taps
 from dspark_stream.types import SamplingParams
 
@@ -41,6 +41,11 @@ class NativeOutput(NamedTuple):
     def distributions(self, rows: Sequence[int], sampling: Sequence[SamplingParams]) -> NativeDistributions:
         """See `Verified.distributions`."""
         return NativeDistributions.of(self.context, self._of(rows), sampling)
+
+    def raced(self, rows: Sequence[int], sampling: Sequence[SamplingParams], races: Sequence[Race]) -> list[int]:
+        """See `Verified.raced`; in one call, where the rows are."""
+        assert self.rows is not None
+        return race(self.context, self.rows.numpy(), drawn_by(sampling), raced_by(races), rows)
 
     def _of(self, rows: Sequence[int]) -> Tensor:
         """Those rows; all of them, as nearly always, without a copy of the vocabulary's width."""

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from dspark_kernels.linear import PackedLinear, pack_linears
 from dspark_kernels.ragged_attention import Segment
 from dspark_stream.models.cache import KVShape
-from dspark_stream.models.protocols import Rows, Store
+from dspark_stream.models.protocols import Race, Rows, Store
 from dspark_stream.models.taps import checked_taps
 from dspark_stream.models.torch.attention import Attend, ProbeAttend, StoreAttend, int_tensor
-from dspark_stream.models.torch.distributions import Dense, distributions
+from dspark_stream.models.torch.distributions import Dense, distributions, race
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.types import SamplingParams
 
@@ -40,6 +40,13 @@ class TargetOutput(NamedTuple):
     def distributions(self, rows: Sequence[int], sampling: Sequence[SamplingParams]) -> Dense:
         """See `Verified.distributions`."""
         return Dense(distributions(self.logits(rows), sampling))
+
+    def raced(self, rows: Sequence[int], sampling: Sequence[SamplingParams], races: Sequence[Race]) -> list[int]:
+        """See `Verified.raced`."""
+        p = distributions(self.logits(rows), sampling)
+        noise = torch.cat([own.noise.at(own.position, 1) for own in races])
+        tokens: list[int] = race(p, noise.to(p.device)).tolist()
+        return tokens
 
 
 class Target:

@@ -75,13 +75,14 @@ class _Chooser:
 
     def __init__(self, draft_ids: Tensor | None, draws: Sequence[Draw], slots: int, device: torch.device) -> None:
         self.sampled = [r for r, d in enumerate(draws) if d.uniforms]
-        self.coupled = [r for r, d in enumerate(draws) if d.noise is not None]
+        races = {r: d.race for r, d in enumerate(draws) if d.race is not None}
+        self.coupled = list(races)
         self.sampling = [d.sampling for d in draws]
         self.u = torch.tensor([draws[r].uniforms for r in self.sampled], dtype=torch.float64, device=device)  # [Rs, γ]
         self.indices: list[Tensor] = []
         self._q: list[Tensor] = []
-        if self.coupled:
-            noise = torch.stack([n[:slots] for r in self.coupled if (n := draws[r].noise) is not None])
+        if races:
+            noise = torch.stack([own.noise.at(own.position, slots) for own in races.values()])
             if draft_ids is not None:
                 noise = noise[:, :, draft_ids.cpu()]
             self.noise = noise.to(device)  # [Rc, g, Vd]
