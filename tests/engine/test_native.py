@@ -291,6 +291,8 @@ def test_acceptance_by_the_kernels_is_acceptance_by_torch(tmp_path, context):
 class View:
     """As much of a stream as drafting and acceptance look at."""
 
+    adjustment = None
+
     def __init__(self, anchor, temperature=0.0, position=3):
         self.anchor, self.position, self.round_key = anchor, position, anchor
         self.extent = Extent(64 * anchor, 64)  # everybody has slots of their own

@@ -20,6 +20,7 @@ import dspark_stream.spec.draft as draft_module
 from dspark_kernels.cpu import Context, best_isa
 from dspark_kernels.cpu.build import compiler
 from dspark_stream.engine.stream import round_key
+from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.native.distributions import NativeDistributions
 from dspark_stream.models.native.target import NativeOutput
@@ -48,6 +49,7 @@ class FakeStream:
     anchor: int = 0
     extent: Extent = field(default_factory=lambda: Extent(0, 16))
     noise: NoiseCache = field(default=None)
+    adjustment: Adjustment | None = None
     round_key: int = 0
 
 

@@ -3,6 +3,7 @@
 from dspark_kernels.cpu.build import Isa, NoCompilerError, best_isa, supported_isas
 from dspark_kernels.cpu.library import (
     Context,
+    EditedBlock,
     Head,
     Kind,
     Llama,
@@ -14,12 +15,14 @@ from dspark_kernels.cpu.library import (
     Table,
     Walked,
     Weights,
+    edit_rows,
     sampling_rows,
 )
 from dspark_kernels.cpu.machine import cpu_name
 
 __all__ = [
     "Context",
+    "EditedBlock",
     "Head",
     "Isa",
     "Kind",
@@ -35,6 +38,7 @@ __all__ = [
     "Weights",
     "best_isa",
     "cpu_name",
+    "edit_rows",
     "sampling_rows",
     "supported_isas",
 ]

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_kernels.cpu.build import Isa, NoCompilerError, build
+from dspark_kernels.edits import EDIT, Edits
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
@@ -135,15 +136,16 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "free_llama": (None, [pointer]),
         "add_layer": (done, [*three, *two]),
         "forward": (done, [pointer, pointer, integer, *[pointer] * 8, *place, pointer, integer, pointer]),
-        "walk": (done, [*[pointer] * 4, *two, *[pointer] * 7]),
+        "walk": (done, [*[pointer] * 4, *two, *[pointer] * 8]),
         "draft": (
             done,
-            [*three, real, *[pointer] * 2, *[integer] * 3, pointer, integer, *three, *place, *[pointer] * 7],
+            [*three, real, *[pointer] * 2, *[integer] * 3, pointer, integer, *three, *place, *[pointer] * 8],
         ),
         "run": (
             done,
             [*three, real, pointer, integer, *[pointer] * 4, *place, pointer, integer, *two_at, integer, *two_at],
         ),
+        "edit": (done, [pointer, pointer, *two, *[pointer] * 4]),
         "weigh": (done, [pointer, pointer, *two, pointer, pointer]),
         "draw": (integer, [pointer, integer, double, double]),
         "draw_rest": (integer, [pointer, integer, double, double, pointer, pointer, integer, double]),
@@ -384,6 +386,73 @@ class Table:
         return out
 
 
+class _Edits(ctypes.Structure):
+    """`Edits` of csrc/edits.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("entries", "stops")),
+        *((name, ctypes.c_int32) for name in ("count", "stop_count", "masked")),
+        *((name, ctypes.c_float) for name in ("frequency", "presence", "repetition")),
+    )
+
+
+class _EditList:
+    """Edits of N streams as the kernels read them; None for streams that have none.
+
+    Raises:
+        ValueError: tokens outside the vocabulary.
+    """
+
+    def __init__(self, edits: Sequence[Edits | None], width: int) -> None:
+        self._keep = edits
+        self._structs: list[_Edits | None] = []
+        for edit in edits:
+            if edit is None:
+                self._structs.append(None)
+                continue
+            entries, stops = edit.entries, edit.stops
+            _must(entries.dtype == EDIT and entries.flags.c_contiguous, "edits of another type")
+            _must(stops.dtype == np.int32 and stops.flags.c_contiguous, "stop tokens of another type")
+            for tokens in (entries["token"], stops):
+                _must(not len(tokens) or 0 <= tokens.min() <= tokens.max() < width, "edits outside the vocabulary")
+            self._structs.append(
+                _Edits(_at(entries), _at(stops), len(entries), len(stops), *edit[2:]),
+            )
+        at = [None if s is None else ctypes.addressof(s) for s in self._structs]
+        self._pointers = (ctypes.c_void_p * len(at))(*at)
+        self.address = ctypes.addressof(self._pointers)
+
+
+class EditedBlock(NamedTuple):
+    """Rows ``first`` … ``first + len(drafts)`` of one stream: each sees the drafts before it."""
+
+    first: int
+    drafts: Sequence[int]
+    edits: Edits
+
+
+def edit_rows(context: Context, scores: Floats, blocks: Sequence[EditedBlock]) -> None:
+    """Edit some of scores [N, V] where they stand.
+
+    Raises:
+        ValueError: rows or tokens that are not there.
+    """
+    rows, width = scores.shape
+    _must(scores.dtype == np.float32 and scores.flags.c_contiguous, "scores of another kind")
+    drafts = [token for block in blocks for token in block.drafts]
+    for block in blocks:
+        _must(0 <= block.first and block.first + len(block.drafts) < rows, "blocks without rows")
+    _must(not drafts or (min(drafts) >= 0 and max(drafts) < width), "drafts outside the vocabulary")
+    listed = _EditList([block.edits for block in blocks], width)
+    words = _ints([*(b.first for b in blocks), *(len(b.drafts) for b in blocks), *drafts])
+    at, count = words.ctypes.data, len(blocks)
+    edit = context.library.edit
+    _done(
+        context,
+        edit(context.handle, _at(scores), width, count, at, at + 4 * count, at + 8 * count, listed.address),
+    )
+
+
 def sampling_rows(rows: Sequence[tuple[float, float, float, int]]) -> Floats:
     """What rows are drawn by, as the kernels read it [n, 4]: temperature (0: the greatest), top-p (1: off), min-p (0:
     off), top-k (0: off).
@@ -586,15 +655,17 @@ class Head:
         anchors: Ints,
         sampling: Floats | None = None,
         uniforms: Doubles | None = None,
+        edits: Sequence[Edits | None] | None = None,
     ) -> Walked:
         """Drafts of R streams, slot after slot.
 
         Args:
-            base: logits before any bias [R, γ, Vd]; written over where a stream samples.
+            base: logits before any bias [R, γ, Vd]; written over where a stream samples or is edited.
             hidden: [R, γ, H].
             anchors: [R].
             sampling: `sampling_rows` [R, 4], temperature 0 for greedy drafts; None: all are.
             uniforms: [R, γ] in [0, 1), for those that sample.
+            edits: [R], over the draft vocabulary, None for streams without; None: nobody has any.
         """
         streams, gamma, vocabulary = base.shape
         _must(vocabulary == self.vocabulary, "another draft vocabulary")
@@ -604,7 +675,7 @@ class Head:
         _must(anchors.shape == (streams,), "anchors of other streams")
         if self.w1 is not None and len(anchors) and not self.w1_of_drafts:
             _must(0 <= int(anchors.min()) <= int(anchors.max()) < len(self.w1), "anchors outside the vocabulary")
-        out = _Drafted(context, self, anchors, gamma, sampling, uniforms)
+        out = _Drafted(context, self, anchors, gamma, sampling, uniforms, edits)
         library = context.library
         done = library.walk(
             context.handle, self.address, _at(base), _at(hidden), streams, gamma, out.anchors, *out.drawn, *out.places
@@ -624,6 +695,7 @@ class _Drafted:
         gamma: int,
         sampling: Floats | None,
         uniforms: Doubles | None,
+        edits: Sequence[Edits | None] | None,
     ) -> None:
         streams = len(anchors)
         _must(
@@ -633,8 +705,11 @@ class _Drafted:
         self._context = context
         self._keep: list[npt.NDArray[Any]] = [anchors]
         self.anchors = _at(anchors)
-        self.drawn: tuple[int | None, int | None] = (None, None)
-        """Addresses of sampling and uniforms."""
+        _must(edits is None or len(edits) == streams, "edits of other streams")
+        self._edits = _EditList(edits, head.vocabulary) if edits is not None and any(edits) else None
+        at_edits = None if self._edits is None else self._edits.address
+        self.drawn: tuple[int | None, int | None, int | None] = (None, None, at_edits)
+        """Addresses of sampling, uniforms and edits."""
         self._totals: Doubles | None = None
         if sampling is not None and (sampling[:, 0] > 0).any():
             _check_sampling(sampling, streams)
@@ -642,7 +717,7 @@ class _Drafted:
             _must(uniforms is not None and uniforms.dtype == np.float64 and uniforms.flags.c_contiguous, "uniforms")
             assert uniforms is not None
             self._keep += [sampling, uniforms]
-            self.drawn = _at(sampling), _at(uniforms)
+            self.drawn = _at(sampling), _at(uniforms), at_edits
             self._totals = np.ones(streams * gamma)
         # tokens, indices and confidence logits of four bytes each lie together: one address to ask for
         self._out = np.zeros((3, streams, gamma), dtype=np.int32)
@@ -945,6 +1020,7 @@ class Llama:
         uniforms: Doubles | None = None,
         embedding_scale: float = 1.0,
         window: int = 0,
+        edits: Sequence[Edits | None] | None = None,
     ) -> Walked:
         """Blocks of γ drafts for R streams in one call: anchor and masks through layers, LM head and `Head.walk`.
 
@@ -954,7 +1030,7 @@ class Llama:
             anchors: [R].
             place: `Store.place`.
             base: where base logits go; `Walked.weights` are a view of it, good until it is next written to.
-            sampling: see `Head.walk`; ``uniforms`` likewise.
+            sampling: see `Head.walk`; ``uniforms`` and ``edits`` likewise.
             window: positions before the anchor that a block sees; 0: all.
 
         Raises:
@@ -967,7 +1043,7 @@ class Llama:
         _must(lm_head.outputs == head.vocabulary and head.hidden_size == self.hidden, "heads of another drafter")
         streams = len(anchors)
         words = np.array([*anchors, *where], dtype=np.int32)
-        out = _Drafted(self.context, head, words[:streams], gamma, sampling, uniforms)
+        out = _Drafted(self.context, head, words[:streams], gamma, sampling, uniforms, edits)
         scores = base.get(streams, gamma, lm_head.outputs)
         done = self.context.library.draft(
             self.context.handle,

@@ -12,7 +12,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from dspark_stream.models.distributions import Distributions, Judged
-from dspark_stream.models.protocols import Verified
+from dspark_stream.models.protocols import AdjustedBlock, Verified
 from dspark_stream.models.torch.distributions import distributions, race
 from dspark_stream.spec.draft import Block, StreamView, acceptance_of
 from dspark_stream.spec.noise import RoundUniforms
@@ -31,6 +31,13 @@ def accept(
     """Both verifications over one ragged batch of target rows. ℓ = 0 is plain decoding: the bonus token alone."""
     first = [0, *accumulate(1 + length for length in lengths)]
     outcomes: list[Outcome | None] = [None] * len(streams)
+    adjusted = [
+        AdjustedBlock(row, blocks[r].tokens[: lengths[r]], adjustment)
+        for r, (row, stream) in enumerate(zip(first, streams, strict=False))
+        if (adjustment := stream.adjustment) is not None
+    ]
+    if adjusted:
+        output = output.adjusted(adjusted)
 
     for r, stream in enumerate(streams):  # before any row of logits becomes a distribution
         rows = range(first[r], first[r + 1])

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, Llama, PackedMatrix, Room, Table
+from dspark_kernels.cpu import Context, EditedBlock, Llama, PackedMatrix, Room, Table, edit_rows
 from dspark_kernels.cpu.build import library_path
 from dspark_stream.models.cache import KVShape
 from dspark_stream.models.native.distributions import NativeDistributions
 from dspark_stream.models.native.store import NativeStore
-from dspark_stream.models.protocols import Rows, Store
+from dspark_stream.models.protocols import AdjustedBlock, Rows, Store
 from dspark_stream.models.taps import checked_taps
 from dspark_stream.types import SamplingParams
 
@@ -26,6 +26,16 @@ class NativeOutput(NamedTuple):
     rows: Tensor | None  # logits [n, V]
     tokens: list[int]  # best [n], where only these were asked for
     taps: Tensor
+
+    def adjusted(self, blocks: Sequence[AdjustedBlock]) -> NativeOutput:
+        """See `Verified.adjusted`; where they stand."""
+        assert self.rows is not None
+        edit_rows(
+            self.context,
+            self.rows.numpy(),
+            [EditedBlock(first, drafts, adjustment.edits()) for first, drafts, adjustment in blocks],
+        )
+        return self
 
     def best(self, rows: Sequence[int]) -> list[int]:
         """See `Verified.best`."""
