@@ -48,8 +48,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     """Do not stop at the model's own stop tokens (``stop_token_ids`` still count)."""
     min_tokens: int = 0
-    """No stop token, of the model (``ignore_eos`` or not) or of ``stop_token_ids``, before so many tokens were generated,
-    and no stop string that ends in their text."""
+    """No stop token, of the model (even if ``ignore_eos``) or of ``stop_token_ids``, before so many tokens were
+    generated, and no stop string that ends in their text."""
     frequency_penalty: float = 0.0
     """Taken from a token's logit once for every time that it was generated, as OpenAI and vLLM do."""
     presence_penalty: float = 0.0

@@ -441,7 +441,7 @@ def edit_rows(context: Context, scores: Floats, blocks: Sequence[EditedBlock]) -
     _must(scores.dtype == np.float32 and scores.flags.c_contiguous, "scores of another kind")
     drafts = [token for block in blocks for token in block.drafts]
     for block in blocks:
-        _must(0 <= block.first and block.first + len(block.drafts) < rows, "blocks without rows")
+        _must(block.first >= 0 and block.first + len(block.drafts) < rows, "blocks without rows")
     _must(not drafts or (min(drafts) >= 0 and max(drafts) < width), "drafts outside the vocabulary")
     listed = _EditList([block.edits for block in blocks], width)
     words = _ints([*(b.first for b in blocks), *(len(b.drafts) for b in blocks), *drafts])

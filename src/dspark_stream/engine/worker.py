@@ -126,9 +126,7 @@ class EngineThread:
         if not request.max_chunk_gap_ms:
             request = msgspec.structs.replace(request, max_chunk_gap_ms=self._max_chunk_gap_ms)
         target = self._models.target
-        stream = Stream(
-            request, target.vocab_size, self._models.gamma, stops, self._text, eos_ids=target.eos_token_ids
-        )
+        stream = Stream(request, target.vocab_size, self._models.gamma, stops, self._text, eos_ids=target.eos_token_ids)
         if stream.slots_needed > self._allocator.total:
             raise ContextLengthError(
                 f"prompt and max_output_tokens need {stream.slots_needed} token slots; the server's kv_memory holds "

@@ -1,9 +1,11 @@
 """The engine's streams on captured rounds: seats, the size of the next round, and results one round late.
 
 While the host reads round n, round n+1 is already running: nothing on the device waits for the host, as long as the
-same streams go on. Only where a stream's logits are adjusted (penalties, biases), which no captured round can do, rounds
-are run one by one and operation by operation. A stream that turns out to have ended in round n took part in n+1 for nothing; its extent reaches a
+same streams go on. A stream that turns out to have ended in round n took part in n+1 for nothing; its extent reaches a
 block past its last token, so that it harmed nobody (`Stream.slots_needed`).
+
+Where a stream's logits are adjusted (penalties, biases), rounds are run one by one and operation by operation: what the
+next one needs to know of this one's tokens is on the host.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class RoundState:
         self.outcome = torch.zeros(seats, 3 + gamma, dtype=torch.int32, device=device)
         self.survival = torch.zeros(seats, gamma, dtype=torch.float32, device=device)
         self.adjustments: list[Adjustment | None] = []
-        """Of each seat, for a round that is run operation by operation: the host knows what was generated. Empty: nobody
-        is adjusted, as in every captured round."""
+        """Of each seat, for a round that is run operation by operation, since the host knows what was generated. Empty:
+        nobody is adjusted, as in every captured round."""
 
     def sampling(self, seats: int) -> Sampling:
         """The first seats' columns as operations take them."""

@@ -21,7 +21,9 @@ class EditedRows:
         """Edit the next row's logits [V], float32, in place."""
         e, device = self._edits, logits.device
         if len(self._entries):
-            tokens, bias, times = (torch.from_numpy(self._entries[name].copy()).to(device) for name in EDIT.fields or ())
+            tokens, bias, times = (
+                torch.from_numpy(self._entries[name].copy()).to(device) for name in EDIT.fields or ()
+            )
             scores = logits[tokens.long()] + bias
             repeated = torch.where(scores > 0, scores / e.repetition, scores * e.repetition)
             scores = torch.where(times >= 0, repeated, scores)
