@@ -42,8 +42,8 @@ def native_models(tmp_path_factory):
         pytest.skip("no C++ compiler: apt-get install g++")
     path = tmp_path_factory.mktemp("native")
     made = tiny_target(hidden_size=128, intermediate_size=160)
-    for weight in made.model.parameters():
-        weight *= 0.5 if weight.ndim > 1 else 1.0  # or no penalty would outweigh a logit
+    for weight in made.model.parameters():  # or no penalty would outweigh a logit
+        weight.mul_(0.5 if weight.ndim > 1 else 1.0)
     made.model.save_pretrained(path / "model")
     save_drafter(tiny_drafter(made, draft_vocab=40, rank=32), path / "drafter", torch.float32)
     context = Context(2, best_isa())

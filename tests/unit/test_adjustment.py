@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_kernels.cpu import Context, EditedBlock, best_isa, edit_rows
+from dspark_kernels.cpu import Context, EditedBlock, best_isa, best_tokens, edit_rows
 from dspark_kernels.cpu.build import compiler
 from dspark_kernels.edits import EDIT, Edits
 from dspark_stream.engine.stream import Stream, adjustments_of, round_key
@@ -134,6 +134,19 @@ def test_rows_are_edited_as_by_torch(context, streams):
     changed = (scores != before).any(1)
     assert changed[sorted(mine)].all()
     assert not changed[[row for row in range(60) if row not in mine]].any()
+
+
+def test_the_best_are_the_first_of_the_greatest(context):
+    scores = np.random.default_rng(1).integers(-9, 9, (7, 1003)).astype(np.float32)
+    scores[2], scores[3, :1002], scores[4, 77] = -np.inf, -np.inf, np.nan
+    want = [int(np.nanargmax(row)) for row in scores]
+    assert best_tokens(context, scores, range(7)) == want
+    assert best_tokens(context, scores, [5]) == [want[5]]
+    assert best_tokens(context, scores, [6, 0, 6]) == [want[6], want[0], want[6]]
+    assert best_tokens(context, np.full((1, 5), np.nan, dtype=np.float32), [0]) == [0]
+    for rows in ([7], [-1]):
+        with pytest.raises(ValueError, match="not there"):
+            best_tokens(context, scores, rows)
 
 
 def test_edits_outside_are_refused(context):

@@ -15,6 +15,7 @@ from dspark_kernels.cpu.library import (
     Table,
     Walked,
     Weights,
+    best_tokens,
     edit_rows,
     sampling_rows,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Walked",
     "Weights",
     "best_isa",
+    "best_tokens",
     "cpu_name",
     "edit_rows",
     "sampling_rows",

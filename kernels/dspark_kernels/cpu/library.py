@@ -145,6 +145,7 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
             done,
             [*three, real, pointer, integer, *[pointer] * 4, *place, pointer, integer, *two_at, integer, *two_at],
         ),
+        "best": (done, [pointer, pointer, integer, pointer, integer, pointer]),
         "edit": (done, [pointer, pointer, *two, *[pointer] * 4]),
         "weigh": (done, [pointer, pointer, *two, pointer, pointer]),
         "draw": (integer, [pointer, integer, double, double]),
@@ -451,6 +452,22 @@ def edit_rows(context: Context, scores: Floats, blocks: Sequence[EditedBlock]) -
         context,
         edit(context.handle, _at(scores), width, count, at, at + 4 * count, at + 8 * count, listed.address),
     )
+
+
+def best_tokens(context: Context, scores: Floats, rows: Sequence[int]) -> list[int]:
+    """The greatest of each of those rows of scores [N, V], the first of equal ones.
+
+    Raises:
+        ValueError: rows that are not there.
+    """
+    _must(scores.dtype == np.float32 and scores.flags.c_contiguous and scores.shape[1] > 0, "scores of another kind")
+    _must(not len(rows) or (min(rows) >= 0 and max(rows) < len(scores)), "rows that are not there")
+    count = len(rows)
+    words = np.array([*rows, *[0] * count], dtype=np.int32)
+    at = words.ctypes.data
+    _done(context, context.library.best(context.handle, _at(scores), scores.shape[1], at, count, at + 4 * count))
+    found: list[int] = words[count:].tolist()
+    return found
 
 
 def sampling_rows(rows: Sequence[tuple[float, float, float, int]]) -> Floats:

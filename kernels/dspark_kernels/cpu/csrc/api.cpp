@@ -702,6 +702,25 @@ bool dspark_draft(Context* context, Llama* model, const Table* embedding, float 
     });
 }
 
+// The greatest of each of `rows` [count] of scores, the first of equal ones.
+bool dspark_best(Context* context, const float* scores, int width, const int32_t* rows, int count, int32_t* best) {
+    return guarded([&] {
+        const auto some = [&](int first, int last) {
+            for (int i = first; i < last; i++) {
+                const int32_t index = best_of(scores + static_cast<size_t>(rows[i]) * width, width).index;
+                best[i] = index < width ? index : 0;  // nothing but NaN
+            }
+        };
+        if (count == 1) return some(0, 1), true;
+        context->pool.run([&](int thread) {
+            int first, last;
+            share(count, 1, thread, context->pool.size(), &first, &last);
+            some(first, last);
+        });
+        return true;
+    });
+}
+
 // Scores edited where they stand: of each block, rows `first` … `first` + `length` [blocks], the drafts between them in
 // `drafts`, block after block.
 bool dspark_edit(Context* context, float* scores, int width, int blocks, const int32_t* first, const int32_t* length,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, EditedBlock, Llama, PackedMatrix, Room, Table, edit_rows
+from dspark_kernels.cpu import Context, EditedBlock, Llama, PackedMatrix, Room, Table, best_tokens, edit_rows
 from dspark_kernels.cpu.build import library_path
 from dspark_stream.models.cache import KVShape
 from dspark_stream.models.native.distributions import NativeDistributions
@@ -41,8 +41,7 @@ class NativeOutput(NamedTuple):
         """See `Verified.best`."""
         if self.rows is None:
             return [self.tokens[row] for row in rows]
-        found: list[int] = self._of(rows).argmax(-1).tolist()
-        return found
+        return best_tokens(self.context, self.rows.numpy(), rows)
 
     def logits(self, rows: Sequence[int]) -> Tensor:
         """See `Verified.logits`."""
