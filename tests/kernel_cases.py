@@ -27,6 +27,7 @@ class View:
     vocab: int
     extent: None = None
     anchor: int = 0
+    adjustment: None = None
     noise: NoiseCache = field(init=False)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_stream.engine.step import Models
@@ -11,6 +13,7 @@ from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Schedule
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.drafter_config import DrafterConfig
+from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
 from dspark_stream.models.torch.layers import ATTENTION_NAME
 from dspark_stream.models.torch.store import KVStore
@@ -23,6 +26,13 @@ VOCAB = 48
 GAMMA = 4
 FLAT = CapacityCurve(tokens=[1, 64], verify_ms=[1.0, 2.0], streams=[1, 16], stream_ms=[0.0, 0.1], draft_ms=[0.1, 0.2])
 """A machine on which drafting nearly always pays."""
+
+
+def letters() -> TokenBytes:
+    """48 tokens, one visible character each, stored as bytes."""
+    raw = Tokenizer(token_models.BPE(vocab={chr(48 + i): i for i in range(48)}, merges=[]))
+    raw.decoder = decoders.ByteLevel()
+    return TokenBytes(raw)
 
 
 def tiny_target(seed: int = 0, vocab: int = VOCAB, **options: object) -> Target:

@@ -18,13 +18,21 @@ FinishReason = Literal["stop", "length", "cancelled", "failed"]
 MAX_SEED = 2**63 - 1
 MAX_TEMPERATURE = 2
 """The most that people may ask for, whatever the way."""
+MAX_PENALTY = 2
+"""Of frequency and presence, either way."""
+MAX_REPETITION_PENALTY = 2
+MAX_BIAS = 100
+"""Of `SamplingParams.logit_bias`, either way."""
+MAX_BIASES = 1024
+"""Tokens of it, as in vLLM."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one stream's tokens are chosen; the same for target, drafter and plain decoding.
 
-    Applied in this order, as vLLM and transformers do: temperature, top-k, top-p, min-p. ``temperature`` 0
-    (anything below 1e-5) is greedy and ignores the rest. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off.
+    Applied in this order, as vLLM does: logit bias, repetition, frequency and presence penalty, stop tokens held off by
+    ``min_tokens``; then temperature, top-k, top-p, min-p. ``temperature`` 0 (anything below 1e-5) is greedy and ignores
+    what comes after it. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off.
     """
 
     max_tokens: int
@@ -40,7 +48,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     """Do not stop at the model's own stop tokens (``stop_token_ids`` still count)."""
     min_tokens: int = 0
-    """No stop token, of the model or of ``stop_token_ids``, before so many tokens were generated."""
+    """No stop token, of the model (even if ``ignore_eos``) or of ``stop_token_ids``, before so many tokens were
+    generated, and no stop string that ends in their text."""
     frequency_penalty: float = 0.0
     """Taken from a token's logit once for every time that it was generated, as OpenAI and vLLM do."""
     presence_penalty: float = 0.0

@@ -10,8 +10,6 @@ from functools import partial
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders
-from tokenizers import models as token_models
 
 import dspark_stream.engine.worker as worker_module
 from dspark_stream.errors import ContextLengthError, DrainingError, InvalidRequestError
@@ -20,9 +18,8 @@ from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.protocols import Rows
-from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.types import FinishedEvent, TokensEvent
-from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tiny import GAMMA, letters, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 
 HEADS = ["vanilla", "gated", "rnn", "none"]
 
@@ -184,13 +181,6 @@ def test_stop_token_and_max_tokens_inside_a_round():
         assert ends["a"].reason == "stop"
 
 
-def letters() -> TokenBytes:
-    """48 tokens, one visible character each, stored as bytes."""
-    raw = Tokenizer(token_models.BPE(vocab={chr(48 + i): i for i in range(48)}, merges=[]))
-    raw.decoder = decoders.ByteLevel()
-    return TokenBytes(raw)
-
-
 def test_stop_strings_across_rounds():
     """Guards against a stop string that is missed, sent, or cut short because a round ended inside it."""
 
@@ -232,6 +222,18 @@ def test_every_bad_request_is_refused_before_it_is_queued():
         "min_p": [request(min_p=-0.1), request(min_p=2.0)],
         "seed": [request(seed=-1), request(seed=2**63)],
         "stop": [request(stop=("",)), request(stop=("x",))],
+        "frequency_penalty": [request(frequency_penalty=x) for x in (-2.1, 2.1, float("nan"))],
+        "presence_penalty": [request(presence_penalty=x) for x in (-2.1, 2.1, float("nan"))],
+        "repetition_penalty": [request(repetition_penalty=x) for x in (0.0, -1.0, 2.1, float("nan"))],
+        "min_tokens": [request(min_tokens=-1), request(min_tokens=25)],
+        "logit_bias": [
+            *(request(logit_bias=((3, x),)) for x in (-101.0, 100.5, float("nan"))),
+            *(
+                request(logit_bias=tokens)
+                for tokens in (((48, 1.0),), ((-1, 1.0),), ((3, 1.0), (3, 1.0)), ((4, 1.0), (3, 1.0)))
+            ),
+            request(logit_bias=tuple((t, 1.0) for t in range(1025))),
+        ],
     }
     for param, requests in bad.items():
         for r in requests:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from dspark_kernels.cpu.build import compiler
 from dspark_stream.engine.stream import round_key
 from dspark_stream.load.costs import RoundCost
 from dspark_stream.load.schedule import Adaptive, Candidate, EarlyStop, Fixed, Lagged, Threshold, admit
+from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.native.distributions import NativeDistributions
 from dspark_stream.models.native.target import NativeOutput
@@ -36,6 +38,8 @@ from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, SamplingParams
 
 EDGE = 1e-5
+SHIFT = 1.5
+"""Added to every logit, which no distribution notices: a repetition penalty goes by their sign."""
 ROUNDING = 1e-6
 """Of probabilities near 1 in single precision, and of a few operations on them."""
 
@@ -48,7 +52,33 @@ class FakeStream:
     anchor: int = 0
     extent: Extent = field(default_factory=lambda: Extent(0, 16))
     noise: NoiseCache = field(default=None)
+    adjustment: Adjustment | None = None
     round_key: int = 0
+
+
+@dataclass
+class Asked:
+    """What logits are changed by; worked out here once more, from whole prefixes and in double precision."""
+
+    sampling: SamplingParams
+    prompt: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    def adjustment(self, vocab: int) -> Adjustment:
+        return Adjustment(self.sampling, self.stops, self.prompt, vocab)
+
+    def __call__(self, p: torch.Tensor, prefix: Sequence[int], ids: Sequence[int] | None = None) -> torch.Tensor:
+        """Probabilities after ``prefix`` of what were ``p`` of the tokens ``ids``."""
+        s, scores = self.sampling, p.double().log() + SHIFT
+        for i, token in enumerate(range(len(p)) if ids is None else ids):
+            scores[i] += dict(s.logit_bias).get(token, 0.0)
+            if token in (*self.prompt, *prefix):
+                scores[i] *= s.repetition_penalty if scores[i] < 0 else 1 / s.repetition_penalty
+            if times := list(prefix).count(token):
+                scores[i] -= s.frequency_penalty * times + s.presence_penalty
+            if token in self.stops and len(prefix) < s.min_tokens:
+                scores[i] = -math.inf
+        return torch.softmax(scores, -1)
 
 
 class TableDrafter:
@@ -64,7 +94,7 @@ class TableDrafter:
         self.confidence_head = self._confidence
 
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*hidden.shape[:2], self.p_d.shape[2])
+        return torch.full((*hidden.shape[:2], self.p_d.shape[2]), SHIFT)
 
     def draft(self, anchors, store, slots, draws):
         hidden = torch.arange(slots).view(1, slots, 1).expand(len(anchors), slots, 1).float()
@@ -120,7 +150,7 @@ def run_round(drafter, p_t, streams, script, choose, *, monkeypatch, kernels=Non
     blocks = draft(drafter, None, streams, Calibration(), AcceptanceHistory(gamma))
     lengths = choose(streams, [b.survival for b in blocks])
     rows = [
-        p_t(r, tuple(block.tokens[:j])).log()
+        p_t(r, tuple(block.tokens[:j])).log() + SHIFT
         for r, (block, length) in enumerate(zip(blocks, lengths, strict=True))
         for j in range(length + 1)
     ]
@@ -160,9 +190,24 @@ class Law(dict[tuple[int, ...], float]):
     accepted = 0.0
 
 
-def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), kernels=None):
-    """Exact law of the first γ+1 tokens: the round's commits, continued by the target where they are shorter."""
-    gamma, vocab = drafter.gamma, p_t(0, ()).shape[0]
+def law_of_round(drafter, raw, choose, *, monkeypatch, company=(), kernels=None, asked=None):
+    """Exact law of the first γ+1 tokens: the round's commits, continued by the target where they are shorter.
+
+    ``raw``: the target's table; ``asked`` changes what the first stream makes of it and of the drafter's.
+    """
+
+    def p_t(stream, prefix):
+        return raw(stream, prefix) if asked is None or stream else asked(raw(stream, prefix), prefix)
+
+    def p_d(k, tokens):
+        q = drafter.p_d[k][tokens[k - 1] if k else 0]
+        return (q if asked is None else asked(q, tokens[:k], ids)).tolist()
+
+    def mine():
+        adjustment = None if asked is None else asked.adjustment(vocab)
+        return FakeStream(sampling, "rejection", adjustment=adjustment)
+
+    gamma, vocab = drafter.gamma, raw(0, ()).shape[0]
     ids = list(range(vocab)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
     sampling = SamplingParams(max_tokens=9, temperature=1.0)
     law = Law()
@@ -172,19 +217,18 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), kernels=None)
         """The streams beside the first; what they draw is always the same, and their confidences follow from it."""
         return [FakeStream(sampling, verification, noise=NoiseCache(3, vocab)) for verification in company]
 
-    def visit(k: int, previous: int, tokens: list[int], us: list[tuple[float, float]], weight: float) -> None:
+    def visit(k: int, tokens: list[int], us: list[tuple[float, float]], weight: float) -> None:
         if k < gamma:
-            q = drafter.p_d[k][previous].tolist()
-            for i, lo, hi in cells(q):
-                visit(k + 1, ids[i], [*tokens, ids[i]], [*us, (lo, hi)], weight * (hi - lo))
+            for i, lo, hi in cells(p_d(k, tokens)):
+                visit(k + 1, [*tokens, ids[i]], [*us, (lo, hi)], weight * (hi - lo))
             return
         # which ℓ the schedule picks depends on the drafts alone, so ask it once with any acceptance
-        streams = [FakeStream(sampling, "rejection"), *others()]
+        streams = [mine(), *others()]
         mid = [(lo + hi) / 2 for lo, hi in us]
         other = ScriptedUniforms([0.35] * gamma, [0.6] * gamma, 0.4)
         first = ScriptedUniforms(mid, [0.5] * gamma, 0.5)
         scripts = [first, *[other] * drawn]
-        blocks, lengths, _ = run_round(drafter, p_t, streams, scripts, choose, monkeypatch=monkeypatch)
+        blocks, lengths, _ = run_round(drafter, raw, streams, scripts, choose, monkeypatch=monkeypatch)
         assert blocks[0].tokens == tokens
         judge(lengths[0], tokens, us, weight)
 
@@ -198,7 +242,7 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), kernels=None)
             rest, stands = p, share[k]
             if k < length:
                 rest = [max(share[k] * pi - qi, 0.0) for pi, qi in zip(p, widened(k, tokens), strict=True)]
-                stands = sum(rest) / (sum(rest) + 1.0 - share[k]) if k and sum(rest) else float(k == 0)
+                stands = sum(rest) / (sum(rest) + (1.0 - share[k])) if k and sum(rest) else float(k == 0)
             mine = [(0.0, stands)] if k else []
             if stands > 0:
                 finish(length, k, tokens, us, [*mine, *refused], rest, weight * stands)
@@ -209,7 +253,7 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), kernels=None)
 
     def widened(k: int, tokens: list[int]) -> list[float]:
         q = [0.0] * vocab
-        for i, v in enumerate(drafter.p_d[k][0 if k == 0 else tokens[k - 1]].tolist()):
+        for i, v in enumerate(p_d(k, tokens)):
             q[ids[i]] = v
         return q
 
@@ -220,14 +264,14 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), kernels=None)
             for corner in (0, 1):  # just inside the lower, then the upper end of every interval at once
                 at = [ends(*i)[corner] for i in intervals]
                 judged = [*[0.5] * max(0, stand - 1), *at[gamma:-1]]  # whether less stands is not asked
-                mine = ScriptedUniforms(at[:gamma], [*judged, *[0.5] * (gamma - len(judged))], at[-1])
+                first = ScriptedUniforms(at[:gamma], [*judged, *[0.5] * (gamma - len(judged))], at[-1])
                 other = ScriptedUniforms([0.35] * gamma, [0.6] * gamma, 0.4)
-                streams = [FakeStream(sampling, "rejection"), *others()]
+                streams = [mine(), *others()]
                 blocks, lengths, outcomes = run_round(
                     drafter,
-                    p_t,
+                    raw,
                     streams,
-                    [mine, *[other] * drawn],
+                    [first, *[other] * drawn],
                     choose,
                     monkeypatch=monkeypatch,
                     kernels=kernels,
@@ -245,7 +289,7 @@ def law_of_round(drafter, p_t, choose, *, monkeypatch, company=(), kernels=None)
             p = math.prod(float(p_t(0, whole[:i])[whole[i]]) for i in range(len(tokens), gamma + 1))
             law[whole] = law.get(whole, 0.0) + weight * p
 
-    visit(0, 0, [], [], 1.0)
+    visit(0, [], [], 1.0)
     return law
 
 
@@ -436,8 +480,64 @@ def test_the_papers_counterexample(early_stop, expected, monkeypatch):
     assert first_is_a == pytest.approx(expected, abs=1e-6)
 
 
+ASKED = {
+    "frequency": {"frequency_penalty": 1.5},
+    "presence": {"presence_penalty": -1.2},
+    "repetition": {"repetition_penalty": 1.8},
+    "bias": {"logit_bias": ((0, -1.0), (2, 2.0))},
+    "least": {"min_tokens": 2},
+    "all": {
+        "frequency_penalty": 0.7,
+        "presence_penalty": 0.4,
+        "repetition_penalty": 1.4,
+        "logit_bias": ((1, 0.5), (2, -0.8)),
+        "min_tokens": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("company", [(), ("coupled",)])
+@pytest.mark.parametrize("name", ["adaptive", "fixed"])
+@pytest.mark.parametrize("fields", ASKED)
+def test_adjusted_logits_have_the_law_of_plain_decoding(fields, name, company, kernels, monkeypatch):
+    """Guards against rows and slots that are adjusted by another prefix than their own, on either side: the joint law
+    of γ+1 tokens is that of one token after the other, each from logits that all before it have changed.
+
+    The neighbour is not adjusted, and nothing is taken from or given to its rows.
+    """
+    drafter, p_t = random_tables(4)
+    drafter.c = torch.tensor([[0.8, 0.8, 0.8], [0.95, 0.1, 0.5]])
+    cost = {1: 1.0, 2: 1.2, 3: 1.5, 4: 1.8, 5: 2.1, 6: 2.5}
+    schedule, chosen = scheduled({"fixed": Fixed(2)}.get(name, Adaptive()), lambda b: 1.0 / cost[b], (0.7, 0.4)), set()
+
+    def choose(streams, survivals):
+        lengths = schedule(streams, survivals)
+        chosen.add(lengths[0])
+        return lengths
+
+    asked = Asked(SamplingParams(max_tokens=9, **ASKED[fields]), prompt=(1,), stops=(2,))
+    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, company=company, kernels=kernels, asked=asked)
+    assert company or len(chosen) > (name == "adaptive")
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
+    for tokens, probability in law.items():
+        assert probability == pytest.approx(joint(lambda r, prefix: asked(p_t(r, prefix), prefix), tokens), abs=2e-6)
+        if fields == "least":
+            assert probability == 0.0 or 2 not in tokens[:2]
+
+
+def test_adjusted_drafts_of_a_reduced_vocabulary_are_lossless(kernels, monkeypatch):
+    """Guards against biases, penalties and stop tokens that reach another token of the draft vocabulary."""
+    drafter, p_t = random_tables(5, vocab=4, draft_vocab=2)
+    asked = Asked(SamplingParams(max_tokens=9, **ASKED["all"]), prompt=(3, 0), stops=(2, 0))
+    choose = searched(STAIRCASE.__getitem__)
+    law = law_of_round(drafter, p_t, choose, monkeypatch=monkeypatch, kernels=kernels, asked=asked)
+    for tokens, probability in law.items():
+        assert probability == pytest.approx(joint(lambda r, prefix: asked(p_t(r, prefix), prefix), tokens), abs=2e-6)
+
+
+@pytest.mark.parametrize("asked", [None, Asked(SamplingParams(max_tokens=9, **ASKED["all"]), prompt=(1,), stops=(2,))])
 @pytest.mark.parametrize("early_stop", [True, False])
-def test_coupled_verification_commits_what_plain_decoding_would(early_stop, monkeypatch):
+def test_coupled_verification_commits_what_plain_decoding_would(early_stop, asked, monkeypatch):
     """Guards against any influence of drafter or schedule on coupled text, for every noise of a finite set.
 
     Over all orders of three noise values at each of three positions, under a search that is *not* lossless for
@@ -452,6 +552,7 @@ def test_coupled_verification_commits_what_plain_decoding_would(early_stop, monk
             at=lambda first, n, noises=noises: torch.tensor(noises[first - 1 : first - 1 + n], dtype=torch.float64)
         )
         stream = FakeStream(SamplingParams(max_tokens=9, temperature=1.0), "coupled", noise=noise)
+        stream.adjustment = asked and asked.adjustment(3)
         blocks, _, [(accepted, bonus)] = run_round(
             drafter,
             p_t,
@@ -464,7 +565,9 @@ def test_coupled_verification_commits_what_plain_decoding_would(early_stop, monk
         plain: list[int] = []
         while len(plain) < len(committed):
             e = torch.tensor([noises[len(plain)]], dtype=torch.float64)
-            plain.append(int(race(p_t(0, tuple(plain)).unsqueeze(0), e)[0]))
+            p = p_t(0, tuple(plain))
+            p = p if asked is None else asked(p, plain)
+            plain.append(int(race(p.unsqueeze(0), e)[0]))
         assert committed == plain
 
 

@@ -88,6 +88,8 @@ def test_checkpoints_read_back_what_was_written(head, draft_vocab, options, tmp_
 class View:
     """One greedy stream at position 0."""
 
+    adjustment = None
+
     def __init__(self, extent):
         from dspark_stream.types import SamplingParams
 

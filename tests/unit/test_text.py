@@ -53,6 +53,26 @@ def test_half_a_character_waits_and_ends_as_replacement():
 @given(
     st.text(alphabet="ab", max_size=30),
     st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 12),
+)
+def test_stop_strings_count_where_they_end(text, stop, least):
+    """The first that ends behind the least tokens, of one byte each; the earliest to begin of those that end there."""
+    stream, got = TextStream(RAW, tuple(stop)), ""
+    for i, byte in enumerate(text.encode()):
+        pieces, stopped = stream.push(byte, False, i >= least)
+        got += "".join(p.text for p in pieces)
+        if stopped:
+            break
+    else:
+        got += "".join(p.text for p in stream.finish())
+    ends = [end for end in range(least + 1, len(text) + 1) if any(text[:end].endswith(s) for s in stop)]
+    begin = max((len(s) for s in stop if ends and text[: ends[0]].endswith(s)), default=0)
+    assert got == (text[: ends[0] - begin] if ends else text)
+
+
+@given(
+    st.text(alphabet="ab", max_size=30),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
 )
 def test_stop_strings_cut_exactly_before_the_first(text, stop):
     """Against the whole text at once: cut where the earliest-completed stop string begins, nothing lost otherwise."""

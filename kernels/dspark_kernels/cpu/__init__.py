@@ -3,6 +3,7 @@
 from dspark_kernels.cpu.build import Isa, NoCompilerError, best_isa, supported_isas
 from dspark_kernels.cpu.library import (
     Context,
+    EditedBlock,
     Head,
     Kind,
     Llama,
@@ -14,6 +15,8 @@ from dspark_kernels.cpu.library import (
     Table,
     Walked,
     Weights,
+    best_tokens,
+    edit_rows,
     noise_rows,
     race,
     sampling_rows,
@@ -22,6 +25,7 @@ from dspark_kernels.cpu.machine import cpu_name
 
 __all__ = [
     "Context",
+    "EditedBlock",
     "Head",
     "Isa",
     "Kind",
@@ -36,7 +40,9 @@ __all__ = [
     "Walked",
     "Weights",
     "best_isa",
+    "best_tokens",
     "cpu_name",
+    "edit_rows",
     "noise_rows",
     "race",
     "sampling_rows",

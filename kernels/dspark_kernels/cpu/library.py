@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_kernels.cpu.build import Isa, NoCompilerError, build
+from dspark_kernels.edits import EDIT, Edits
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
@@ -136,15 +137,17 @@ def load(isa: Isa, sanitize: bool = False) -> Any:
         "free_llama": (None, [pointer]),
         "add_layer": (done, [*three, *two]),
         "forward": (done, [pointer, pointer, integer, *[pointer] * 8, *place, pointer, integer, pointer]),
-        "walk": (done, [*[pointer] * 4, *two, *[pointer] * 8]),
+        "walk": (done, [*[pointer] * 4, *two, *[pointer] * 9]),
         "draft": (
             done,
-            [*three, real, *[pointer] * 2, *[integer] * 3, pointer, integer, *three, *place, *[pointer] * 8],
+            [*three, real, *[pointer] * 2, *[integer] * 3, pointer, integer, *three, *place, *[pointer] * 9],
         ),
         "run": (
             done,
             [*three, real, pointer, integer, *[pointer] * 4, *place, pointer, integer, *two_at, integer, *two_at],
         ),
+        "best": (done, [pointer, pointer, integer, pointer, integer, pointer]),
+        "edit": (done, [pointer, pointer, *two, *[pointer] * 4]),
         "weigh": (done, [pointer, pointer, *two, pointer, pointer]),
         "race": (done, [pointer, pointer, integer, pointer, integer, *three]),
         "draw": (integer, [pointer, integer, double, double]),
@@ -384,6 +387,89 @@ class Table:
         out = np.empty((len(chosen), self.inputs), dtype=np.float32)
         _done(self.context, self.context.library.table_rows(self.handle, _at(chosen), len(chosen), _at(out)))
         return out
+
+
+class _Edits(ctypes.Structure):
+    """`Edits` of csrc/edits.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("entries", "stops")),
+        *((name, ctypes.c_int32) for name in ("count", "stop_count", "masked")),
+        *((name, ctypes.c_float) for name in ("frequency", "presence", "repetition")),
+    )
+
+
+class _EditList:
+    """Edits of N streams as the kernels read them; None for streams that have none.
+
+    Raises:
+        ValueError: tokens outside the vocabulary.
+    """
+
+    def __init__(self, edits: Sequence[Edits | None], width: int) -> None:
+        self._keep = edits
+        self._structs: list[_Edits | None] = []
+        for edit in edits:
+            if edit is None:
+                self._structs.append(None)
+                continue
+            entries, stops = edit.entries, edit.stops
+            _must(entries.dtype == EDIT and entries.flags.c_contiguous, "edits of another type")
+            _must(stops.dtype == np.int32 and stops.flags.c_contiguous, "stop tokens of another type")
+            for tokens in (entries["token"], stops):
+                _must(not len(tokens) or 0 <= tokens.min() <= tokens.max() < width, "edits outside the vocabulary")
+            self._structs.append(
+                _Edits(_at(entries), _at(stops), len(entries), len(stops), *edit[2:]),
+            )
+        at = [None if s is None else ctypes.addressof(s) for s in self._structs]
+        self._pointers = (ctypes.c_void_p * len(at))(*at)
+        self.address = ctypes.addressof(self._pointers)
+
+
+class EditedBlock(NamedTuple):
+    """Rows ``first`` … ``first + len(drafts)`` of one stream: each sees the drafts before it."""
+
+    first: int
+    drafts: Sequence[int]
+    edits: Edits
+
+
+def edit_rows(context: Context, scores: Floats, blocks: Sequence[EditedBlock]) -> None:
+    """Edit some of scores [N, V] where they stand.
+
+    Raises:
+        ValueError: rows or tokens that are not there.
+    """
+    rows, width = scores.shape
+    _must(scores.dtype == np.float32 and scores.flags.c_contiguous, "scores of another kind")
+    drafts = [token for block in blocks for token in block.drafts]
+    for block in blocks:
+        _must(block.first >= 0 and block.first + len(block.drafts) < rows, "blocks without rows")
+    _must(not drafts or (min(drafts) >= 0 and max(drafts) < width), "drafts outside the vocabulary")
+    listed = _EditList([block.edits for block in blocks], width)
+    words = _ints([*(b.first for b in blocks), *(len(b.drafts) for b in blocks), *drafts])
+    at, count = words.ctypes.data, len(blocks)
+    edit = context.library.edit
+    _done(
+        context,
+        edit(context.handle, _at(scores), width, count, at, at + 4 * count, at + 8 * count, listed.address),
+    )
+
+
+def best_tokens(context: Context, scores: Floats, rows: Sequence[int]) -> list[int]:
+    """The greatest of each of those rows of scores [N, V], the first of equal ones.
+
+    Raises:
+        ValueError: rows that are not there.
+    """
+    _must(scores.dtype == np.float32 and scores.flags.c_contiguous and scores.shape[1] > 0, "scores of another kind")
+    _must(not len(rows) or (min(rows) >= 0 and max(rows) < len(scores)), "rows that are not there")
+    count = len(rows)
+    words = np.array([*rows, *[0] * count], dtype=np.int32)
+    at = words.ctypes.data
+    _done(context, context.library.best(context.handle, _at(scores), scores.shape[1], at, count, at + 4 * count))
+    found: list[int] = words[count:].tolist()
+    return found
 
 
 def sampling_rows(rows: Sequence[tuple[float, float, float, int]]) -> Floats:
@@ -631,17 +717,19 @@ class Head:
         sampling: Floats | None = None,
         uniforms: Doubles | None = None,
         noise: Longs | None = None,
+        edits: Sequence[Edits | None] | None = None,
     ) -> Walked:
         """Drafts of R streams, slot after slot.
 
         Args:
-            base: logits before any bias [R, γ, Vd]; written over where a stream samples.
+            base: logits before any bias [R, γ, Vd]; written over where a stream samples or is edited.
             hidden: [R, γ, H].
             anchors: [R].
             sampling: `sampling_rows` [R, 4], temperature 0 for greedy drafts; None: all are.
             uniforms: [R, γ] in [0, 1), for those that sample.
             noise: `noise_rows` [R, 2] at the first slot's position: who has one races instead, under the noise of the
                 target's tokens. None: nobody.
+            edits: [R], over the draft vocabulary, None for streams without; None: nobody has any.
         """
         streams, gamma, vocabulary = base.shape
         _must(vocabulary == self.vocabulary, "another draft vocabulary")
@@ -651,7 +739,7 @@ class Head:
         _must(anchors.shape == (streams,), "anchors of other streams")
         if self.w1 is not None and len(anchors) and not self.w1_of_drafts:
             _must(0 <= int(anchors.min()) <= int(anchors.max()) < len(self.w1), "anchors outside the vocabulary")
-        out = _Drafted(context, self, anchors, gamma, sampling, uniforms, noise)
+        out = _Drafted(context, self, anchors, gamma, sampling, uniforms, noise, edits)
         library = context.library
         done = library.walk(
             context.handle, self.address, _at(base), _at(hidden), streams, gamma, out.anchors, *out.drawn, *out.places
@@ -672,6 +760,7 @@ class _Drafted:
         sampling: Floats | None,
         uniforms: Doubles | None,
         noise: Longs | None,
+        edits: Sequence[Edits | None] | None,
     ) -> None:
         streams = len(anchors)
         _must(
@@ -681,8 +770,11 @@ class _Drafted:
         self._context = context
         self._keep: list[npt.NDArray[Any]] = [anchors]
         self.anchors = _at(anchors)
-        self.drawn: tuple[int | None, int | None, int | None] = (None, None, None)
-        """Addresses of sampling, uniforms and noise."""
+        _must(edits is None or len(edits) == streams, "edits of other streams")
+        self._edits = _EditList(edits, head.vocabulary) if edits is not None and any(edits) else None
+        at_edits = None if self._edits is None else self._edits.address
+        self.drawn: tuple[int | None, ...] = (None, None, None, at_edits)
+        """Addresses of sampling, uniforms, noise and edits."""
         self._totals: Doubles | None = None
         if sampling is not None and (sampling[:, 0] > 0).any():
             _check_sampling(sampling, streams)
@@ -693,7 +785,7 @@ class _Drafted:
             if noise is not None:
                 _check_noise(noise, streams)
                 self._keep.append(noise)
-            self.drawn = _at(sampling), _at(uniforms), _at(noise)
+            self.drawn = _at(sampling), _at(uniforms), _at(noise), at_edits
             self._totals = np.ones(streams * gamma)
         # tokens, indices and confidence logits of four bytes each lie together: one address to ask for
         self._out = np.zeros((3, streams, gamma), dtype=np.int32)
@@ -997,6 +1089,7 @@ class Llama:
         noise: Longs | None = None,
         embedding_scale: float = 1.0,
         window: int = 0,
+        edits: Sequence[Edits | None] | None = None,
     ) -> Walked:
         """Blocks of γ drafts for R streams in one call: anchor and masks through layers, LM head and `Head.walk`.
 
@@ -1006,7 +1099,7 @@ class Llama:
             anchors: [R].
             place: `Store.place`.
             base: where base logits go; `Walked.weights` are a view of it, good until it is next written to.
-            sampling: see `Head.walk`; ``uniforms`` and ``noise`` likewise.
+            sampling: see `Head.walk`; ``uniforms``, ``noise`` and ``edits`` likewise.
             window: positions before the anchor that a block sees; 0: all.
 
         Raises:
@@ -1019,7 +1112,7 @@ class Llama:
         _must(lm_head.outputs == head.vocabulary and head.hidden_size == self.hidden, "heads of another drafter")
         streams = len(anchors)
         words = np.array([*anchors, *where], dtype=np.int32)
-        out = _Drafted(self.context, head, words[:streams], gamma, sampling, uniforms, noise)
+        out = _Drafted(self.context, head, words[:streams], gamma, sampling, uniforms, noise, edits)
         scores = base.get(streams, gamma, lm_head.outputs)
         done = self.context.library.draft(
             self.context.handle,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from enum import Enum
 from math import inf
 
 from dspark_stream.engine.backlog import Backlog
 from dspark_stream.engine.text import TextStream
 from dspark_stream.load.acceptance import Past
+from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.spec.draft import acceptance_of
@@ -36,8 +38,14 @@ def round_key(request: GenerationRequest) -> int:
     everything draw the same and do no harm: ties are admitted by position first (load/schedule.py).
     """
     s = request.sampling
-    what = (s.seed, s.temperature, s.top_p, s.top_k, s.min_p, request.prompt_ids)
+    what = (s.seed, s.temperature, s.top_p, s.top_k, s.min_p, request.prompt_ids, *adjustments_of(s))
     return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest())
+
+
+def adjustments_of(s: SamplingParams) -> tuple[object, ...]:
+    """What is asked for of logits beside how they are drawn from; empty: nothing."""
+    asked = s.frequency_penalty, s.presence_penalty, s.repetition_penalty, s.logit_bias, s.min_tokens
+    return () if asked == (0.0, 0.0, 1.0, (), 0) else (*asked, s.stop_token_ids if s.min_tokens else ())
 
 
 class Phase(Enum):
@@ -50,10 +58,25 @@ class Phase(Enum):
 
 
 class Stream:
-    """Written by the engine thread alone. `position` and `anchor` are the algorithm's p and anchor token."""
+    """Written by the engine thread alone. `position` and `anchor` are the algorithm's p and anchor token.
+
+    Args:
+        request: what was asked for.
+        vocab: V.
+        gamma: γ.
+        stop_ids: tokens that end it.
+        text: what tokens stand for; None for token ids only.
+        eos_ids: the model's own stop tokens, which ``min_tokens`` holds off whether or not they end the stream.
+    """
 
     def __init__(
-        self, request: GenerationRequest, vocab: int, gamma: int, stop_ids: frozenset[int], text: TokenBytes | None
+        self,
+        request: GenerationRequest,
+        vocab: int,
+        gamma: int,
+        stop_ids: frozenset[int],
+        text: TokenBytes | None,
+        eos_ids: Sequence[int] = (),
     ) -> None:
         self.request = request
         self.sampling: SamplingParams = request.sampling
@@ -78,7 +101,8 @@ class Stream:
         self.last_chunk_s = time.perf_counter()
         """When its last tokens left; before that, when its prompt was through."""
         self.late_chunks = 0
-        self._stop_ids = stop_ids
+        self._stop_ids, self._eos_ids, self._vocab = stop_ids, eos_ids, vocab
+        self._adjustment: Adjustment | None = None
         self._text = TextStream(text, request.sampling.stop)
         self._rounds = 0
         self._drafted = 0
@@ -94,12 +118,20 @@ class Stream:
         return self.gamma > 0
 
     @property
+    def adjustment(self) -> Adjustment | None:
+        """What its logits are changed by; None: nothing, or nothing any more."""
+        return self._adjustment if self._adjustment is not None and self._adjustment.active else None
+
+    @property
     def slots_needed(self) -> int:
         """Token slots from the first prompt token to the last that a round could touch: a whole block past the end."""
         return len(self.request.prompt_ids) + self.sampling.max_tokens + self.gamma + 1
 
     def admitted(self, extent: Extent) -> None:
         """The stream has its slots and starts its prefill."""
+        if adjustments_of(self.sampling):  # not sooner: it may have waited for long, and prompts are long
+            stops = {*self._eos_ids, *self.sampling.stop_token_ids}
+            self._adjustment = Adjustment(self.sampling, stops, self.request.prompt_ids, self._vocab)
         self.extent = extent
         self.phase = Phase.PREFILL
         self._t_admit = self._t_first = time.perf_counter()
@@ -132,10 +164,11 @@ class Stream:
         for i, token in enumerate(tokens):
             kept.append(token)
             self.output_tokens += 1
-            if token in self._stop_ids:
+            late_enough = self.output_tokens > self.sampling.min_tokens
+            if token in self._stop_ids and late_enough:
                 reason = "stop"
                 break
-            new, stopped = self._text.push(token, i < accepted)
+            new, stopped = self._text.push(token, i < accepted, late_enough)
             pieces += new
             if stopped:
                 reason = "stop"
@@ -148,6 +181,8 @@ class Stream:
         self.last_chunk_s = now_s
         self.position += len(kept)
         self.anchor = kept[-1]
+        if self._adjustment is not None:
+            self._adjustment.generated(kept)
         if reason:
             pieces += self._text.finish()
         return self._tokens_event(kept, pieces, record), reason

@@ -17,13 +17,18 @@ class StopStrings:
         self._longest = max((len(s) for s in stop), default=0)
         self._tail = ""  # text not yet safe to release
 
-    def feed(self, text: str) -> tuple[int, bool]:
+    def feed(self, text: str, counts: bool = True) -> tuple[int, bool]:
         """Add text; returns how many characters of (held back + new) may be released, and whether to stop.
 
-        On a stop the count ends just before the stop string, and the rest is never to be released.
+        On a stop the count ends just before the stop string, and the rest is never to be released. A stop string that
+        ends within text that does not ``count`` is none.
         """
+        held = len(self._tail)
         self._tail += text
-        found = min((i for s in self.stop if (i := self._tail.find(s)) >= 0), default=-1)
+        found = -1
+        if counts:
+            ends = ((s, max(0, held - len(s) + 1)) for s in self.stop)  # what ended before did not count
+            found = min((i for s, start in ends if (i := self._tail.find(s, start)) >= 0), default=-1)
         if found >= 0:
             self._tail = ""
             return found, True
@@ -53,12 +58,13 @@ class TextStream:
         self._held: deque[Piece] = deque()  # decoded, not yet safe to release
         self._last_drafted = False
 
-    def push(self, token: int, drafted: bool) -> tuple[list[Piece], bool]:
-        """Add a token; returns the pieces now safe to send, and whether a stop string was completed."""
+    def push(self, token: int, drafted: bool, may_stop: bool = True) -> tuple[list[Piece], bool]:
+        """Add a token; returns the pieces now safe to send, and whether a stop string was completed: none is by a token
+        at which the text ``may`` not ``stop`` yet."""
         if self._token_bytes is None:
             return [], False
         self._last_drafted = drafted
-        return self._release(self._utf8.decode(self._token_bytes[token]), drafted)
+        return self._release(self._utf8.decode(self._token_bytes[token]), drafted, may_stop)
 
     def finish(self) -> list[Piece]:
         """What was held back and did not become a stop string; half a character ends as U+FFFD."""
@@ -68,7 +74,7 @@ class TextStream:
         self._held.clear()
         return pieces
 
-    def _release(self, text: str, drafted: bool) -> tuple[list[Piece], bool]:
+    def _release(self, text: str, drafted: bool, may_stop: bool = True) -> tuple[list[Piece], bool]:
         if not text:
             return [], False
         if self._at_start:
@@ -77,7 +83,7 @@ class TextStream:
                 text = text.removeprefix(" ")
         if text:
             self._held.append(Piece(text, drafted))
-        count, stopped = self._stop.feed(text)
+        count, stopped = self._stop.feed(text, may_stop)
         out: list[Piece] = []
         while count and self._held:
             head = self._held.popleft()

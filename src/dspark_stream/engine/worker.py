@@ -27,6 +27,10 @@ from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.types import (
+    MAX_BIAS,
+    MAX_BIASES,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
     MAX_SEED,
     EngineEvent,
     EngineSnapshot,
@@ -34,6 +38,7 @@ from dspark_stream.types import (
     FinishReason,
     GenerationRequest,
     ModelInfo,
+    SamplingParams,
 )
 
 log = logging.getLogger(__name__)
@@ -120,7 +125,8 @@ class EngineThread:
         stops = frozenset(eos) | frozenset(request.sampling.stop_token_ids)
         if not request.max_chunk_gap_ms:
             request = msgspec.structs.replace(request, max_chunk_gap_ms=self._max_chunk_gap_ms)
-        stream = Stream(request, self._models.target.vocab_size, self._models.gamma, stops, self._text)
+        target = self._models.target
+        stream = Stream(request, target.vocab_size, self._models.gamma, stops, self._text, eos_ids=target.eos_token_ids)
         if stream.slots_needed > self._allocator.total:
             raise ContextLengthError(
                 f"prompt and max_output_tokens need {stream.slots_needed} token slots; the server's kv_memory holds "
@@ -380,6 +386,7 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
         refuse("top_k", "at least 0 (off)", s.top_k)
     if not 0 <= s.seed <= MAX_SEED:
         refuse("seed", f"in 0 … {MAX_SEED}", s.seed)
+    _check_adjustments(s, info, refuse)
     if not 0.0 <= request.max_chunk_gap_ms < float("inf"):
         refuse("max_chunk_gap_ms", "a number ≥ 0", request.max_chunk_gap_ms)
     if any(not text for text in s.stop):
@@ -391,3 +398,22 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
             f"max_model_len is {info.max_model_len}",
             param="max_tokens",
         )
+
+
+def _check_adjustments(s: SamplingParams, info: ModelInfo, refuse: Callable[[str, str, object], None]) -> None:
+    for param in ("frequency_penalty", "presence_penalty"):
+        if not abs(penalty := getattr(s, param)) <= MAX_PENALTY:
+            refuse(param, f"in [-{MAX_PENALTY}, {MAX_PENALTY}]", penalty)
+    if not 0.0 < s.repetition_penalty <= MAX_REPETITION_PENALTY:
+        refuse("repetition_penalty", f"in (0, {MAX_REPETITION_PENALTY}]", s.repetition_penalty)
+    if not 0 <= s.min_tokens <= s.max_tokens:
+        refuse("min_tokens", f"in 0 … max_tokens, {s.max_tokens}", s.min_tokens)
+    if len(s.logit_bias) > MAX_BIASES:
+        refuse("logit_bias", f"at most {MAX_BIASES:,} tokens", len(s.logit_bias))
+    for before, (token, bias) in zip([(-1, 0.0), *s.logit_bias], s.logit_bias, strict=False):
+        if not 0 <= token < info.vocab_size:
+            refuse("logit_bias", f"of token ids in 0 … {info.vocab_size - 1}", token)
+        if token <= before[0]:
+            refuse("logit_bias", "of ascending token ids, each once", token)
+        if not abs(bias) <= MAX_BIAS:
+            refuse("logit_bias", f"of values in [-{MAX_BIAS}, {MAX_BIAS}]", bias)

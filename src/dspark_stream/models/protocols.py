@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent, KVShape
 from dspark_stream.models.distributions import Distributions
 from dspark_stream.types import SamplingParams
@@ -49,12 +50,25 @@ class Race(NamedTuple):
     """Output position of the row; of a draft's first slot."""
 
 
+class AdjustedBlock(NamedTuple):
+    """Rows ``first`` … ``first + len(drafts)`` of a stream that is adjusted: each sees the drafts before it."""
+
+    first: int
+    drafts: Sequence[int]
+    adjustment: Adjustment
+
+
 class Verified(Protocol):
     """What a target pass says of the rows asked for; good until the next pass."""
 
     @property
     def taps(self) -> Tensor:
         """[T, taps·H] of all rows, float; empty where there is no drafter."""
+
+    def adjusted(self, blocks: Sequence[AdjustedBlock]) -> Verified:
+        """The same with the logits of these rows adjusted; this one is not to be used any more. Not where the pass was
+        asked for the best tokens alone.
+        """
 
     def best(self, rows: Sequence[int]) -> list[int]:
         """The likeliest token of each row."""
@@ -122,6 +136,8 @@ class Draw(NamedTuple):
     """[g] in [0, 1), for inverse transform (rejection)."""
     race: Race | None = None
     """For the race that the target runs under the same noise (coupled)."""
+    adjustment: Adjustment | None = None
+    """What is done to each slot's logits before anything is drawn by them; a slot sees the drafts before it."""
 
 
 class Drafted(Protocol):

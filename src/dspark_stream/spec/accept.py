@@ -12,7 +12,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from dspark_stream.models.distributions import Distributions, Judged
-from dspark_stream.models.protocols import Race, Verified
+from dspark_stream.models.protocols import AdjustedBlock, Race, Verified
 from dspark_stream.spec.draft import Block, StreamView, acceptance_of
 from dspark_stream.spec.noise import RoundUniforms
 from dspark_stream.types import Acceptance
@@ -32,6 +32,13 @@ def accept(
     first = [0, *accumulate(1 + length for length in lengths)]
     ways = [acceptance_of(stream) for stream in streams]
     outcomes: list[Outcome | None] = [None] * len(streams)
+    adjusted = [
+        AdjustedBlock(row, blocks[r].tokens[: lengths[r]], adjustment)
+        for r, (row, stream) in enumerate(zip(first, streams, strict=False))
+        if (adjustment := stream.adjustment) is not None
+    ]
+    if adjusted:
+        output = output.adjusted(adjusted)
 
     def rows_of(way: Acceptance) -> list[tuple[int, int]]:
         """Stream and place in its block of every row of that way's streams."""

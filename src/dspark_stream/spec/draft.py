@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.distributions import Distributions
 from dspark_stream.models.protocols import Drafted, Drafter, Draw, Noise, Race, Store
@@ -36,6 +37,10 @@ class StreamView(Protocol):
     @property
     def sampling(self) -> SamplingParams:
         """How its tokens are chosen."""
+
+    @property
+    def adjustment(self) -> Adjustment | None:
+        """What its logits are changed by first; None: nothing."""
 
     @property
     def verification(self) -> Verification:
@@ -105,10 +110,11 @@ def _uniforms(gamma: int, streams: Sequence[StreamView]) -> list[RoundUniforms |
 
 def _draw(stream: StreamView, uniforms: RoundUniforms | None, slots: int) -> Draw:
     if uniforms is not None:
-        return Draw(stream.sampling, uniforms.draft[:slots])
+        return Draw(stream.sampling, uniforms.draft[:slots], adjustment=stream.adjustment)
     if acceptance_of(stream) == "coupled":
-        return Draw(stream.sampling, race=Race(stream.noise, stream.position + 1))
-    return Draw(stream.sampling)
+        race = Race(stream.noise, stream.position + 1)
+        return Draw(stream.sampling, race=race, adjustment=stream.adjustment)
+    return Draw(stream.sampling, adjustment=stream.adjustment)
 
 
 def blocks_of(

@@ -13,10 +13,10 @@ def verify(
 ) -> Verified:
     """Row j of a stream gives the target's distribution for position p + 1 + j.
 
-    Where every stream is greedy, only the rows' best tokens are asked for.
+    Where every stream is greedy and none is adjusted, only the rows' best tokens are asked for.
     """
     rows = [
         Rows(s.extent, s.position, [s.anchor, *block.tokens[:length]])
         for s, block, length in zip(streams, blocks, lengths, strict=True)
     ]
-    return target.forward(rows, store, greedy=all(is_greedy(s) for s in streams))
+    return target.forward(rows, store, greedy=all(is_greedy(s) and s.adjustment is None for s in streams))

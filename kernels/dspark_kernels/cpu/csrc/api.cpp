@@ -7,10 +7,12 @@
 #include <cerrno>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "blocks.h"
+#include "edits.h"
 #include "llama.h"
 #include "measure.h"
 #include "race.h"
@@ -236,12 +238,31 @@ struct Drafts {  // of R streams and γ slots
     float* logits;              // of confidence
 };
 
+// The largest of a whole row.
+Found best_of(const float* row, int count) {
+    Best best;
+    for (int i = 0; i < count; i += LANES) best.see(load_some(row + i, count - i).keep(count - i, -INFINITY), i / LANES);
+    Found found;
+    best.onto(found.score, found.index);
+    return found;
+}
+
+// Of each stream; empty where nothing is edited.
+std::vector<std::optional<Prefix>> prefixes_of(const Edits* const* edits, int streams, int rows) {
+    std::vector<std::optional<Prefix>> prefixes(edits ? streams : 0);
+    for (size_t r = 0; r < prefixes.size(); r++)
+        if (edits[r]) prefixes[r].emplace(*edits[r], rows);
+    return prefixes;
+}
+
 // The sequential head for R streams at once: token k of stream r is drawn from base [R, γ, Vd] plus W2·W1[token k-1];
 // its confidence logit is w·[h; W1[token k-1]] + b. Temperature 0 (sampling null: everybody's) takes the greatest. Else base
 // becomes weights where it stands, and `uniforms` [R, γ] draws among them, or a race does that begins at noise [R] (null:
-// nobody's), the first slot's position.
+// nobody's), the first slot's position. Scores are edited before anything is drawn by them: edits [R], of the draft
+// vocabulary; null for those of streams that are as they come, or altogether.
 void walk(Context* context, const Heads& heads, float* base, const float* hidden, int streams, int gamma,
-          const int32_t* anchors, const Sampling* sampling, const double* uniforms, const Noise* noise, const Drafts& to) {
+          const int32_t* anchors, const Sampling* sampling, const double* uniforms, const Noise* noise,
+          const Edits* const* edits, const Drafts& to) {
     const int threads = context->pool.size(), vocabulary = heads.vocabulary, rank = heads.rank;
     const int tiles = (vocabulary + LANES - 1) / LANES;
     const Matrix* const w2 = heads.w2;
@@ -251,6 +272,8 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
     bool any_sampled = false, any_top_k = false, any_raced = false;
     for (int r = 0; r < streams; r++)
         any_sampled |= sampled(r), any_top_k |= sampled(r) && sampling[r].top_k > 0, any_raced |= raced(r);
+    auto prefixes = prefixes_of(edits, streams, gamma);
+    const auto edited = [&](int r) { return edits && edits[r]; };
     context->least.assign(streams, -INFINITY);
     if (any_sampled) context->reserve_rooms(vocabulary);
     if (w2) context->input.reserve(streams, rank);
@@ -299,7 +322,7 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
                     for (int r = 0; r < some; r++) {
                         float* at = scores(from + r, k) + t * LANES;
                         const Floats score = load_some(at, lanes) + bias[r];
-                        if (w2 && sampled(from + r)) store_some(score, lanes, at);
+                        if (w2 && (sampled(from + r) || edited(from + r))) store_some(score, lanes, at);
                         best[r].see(score.keep(lanes, -INFINITY), t);
                     }
                 }
@@ -309,6 +332,16 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
                 }
             }
             context->pool.barrier();
+            if (edits) {
+                for (int r = first_row; r < last_row; r++) {
+                    if (!edited(r)) continue;
+                    prefixes[r]->apply(scores(r, k));
+                    for (int other = 1; other < threads; other++)
+                        context->found[static_cast<size_t>(other) * streams + r] = Found();
+                    context->found[r] = best_of(scores(r, k), vocabulary);
+                }
+                context->pool.barrier();
+            }
             if (any_top_k) {
                 for (int r = first_row; r < last_row; r++)
                     if (sampled(r))
@@ -345,6 +378,7 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
                     index = winner(context->ahead, r, streams, threads);
                 else if (sampled(r))
                     index = draw(scores(r, k), vocabulary, uniforms[at] * to.totals[at]);
+                if (edited(r)) prefixes[r]->add(index);
                 to.indices[at] = index;
                 to.tokens[at] = heads.draft_ids ? heads.draft_ids[index] : index;
             }
@@ -658,9 +692,9 @@ bool dspark_append_context(Context* context, Llama* model, const Matrix* fc, con
 // See walk.
 bool dspark_walk(Context* context, const Heads* heads, float* base, const float* hidden, int streams, int gamma,
                  const int32_t* anchors, const Sampling* sampling, const double* uniforms, const Noise* noise,
-                 int32_t* tokens, int32_t* indices, double* totals, float* logits) {
+                 const Edits* const* edits, int32_t* tokens, int32_t* indices, double* totals, float* logits) {
     return guarded([&] {
-        walk(context, *heads, base, hidden, streams, gamma, anchors, sampling, uniforms, noise,
+        walk(context, *heads, base, hidden, streams, gamma, anchors, sampling, uniforms, noise, edits,
              Drafts{tokens, indices, totals, logits});
         return true;
     });
@@ -671,8 +705,8 @@ bool dspark_walk(Context* context, const Heads* heads, float* base, const float*
 bool dspark_draft(Context* context, Llama* model, const Table* embedding, float embedding_scale, const Matrix* lm_head,
                   const Heads* heads, int mask, int streams, int gamma, const int32_t* where, int window,
                   const int32_t* anchors, uint16_t* keys, uint16_t* values, int64_t slots, int ring, float* base,
-                  const Sampling* sampling, const double* uniforms, const Noise* noise, int32_t* tokens, int32_t* indices,
-                  double* totals, float* logits) {
+                  const Sampling* sampling, const double* uniforms, const Noise* noise, const Edits* const* edits,
+                  int32_t* tokens, int32_t* indices, double* totals, float* logits) {
     return guarded([&] {
         const Pass pass = lay_out(context, streams, where, false, window, ring);
         float* const x = hidden_of(context, pass.rows, model->shape.hidden);
@@ -688,8 +722,57 @@ bool dspark_draft(Context* context, Llama* model, const Table* embedding, float 
         }
         forward(context, model, pass, Store{keys, values, slots, ring}, x, nullptr, 0, nullptr);
         multiply(context, *lm_head, x, pass.rows, base, lm_head->outputs, nullptr);
-        walk(context, *heads, base, x, streams, gamma, anchors, sampling, uniforms, noise,
+        walk(context, *heads, base, x, streams, gamma, anchors, sampling, uniforms, noise, edits,
              Drafts{tokens, indices, totals, logits});
+        return true;
+    });
+}
+
+// The greatest of each of `rows` [count] of scores, the first of equal ones.
+bool dspark_best(Context* context, const float* scores, int width, const int32_t* rows, int count, int32_t* best) {
+    return guarded([&] {
+        const auto some = [&](int first, int last) {
+            for (int i = first; i < last; i++) {
+                const int32_t index = best_of(scores + static_cast<size_t>(rows[i]) * width, width).index;
+                best[i] = index < width ? index : 0;  // nothing but NaN
+            }
+        };
+        if (count == 1) return some(0, 1), true;
+        context->pool.run([&](int thread) {
+            int first, last;
+            share(count, 1, thread, context->pool.size(), &first, &last);
+            some(first, last);
+        });
+        return true;
+    });
+}
+
+// Scores edited where they stand: of each block, rows `first` … `first` + `length` [blocks], the drafts between them in
+// `drafts`, block after block.
+bool dspark_edit(Context* context, float* scores, int width, int blocks, const int32_t* first, const int32_t* length,
+                 const int32_t* drafts, const Edits* const* edits) {
+    return guarded([&] {
+        std::vector<int> before(blocks, 0);
+        int longest = 0;
+        for (int b = 0; b < blocks; b++) {
+            if (b) before[b] = before[b - 1] + length[b - 1];
+            longest = std::max(longest, length[b]);
+        }
+        auto prefixes = prefixes_of(edits, blocks, longest);
+        const auto some = [&](int from, int until) {
+            for (int b = from; b < until; b++) {
+                for (int j = 0; j <= length[b]; j++) {
+                    prefixes[b]->apply(scores + static_cast<size_t>(first[b] + j) * width);
+                    if (j < length[b]) prefixes[b]->add(drafts[before[b] + j]);
+                }
+            }
+        };
+        if (blocks == 1) return some(0, 1), true;  // done before another thread has woken up
+        context->pool.run([&](int thread) {
+            int from, until;
+            share(blocks, 1, thread, context->pool.size(), &from, &until);
+            some(from, until);
+        });
         return true;
     });
 }

@@ -120,8 +120,11 @@ class RoundLadder:
         log.info("rounds ready in %d sizes; the largest takes %.2f ms: %s", len(self.round_ms), ms, size)
 
     def run(self, size: Size) -> None:
-        """One round of that size, in the order of the current stream; returns before it is done."""
-        if self.state.device.type != "cuda":
+        """One round of that size, in the order of the current stream; returns before it is done.
+
+        With streams that are adjusted it is run operation by operation.
+        """
+        if self.state.device.type != "cuda" or self.state.adjustments:
             self._round(self.models, self.state, *size)
             return
         if size not in self._graphs:

@@ -19,6 +19,7 @@ from dspark_kernels.admission import Admitted, Packed, admit, pack
 from dspark_kernels.ragged_attention import SegmentTable
 from dspark_kernels.sequential_head import HeadWeights, prepare, walk
 from dspark_kernels.streams import Drafts
+from dspark_stream.engine.gpu.adjusting import adjusted_drafts, adjusted_rows
 from dspark_stream.engine.gpu.state import RoundState
 from dspark_stream.models.torch.attention import TableAttend
 from dspark_stream.models.torch.drafter import Drafter
@@ -77,6 +78,8 @@ def run_round(
         admitted, drafted.drafts.tokens, state.anchor[:seats], state.position[:seats], state.slot[:seats], rows
     )
     logits, taps = _verify(models, state, seats, admitted, packed, gamma)
+    if state.adjustments:
+        logits = adjusted_rows(logits, admitted, drafted.drafts.tokens, state.adjustments)
     outcome = accept(logits, admitted.first, admitted.length, drafted.drafts, state.sampling(seats))
     if models.drafter is not None and (drafting or context):
         _keep_context(models, packed, outcome, drafts_here, taps)
@@ -114,7 +117,10 @@ def _draft(models: RoundModels, state: RoundState, seats: int, here: Tensor) -> 
     )
     attend = TableAttend(store, slots.flatten(), table, causal=False)
     hidden = drafter.block_hidden(ids.flatten(), positions.flatten(), attend).view(seats, gamma, -1)
-    prepared = prepare(drafter.base_logits(hidden), hidden, head, models.candidates)
+    base = drafter.base_logits(hidden)
+    if state.adjustments:
+        base = adjusted_drafts(base, drafter.draft_ids, state.adjustments)
+    prepared = prepare(base, hidden, head, models.candidates)
     walked = walk(prepared, anchor, head, state.sampling(seats))
     confidence = walked.confidence
     if confidence is None:

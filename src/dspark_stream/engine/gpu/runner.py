@@ -3,6 +3,9 @@
 While the host reads round n, round n+1 is already running: nothing on the device waits for the host, as long as the
 same streams go on. A stream that turns out to have ended in round n took part in n+1 for nothing; its extent reaches a
 block past its last token, so that it harmed nobody (`Stream.slots_needed`).
+
+Where a stream's logits are adjusted (penalties, biases), rounds are run one by one and operation by operation: what the
+next one needs to know of this one's tokens is on the host.
 """
 
 from __future__ import annotations
@@ -164,7 +167,8 @@ class GraphRounds:
             self._seat(wanted)
         if not self._flights:
             self._start(slowest_ms)
-        self._start(slowest_ms)
+        if not self.state.adjustments:  # the next round's need what this one commits
+            self._start(slowest_ms)
         return self._read(self._flights.pop(0))
 
     def _follow(self, schedule: Schedule) -> None:
@@ -207,6 +211,8 @@ class GraphRounds:
     # --- rounds ------------------------------------------------------------------------------------------------
 
     def _start(self, slowest_ms: float) -> None:
+        adjustments = [s.adjustment for s in self._seated]
+        self.state.adjustments = adjustments if any(adjustments) else []
         size = self.sizing.choose(self._seated, slowest_ms)
         self._models.controller.looks = self.sizing.probes
         drafter = self._models.drafter

@@ -15,6 +15,7 @@ import torch
 from dspark_kernels.admission import BUDGET
 from dspark_kernels.noise.reference import signed
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Sampling
+from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.types import Acceptance, SamplingParams
 
 MODES: dict[Acceptance, int] = {"greedy": GREEDY, "rejection": REJECTION, "coupled": COUPLED}
@@ -64,6 +65,9 @@ class RoundState:
         # accepted, bonus, ℓ, then x_1 … x_γ
         self.outcome = torch.zeros(seats, 3 + gamma, dtype=torch.int32, device=device)
         self.survival = torch.zeros(seats, gamma, dtype=torch.float32, device=device)
+        self.adjustments: list[Adjustment | None] = []
+        """Of each seat, for a round that is run operation by operation, since the host knows what was generated. Empty:
+        nobody is adjusted, as in every captured round."""
 
     def sampling(self, seats: int) -> Sampling:
         """The first seats' columns as operations take them."""
@@ -106,3 +110,4 @@ class RoundState:
     def clear(self) -> None:
         """Nobody sits anywhere: a round over this state changes no stream's cache."""
         self.active.zero_()
+        self.adjustments = []

@@ -85,6 +85,7 @@ class NativeDrafter:
         self._fc = pack(context, tensors["fc.weight"], kind)
         self._hidden_norm = _array(tensors["hidden_norm.weight"]) + np.float32(g.family.norm_offset)
         ids = None if draft_ids is None else draft_ids.numpy().astype(np.int32)
+        self._draft_ids = ids
         self._head = target.head if ids is None else target.head.take(ids)
         w2 = self._packed_w2(context, tensors)
         # copies of what is kept as it came: a view would keep the whole file mapped
@@ -202,6 +203,7 @@ class NativeDrafter:
             *_drawn(draws, slots),
             self.target.embedding_scale,
             self.context_window,
+            [None if d.adjustment is None else d.adjustment.draft_edits(self._draft_ids) for d in draws],
         )
         return NativeDrafts(walked, self.has_confidence, self._walk.draft_ids)
 

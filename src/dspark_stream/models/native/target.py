@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, Llama, PackedMatrix, Room, Table, race
+from dspark_kernels.cpu import Context, EditedBlock, Llama, PackedMatrix, Room, Table, best_tokens, edit_rows, race
 from dspark_kernels.cpu.build import library_path
 from dspark_stream.models.cache import KVShape
 from dspark_stream.models.native.distributions import NativeDistributions, drawn_by, raced_by
 from dspark_stream.models.native.store import NativeStore
-from dspark_stream.models.protocols import Race, Rows, Store
+from dspark_stream.models.protocols import AdjustedBlock, Race, Rows, Store
 from dspark_stream.models.taps import checked_taps
 from dspark_stream.types import SamplingParams
 
@@ -27,12 +27,21 @@ class NativeOutput(NamedTuple):
     tokens: list[int]  # best [n], where only these were asked for
     taps: Tensor
 
+    def adjusted(self, blocks: Sequence[AdjustedBlock]) -> NativeOutput:
+        """See `Verified.adjusted`; where they stand."""
+        assert self.rows is not None
+        edit_rows(
+            self.context,
+            self.rows.numpy(),
+            [EditedBlock(first, drafts, adjustment.edits()) for first, drafts, adjustment in blocks],
+        )
+        return self
+
     def best(self, rows: Sequence[int]) -> list[int]:
         """See `Verified.best`."""
         if self.rows is None:
             return [self.tokens[row] for row in rows]
-        found: list[int] = self._of(rows).argmax(-1).tolist()
-        return found
+        return best_tokens(self.context, self.rows.numpy(), rows)
 
     def logits(self, rows: Sequence[int]) -> Tensor:
         """See `Verified.logits`."""

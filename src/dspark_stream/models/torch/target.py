@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from dspark_kernels.linear import PackedLinear, pack_linears
 from dspark_kernels.ragged_attention import Segment
 from dspark_stream.models.cache import KVShape
-from dspark_stream.models.protocols import Race, Rows, Store
+from dspark_stream.models.protocols import AdjustedBlock, Race, Rows, Store
 from dspark_stream.models.taps import checked_taps
 from dspark_stream.models.torch.attention import Attend, ProbeAttend, StoreAttend, int_tensor
 from dspark_stream.models.torch.distributions import Dense, distributions, race
+from dspark_stream.models.torch.edits import edit_block
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.types import SamplingParams
 
@@ -27,6 +28,13 @@ class TargetOutput(NamedTuple):
 
     rows: Tensor
     taps: Tensor
+
+    def adjusted(self, blocks: Sequence[AdjustedBlock]) -> TargetOutput:
+        """See `Verified.adjusted`; in single precision, which penalties need."""
+        rows = self.rows.float()
+        for first, drafts, adjustment in blocks:
+            edit_block(rows[first : first + len(drafts) + 1], drafts, adjustment.edits())
+        return self._replace(rows=rows)
 
     def best(self, rows: Sequence[int]) -> list[int]:
         """See `Verified.best`."""

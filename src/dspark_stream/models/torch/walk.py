@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dspark_stream.models.protocols import Draw
 from dspark_stream.models.torch.distributions import Dense, distributions, race, sample
+from dspark_stream.models.torch.edits import EditedRows
 
 
 class Heads(Protocol):
@@ -78,6 +79,9 @@ class _Chooser:
         races = {r: d.race for r, d in enumerate(draws) if d.race is not None}
         self.coupled = list(races)
         self.sampling = [d.sampling for d in draws]
+        ids = None if draft_ids is None else draft_ids.cpu().numpy()
+        adjusted = {r: d.adjustment for r, d in enumerate(draws) if d.adjustment is not None}
+        self.edited = {r: EditedRows(adjustment.draft_edits(ids)) for r, adjustment in adjusted.items()}
         self.u = torch.tensor([draws[r].uniforms for r in self.sampled], dtype=torch.float64, device=device)  # [Rs, γ]
         self.indices: list[Tensor] = []
         self._q: list[Tensor] = []
@@ -89,6 +93,10 @@ class _Chooser:
 
     def __call__(self, k: int, scores: Tensor) -> Tensor:
         """scores [R, Vd] → draft vocabulary indices [R]."""
+        if self.edited:
+            scores = scores.float()
+            for r, rows in self.edited.items():
+                rows.apply(scores[r])
         index = scores.argmax(-1)
         if self.sampled:
             q = distributions(scores[self.sampled], [self.sampling[r] for r in self.sampled])
@@ -97,6 +105,8 @@ class _Chooser:
         if self.coupled:
             q = distributions(scores[self.coupled], [self.sampling[r] for r in self.coupled])
             index[self.coupled] = race(q, self.noise[:, k])
+        for r, rows in self.edited.items():
+            rows.add(int(index[r]))
         self.indices.append(index)
         return index
 
