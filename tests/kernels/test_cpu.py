@@ -1138,6 +1138,7 @@ def test_drafts_race_under_the_targets_noise(context, reduced, threads):
         head.walk(context, base.copy(), hidden, anchors, rows_of(sampling), uniforms, rows[1:].copy())
 
 
+@pytest.mark.skipif(SANITIZE, reason="minutes, and of calls that others make")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_pass_is_the_same_in_any_company_and_on_any_number_of_threads(context, shape):
     """Guards against logits that know their batch, to the bit: then no seed would give the same text at any load. A
