@@ -9,7 +9,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from dspark_kernels.cpu import cpu_name
+from dspark_stream.load.curve import CapacityCurve
+
+
+class Stored(msgspec.Struct):
+    """The part of a stored curve's file that counts here."""
+
+    curve: CapacityCurve
 
 
 def about() -> dict[str, object]:

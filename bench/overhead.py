@@ -4,11 +4,10 @@ Streams decode with drafting held off. Within the same streams, eight rounds do 
 need and eight do not, in turns, so that a machine's swings meet both alike:
 
     context     the drafter's context features are kept
-    decisions   who would be drafted for is decided, and what rounds were worth learnt
-    drift       rounds are held against the capacity curve
+    decisions   who would be drafted for is decided, and what rounds took and were worth is learnt
 
 A figure is the median over pairs of neighbouring eights of how much longer a round takes with the part than without.
-What is left out of it: context features that are handed over because their room is full, and probes. Before decisions
+What is left out of it: context features that are handed over because their room is full, and looks. Before decisions
 are timed the schedule has learnt what drafts are worth at that load, since that is what makes it decide less often.
 
     python bench/overhead.py --streams 4 8 16
@@ -25,12 +24,11 @@ from pathlib import Path
 from statistics import median, stdev
 from typing import Any
 
-from dspark_stream.spec.skipping import Plan
-
 from common import write_csv
 from dspark_stream.config import Config
 from dspark_stream.engine import step, worker
 from dspark_stream.engine.build import build_engine
+from dspark_stream.load.controller import Plan
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.report.sweep import measure, shipped_prompts
@@ -39,7 +37,7 @@ EIGHT, ENOUGH = 8, 4
 """Rounds by turns, and those of them that must be of as many streams as were asked for."""
 OF_MEDIANS = 1.25
 """A median's standard error over a mean's."""
-PARTS = {"context": ["_keep_context"], "decisions": ["_learn"], "drift": ["_watch"]}
+PARTS = {"context": ["_keep_context"], "decisions": ["_learn"]}
 """Functions of engine/step.py that do nothing in rounds without the part; decisions leave out the plan as well."""
 
 
@@ -72,7 +70,7 @@ class Turns:
                 return decide(pasts, *rest)
             if self.part == "decisions" and self.does:
                 decide(pasts, *rest)
-            return Plan([False] * len(pasts), 0, 0, 0.0)
+            return Plan([False] * len(pasts), 0, 0.0)
 
         return nobody
 
@@ -108,14 +106,14 @@ def main() -> None:
         Config(model="smollm2-135m", max_num_seqs=max(args.streams), max_model_len=2048), Progress()
     )
     models, prompts = engine._models, shipped_prompts()
-    decide = models.skipping.plan
+    decide = models.controller.plan
     rows: list[dict[str, object]] = []
     with LocalEngine(engine) as local:
         for part, names in PARTS.items():
             for streams in args.streams:
                 turns = Turns(part, streams)
                 kept = {name: getattr(step, name) for name in names}
-                models.skipping.plan = turns.plan(decide)  # type: ignore[method-assign]  # held off
+                models.controller.plan = turns.plan(decide)  # type: ignore[method-assign]  # held off
                 worker.decode_round = turns.decode_round
                 for name, function in kept.items():
                     setattr(step, name, turns.sometimes(function))

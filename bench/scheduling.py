@@ -17,19 +17,14 @@ from pathlib import Path
 from statistics import fmean
 
 import msgspec
-from dspark_stream.spec.capacity import CapacityCurve, Costs
-from dspark_stream.spec.handicap import Shape
-from dspark_stream.spec.skipping import DraftPast, Skipping
 
-from common import write_csv
+from common import Stored, write_csv
 from dspark_stream.config import default_cache_dir
+from dspark_stream.load.acceptance import Past
+from dspark_stream.load.controller import Controller
+from dspark_stream.load.costs import Shape
+from dspark_stream.load.curve import CapacityCurve, Company
 from dspark_stream.load.schedule import Adaptive, Candidate
-
-
-class Stored(msgspec.Struct):
-    """The part of a stored curve's file that counts here."""
-
-    curve: CapacityCurve
 
 
 def newest_curve() -> CapacityCurve:
@@ -50,35 +45,42 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scheduling.csv"))
     args = parser.parse_args()
     curve = newest_curve()
-    costs, chance = Costs(curve), random.Random(1)
+    chance = random.Random(1)
     rows: list[dict[str, object]] = []
     for verification, exact in (("greedy", True), ("rejection", False)):
         for streams in args.streams:
-            skipping = Skipping(curve.gamma)
-            pasts = [DraftPast(curve.gamma, "greedy" if exact else "rejection") for _ in range(streams)]
-            spent: dict[str, list[float]] = {"plan": [], "lengths": [], "learn": []}
+            controller = Controller(curve.gamma, curve)
+            pasts = [Past(curve.gamma, "greedy" if exact else "rejection") for _ in range(streams)]
+            spent: dict[str, list[float]] = {"plan": [], "decision": [], "lengths": [], "learn": []}
             rounds_ms: list[float] = []
             for step in range(args.rounds):
                 promises = [
                     list(accumulate((chance.random() ** 0.3 for _ in range(curve.gamma)), mul)) for _ in range(streams)
                 ]
+                company = Company(streams, 200.0 + step)
                 clock = [time.perf_counter()]
-                plan = skipping.plan(pasts, 200.0 + step, costs)
+                plan = controller.plan(pasts, company)
                 clock.append(time.perf_counter())
                 # the dearest case: everybody has drafted a whole block
-                cost = costs.round_cost(streams, 200.0 + step, streams, curve.gamma)
-                lengths = Adaptive().lengths([Candidate(p, exact) for p in promises], cost, plan.price)
+                cost = controller.costs.round_cost(company, streams, curve.gamma)
+                those = [
+                    Candidate(controller.acceptance.corrected(past, promise), exact)
+                    for past, promise in zip(pasts, promises, strict=True)
+                ]
+                lengths = Adaptive().lengths(those, cost, plan.price)
                 clock.append(time.perf_counter())
-                skipping.learn(pasts, promises, lengths, [n // 2 for n in lengths], 10.0)
-                shape = Shape(streams, 100.0, sum(plan.drafting), plan.slots, streams + sum(lengths))
-                skipping.handicap.see(shape, 10.0, 10.0)
+                shape = Shape(company, streams, curve.gamma, streams + sum(lengths))
+                round_ms = cost(shape.batch_tokens)
+                kept = [n // 2 for n in lengths]
+                controller.learn(pasts, promises, lengths, kept, shape, round_ms * chance.uniform(0.9, 1.1))
                 clock.append(time.perf_counter())
-                rounds_ms.append(cost(streams + sum(lengths)))
-                for name, a, b in zip(spent, clock, clock[1:], strict=False):
+                rounds_ms.append(round_ms)
+                for name, a, b in zip(("plan", "lengths", "learn"), clock, clock[1:], strict=False):
                     spent[name].append(1e6 * (b - a))
+            spent["decision"] = sorted(spent["plan"])[-args.rounds // 10 :]  # they hold for several rounds
             each = {f"{name}_us": round(fmean(times), 1) for name, times in spent.items()}
             round_ms = fmean(rounds_ms)
-            share = sum(each.values()) / (1e3 * round_ms)
+            share = sum(each[f"{part}_us"] for part in ("plan", "lengths", "learn")) / (1e3 * round_ms)
             rows.append({"verification": verification, "streams": streams, **each,
                          "round_ms": round(round_ms, 2), "share_of_round": round(share, 5)})  # fmt: skip
             print("  ".join(f"{k} {v}" for k, v in rows[-1].items()))

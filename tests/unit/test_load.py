@@ -110,15 +110,16 @@ def test_ties_go_to_plain():
         assert low <= share(machine.play(those, 400, [[first, 0.0, 0.0, 0.0]])) <= high
 
 
-@pytest.mark.parametrize("truth", [IDLE, BUSY])
-def test_streams_are_told_apart(truth):
-    """Guards against one verdict for all: the one whose drafts hold is drafted for, those beside it are not."""
-    sure = [0.99, 0.98, 0.97, 0.96]
-    machine, those, promises = Machine(truth), pasts(4), [BAD, sure, BAD, BAD]
-    machine.play(those, 200, promises)
-    played = machine.play(those, 300, promises)
-    assert share(played, 1) > 0.95
-    assert max(share(played, r) for r in (0, 2, 3)) < 0.1
+@pytest.mark.parametrize(("streams", "good"), [(4, [1]), (8, [5, 6, 7])])
+def test_streams_are_told_apart(streams, good):
+    """Guards against one verdict for all: those whose drafts hold are drafted for, those beside them are not, however
+    much the drafts of the former are most of what was seen."""
+    machine, those = Machine(IDLE), pasts(streams)
+    promises = [[0.99, 0.98, 0.97, 0.96] if r in good else BAD for r in range(streams)]
+    machine.play(those, 500, promises)
+    played = machine.play(those, 400, promises)
+    for r in range(streams):
+        assert share(played, r) > 0.95 if r in good else share(played, r) < 0.05
 
 
 @pytest.mark.parametrize("way", ["greedy", "rejection", "coupled"])
@@ -195,7 +196,7 @@ def test_who_comes_and_goes_is_not_mixed_up():
                 found[id(past)][1] += 1
     shares = [drafted / rounds for drafted, rounds in (found[id(past)] for past in those)]
     assert min(shares[5:]) > 0.9
-    assert max(shares[:5]) < 0.1
+    assert max(shares[:5]) < 0.15  # a decision for every company, and looks
 
 
 def test_streams_in_plain_mode_are_never_drafted_for():
@@ -245,14 +246,27 @@ def test_a_drafter_without_confidence_is_judged_by_its_history(sure):
 # --- what rounds take ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("streams", [1, 4])
-def test_a_table_that_makes_drafts_too_dear_is_found_out(streams):
+DEAR_DRAFTS = msgspec.structs.replace(IDLE, draft_ms=[4.0, 10.0, 36.0], slot_ms=[0.8, 2.0, 8.0])
+DEAR_PASSES = msgspec.structs.replace(IDLE, verify_ms=[5.0, 10.2, 10.4, 10.6, 11.0, 11.4, 12.0])
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize(
+    ("curve", "promise", "streams"),
+    [
+        (DEAR_DRAFTS, [0.3, 0.1, 0.05, 0.01], 1),
+        (DEAR_DRAFTS, [0.4, 0.1, 0.05, 0.01], 4),
+        (DEAR_PASSES, [0.7, 0.2, 0.05, 0.01], 1),
+    ],
+)
+def test_a_table_that_makes_drafts_or_some_passes_too_dear_is_found_out(curve, promise, streams, learns):
     """Guards against a verdict that rules out the very rounds that would show it wrong."""
-    dear = msgspec.structs.replace(IDLE, draft_ms=[4 * ms for ms in IDLE.draft_ms], slot_ms=[0.8, 2.0, 8.0])
-    promise = [0.55, 0.3, 0.15, 0.1]
-    machine, those = Machine(IDLE, dear), pasts(streams)
+    machine, those = Machine(IDLE, curve), pasts(streams)
+    if not learns:
+        machine.controller.costs.learn = lambda *_: None
     machine.play(those, 1500, [promise] * streams)
-    assert share(machine.play(those, 300, [promise] * streams)) > 0.9
+    drafted = share(machine.play(those, 300, [promise] * streams))
+    assert drafted > 0.9 if learns else drafted < 0.1
 
 
 @pytest.mark.parametrize("curve", [IDLE, BUSY])
@@ -265,16 +279,6 @@ def test_a_table_that_makes_drafts_too_cheap_is_found_out(curve):
     assert curve is BUSY or share(first) > 0.5
     machine.play(those, 500, [promise])
     assert share(machine.play(those, 300, [promise])) < 0.1
-
-
-def test_a_table_that_makes_some_passes_too_dear_is_found_out():
-    """A size was measured twice as long as it takes, in an interrupted second, say."""
-    wrong = msgspec.structs.replace(IDLE, verify_ms=[5.0, 10.2, 10.4, 10.6, 11.0, 11.4, 12.0])
-    machine, those = Machine(IDLE, wrong), pasts(1)
-    first = machine.play(those, 10, [[0.7, 0.2, 0.05, 0.01]])
-    assert share(first) < 0.5
-    machine.play(those, 1500, [[0.7, 0.2, 0.05, 0.01]])
-    assert share(machine.play(those, 300, [[0.7, 0.2, 0.05, 0.01]])) > 0.9
 
 
 class Swings:

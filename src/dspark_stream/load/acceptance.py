@@ -101,9 +101,11 @@ class Acceptance:
             pools[way] = _sums(pool.rows) / min(pool.count, len(pool.rows))
             self._usual[way] = pools[way][0, 0].tolist()
         own = _sums(np.array([past.ledger.rows for past in pasts]))  # [2, m, T, γ]
-        blocks = np.array([min(past.ledger.count, BLOCKS) for past in pasts])[:, None, None]
-        shares = own + LEAN * np.array([pools[past.way] for past in pasts]).swapaxes(0, 1)
-        shares /= blocks + LEAN
+        # all that it ever drafted: the pool speaks mostly of those that are drafted for, and would keep others in
+        count = np.array([past.ledger.count for past in pasts])[:, None, None]
+        shares = own * count / np.clip(count, 1, BLOCKS)
+        shares += LEAN * np.array([pools[past.way] for past in pasts]).swapaxes(0, 1)
+        shares /= count + LEAN
         shares[0] *= np.array([self.worth(past) for past in pasts])[:, None, None]
         expected: Array = np.minimum(shares, 1.0).cumsum(axis=3)
         return expected
