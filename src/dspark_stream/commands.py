@@ -159,6 +159,7 @@ def _server_config(config: Config) -> ServerConfig:
         pending_limit_bytes=config.slow_reader_bytes,
         slow_reader_timeout_s=config.slow_reader_timeout_s,
         shutdown_timeout_s=config.shutdown_timeout_s,
+        exit_on_engine_failure=config.exit_on_engine_failure,
     )
 
 

@@ -57,6 +57,13 @@ def parse_schedule(text: str) -> str:
     )
 
 
+def _parse_bool(text: str) -> bool:
+    try:
+        return {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}[text.lower()]
+    except KeyError:
+        raise ValueError(f"{text!r} is not one of on, off") from None
+
+
 def _parse_int(text: str) -> int:
     try:
         return int(text)
@@ -289,6 +296,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             flag="--shutdown-timeout",
         ),
     ] = 30.0
+    exit_on_engine_failure: Annotated[
+        bool,
+        Setting(
+            "whether the process ends, with exit code 1, when its engine has failed for good, so that whoever "
+            "supervises it starts another; else it stays, refuses, and fails its probes",
+            "service",
+        ),
+    ] = True
 
 
 SPECULATIVE_CONFIG = "speculative_config"
@@ -328,7 +343,7 @@ class _Entry:
             if self.choices and value not in self.choices:
                 raise ConfigError(f"{source}: {value!r} is not one of {', '.join(self.choices)}", param=self.name)
             low, high = self.setting.low, self.setting.high
-            if isinstance(value, int | float) and not low <= value <= high:
+            if isinstance(value, int | float) and not low <= value <= high:  # a bool has no limits
                 shown, least, most = (_shown(self, number) for number in (value, low, high))
                 raise ConfigError(f"{source}: {shown} is out of range, {least} to {most} is allowed", param=self.name)
         return tuple(values) if self.repeatable else values[-1]
@@ -342,7 +357,7 @@ def _table() -> dict[str, _Entry]:
         kind, setting = typing.get_args(hints[name])
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         repeatable = typing.get_origin(kind) is tuple
-        parse = setting.parse or {int: _parse_int, float: _parse_float}.get(kind, str)
+        parse = setting.parse or {bool: _parse_bool, int: _parse_int, float: _parse_float}.get(kind, str)
         entries.append(_Entry(name, setting, parse, choices, repeatable))
     return {entry.name: entry for entry in entries}
 
@@ -359,13 +374,23 @@ def add_arguments(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> N
         for entry in _table().values():
             if entry.setting.group != group:
                 continue
+            help_text = (entry.setting.help + _default_note(entry, defaults)).replace("%", "%%")
+            if isinstance(getattr(defaults, entry.name, None), bool):
+                section.add_argument(
+                    entry.flag,
+                    dest=entry.name,
+                    action=argparse.BooleanOptionalAction,  # and --no-…
+                    default=None,
+                    help=help_text,
+                )
+                continue
             section.add_argument(
                 entry.flag,
                 dest=entry.name,
                 action="append" if entry.repeatable else "store",
                 default=None,
                 metavar=entry.setting.metavar or ("{" + ",".join(entry.choices) + "}" if entry.choices else "N"),
-                help=(entry.setting.help + _default_note(entry, defaults)).replace("%", "%%"),
+                help=help_text,
             )
 
 
@@ -441,7 +466,7 @@ def _from_flags(flags: Mapping[str, Any]) -> _Layer:
     for entry in _table().values():
         given = flags.get(entry.name)
         if given is not None:
-            texts = given if entry.repeatable else [given]
+            texts = given if entry.repeatable else [_shown(entry, given) if isinstance(given, bool) else given]
             layer[entry.name] = (entry.flag, entry.read(entry.flag, texts))
     return _with_speculative_config(layer)
 
@@ -481,6 +506,8 @@ def _with_speculative_config(layer: _Layer) -> _Layer:
 
 
 def _shown(entry: _Entry, value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if entry.setting.secret:
         return "****" if value else ""
     if entry.setting.parse is parse_bytes and isinstance(value, int):

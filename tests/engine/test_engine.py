@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as token_models
 
 import dspark_stream.engine.worker as worker_module
-from dspark_stream.errors import ContextLengthError, DrainingError, InvalidRequestError
+from dspark_stream.errors import ContextLengthError, DrainingError, EngineFailedError, InvalidRequestError
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.protocols import Rows
@@ -270,18 +270,97 @@ def test_a_failing_step_fails_its_streams_and_the_engine_goes_on():
     assert engine.snapshot().kv_tokens_used == 0
 
 
-def test_an_engine_that_dies_leaves_nobody_waiting(monkeypatch):
-    """Guards against streams without an end when something outside a step raises on the engine's thread."""
+@pytest.mark.parametrize("fault", [ZeroDivisionError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("where", ["_admit", "_take_commands", "_hand_over"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_leaves_nobody_waiting(monkeypatch, where, fault):
+    """Guards against streams without an end, or with two, when something outside a step raises on the engine's thread,
+    whatever it is: those that run, those that wait, and one that was submitted but not yet seen."""
+    engine = tiny_engine(tiny_models(), max_num_seqs=1)
+    ends: queue.SimpleQueue = queue.SimpleQueue()
+    engine.start(lambda batch: [ends.put(e) for e in batch if isinstance(e, FinishedEvent)])
+    real, broken = getattr(engine, where), iter([True])
+
+    def fail(*args):
+        if next(broken, False):
+            engine.submit(request("unseen"))
+            raise fault("secret prompt")
+        real(*args)
+
+    engine.hold("nobody")
+    for name in ("runs", "waits"):
+        engine.submit(request(name, max_tokens=200, ignore_eos=True))
+    monkeypatch.setattr(engine, where, fail)
+    last = {e.request_id: e for e in (ends.get(timeout=5) for _ in range(3))}
+    engine._thread.join(5)
+    assert set(last) == {"runs", "waits", "unseen"}
+    assert {(e.reason, e.error.code) for e in last.values()} == {("failed", "engine_failed")}
+    assert not any("secret" in e.error.message for e in last.values())
+    assert ends.empty()
+    snapshot = engine.snapshot()
+    assert (snapshot.alive, snapshot.running, snapshot.waiting) == (False, 0, 0)
+    assert "failed" in snapshot.failure
+    with pytest.raises(EngineFailedError):
+        engine.submit(request("b"))
+    engine.close(0.0)
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, SystemExit])
+def test_what_is_no_exception_in_a_step_ends_the_engine(fault):
+    """Guards against streams that hang for ever behind a thread that has gone."""
+    engine = engine_with()
+
+    def forward(*args, **kwargs):
+        raise fault
+
+    engine._models.target.forward = forward
+    with LocalEngine(engine) as local:
+        [(end, _)] = list(local.run([request("a")]))
+        assert (end.reason, end.error.code) == ("failed", "engine_failed")
+        with pytest.raises(EngineFailedError):
+            list(local.run([request("b")]))
+
+
+def test_steps_that_always_fail_are_the_engines_failure():
+    """Guards against a service that looks well and fails every request; one good step in between clears the count."""
+    engine = engine_with()
+    target = engine._models.target
+    real, broken = target.forward, iter([True, True, False, True, True, True])
+
+    def forward(*args, **kwargs):
+        if next(broken):
+            raise RuntimeError("out of memory")
+        return real(*args, **kwargs)
+
+    target.forward = forward
+    codes = []
+    with LocalEngine(engine) as local:
+        for i in range(6):
+            [*_, (end, _)] = local.run([request(str(i), max_tokens=1, ignore_eos=True)])
+            codes.append(end.error.code if end.error else end.reason)
+            engine.hold("nobody")  # an idle turn of the loop is no good step
+        engine._thread.join(5)
+        snapshot = engine.snapshot()
+        assert codes == ["internal_error", "internal_error", "length", *["internal_error"] * 3]
+        assert not snapshot.alive
+        assert snapshot.failure.startswith("3 steps in a row have failed")
+        with pytest.raises(EngineFailedError):
+            engine.submit(request("late"))
+
+
+def test_a_stream_whose_end_was_interrupted_ends_once(monkeypatch):
+    """Guards against an end that is lost, or said twice, when what ends a stream fails half way."""
     engine = engine_with()
     ends: queue.SimpleQueue = queue.SimpleQueue()
     engine.start(lambda batch: [ends.put(e) for e in batch if isinstance(e, FinishedEvent)])
-    engine.submit(request("a", max_tokens=200, ignore_eos=True))
-    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
-    assert ends.get(timeout=5).reason == "failed"
-    engine._thread.join(5)
-    assert not engine.snapshot().alive
-    with pytest.raises(DrainingError):
-        engine.submit(request("b"))
+    monkeypatch.setattr(engine._allocator, "free", lambda extent: 1 / 0)
+    engine.submit(request("a", max_tokens=2, ignore_eos=True))
+    assert ends.get(timeout=5).reason == "length"
+    monkeypatch.undo()
+    engine.submit(request("b", max_tokens=2, ignore_eos=True))
+    assert ends.get(timeout=5).request_id == "b"
+    engine.close(0.0)
+    assert ends.empty()
 
 
 def test_an_idle_engine_is_not_a_stuck_one():
@@ -323,14 +402,16 @@ def _keep_ends(ends, batch):
     ends.extend(event for event in batch if isinstance(event, FinishedEvent))
 
 
-def test_close_lets_streams_finish_and_cancels_the_rest():
-    for timeout_s, reason in ((5.0, "length"), (0.0, "cancelled")):
+def test_close_lets_streams_finish_and_says_what_cut_the_rest():
+    """Guards against an answer that a shutdown cut and that looks as if the model, or the client, had ended it."""
+    for timeout_s, reason in ((5.0, "length"), (0.0, "failed")):
         engine = engine_with(schedule=Fixed(0))
         ends = []
         engine.start(partial(_keep_ends, ends))
         engine.submit(request("a", max_tokens=60, ignore_eos=True))
         engine.close(timeout_s)
         assert [e.reason for e in ends] == [reason]
+        assert [e.error.code for e in ends if e.error] == (["server_shutdown"] if reason == "failed" else [])
         assert not engine.snapshot().alive
 
 

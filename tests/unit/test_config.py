@@ -61,8 +61,12 @@ def test_every_setting_has_a_flag_and_a_variable_that_do_the_same():
             continue
         kind = type(getattr(Config(), action.dest))
         text = samples.get(action.dest, "7" if kind in (int, float) else "name")
+        argv = [action.option_strings[0], text]
+        if kind is bool:
+            text = "off" if getattr(Config(), action.dest) else "on"
+            argv = [action.option_strings[text == "off"]]
         variable = re.search(r"\[(DSPARK_\w+)\]", action.help)[1]
-        by_flag = resolve(vars(parser.parse_args([action.option_strings[0], text])), HOME)
+        by_flag = resolve(vars(parser.parse_args(argv)), HOME)
         by_variable = resolve({}, {**HOME, variable: text})
         assert by_flag.config == by_variable.config != Config(cache_dir=default_cache_dir(HOME)), action.dest
         assert by_variable.sources == {action.dest: variable}
@@ -79,6 +83,7 @@ def test_every_setting_has_a_flag_and_a_variable_that_do_the_same():
         (("--device", "tpu"), ("--device", "'tpu'", "auto, cpu, cuda")),
         (("--schedule", "fixed:65"), ("--schedule", "fixed:65", "0 to 64")),
         (("--schedule", "sometimes"), ("--schedule", "'sometimes'", "adaptive")),
+        (("--max-queue", "true"), ("--max-queue", "'true'", "whole number")),
         (("--kv-memory", "1XiB"), ("--kv-memory", "'1XiB'", "512MiB")),
         (("--kv-memory", "1KiB"), ("--kv-memory", "1KiB is out of range", "1MiB to")),
     ],
@@ -93,6 +98,16 @@ def test_a_bad_value_names_flag_value_and_limit(argv, words):
 def test_a_bad_variable_is_named_as_the_variable():
     with pytest.raises(ConfigError, match=r"DSPARK_MAX_QUEUE: 'many' is not a whole number"):
         from_flags(environ={"DSPARK_MAX_QUEUE": "many"})
+
+
+def test_a_switch_is_on_or_off():
+    assert from_flags("--no-exit-on-engine-failure").exit_on_engine_failure is False
+    assert from_flags("--exit-on-engine-failure", environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": "off", **HOME})
+    for text, value in (("on", True), ("TRUE", True), ("1", True), ("off", False), ("false", False), ("0", False)):
+        config = from_flags(environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": text, **HOME})
+        assert config.exit_on_engine_failure is value
+    with pytest.raises(ConfigError, match=r"DSPARK_EXIT_ON_ENGINE_FAILURE: 'maybe' is not one of on, off"):
+        from_flags(environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": "maybe"})
 
 
 def test_an_unknown_variable_of_ours_is_an_error_with_a_guess():

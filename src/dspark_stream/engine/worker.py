@@ -5,7 +5,6 @@ The loop's thread and this one share an inbox of commands and the event sink, no
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import queue
@@ -21,7 +20,15 @@ from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.pacing import SAFE, pace
 from dspark_stream.engine.step import Committed, Models, decode_round, prefill, set_aside
 from dspark_stream.engine.stream import Phase, Stream
-from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, InternalError, InvalidRequestError
+from dspark_stream.errors import (
+    ContextLengthError,
+    DrainingError,
+    DsparkError,
+    EngineFailedError,
+    InternalError,
+    InvalidRequestError,
+    ShutdownError,
+)
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.spec.capacity import CapacityCurve
@@ -31,6 +38,7 @@ from dspark_stream.types import (
     EngineEvent,
     EngineSnapshot,
     ErrorInfo,
+    FinishedEvent,
     FinishReason,
     GenerationRequest,
     ModelInfo,
@@ -41,6 +49,10 @@ log = logging.getLogger(__name__)
 PREFILL_ALONE = 512
 """Prompt tokens a pass while no stream is decoding: nobody waits for it but the prompt's own reader."""
 PREFILL_LEAST = 16
+MAX_FAILED_STEPS = 3
+"""Steps in a row that may fail: after so many the fault is not in what they were asked to do."""
+JOIN_PATIENCE_S = 30.0
+"""How long `close` waits for the step under way, past its deadline."""
 
 
 @dataclass
@@ -89,9 +101,11 @@ class EngineThread:
         self._max_chunk_gap_ms = max_chunk_gap_ms
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}  # every stream that has not ended, oldest first
-        self._known: set[str] = set()  # ids between submit and terminal event, as callers see them
-        self._lock = threading.Lock()  # guards _known and _closing, the only state that callers touch
+        self._known: dict[str, Stream] = {}  # between submit and terminal event, as callers see them
+        self._lock = threading.Lock()  # guards _known, _closing and _failure, the only state that callers touch
         self._closing = False
+        self._failure = ""
+        self._failed_steps = 0  # since the last one that went well
         self._deadline = float("inf")
         self._events: list[EngineEvent] = []  # of the step under way
         self._counters = Counters(per_position=[0] * models.gamma)
@@ -128,11 +142,13 @@ class EngineThread:
                 param="max_output_tokens",
             )
         with self._lock:
+            if self._failure:
+                raise EngineFailedError(self._failure)
             if self._closing:
                 raise DrainingError("the engine is shutting down")
             if request.request_id in self._known:
                 raise InvalidRequestError(f"request id {request.request_id} is in use", param="request_id")
-            self._known.add(request.request_id)
+            self._known[request.request_id] = stream
             # under the lock: after `close` nothing may enter, or it would wait for a thread that has gone
             self._inbox.put(lambda: self._streams.__setitem__(request.request_id, stream))
 
@@ -182,6 +198,7 @@ class EngineThread:
             capacity_drift=self._models.drift.ratio,
             last_step_age_s=0.0 if self._resting else time.perf_counter() - self._beat,
             alive=self._thread.is_alive(),
+            failure=self._failure,
         )
 
     def close(self, timeout_s: float) -> None:
@@ -195,7 +212,9 @@ class EngineThread:
 
         self._inbox.put(set_deadline)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_s + JOIN_PATIENCE_S)
+        if self._thread.is_alive():
+            log.error("the engine's step does not end; it is left alone")
         gc.unfreeze()
 
     # --- the thread ----------------------------------------------------------------------------------------
@@ -203,35 +222,52 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self._loop()
-        except Exception as error:  # not a step but the engine itself: nobody may wait for a thread that has gone
+        except BaseException as error:  # whatever it was: nobody may wait for a thread that has gone
             log.exception("the engine ends")
-            with self._lock:
-                self._closing = True
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._inbox.get_nowait()()
-            self._fail(list(self._streams.values()), error)
-            self._hand_over(self._events)
+            known = (
+                error
+                if isinstance(error, EngineFailedError)
+                else EngineFailedError("the engine has failed and does no more work")
+            )
+            self._end_all(known)
 
     def _loop(self) -> None:
         events = self._events
         while True:
             self._take_commands()
             if time.perf_counter() >= self._deadline:
-                for stream in list(self._streams.values()):
-                    self._end(stream, "cancelled")
+                self._fail(list(self._streams.values()), ShutdownError("the server shut down before the answer ended"))
             self._admit()
             try:
-                self._step()
+                if self._step():
+                    self._failed_steps = 0
             except Exception as error:  # one broken step must not end the service: its streams fail, it goes on
                 log.exception("engine step failed; its streams end")
                 running = (Phase.PREFILL, Phase.DECODE)
                 self._fail([s for s in self._streams.values() if s.phase in running and not s.held], error)
+                self._failed_steps += 1
             self._beat = time.perf_counter()
             if events:
                 self._hand_over(events)
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise EngineFailedError(
+                    f"{self._failed_steps} steps in a row have failed; the engine does no more work"
+                )
             if not self._streams and self._deadline < float("inf") and self._inbox.empty():
                 return
+
+    def _end_all(self, error: EngineFailedError) -> None:
+        """The engine's last words. Relies on nothing that may have been left half done: whoever is known gets an end,
+        unless it is among the events that were not handed over yet.
+        """
+        with self._lock:
+            self._failure = error.message
+            known, self._known = self._known, {}
+        ended = {event.request_id for event in self._events if isinstance(event, FinishedEvent)}
+        info = _info(error)
+        self._events += [stream.finished("failed", info) for name, stream in known.items() if name not in ended]
+        self._streams.clear()
+        self._hand_over(self._events)
 
     def _hand_over(self, events: list[EngineEvent]) -> None:
         try:
@@ -274,7 +310,8 @@ class EngineThread:
             running += 1
 
     @torch.inference_mode()
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Read prompts and run a round; whether there was anything to do."""
         active = [s for s in self._streams.values() if not s.held]
         decoding = [s for s in active if s.phase is Phase.DECODE]
         joining = [s for s in active if s.phase is Phase.PREFILL]
@@ -286,6 +323,7 @@ class EngineThread:
             self._counters.rounds += 1
             together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())
             self._publish(decode_round(self._models, together, slowest_ms))
+        return bool(joining or decoding)
 
     def _plain_round_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
         """What a round of so many of these takes, with nothing drafted."""
@@ -333,8 +371,7 @@ class EngineThread:
             stream.last_chunk_s = time.perf_counter()  # what its reader missed was not for us to send
 
     def _fail(self, streams: Sequence[Stream], error: Exception) -> None:
-        known = error if isinstance(error, DsparkError) else InternalError("the engine failed on this batch")
-        info = ErrorInfo(status=known.status, type=known.type, code=known.code, message=known.message)
+        info = _info(error if isinstance(error, DsparkError) else InternalError("the engine failed on this batch"))
         for stream in streams:
             self._end(stream, "failed", info)
 
@@ -343,12 +380,18 @@ class EngineThread:
         if reason in ("cancelled", "failed") and (rest := stream.rest_of_text()) is not None:
             self._events.append(rest)
         self._counters.late_chunks += stream.late_chunks
-        if stream.phase is not Phase.WAITING:
-            self._allocator.free(stream.extent)
-        del self._streams[stream.request.request_id]
-        with self._lock:
-            self._known.discard(stream.request.request_id)
+        had_slots = stream.phase is not Phase.WAITING
         self._events.append(stream.finished(reason, error))
+        with self._lock:
+            self._known.pop(stream.request.request_id, None)
+        del self._streams[stream.request.request_id]
+        if had_slots:
+            self._allocator.free(stream.extent)
+
+
+def _info(error: DsparkError) -> ErrorInfo:
+    """An error as events carry it."""
+    return ErrorInfo(status=error.status, type=error.type, code=error.code, message=error.message, param=error.param)
 
 
 def check_request(request: GenerationRequest, info: ModelInfo) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dspark_stream.errors import DrainingError, OverloadedError, RateLimitError
+from dspark_stream.errors import DrainingError, EngineFailedError, OverloadedError, RateLimitError
 
 
 class Admission:
@@ -16,6 +16,8 @@ class Admission:
         self.capacity = capacity
         self.per_client = per_client
         self.draining = False
+        self.failure = ""
+        """Why there is no engine to have places on; empty while there is one."""
         self._clients: Counter[str] = Counter()
         self.in_flight = 0
 
@@ -24,10 +26,13 @@ class Admission:
         """Hold a place as long as the block runs.
 
         Raises:
+            EngineFailedError: the engine has failed.
             DrainingError: the server is shutting down.
             RateLimitError: this client has as many streams as one client may have.
             OverloadedError: the server has.
         """
+        if self.failure:
+            raise EngineFailedError(self.failure, retry_after_s=5)
         if self.draining:
             raise DrainingError("the server is shutting down; try another one, or later", retry_after_s=5)
         if self._clients[client] >= self.per_client:

@@ -11,7 +11,14 @@ from contextlib import suppress
 from aiohttp import web
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
-from dspark_stream.errors import BusyError, ConfigError, DsparkError, InvalidRequestError
+from dspark_stream.errors import (
+    BusyError,
+    ConfigError,
+    DsparkError,
+    EngineFailedError,
+    InvalidRequestError,
+    ShutdownError,
+)
 from dspark_stream.server import wire
 from dspark_stream.server.guard import Guard
 from dspark_stream.server.http import HttpApi, json_response
@@ -25,6 +32,9 @@ log = logging.getLogger(__name__)
 LAG_PERIOD_S = 0.05
 _FLUSH_S = 5.0
 """After the engine has ended, how long HTTP answers may take to be written out."""
+FAILURE_SHOWN_S = 5.0
+"""How long a server whose engine has failed says so before it ends: for its clients' answers, and for probes."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -42,6 +52,7 @@ class Server:
         self._tokenizer = tokenizer
         self._runner: web.AppRunner | None = None
         self._app: web.Application | None = None
+        self._watch: asyncio.Task[None] | None = None
         self.port = 0
 
     @property
@@ -91,6 +102,7 @@ class Server:
             ) from None
         self.port = runner.addresses[0][1]
         self.engine.start(self.service.hub.sink)
+        self._watch = asyncio.create_task(self.service.vitals.watch())
 
     async def stop(self) -> None:
         """Drain: refuse new work, let streams finish, close the sockets, end the engine."""
@@ -98,9 +110,16 @@ class Server:
             return
         service = self.service
         service.admission.draining = True
-        log.info("draining: %d streams have %g s", service.admission.in_flight, self.config.shutdown_timeout_s)
-        await asyncio.get_running_loop().run_in_executor(None, self.engine.close, self.config.shutdown_timeout_s)
-        # The engine's last events are on their way to the loop; then each stream's task ends by itself.
+        if self._watch is not None:  # an engine that ends now does as it is told
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        if service.vitals.error is None:
+            log.info("draining: %d streams have %g s", service.admission.in_flight, self.config.shutdown_timeout_s)
+            await asyncio.get_running_loop().run_in_executor(None, self.engine.close, self.config.shutdown_timeout_s)
+        # The engine's last events are on their way to the loop; then each stream's task ends by itself. Of an engine
+        # that was stuck to the last there are none.
+        late = wire.error_info(ShutdownError("the server shut down before the answer ended"))
+        asyncio.get_running_loop().call_soon(service.hub.end_all, late)
         with suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_S):
                 await service.idle.wait()
@@ -116,7 +135,7 @@ async def serve(
     *,
     ready: Callable[[Server], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. A second signal does not wait for running streams.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then drain. A second signal does not wait for running streams.
 
     Args:
         config: Where and for whom.
@@ -126,6 +145,7 @@ async def serve(
 
     Raises:
         ConfigError: the address cannot be listened on.
+        EngineFailedError: the engine has failed, and the service ended for it (``exit_on_engine_failure``).
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -136,19 +156,40 @@ async def serve(
             loop.run_in_executor(None, engine.close, 0.0)
         stopping.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # nohup and some supervisors have SIGHUP ignored, and mean it
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in handled:
         loop.add_signal_handler(number, on_signal)
     try:
         await server.start()
         if ready is not None:
             ready(server)
-        await stopping.wait()
+        error = await _until(stopping, server.service if config.exit_on_engine_failure else None)
     finally:
         try:
             await server.stop()
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in handled:
                 loop.remove_signal_handler(number)
+    if error is not None:
+        raise error
+
+
+async def _until(stopping: asyncio.Event, service: Service | None) -> EngineFailedError | None:
+    """Wait for a signal, or for an engine that fails and for what its clients are told; returns the failure."""
+    if service is None:
+        await stopping.wait()
+        return None
+    waits = [asyncio.create_task(event.wait()) for event in (stopping, service.vitals.failed)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if service.vitals.error is not None:
+            await asyncio.wait(waits[:1], timeout=FAILURE_SHOWN_S)
+        return service.vitals.error
+    finally:
+        for task in waits:
+            task.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
 
 
 def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web.Application:

@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
-from dspark_stream.errors import DsparkError, InternalError, InvalidRequestError
+from dspark_stream.errors import DsparkError, EngineFailedError, InternalError, InvalidRequestError
 from dspark_stream.server.admission import Admission
 from dspark_stream.server.conversation import ConversationStore
+from dspark_stream.server import wire
 from dspark_stream.server.hub import EventHub
 from dspark_stream.server.metrics import Metrics
 from dspark_stream.server.plan import Message, Plan, Planner
 from dspark_stream.server.settings import ServerConfig
+from dspark_stream.server.vitals import Vitals
 from dspark_stream.types import EngineEvent, FinishedEvent, TokensEvent
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Service:
         self.store = ConversationStore(config.store_max_responses, config.store_max_bytes)
         self.metrics = Metrics()
         self.hub = EventHub(asyncio.get_running_loop())
+        self.vitals = Vitals(engine, self._engine_failed)
         self.started_at = time.time()
         self.idle = asyncio.Event()
         """Set while no stream is in flight."""
@@ -54,7 +57,7 @@ class Service:
 
     @property
     def draining(self) -> bool:
-        """Whether new work is refused."""
+        """Whether the service is going down."""
         return self.admission.draining
 
     async def run(self, plan: Plan, client: str, listener: Listener) -> None:
@@ -115,6 +118,11 @@ class Service:
         except Exception:
             log.exception("the tokenizer failed")
             raise InternalError("the prompt could not be tokenised") from None
+
+    def _engine_failed(self, error: EngineFailedError) -> None:
+        self.admission.failure = error.message
+        # What the engine itself still had to say is on its way to the loop, and comes first.
+        asyncio.get_running_loop().call_soon(self.hub.end_all, wire.error_info(error))
 
     def refused(self, error: DsparkError) -> None:
         """Count a refusal."""

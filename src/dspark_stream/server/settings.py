@@ -60,6 +60,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Between pings on a silent socket, and between comments on a silent event stream."""
     body_timeout_s: float = 30.0
     shutdown_timeout_s: float = 30.0
+    exit_on_engine_failure: bool = True
+    """Whether `serve` ends when the engine has failed: whoever supervises the process then starts another."""
     close_timeout_s: float = 2.0
     """How long a closing socket waits for the peer's close frame."""
 
