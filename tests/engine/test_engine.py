@@ -343,7 +343,7 @@ def test_steps_that_always_fail_are_the_engines_failure():
         snapshot = engine.snapshot()
         assert codes == ["internal_error", "internal_error", "length", *["internal_error"] * 3]
         assert not snapshot.alive
-        assert snapshot.failure.startswith("3 steps in a row have failed")
+        assert snapshot.failure.endswith("3 steps in a row went wrong")
         with pytest.raises(EngineFailedError):
             engine.submit(request("late"))
 

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
 from dspark_stream.errors import DsparkError, EngineFailedError, InternalError, InvalidRequestError
+from dspark_stream.server import wire
 from dspark_stream.server.admission import Admission
 from dspark_stream.server.conversation import ConversationStore
-from dspark_stream.server import wire
 from dspark_stream.server.hub import EventHub
 from dspark_stream.server.metrics import Metrics
 from dspark_stream.server.plan import Message, Plan, Planner
