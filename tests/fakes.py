@@ -58,12 +58,13 @@ class FakeTokenizer:
         self.chats: list[list[tuple[str, str]]] = []
         self.error: Exception | None = None
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[tuple[str, str]], most: int | None = None) -> list[int]:
         self.chats.append(list(messages))
         self.gate.wait(20)
         if self.error is not None:
             raise self.error
-        return self.encode("".join(f"<{role}>{content}\n" for role, content in messages))
+        ids = self.encode("".join(f"<{role}>{content}\n" for role, content in messages))
+        return ids if most is None else ids[: most + 1]
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

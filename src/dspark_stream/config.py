@@ -377,11 +377,7 @@ def add_arguments(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> N
             help_text = (entry.setting.help + _default_note(entry, defaults)).replace("%", "%%")
             if isinstance(getattr(defaults, entry.name, None), bool):
                 section.add_argument(
-                    entry.flag,
-                    dest=entry.name,
-                    action=argparse.BooleanOptionalAction,  # and --no-…
-                    default=None,
-                    help=help_text,
+                    entry.flag, dest=entry.name, nargs="?", const="on", default=None, metavar="on|off", help=help_text
                 )
                 continue
             section.add_argument(
@@ -466,7 +462,7 @@ def _from_flags(flags: Mapping[str, Any]) -> _Layer:
     for entry in _table().values():
         given = flags.get(entry.name)
         if given is not None:
-            texts = given if entry.repeatable else [_shown(entry, given) if isinstance(given, bool) else given]
+            texts = given if entry.repeatable else [given]
             layer[entry.name] = (entry.flag, entry.read(entry.flag, texts))
     return _with_speculative_config(layer)
 

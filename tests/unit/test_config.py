@@ -61,12 +61,10 @@ def test_every_setting_has_a_flag_and_a_variable_that_do_the_same():
             continue
         kind = type(getattr(Config(), action.dest))
         text = samples.get(action.dest, "7" if kind in (int, float) else "name")
-        argv = [action.option_strings[0], text]
         if kind is bool:
             text = "off" if getattr(Config(), action.dest) else "on"
-            argv = [action.option_strings[text == "off"]]
         variable = re.search(r"\[(DSPARK_\w+)\]", action.help)[1]
-        by_flag = resolve(vars(parser.parse_args(argv)), HOME)
+        by_flag = resolve(vars(parser.parse_args([action.option_strings[0], text])), HOME)
         by_variable = resolve({}, {**HOME, variable: text})
         assert by_flag.config == by_variable.config != Config(cache_dir=default_cache_dir(HOME)), action.dest
         assert by_variable.sources == {action.dest: variable}
@@ -101,8 +99,9 @@ def test_a_bad_variable_is_named_as_the_variable():
 
 
 def test_a_switch_is_on_or_off():
-    assert from_flags("--no-exit-on-engine-failure").exit_on_engine_failure is False
-    assert from_flags("--exit-on-engine-failure", environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": "off", **HOME})
+    assert from_flags("--exit-on-engine-failure", "off").exit_on_engine_failure is False
+    off = {"DSPARK_EXIT_ON_ENGINE_FAILURE": "off", **HOME}
+    assert from_flags("--exit-on-engine-failure", environ=off).exit_on_engine_failure is True
     for text, value in (("on", True), ("TRUE", True), ("1", True), ("off", False), ("false", False), ("0", False)):
         config = from_flags(environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": text, **HOME})
         assert config.exit_on_engine_failure is value

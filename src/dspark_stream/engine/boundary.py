@@ -54,8 +54,11 @@ class Engine(Protocol):
 class Tokenizer(Protocol):
     """Text in, tokens out. Calls may take long for long texts: run them off the event loop."""
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Tokens of (role, content) pairs under the model's chat template, generation prompt added."""
+    def encode_chat(self, messages: Sequence[tuple[str, str]], most: int | None = None) -> list[int]:
+        """Tokens of (role, content) pairs under the model's chat template, generation prompt added.
+
+        ``most``: of more tokens than that the first ``most + 1`` are enough, and the rest of the text is not read.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, special tokens not added."""

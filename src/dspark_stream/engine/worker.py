@@ -54,6 +54,10 @@ MAX_FAILED_STEPS = 3
 JOIN_PATIENCE_S = 30.0
 """How long `close` waits for the step under way, past its deadline."""
 
+GC_THRESHOLDS = (20_000, 20, 20)
+"""With Python's own, a body of many small objects is looked through so often that it takes three times as long to
+decode, and everybody waits meanwhile."""
+
 
 @dataclass
 class Counters:
@@ -123,6 +127,7 @@ class EngineThread:
         # what is there now lives as long as the engine: looking through it for garbage would hold up rounds for long
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> None:
