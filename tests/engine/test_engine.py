@@ -10,10 +10,10 @@ from functools import partial
 
 import pytest
 import torch
+from msgspec.structs import replace
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as token_models
 
-import dspark_stream.engine.worker as worker_module
 from dspark_stream.errors import ContextLengthError, DrainingError, EngineFailedError, InvalidRequestError
 from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
@@ -137,11 +137,14 @@ def test_prompts_in_chunks_equal_prompts_at_once(monkeypatch):
 
     def drafts():
         asked = request("a", prompt, record_rounds=True, ignore_eos=True)
-        with LocalEngine(engine_with(schedule=Fixed(GAMMA))) as local:
+        engine = engine_with(schedule=Fixed(GAMMA))
+        monkeypatch.setattr(engine, "_chunk", lambda decoding: chunk)
+        with LocalEngine(engine) as local:
             return [e.round.draft_tokens for e, _ in local.run([asked]) if isinstance(e, TokensEvent) and e.round]
 
+    chunk = 512
     whole = drafts()
-    monkeypatch.setattr(worker_module, "PREFILL_ALONE", 7)
+    chunk = 7
     assert drafts() == whole  # what is drafted shows lost features; the text would not
 
 
@@ -167,6 +170,50 @@ def test_a_joining_prompt_does_not_stop_the_others():
     engine.close(0.0)
     before = order[: order.index("late")]
     assert before.count("running") >= 184 // 16 - 1
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones_and_they_all_end():
+    """Guards against prompts that are read strictly in order: who asks five words waits for everybody's pages."""
+    engine = engine_with(schedule=Fixed(0))
+    engine._chunk = lambda decoding: 16
+    passes: list[list[tuple[str, int]]] = []
+    real = engine._models.target.forward
+
+    def forward(batch, store, rows):
+        passes.append([(len(r.token_ids), r.start) for r in batch])
+        return real(batch, store, rows)
+
+    engine._models.target.forward = forward
+    long = [request(f"long{i}", tuple(range(2, 48)) * 5, max_tokens=1) for i in range(3)]
+    short = request("short", (5, 6, 7, 8, 9), max_tokens=1)
+    firsts = []
+    with LocalEngine(engine) as local:
+        firsts += [e.request_id for e, _ in local.run([*long, short], 4) if isinstance(e, FinishedEvent)]
+    assert firsts == ["short", "long0", "long1", "long2"]
+    tokens = [sum(count for count, _ in rows) for rows in passes]
+    assert max(tokens) == 16
+    assert sum(tokens) == 3 * 230 + 5
+    reading = next(i for i, rows in enumerate(passes) if (5, 0) in rows)
+    assert sorted(passes[reading]) == [(5, 0), (11, 16 * reading)]  # beside it the oldest goes on
+
+
+def test_places_go_to_whoever_has_the_fewest():
+    """Guards against one client's line that everybody else stands behind."""
+    engine = tiny_engine(tiny_models(), max_num_seqs=2)
+    asked = [
+        *(replace(request(f"a{i}", max_tokens=4, ignore_eos=True), client="a") for i in range(5)),
+        *(replace(request(f"b{i}", max_tokens=4, ignore_eos=True), client="b") for i in range(2)),
+    ]
+    order = []
+    engine.hold("nobody")
+    with LocalEngine(engine) as local:
+        engine._admit, admit = lambda: None, engine._admit
+        for one in asked:
+            engine.submit(one)
+        engine._inbox.put(lambda: setattr(engine, "_admit", admit))
+        while len(order) < len(asked):
+            order += [e.request_id for e in local._next_step()[1] if isinstance(e, FinishedEvent)]
+    assert order == ["a0", "b0", "a1", "b1", "a2", "a3", "a4"]
 
 
 def test_stop_token_and_max_tokens_inside_a_round():

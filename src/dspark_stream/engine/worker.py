@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 import torch
 
 from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.pacing import SAFE, pace
+from dspark_stream.engine.sharing import in_turn, shares
 from dspark_stream.engine.step import Committed, Models, decode_round, prefill, set_aside
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import (
@@ -46,9 +48,10 @@ from dspark_stream.types import (
 
 log = logging.getLogger(__name__)
 
-PREFILL_ALONE = 512
-"""Prompt tokens a pass while no stream is decoding: nobody waits for it but the prompt's own reader."""
+ALONE_MS = 250.0
+"""How long a pass over prompts may take while no stream is decoding: a prompt that comes meanwhile waits for it."""
 PREFILL_LEAST = 16
+"""Prompt tokens of a pass, whatever they take."""
 MAX_FAILED_STEPS = 3
 """Steps in a row that may fail: after so many the fault is not in what they were asked to do."""
 JOIN_PATIENCE_S = 30.0
@@ -255,9 +258,7 @@ class EngineThread:
             if events:
                 self._hand_over(events)
             if self._failed_steps >= MAX_FAILED_STEPS:
-                raise EngineFailedError(
-                    f"{self._failed_steps} steps in a row have failed; the engine does no more work"
-                )
+                raise EngineFailedError(f"the engine has failed: {self._failed_steps} steps in a row went wrong")
             if not self._streams and self._deadline < float("inf") and self._inbox.empty():
                 return
 
@@ -302,17 +303,15 @@ class EngineThread:
                 return
 
     def _admit(self) -> None:
-        """First come, first served: a stream that does not fit yet is not overtaken by a smaller one."""
-        running = sum(s.phase is not Phase.WAITING for s in self._streams.values())
-        for stream in [s for s in self._streams.values() if s.phase is Phase.WAITING]:
-            if running >= self.info.max_num_seqs:
-                return
+        """Give places, and slots, to whoever is next. A stream that does not fit yet is not overtaken."""
+        streams = list(self._streams.values())
+        free = self.info.max_num_seqs - sum(s.phase is not Phase.WAITING for s in streams)
+        for stream in islice(in_turn(streams), max(0, free)):
             extent = self._allocator.allocate(stream.slots_needed)
             if extent is None:
                 return
             stream.admitted(extent)
             self._counters.prompt_tokens += len(stream.request.prompt_ids)
-            running += 1
 
     @torch.inference_mode()
     def _step(self) -> bool:
@@ -321,9 +320,8 @@ class EngineThread:
         decoding = [s for s in active if s.phase is Phase.DECODE]
         joining = [s for s in active if s.phase is Phase.PREFILL]
         if joining:
-            budget = self._chunk(decoding) if decoding else PREFILL_ALONE
             company = [s for s in self._streams.values() if s.phase is not Phase.WAITING]
-            self._publish(prefill(self._models, joining, budget, company))
+            self._publish(prefill(self._models, shares(joining, self._chunk(decoding)), company))
         if decoding:
             self._counters.rounds += 1
             together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())
@@ -339,9 +337,12 @@ class EngineThread:
         return lambda count: costs.round_cost(count, position, 0, 0).ms[0]
 
     def _chunk(self, decoding: Sequence[Stream]) -> int:
-        """Prompt tokens beside a round of ``decoding``: the largest measured pass that holds up nobody for too long."""
-        budget_ms = self._prefill_budget_ms
-        tightest_ms = min(s.max_chunk_gap_ms for s in decoding)
+        """Prompt tokens of a pass: as many as, by the curve, hold up nobody for too long.
+
+        That is whoever decodes, beside whose round it runs; and whoever comes while nobody does.
+        """
+        budget_ms = self._prefill_budget_ms if decoding else ALONE_MS
+        tightest_ms = min([s.max_chunk_gap_ms for s in decoding], default=float("inf"))
         if tightest_ms < float("inf"):
             budget_ms = min(budget_ms, SAFE * tightest_ms - self._plain_round_ms(decoding)(len(decoding)))
         curve = self._models.costs.curve
