@@ -257,12 +257,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: Annotated[
         int, Setting("most streams that wait for a place; past it clients get 503", "service", 0, 1_000_000)
     ] = 64
-    # Above max_num_seqs + max_queue on purpose: behind a proxy, or in a load test, everybody has one address,
-    # and should meet the server's capacity (503) before a limit meant for a greedy neighbour (429).
     max_streams_per_client: Annotated[
         int,
-        Setting("most streams of one client, running and waiting; past it 429", "service", 1, 1_000_000),
-    ] = 128
+        Setting(
+            "most streams of one key or address, running and waiting; past it 429. 0: a fair share of all places "
+            "(max_num_seqs + max_queue), half of them while there is no other client; as many as all places: no "
+            "shares, for load tests from one address",
+            "service",
+            0,
+            1_000_000,
+        ),
+    ] = 0
     slow_reader_bytes: Annotated[
         int,
         Setting(

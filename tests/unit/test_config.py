@@ -24,11 +24,6 @@ def test_defaults_are_those_of_the_struct():
     assert (config.host, config.port, config.kv_memory) == ("127.0.0.1", 8000, 1 << 30)
 
 
-def test_one_client_alone_meets_the_servers_capacity_before_its_own_limit():
-    config = Config()
-    assert config.max_streams_per_client > config.max_num_seqs + config.max_queue
-
-
 def test_flags_win_over_environment_and_environment_over_defaults():
     environ = {**HOME, "DSPARK_PORT": "7001", "DSPARK_THREADS": "3"}
     config = from_flags("--port", "7002", environ=environ)

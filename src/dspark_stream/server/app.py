@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
@@ -26,6 +25,7 @@ from dspark_stream.server.pages import Pages
 from dspark_stream.server.service import Service
 from dspark_stream.server.settings import ServerConfig
 from dspark_stream.server.websocket import SocketRegistry
+from dspark_stream.stopping import stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ _FLUSH_S = 5.0
 """After the engine has ended, how long HTTP answers may take to be written out."""
 FAILURE_SHOWN_S = 5.0
 """How long a server whose engine has failed says so before it ends: for its clients' answers, and for probes."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -156,8 +155,7 @@ async def serve(
             loop.run_in_executor(None, engine.close, 0.0)
         stopping.set()
 
-    # nohup and some supervisors have SIGHUP ignored, and mean it
-    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handled = stop_signals()
     for number in handled:
         loop.add_signal_handler(number, on_signal)
     try:

@@ -83,7 +83,7 @@ class Pages:
                     "max_model_len": info.max_model_len,
                     "max_num_seqs": info.max_num_seqs,
                     "max_queue": config.max_queue,
-                    "max_streams_per_client": config.max_streams_per_client,
+                    "max_streams_per_client": service.admission.most_alone,
                     "max_message_bytes": config.max_message_bytes,
                     "max_lanes": config.max_lanes,
                     "max_lane_queue": config.max_lane_queue,
