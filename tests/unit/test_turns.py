@@ -18,15 +18,18 @@ class Work:
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._gates: dict[str, threading.Event] = {}
+        self._begins: dict[str, threading.Event] = {}
         self.begun: list[str] = []
         self.most = 0
         self._at_once = 0
 
     def start(self, client: str, name: str) -> asyncio.Task[str]:
         gate = self._gates[name] = threading.Event()
+        begins = self._begins[name] = threading.Event()
 
         def work() -> str:
             self.begun.append(name)
+            begins.set()
             self._at_once += 1
             self.most = max(self.most, self._at_once)
             assert gate.wait(10)
@@ -36,9 +39,8 @@ class Work:
         return asyncio.create_task(self._turns.run(client, work))
 
     async def begins(self, *names: str) -> None:
-        async with asyncio.timeout(5):
-            while not set(names) <= set(self.begun):
-                await asyncio.sleep(0.001)
+        for name in names:
+            assert await asyncio.to_thread(self._begins[name].wait, 5)
 
     def end(self, *names: str) -> None:
         for name in names or self._gates:
