@@ -128,13 +128,15 @@ async def test_a_turn_that_comes_as_its_task_is_cancelled_goes_on(make: Callable
     assert await asyncio.gather(first, stays) == ["first", "stays"]
 
 
-async def test_what_fails_gives_its_turn_back(make: Callable[[int], Work]) -> None:
+@pytest.mark.parametrize("fault", [ValueError, SystemExit, KeyboardInterrupt, GeneratorExit])
+async def test_what_fails_gives_its_turn_back(make: Callable[[int], Work], fault: type[BaseException]) -> None:
+    """Guards against a turn that a failure keeps, and against a panic on a thread that ends the loop."""
     turns = make(1)._turns
 
     def fail() -> Any:
-        raise ValueError("no")
+        raise fault("no")
 
     for _ in range(3):
-        with pytest.raises(ValueError, match="no"):
+        with pytest.raises((ValueError, RuntimeError), match="no"):
             await turns.run("a", fail)
     assert await turns.run("a", lambda: 1) == 1

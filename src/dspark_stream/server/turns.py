@@ -31,11 +31,14 @@ class Turns:
         """The result of ``work``, done on a thread when it is this client's turn.
 
         Cancelled while it runs, ``work`` goes on to its end, and so does the client's turn.
+
+        Raises:
+            Exception: what ``work`` raised; a RuntimeError for what is no `Exception`, which would end the loop.
         """
         await self._turn(client)
         loop = asyncio.get_running_loop()
         try:
-            future = self._pool.submit(work)
+            future = self._pool.submit(_guarded, work)
         except BaseException:
             self._done(client)
             raise
@@ -80,6 +83,15 @@ class Turns:
                 self._waiting[name] = self._waiting.pop(name)  # to the end of the round
             if not queue:
                 del self._waiting[name]
+
+
+def _guarded(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except Exception:
+        raise
+    except BaseException as error:  # a panic in Rust is one
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def _stand_back() -> None:
