@@ -25,7 +25,7 @@ class Turns:
         self._free = threads
         self._busy: set[str] = set()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        """By client, whoever had no turn for longest first."""
+        """By client; whoever's turn ended last stands last."""
 
     async def run(self, client: str, work: Callable[[], T]) -> T:
         """The result of ``work``, done on a thread when it is this client's turn.
@@ -74,13 +74,14 @@ class Turns:
     def _done(self, client: str) -> None:
         self._free += 1
         self._busy.discard(client)
+        if client in self._waiting:
+            self._waiting[client] = self._waiting.pop(client)  # to the end of the round
         for name, queue in list(self._waiting.items()):
             while queue and queue[0].cancelled():
                 queue.popleft()
             if queue and self._free and name not in self._busy:
                 self._take(name)
                 queue.popleft().set_result(None)
-                self._waiting[name] = self._waiting.pop(name)  # to the end of the round
             if not queue:
                 del self._waiting[name]
 
