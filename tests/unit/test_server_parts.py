@@ -216,10 +216,9 @@ def test_a_load_test_from_one_address_can_have_all_places() -> None:
     with ExitStack() as held:
         for _ in range(5):
             held.enter_context(admission.place("a"))
-        with pytest.raises(RateLimitError):
-            held.enter_context(admission.place("a"))
-        with pytest.raises(OverloadedError):
-            held.enter_context(admission.place("b"))
+        for client in "ab":
+            with pytest.raises(OverloadedError):
+                held.enter_context(admission.place(client))
     for capacity in (1, 2, 3):
         assert Admission(capacity).most_alone == (capacity + 1) // 2
         with Admission(capacity).place("a"):

@@ -49,10 +49,10 @@ class Admission:
         if self.draining:
             raise DrainingError("the server is shutting down; try another one, or later", retry_after_s=5)
         mine, free = self._clients[client], self.capacity - self.in_flight
-        if mine >= self.per_client:
-            raise RateLimitError(f"this client already has {mine} streams; wait for one to end", retry_after_s=1)
         if not free:
             raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=2)
+        if mine >= self.per_client:
+            raise RateLimitError(f"this client already has {mine} streams; wait for one to end", retry_after_s=1)
         if self._shared and mine >= free:
             raise RateLimitError(
                 f"this client (key or address) already has {mine} of the server's {self.capacity} places, and what is "
