@@ -83,6 +83,20 @@ async def test_a_stuck_engine_is_not_ready_and_in_the_end_has_failed(
     await eventually(lambda: running.engine.live == 0)
 
 
+async def test_a_prompt_that_was_being_tokenised_is_refused_too(launch: Launch) -> None:
+    """Guards against a stream that is handed to an engine that has failed meanwhile, and waits for ever."""
+    running = await launch(FakeEngine(LONG))
+    running.tokenizer.gate.clear()
+    async with running.socket() as socket:
+        await socket.create(event_id="between")
+        await eventually(lambda: len(running.tokenizer.chats) == 1)
+        await asyncio.to_thread(running.engine.fail, "it broke", silently=True)
+        await eventually(lambda: running.server.service.admission.failure != "")
+        running.tokenizer.gate.set()
+        error = await socket.receive()
+        assert (error["event_id"], error["error"]["code"]) == ("between", "engine_failed")
+
+
 async def test_a_stuck_engine_that_goes_on_has_not_failed(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a machine that was asleep, and that is taken for an engine that is lost."""
     monkeypatch.setattr(vitals, "LOOK_PERIOD_S", 0.01)

@@ -34,6 +34,18 @@ class Admission:
         """What a client may have while there is no other one."""
         return min(self.per_client, (self.capacity + 1) // 2) if self._shared else self.per_client
 
+    def check(self) -> None:
+        """Raise if nothing is taken any more; whoever had to wait since he got his place asks again.
+
+        Raises:
+            EngineFailedError: the engine has failed.
+            DrainingError: the server is shutting down.
+        """
+        if self.failure:
+            raise EngineFailedError(self.failure, retry_after_s=5)
+        if self.draining:
+            raise DrainingError("the server is shutting down; try another one, or later", retry_after_s=5)
+
     @contextmanager
     def place(self, client: str) -> Iterator[None]:
         """Hold a place as long as the block runs.
@@ -44,10 +56,7 @@ class Admission:
             RateLimitError: this client has as many streams as one client may have.
             OverloadedError: the server has.
         """
-        if self.failure:
-            raise EngineFailedError(self.failure, retry_after_s=5)
-        if self.draining:
-            raise DrainingError("the server is shutting down; try another one, or later", retry_after_s=5)
+        self.check()
         mine, free = self._clients[client], self.capacity - self.in_flight
         if not free:
             raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=2)

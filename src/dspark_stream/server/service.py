@@ -75,6 +75,7 @@ class Service:
             conversation = plan.conversation(earlier)
             self.planner.refuse_oversized(conversation, plan.input_param)
             prompt_ids = await self._tokenise(conversation, plan.input_param, client)
+            self.admission.check()
             limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
             stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived)
             self.hub.subscribe(plan.response_id, stream.receive)
