@@ -138,7 +138,7 @@ def test_prompts_in_chunks_equal_prompts_at_once(monkeypatch):
     def drafts():
         asked = request("a", prompt, record_rounds=True, ignore_eos=True)
         engine = engine_with(schedule=Fixed(GAMMA))
-        monkeypatch.setattr(engine, "_chunk", lambda decoding: chunk)
+        monkeypatch.setattr(engine, "_chunk", lambda *_: chunk)
         with LocalEngine(engine) as local:
             return [e.round.draft_tokens for e, _ in local.run([asked]) if isinstance(e, TokensEvent) and e.round]
 
@@ -175,7 +175,7 @@ def test_a_joining_prompt_does_not_stop_the_others():
 def test_a_short_prompt_does_not_wait_for_long_ones_and_they_all_end():
     """Guards against prompts that are read strictly in order: who asks five words waits for everybody's pages."""
     engine = engine_with(schedule=Fixed(0))
-    engine._chunk = lambda decoding: 16
+    engine._chunk = lambda *_: 16
     passes: list[list[tuple[str, int]]] = []
     real = engine._models.target.forward
 

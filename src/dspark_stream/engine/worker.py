@@ -321,7 +321,8 @@ class EngineThread:
         joining = [s for s in active if s.phase is Phase.PREFILL]
         if joining:
             company = [s for s in self._streams.values() if s.phase is not Phase.WAITING]
-            self._publish(prefill(self._models, shares(joining, self._chunk(decoding)), company))
+            chunk = self._chunk(decoding, max([s.prefilled for s in joining]))
+            self._publish(prefill(self._models, shares(joining, chunk), company))
         if decoding:
             self._counters.rounds += 1
             together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())
@@ -336,17 +337,19 @@ class EngineThread:
         costs = self._models.costs_of(streams)
         return lambda count: costs.round_cost(count, position, 0, 0).ms[0]
 
-    def _chunk(self, decoding: Sequence[Stream]) -> int:
+    def _chunk(self, decoding: Sequence[Stream], position: int = 0) -> int:
         """Prompt tokens of a pass: as many as, by the curve, hold up nobody for too long.
 
-        That is whoever decodes, beside whose round it runs; and whoever comes while nobody does.
+        That is whoever decodes, beside whose round it runs; and whoever comes while nobody does. ``position``: how far
+        a prompt has been read, at most: the further, the longer its next tokens take.
         """
         budget_ms = self._prefill_budget_ms if decoding else ALONE_MS
         tightest_ms = min([s.max_chunk_gap_ms for s in decoding], default=float("inf"))
         if tightest_ms < float("inf"):
             budget_ms = min(budget_ms, SAFE * tightest_ms - self._plain_round_ms(decoding)(len(decoding)))
-        curve = self._models.costs.curve
-        fitting = [n for n, ms in zip(curve.tokens, curve.verify_ms, strict=True) if ms <= budget_ms]
+        costs = self._models.costs
+        passes_ms = costs.verify_ms(costs.curve.tokens, 1, max(position, costs.curve.context))
+        fitting = [n for n, ms in zip(costs.curve.tokens, passes_ms, strict=True) if ms <= budget_ms]
         return max([PREFILL_LEAST, *fitting])
 
     def _publish(self, committed: Sequence[Committed]) -> None:
