@@ -19,7 +19,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = run()
     # What is left is Python's own end, which a second Ctrl-C may cut short without a word.
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(code))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
 
 
