@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dspark_stream.engine.boundary import EventSink
-from dspark_stream.errors import DrainingError, DsparkError, InternalError
+from dspark_stream.errors import DrainingError, DsparkError, EngineFailedError, InternalError, ShutdownError
 from dspark_stream.types import (
     EngineEvent,
     EngineSnapshot,
@@ -58,12 +58,13 @@ class FakeTokenizer:
         self.chats: list[list[tuple[str, str]]] = []
         self.error: Exception | None = None
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[tuple[str, str]], most: int | None = None) -> list[int]:
         self.chats.append(list(messages))
         self.gate.wait(20)
         if self.error is not None:
             raise self.error
-        return self.encode("".join(f"<{role}>{content}\n" for role, content in messages))
+        ids = self.encode("".join(f"<{role}>{content}\n" for role, content in messages))
+        return ids if most is None else ids[: most + 1]
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -119,6 +120,7 @@ class FakeEngine:
         self.finished: dict[str, FinishReason] = {}
         self.rounds_total = 0
         self.stuck_for_s = 0.0
+        self.failure = ""
         self._streams: dict[str, _Stream] = {}
         self._lock = threading.Condition()
         self._closing_by: float | None = None
@@ -136,6 +138,8 @@ class FakeEngine:
         if script.error is not None:
             raise script.error
         with self._lock:
+            if self.failure:
+                raise EngineFailedError(self.failure)
             if self._closing_by is not None:
                 raise DrainingError("the engine is closing")
             self.submitted.append(request)
@@ -177,6 +181,7 @@ class FakeEngine:
                 generation_tokens_total=self.rounds_total,
                 last_step_age_s=self.stuck_for_s,
                 alive=self._thread.is_alive(),
+                failure=self.failure,
             )
 
     def close(self, timeout_s: float) -> None:
@@ -186,6 +191,23 @@ class FakeEngine:
             self._lock.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+
+    def fail(self, reason: str, *, silently: bool = False) -> None:
+        """Do no more work, as an engine whose thread has ended: ``silently`` without an end for its streams."""
+        with self._lock:
+            error = EngineFailedError(reason)
+            left = list(self._streams.values())
+            if silently:
+                self._streams.clear()
+                self.finished.update({s.request.request_id: "failed" for s in left})
+            else:
+                self.failure = reason
+            events = [] if silently else [self._finish(stream, "failed", error) for stream in left]
+            self._closing_by = 0.0
+            self._lock.notify_all()
+        assert self._sink is not None
+        self._sink(events)
+        self._thread.join()
 
     # --- what tests ask ---------------------------------------------------------------------------------------
 
@@ -227,8 +249,10 @@ class FakeEngine:
             time.sleep(self.step_s)
 
     def _step(self, stream: _Stream, open_gate: bool, out_of_time: bool) -> list[EngineEvent]:
-        if stream.cancelled or out_of_time:
+        if stream.cancelled:
             return [self._finish(stream, "cancelled")]
+        if out_of_time:
+            return [self._finish(stream, "failed", ShutdownError("the server shut down before the answer ended"))]
         if stream.held or not open_gate:
             return []
         stream.steps += 1
@@ -236,7 +260,7 @@ class FakeEngine:
             return []
         script = stream.script
         if script.fail_after_rounds is not None and stream.rounds >= script.fail_after_rounds:
-            return [self._finish(stream, "failed")]
+            return [self._finish(stream, "failed", InternalError("the engine failed on purpose"))]
         limit = stream.request.sampling.max_tokens
         room = min(limit, len(script.tokens)) - stream.written
         count = min(script.rounds[stream.rounds % len(script.rounds)], room)
@@ -280,11 +304,10 @@ class FakeEngine:
             round=record if request.record_rounds else None,
         )
 
-    def _finish(self, stream: _Stream, reason: FinishReason) -> FinishedEvent:
+    def _finish(self, stream: _Stream, reason: FinishReason, error: DsparkError | None = None) -> FinishedEvent:
         request = stream.request
         del self._streams[request.request_id]
         self.finished[request.request_id] = reason
-        error = InternalError("the engine failed on purpose")
         return FinishedEvent(
             request_id=request.request_id,
             reason=reason,
@@ -301,6 +324,6 @@ class FakeEngine:
                 decode_ms=2.0,
             ),
             error=ErrorInfo(status=error.status, type=error.type, code=error.code, message=error.message)
-            if reason == "failed"
+            if error is not None
             else None,
         )

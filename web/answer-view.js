@@ -190,7 +190,8 @@ export class AnswerView {
       this.element.removeAttribute("aria-busy");
       this.element.dataset.status = this.end.status;
       if (!this.#asked) this.state.textContent = "not started";
-      else this.state.textContent = this.#stopped && this.end.status === "cancelled" ? "stopped" : ENDINGS[this.end.status];
+      else if (this.#stopped && this.end.status === "cancelled") this.state.textContent = "stopped";
+      else this.state.textContent = ENDINGS[this.end.error?.code === "server_shutdown" ? "cancelled" : this.end.status];
     }
     this.onPaint?.();
   }

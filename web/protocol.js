@@ -216,8 +216,11 @@ export function explain(error) {
   const detail = error?.message ?? "";
   const seconds = error?.retry_after_s;
   const wait = !seconds ? "Give it a few seconds" : seconds === 1 ? "Give it a second" : `Give it ${seconds} seconds`;
-  if (error?.code === "draining") {
+  if (error?.code === "draining" || error?.code === "server_shutdown") {
     return { title: "The server is shutting down. Try again when it is back.", detail, retry: true };
+  }
+  if (error?.code === "engine_failed") {
+    return { title: "The server’s engine has failed. Try again when it has been restarted.", detail, retry: true };
   }
   if (error?.status === 503 || error?.type === "overloaded_error") {
     return { title: `The server is full at the moment. ${wait}, then try again.`, detail, retry: true };

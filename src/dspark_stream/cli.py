@@ -16,7 +16,7 @@ from typing import NoReturn, TypeAlias
 from dspark_stream import __version__, commands
 from dspark_stream import config as settings
 from dspark_stream.commands import PROGRAM
-from dspark_stream.errors import DsparkError, InternalError
+from dspark_stream.errors import DsparkError, EngineFailedError, InternalError
 from dspark_stream.evaluate import DEFINITIONS
 from dspark_stream.types import MAX_SEED, MAX_TEMPERATURE
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
     except DsparkError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return EXIT_INTERNAL if isinstance(error, InternalError) else EXIT_USER
+        return EXIT_INTERNAL if isinstance(error, InternalError | EngineFailedError) else EXIT_USER
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED

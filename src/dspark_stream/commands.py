@@ -11,12 +11,10 @@ import contextlib
 import gc
 import json
 import logging
-import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -25,6 +23,7 @@ from dspark_stream import __version__
 from dspark_stream import config as settings
 from dspark_stream.console import printable
 from dspark_stream.errors import ConfigError
+from dspark_stream.stopping import Terminated, stoppable
 from dspark_stream.types import GenerationRequest, ModelInfo, RecommendedSampling, SamplingParams
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def _load(config: Config, *, quiet: bool = False, measure_again: bool = False) -
 
     progress = Progress(enabled=not quiet)
     # Libraries print to stdout as they load; what goes there is ours (text, JSON).
-    with contextlib.redirect_stdout(sys.stderr):
+    with stoppable(), contextlib.redirect_stdout(sys.stderr):
         progress.say(f"{PROGRAM} {__version__}: getting ready")
         from dspark_stream.engine.build import build_engine
 
@@ -84,24 +83,6 @@ def _quiet(args: argparse.Namespace) -> bool:
 # --- serve -------------------------------------------------------------------------------------------------
 
 
-class _Terminated(BaseException):
-    """SIGTERM while nothing is being served yet. Not an `Exception`: no handler on the way may keep it."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that whatever is being loaded or fetched is cleared up."""
-
-    def raise_terminated(_signal: int, _frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, raise_terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def serve(args: argparse.Namespace) -> int:
     """Load the models and serve them until a signal comes."""
     flags = vars(args)
@@ -113,14 +94,14 @@ def serve(args: argparse.Namespace) -> int:
         flags = {**flags, "model": args.positional_model}
     resolved = settings.resolve(flags)
     try:
-        with _terminable():
-            return _serve_resolved(resolved)
-    except _Terminated:
+        with stoppable() as check:
+            return _serve_resolved(resolved, check)
+    except Terminated:
         print(f"{PROGRAM}: stopped before the service was up", file=sys.stderr)
         return 0
 
 
-def _serve_resolved(resolved: settings.Resolved) -> int:
+def _serve_resolved(resolved: settings.Resolved, check: Callable[[], None]) -> int:
     config = resolved.config
     print(f"{PROGRAM}: settings", *resolved.lines(), sep="\n", file=sys.stderr, flush=True)
     server_config = _server_config(config)
@@ -134,6 +115,7 @@ def _serve_resolved(resolved: settings.Resolved) -> int:
 
     from dspark_stream.server import app
 
+    check()
     uvloop.run(app.serve(server_config, engine, tokenizer, ready=_announce))
     return 0
 
@@ -159,6 +141,7 @@ def _server_config(config: Config) -> ServerConfig:
         pending_limit_bytes=config.slow_reader_bytes,
         slow_reader_timeout_s=config.slow_reader_timeout_s,
         shutdown_timeout_s=config.shutdown_timeout_s,
+        exit_on_engine_failure=config.exit_on_engine_failure,
     )
 
 

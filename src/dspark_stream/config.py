@@ -57,6 +57,13 @@ def parse_schedule(text: str) -> str:
     )
 
 
+def _parse_bool(text: str) -> bool:
+    try:
+        return {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}[text.lower()]
+    except KeyError:
+        raise ValueError(f"{text!r} is not one of on, off") from None
+
+
 def _parse_int(text: str) -> int:
     try:
         return int(text)
@@ -250,12 +257,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: Annotated[
         int, Setting("most streams that wait for a place; past it clients get 503", "service", 0, 1_000_000)
     ] = 64
-    # Above max_num_seqs + max_queue on purpose: behind a proxy, or in a load test, everybody has one address,
-    # and should meet the server's capacity (503) before a limit meant for a greedy neighbour (429).
     max_streams_per_client: Annotated[
         int,
-        Setting("most streams of one client, running and waiting; past it 429", "service", 1, 1_000_000),
-    ] = 128
+        Setting(
+            "most streams of one key or address, running and waiting; past it 429. 0: a fair share of all places "
+            "(max_num_seqs + max_queue), half of them while there is no other client; as many as all places: no "
+            "shares, for load tests from one address",
+            "service",
+            0,
+            1_000_000,
+        ),
+    ] = 0
     slow_reader_bytes: Annotated[
         int,
         Setting(
@@ -289,6 +301,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             flag="--shutdown-timeout",
         ),
     ] = 30.0
+    exit_on_engine_failure: Annotated[
+        bool,
+        Setting(
+            "whether the process ends, with exit code 1, when its engine has failed for good, so that whoever "
+            "supervises it starts another; else it stays, refuses, and fails its probes",
+            "service",
+        ),
+    ] = True
 
 
 SPECULATIVE_CONFIG = "speculative_config"
@@ -328,7 +348,7 @@ class _Entry:
             if self.choices and value not in self.choices:
                 raise ConfigError(f"{source}: {value!r} is not one of {', '.join(self.choices)}", param=self.name)
             low, high = self.setting.low, self.setting.high
-            if isinstance(value, int | float) and not low <= value <= high:
+            if isinstance(value, int | float) and not low <= value <= high:  # a bool has no limits
                 shown, least, most = (_shown(self, number) for number in (value, low, high))
                 raise ConfigError(f"{source}: {shown} is out of range, {least} to {most} is allowed", param=self.name)
         return tuple(values) if self.repeatable else values[-1]
@@ -342,7 +362,7 @@ def _table() -> dict[str, _Entry]:
         kind, setting = typing.get_args(hints[name])
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         repeatable = typing.get_origin(kind) is tuple
-        parse = setting.parse or {int: _parse_int, float: _parse_float}.get(kind, str)
+        parse = setting.parse or {bool: _parse_bool, int: _parse_int, float: _parse_float}.get(kind, str)
         entries.append(_Entry(name, setting, parse, choices, repeatable))
     return {entry.name: entry for entry in entries}
 
@@ -359,13 +379,19 @@ def add_arguments(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> N
         for entry in _table().values():
             if entry.setting.group != group:
                 continue
+            help_text = (entry.setting.help + _default_note(entry, defaults)).replace("%", "%%")
+            if isinstance(getattr(defaults, entry.name, None), bool):
+                section.add_argument(
+                    entry.flag, dest=entry.name, nargs="?", const="on", default=None, metavar="on|off", help=help_text
+                )
+                continue
             section.add_argument(
                 entry.flag,
                 dest=entry.name,
                 action="append" if entry.repeatable else "store",
                 default=None,
                 metavar=entry.setting.metavar or ("{" + ",".join(entry.choices) + "}" if entry.choices else "N"),
-                help=(entry.setting.help + _default_note(entry, defaults)).replace("%", "%%"),
+                help=help_text,
             )
 
 
@@ -481,6 +507,8 @@ def _with_speculative_config(layer: _Layer) -> _Layer:
 
 
 def _shown(entry: _Entry, value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if entry.setting.secret:
         return "****" if value else ""
     if entry.setting.parse is parse_bytes and isinstance(value, int):

@@ -96,9 +96,23 @@ class OverloadedError(BusyError):
 
 
 class DrainingError(BusyError):
-    """The server is shutting down (503)."""
+    """The server is shutting down (503): nothing new is taken."""
 
     code = "draining"
+
+
+class ShutdownError(BusyError):
+    """The server shut down before the answer was whole (503)."""
+
+    type = "server_error"
+    code = "server_shutdown"
+
+
+class EngineFailedError(BusyError):
+    """The engine has failed and does no more work (503); whoever supervises the process starts another."""
+
+    type = "server_error"
+    code = "engine_failed"
 
 
 # --- what the person at the command line did -----------------------------------------------------------------

@@ -226,3 +226,5 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     last_step_age_s: float
     """Seconds since the engine thread last came round its loop; grows only when it is stuck or dead."""
     alive: bool
+    failure: str = ""
+    """Why the engine does no more work, in words that clients may read; empty while it does."""

@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-import dspark_stream.engine.worker as worker_module
-from dspark_stream.errors import ContextLengthError, DrainingError, InvalidRequestError
+from dspark_stream.errors import ContextLengthError, DrainingError, EngineFailedError, InvalidRequestError
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.local import LocalEngine
@@ -134,11 +134,14 @@ def test_prompts_in_chunks_equal_prompts_at_once(monkeypatch):
 
     def drafts():
         asked = request("a", prompt, record_rounds=True, ignore_eos=True)
-        with LocalEngine(engine_with(schedule=Fixed(GAMMA))) as local:
+        engine = engine_with(schedule=Fixed(GAMMA))
+        monkeypatch.setattr(engine, "_chunk", lambda *_: chunk)
+        with LocalEngine(engine) as local:
             return [e.round.draft_tokens for e, _ in local.run([asked]) if isinstance(e, TokensEvent) and e.round]
 
+    chunk = 512
     whole = drafts()
-    monkeypatch.setattr(worker_module, "PREFILL_ALONE", 7)
+    chunk = 7
     assert drafts() == whole  # what is drafted shows lost features; the text would not
 
 
@@ -164,6 +167,50 @@ def test_a_joining_prompt_does_not_stop_the_others():
     engine.close(0.0)
     before = order[: order.index("late")]
     assert before.count("running") >= 184 // 16 - 1
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones_and_they_all_end():
+    """Guards against prompts that are read strictly in order: who asks five words waits for everybody's pages."""
+    engine = engine_with(schedule=Fixed(0))
+    engine._chunk = lambda *_: 16
+    passes: list[list[tuple[str, int]]] = []
+    real = engine._models.target.forward
+
+    def forward(batch, store, rows):
+        passes.append([(len(r.token_ids), r.start) for r in batch])
+        return real(batch, store, rows)
+
+    engine._models.target.forward = forward
+    long = [request(f"long{i}", tuple(range(2, 48)) * 5, max_tokens=1) for i in range(3)]
+    short = request("short", (5, 6, 7, 8, 9), max_tokens=1)
+    firsts = []
+    with LocalEngine(engine) as local:
+        firsts += [e.request_id for e, _ in local.run([*long, short], 4) if isinstance(e, FinishedEvent)]
+    assert firsts == ["short", "long0", "long1", "long2"]
+    tokens = [sum(count for count, _ in rows) for rows in passes]
+    assert max(tokens) == 16
+    assert sum(tokens) == 3 * 230 + 5
+    reading = next(i for i, rows in enumerate(passes) if (5, 0) in rows)
+    assert sorted(passes[reading]) == [(5, 0), (11, 16 * reading)]  # beside it the oldest goes on
+
+
+def test_places_go_to_whoever_has_the_fewest():
+    """Guards against one client's line that everybody else stands behind."""
+    engine = tiny_engine(tiny_models(), max_num_seqs=2)
+    asked = [
+        *(replace(request(f"a{i}", max_tokens=4, ignore_eos=True), client="a") for i in range(5)),
+        *(replace(request(f"b{i}", max_tokens=4, ignore_eos=True), client="b") for i in range(2)),
+    ]
+    order = []
+    engine.hold("nobody")
+    with LocalEngine(engine) as local:
+        engine._admit, admit = lambda: None, engine._admit
+        for one in asked:
+            engine.submit(one)
+        engine._inbox.put(lambda: setattr(engine, "_admit", admit))
+        while len(order) < len(asked):
+            order += [e.request_id for e in local._next_step()[1] if isinstance(e, FinishedEvent)]
+    assert order == ["a0", "b0", "a1", "b1", "a2", "a3", "a4"]
 
 
 def test_stop_token_and_max_tokens_inside_a_round():
@@ -272,18 +319,97 @@ def test_a_failing_step_fails_its_streams_and_the_engine_goes_on():
     assert engine.snapshot().kv_tokens_used == 0
 
 
-def test_an_engine_that_dies_leaves_nobody_waiting(monkeypatch):
-    """Guards against streams without an end when something outside a step raises on the engine's thread."""
+@pytest.mark.parametrize("fault", [ZeroDivisionError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("where", ["_admit", "_take_commands", "_hand_over"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_leaves_nobody_waiting(monkeypatch, where, fault):
+    """Guards against streams without an end, or with two, when something outside a step raises on the engine's thread,
+    whatever it is: those that run, those that wait, and one that was submitted but not yet seen."""
+    engine = tiny_engine(tiny_models(), max_num_seqs=1)
+    ends: queue.SimpleQueue = queue.SimpleQueue()
+    engine.start(lambda batch: [ends.put(e) for e in batch if isinstance(e, FinishedEvent)])
+    real, broken = getattr(engine, where), iter([True])
+
+    def fail(*args):
+        if next(broken, False):
+            engine.submit(request("unseen"))
+            raise fault("secret prompt")
+        real(*args)
+
+    engine.hold("nobody")
+    for name in ("runs", "waits"):
+        engine.submit(request(name, max_tokens=200, ignore_eos=True))
+    monkeypatch.setattr(engine, where, fail)
+    last = {e.request_id: e for e in (ends.get(timeout=5) for _ in range(3))}
+    engine._thread.join(5)
+    assert set(last) == {"runs", "waits", "unseen"}
+    assert {(e.reason, e.error.code) for e in last.values()} == {("failed", "engine_failed")}
+    assert not any("secret" in e.error.message for e in last.values())
+    assert ends.empty()
+    snapshot = engine.snapshot()
+    assert (snapshot.alive, snapshot.running, snapshot.waiting) == (False, 0, 0)
+    assert "failed" in snapshot.failure
+    with pytest.raises(EngineFailedError):
+        engine.submit(request("b"))
+    engine.close(0.0)
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, SystemExit])
+def test_what_is_no_exception_in_a_step_ends_the_engine(fault):
+    """Guards against streams that hang for ever behind a thread that has gone."""
+    engine = engine_with()
+
+    def forward(*args, **kwargs):
+        raise fault
+
+    engine._models.target.forward = forward
+    with LocalEngine(engine) as local:
+        [(end, _)] = list(local.run([request("a")]))
+        assert (end.reason, end.error.code) == ("failed", "engine_failed")
+        with pytest.raises(EngineFailedError):
+            list(local.run([request("b")]))
+
+
+def test_steps_that_always_fail_are_the_engines_failure():
+    """Guards against a service that looks well and fails every request; one good step in between clears the count."""
+    engine = engine_with()
+    target = engine._models.target
+    real, broken = target.forward, iter([True, True, False, True, True, True])
+
+    def forward(*args, **kwargs):
+        if next(broken):
+            raise RuntimeError("out of memory")
+        return real(*args, **kwargs)
+
+    target.forward = forward
+    codes = []
+    with LocalEngine(engine) as local:
+        for i in range(6):
+            [*_, (end, _)] = local.run([request(str(i), max_tokens=1, ignore_eos=True)])
+            codes.append(end.error.code if end.error else end.reason)
+            engine.hold("nobody")  # an idle turn of the loop is no good step
+        engine._thread.join(5)
+        snapshot = engine.snapshot()
+        assert codes == ["internal_error", "internal_error", "length", *["internal_error"] * 3]
+        assert not snapshot.alive
+        assert snapshot.failure.endswith("3 steps in a row went wrong")
+        with pytest.raises(EngineFailedError):
+            engine.submit(request("late"))
+
+
+def test_a_stream_whose_end_was_interrupted_ends_once(monkeypatch):
+    """Guards against an end that is lost, or said twice, when what ends a stream fails half way."""
     engine = engine_with()
     ends: queue.SimpleQueue = queue.SimpleQueue()
     engine.start(lambda batch: [ends.put(e) for e in batch if isinstance(e, FinishedEvent)])
-    engine.submit(request("a", max_tokens=200, ignore_eos=True))
-    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
-    assert ends.get(timeout=5).reason == "failed"
-    engine._thread.join(5)
-    assert not engine.snapshot().alive
-    with pytest.raises(DrainingError):
-        engine.submit(request("b"))
+    monkeypatch.setattr(engine._allocator, "free", lambda extent: 1 / 0)
+    engine.submit(request("a", max_tokens=2, ignore_eos=True))
+    assert ends.get(timeout=5).reason == "length"
+    monkeypatch.undo()
+    engine.submit(request("b", max_tokens=2, ignore_eos=True))
+    assert ends.get(timeout=5).request_id == "b"
+    engine.close(0.0)
+    assert ends.empty()
 
 
 def test_an_idle_engine_is_not_a_stuck_one():
@@ -325,14 +451,16 @@ def _keep_ends(ends, batch):
     ends.extend(event for event in batch if isinstance(event, FinishedEvent))
 
 
-def test_close_lets_streams_finish_and_cancels_the_rest():
-    for timeout_s, reason in ((5.0, "length"), (0.0, "cancelled")):
+def test_close_lets_streams_finish_and_says_what_cut_the_rest():
+    """Guards against an answer that a shutdown cut and that looks as if the model, or the client, had ended it."""
+    for timeout_s, reason in ((5.0, "length"), (0.0, "failed")):
         engine = engine_with(schedule=Fixed(0))
         ends = []
         engine.start(partial(_keep_ends, ends))
         engine.submit(request("a", max_tokens=60, ignore_eos=True))
         engine.close(timeout_s)
         assert [e.reason for e in ends] == [reason]
+        assert [e.error.code for e in ends if e.error] == (["server_shutdown"] if reason == "failed" else [])
         assert not engine.snapshot().alive
 
 

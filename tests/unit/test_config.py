@@ -24,11 +24,6 @@ def test_defaults_are_those_of_the_struct():
     assert (config.host, config.port, config.kv_memory) == ("127.0.0.1", 8000, 1 << 30)
 
 
-def test_one_client_alone_meets_the_servers_capacity_before_its_own_limit():
-    config = Config()
-    assert config.max_streams_per_client > config.max_num_seqs + config.max_queue
-
-
 def test_flags_win_over_environment_and_environment_over_defaults():
     environ = {**HOME, "DSPARK_PORT": "7001", "DSPARK_THREADS": "3"}
     config = from_flags("--port", "7002", environ=environ)
@@ -61,6 +56,8 @@ def test_every_setting_has_a_flag_and_a_variable_that_do_the_same():
             continue
         kind = type(getattr(Config(), action.dest))
         text = samples.get(action.dest, "7" if kind in (int, float) else "name")
+        if kind is bool:
+            text = "off" if getattr(Config(), action.dest) else "on"
         variable = re.search(r"\[(DSPARK_\w+)\]", action.help)[1]
         by_flag = resolve(vars(parser.parse_args([action.option_strings[0], text])), HOME)
         by_variable = resolve({}, {**HOME, variable: text})
@@ -79,6 +76,7 @@ def test_every_setting_has_a_flag_and_a_variable_that_do_the_same():
         (("--device", "tpu"), ("--device", "'tpu'", "auto, cpu, cuda")),
         (("--schedule", "fixed:65"), ("--schedule", "fixed:65", "0 to 64")),
         (("--schedule", "sometimes"), ("--schedule", "'sometimes'", "adaptive")),
+        (("--max-queue", "true"), ("--max-queue", "'true'", "whole number")),
         (("--kv-memory", "1XiB"), ("--kv-memory", "'1XiB'", "512MiB")),
         (("--kv-memory", "1KiB"), ("--kv-memory", "1KiB is out of range", "1MiB to")),
     ],
@@ -93,6 +91,17 @@ def test_a_bad_value_names_flag_value_and_limit(argv, words):
 def test_a_bad_variable_is_named_as_the_variable():
     with pytest.raises(ConfigError, match=r"DSPARK_MAX_QUEUE: 'many' is not a whole number"):
         from_flags(environ={"DSPARK_MAX_QUEUE": "many"})
+
+
+def test_a_switch_is_on_or_off():
+    assert from_flags("--exit-on-engine-failure", "off").exit_on_engine_failure is False
+    off = {"DSPARK_EXIT_ON_ENGINE_FAILURE": "off", **HOME}
+    assert from_flags("--exit-on-engine-failure", environ=off).exit_on_engine_failure is True
+    for text, value in (("on", True), ("TRUE", True), ("1", True), ("off", False), ("false", False), ("0", False)):
+        config = from_flags(environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": text, **HOME})
+        assert config.exit_on_engine_failure is value
+    with pytest.raises(ConfigError, match=r"DSPARK_EXIT_ON_ENGINE_FAILURE: 'maybe' is not one of on, off"):
+        from_flags(environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": "maybe"})
 
 
 def test_an_unknown_variable_of_ours_is_an_error_with_a_guess():

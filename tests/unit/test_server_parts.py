@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections import Counter
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from dspark_stream.errors import (
     ConfigError,
     ContextLengthError,
     DrainingError,
+    EngineFailedError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
@@ -139,24 +141,88 @@ def test_the_store_is_bounded_in_bytes() -> None:
 
 def test_places_come_back_on_every_way_out() -> None:
     """Guards against a place that an error keeps for ever."""
-    admission = Admission(capacity=2, per_client=1)
+    admission = Admission(capacity=2, per_client=2)
     with pytest.raises(ZeroDivisionError), admission.place("a"):
         _ = 1 / 0
     assert admission.in_flight == 0
-    with admission.place("a"):
-        with pytest.raises(RateLimitError) as limited, admission.place("a"):
+    with admission.place("a"), admission.place("b"):
+        with pytest.raises(OverloadedError) as full, admission.place("c"):
             pass
-        assert limited.value.status == 429
-        with admission.place("b"):
-            with pytest.raises(OverloadedError) as full, admission.place("c"):
-                pass
-            assert full.value.status == 503
-            assert full.value.retry_after_s >= 1
-        assert admission.in_flight == 1
+        assert full.value.status == 503
+        assert full.value.retry_after_s >= 1
+        assert admission.in_flight == 2
     admission.draining = True
     with pytest.raises(DrainingError), admission.place("a"):
         pass
+    admission.failure = "it broke"
+    with pytest.raises(EngineFailedError, match="it broke"), admission.place("a"):
+        pass
     assert admission.in_flight == 0
+
+
+def test_a_client_has_its_limit_and_no_more() -> None:
+    admission = Admission(capacity=20, per_client=1)
+    with admission.place("a"):
+        with pytest.raises(RateLimitError) as limited, admission.place("a"):
+            pass
+        assert (limited.value.status, limited.value.retry_after_s) == (429, 1)
+        with admission.place("b"):
+            pass
+
+
+@pytest.mark.parametrize(("clients", "each"), [(1, 48), (2, 32), (3, 24), (5, 16), (11, 8)])
+def test_places_are_shared_by_those_who_want_them(clients: int, each: int) -> None:
+    """Guards against one client that has all places, and others that are told that the server is full."""
+    admission = Admission(capacity=96)
+    with ExitStack() as held:
+        counts = Counter[str]()
+        for _ in range(100):
+            for client in map(str, range(clients)):
+                with suppress(RateLimitError):
+                    held.enter_context(admission.place(client))
+                    counts[client] += 1
+        assert set(counts.values()) == {each}
+        assert admission.most_alone == 48
+        with admission.place("a newcomer"):
+            pass
+        with pytest.raises(RateLimitError, match=rf"{each} of the server's 96 places.*--max-streams-per-client"):
+            held.enter_context(admission.place("0"))
+    assert admission.in_flight == 0
+
+
+def test_a_client_that_was_there_first_gives_way() -> None:
+    """Guards against shares that only count at the beginning: places that become free go to whoever has fewer."""
+    admission = Admission(capacity=96)
+    hogs = [ExitStack() for _ in range(48)]
+    for hog in hogs:
+        hog.enter_context(admission.place("hog"))
+    with ExitStack() as held:
+        for _ in range(24):
+            held.enter_context(admission.place("late"))
+        for hog in hogs[:16]:
+            hog.close()
+            with suppress(RateLimitError):
+                hog.enter_context(admission.place("hog"))
+            with suppress(RateLimitError):
+                held.enter_context(admission.place("late"))
+        assert (admission._clients["hog"], admission._clients["late"]) == (32, 32)
+    for hog in hogs:
+        hog.close()
+
+
+def test_a_load_test_from_one_address_can_have_all_places() -> None:
+    admission = Admission(capacity=5, per_client=5)
+    assert admission.most_alone == 5
+    with ExitStack() as held:
+        for _ in range(5):
+            held.enter_context(admission.place("a"))
+        for client in "ab":
+            with pytest.raises(OverloadedError):
+                held.enter_context(admission.place(client))
+    for capacity in (1, 2, 3):
+        assert Admission(capacity).most_alone == (capacity + 1) // 2
+        with Admission(capacity).place("a"):
+            pass
 
 
 # --- settings and figures --------------------------------------------------------------------------------

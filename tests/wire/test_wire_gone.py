@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket as sockets
 import time
 from typing import Any
@@ -226,9 +227,42 @@ async def test_draining_ends_what_does_not_finish_in_time(launch: Launch) -> Non
         events = await socket.until("response.output_text.delta")
         await asyncio.gather(running.server.stop(), _to_the_end(socket, events))
         check_response(events)
-        assert events[-1]["type"] == "response.cancelled"
+        assert events[-1]["type"] == "response.failed"
+        assert events[-1]["response"]["error"]["code"] == "server_shutdown"
         assert socket.connection.close_code == 1012
         assert time.monotonic() - begun < 5
+
+
+async def test_what_a_shutdown_cuts_says_so_in_every_api(launch: Launch) -> None:
+    """Guards against half an answer that looks whole: finish_reason stop, status completed, or 200."""
+    running = await launch(FakeEngine(LONG, step_s=0.005), shutdown_timeout_s=0.05)
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    calls = (
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/chat/completions", chat),
+        ("/v1/responses", {"input": "x", "stream": True}),
+        ("/v1/chat/completions", {**chat, "stream": True}),
+        ("/v1/chat/completions", {**chat, "stream": True, "stream_options": {"include_usage": True}}),
+    )
+    async with running.http() as http:
+        reads = [asyncio.create_task(_answer(http, path, body)) for path, body in calls]
+        await eventually(lambda: running.engine.rounds_total > 20)
+        await running.server.stop()
+        whole, *streams = zip(calls, await asyncio.gather(*reads), strict=True)
+        for _, (status, data) in (whole, streams.pop(0)):
+            assert status == 503
+            assert json.loads(data)["error"]["code"] == "server_shutdown"
+        for (path, _), (status, data) in streams:
+            assert status == 200
+            assert data.count(b'"code":"server_shutdown"') == 1
+            assert b'"stop"' not in data
+            assert b'"completed"' not in data
+            assert data.count(b"[DONE]" if "chat" in path else b"event: response.failed") == 1
+
+
+async def _answer(http: Any, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+    async with http.post(path, json=body) as answer:
+        return answer.status, await answer.read()
 
 
 async def _to_the_end(socket: Socket, events: list[Any]) -> None:

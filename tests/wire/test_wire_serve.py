@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
+import pytest
 import websockets
 
 from wire.harness import Socket
@@ -42,26 +44,52 @@ async def address(server: asyncio.subprocess.Process) -> str:
     return line.decode().strip().replace("http://", "ws://") + "v1/responses"
 
 
-async def test_sigterm_drains_and_a_second_one_does_not_wait() -> None:
-    """Guards against a process that ignores SIGTERM while it answers, or that cannot be hurried."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_drains_and_a_second_one_does_not_wait(number: signal.Signals) -> None:
+    """Guards against a process that ignores a signal while it answers, or that cannot be hurried."""
     async with process(60.0) as server:
         async with websockets.connect(await address(server)) as connection:
             socket = Socket(connection)
             await socket.create()
             await socket.until("response.output_text.delta")
-            server.send_signal(signal.SIGTERM)
+            server.send_signal(number)
             await asyncio.sleep(0.2)
             assert server.returncode is None
             await socket.until("response.output_text.delta")
             begun = time.monotonic()
-            server.send_signal(signal.SIGTERM)
-            events = await socket.until("response.cancelled")
-            assert events[-1]["response"]["status"] == "cancelled"
+            server.send_signal(number)
+            events = await socket.until("response.failed")
+            assert events[-1]["response"]["error"]["code"] == "server_shutdown"
             assert await socket.closed() == 1012
         assert await asyncio.wait_for(server.wait(), 10) == 0
         assert time.monotonic() - begun < 5
         assert server.stderr is not None
         assert b"Traceback" not in await server.stderr.read()
+
+
+async def test_a_process_whose_engine_has_failed_says_so_and_ends() -> None:
+    """Guards against a service that nobody restarts although it can do nothing any more."""
+    async with process(60.0) as server:
+        where = await address(server)
+        async with websockets.connect(where) as connection:
+            socket = Socket(connection)
+            await socket.create()
+            await socket.until("response.output_text.delta")
+            server.send_signal(signal.SIGUSR1)
+            events = await socket.until("response.failed")
+            assert events[-1]["response"]["error"]["code"] == "engine_failed"
+            async with aiohttp.ClientSession() as http, http.get(health(where)) as answer:
+                assert (answer.status, (await answer.json())["reason"]) == (503, "a test broke it")
+            assert await socket.closed() == 1012
+        assert await asyncio.wait_for(server.wait(), 10) == 1
+        assert server.stderr is not None
+        said = await server.stderr.read()
+        assert b"a test broke it" in said
+        assert b"Traceback" not in said
+
+
+def health(where: str) -> str:
+    return where.replace("ws://", "http://").replace("v1/responses", "health")
 
 
 async def test_a_taken_port_is_a_plain_error() -> None:

@@ -350,7 +350,7 @@ async def test_many_sockets_at_once(launch: Launch) -> None:
 async def test_capacity_and_client_limits_are_told_apart(launch: Launch) -> None:
     """Guards against refusals that do not say whether waiting, or asking for less, would help."""
     engine = FakeEngine(info=model_info(max_num_seqs=1))
-    running = await launch(engine, max_queue=1)
+    running = await launch(engine, max_queue=1, max_streams_per_client=2)
     engine.gate.clear()
     async with running.socket() as socket:
         for lane in "abc":

@@ -16,7 +16,9 @@ EventSink = Callable[[Sequence[EngineEvent]], None]
 
 
 class Engine(Protocol):
-    """All methods return at once and may be called from any thread. Events arrive through the sink alone."""
+    """All methods but `close` return at once, and all may be called from any thread. Events arrive through the sink
+    alone. An engine that fails for good ends every stream with an `EngineFailedError`; `snapshot` says why.
+    """
 
     info: ModelInfo
 
@@ -30,6 +32,7 @@ class Engine(Protocol):
             InvalidRequestError: values out of range (``param`` says which); nothing was queued.
             ContextLengthError: prompt + max_tokens do not fit ``info.max_model_len``; nothing was queued.
             DrainingError: `close` was called; nothing was queued.
+            EngineFailedError: the engine does no more work; nothing was queued.
         """
 
     def cancel(self, request_id: str) -> None:
@@ -45,14 +48,17 @@ class Engine(Protocol):
         """Gauges and counters now."""
 
     def close(self, timeout_s: float) -> None:
-        """Refuse new work, let streams finish for ``timeout_s``, cancel the rest, join the thread (blocks)."""
+        """Refuse new work, let streams finish for ``timeout_s``, fail the rest with a `ShutdownError`, end (blocks)."""
 
 
 class Tokenizer(Protocol):
     """Text in, tokens out. Calls may take long for long texts: run them off the event loop."""
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Tokens of (role, content) pairs under the model's chat template, generation prompt added."""
+    def encode_chat(self, messages: Sequence[tuple[str, str]], most: int | None = None) -> list[int]:
+        """Tokens of (role, content) pairs under the model's chat template, generation prompt added.
+
+        ``most``: of more tokens than that the first ``most + 1`` are enough, and the rest of the text is not read.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, special tokens not added."""

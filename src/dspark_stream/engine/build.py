@@ -16,6 +16,7 @@ from dspark_kernels.cpu import Context, Kind, NoCompilerError, best_isa, support
 from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
 from dspark_stream.drafters import shipped_drafter
+from dspark_stream.engine.memory import check_kv_memory, foretold, memory_bytes, refused_by_the_system
 from dspark_stream.engine.profile import curve_key, load_or_measure
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
@@ -63,6 +64,8 @@ def build_engine(
         ModelLoadError: target or drafter cannot be used (`DownloadError`: a named model cannot be had).
         ConfigError: limits that do not fit together.
     """
+    if config.device == "cpu" or not torch.cuda.is_available():
+        check_kv_memory(config.kv_memory, memory_bytes())  # before anything is fetched
     path = model_path(config.model, config.cache_dir, progress)
     with progress.stage(f"loading {config.model}"):
         kernels = open_kernels(config, progress)
@@ -99,8 +102,11 @@ def build_engine(
         max_model_len = affordable
     slots = slots_for_budget(config.kv_memory, per_token, max_model_len + gamma + 1, rings * drafter_bytes)
     allocator = ExtentAllocator(slots, ring, config.max_num_seqs if ring else 0)
-    target_kv = target.make_store(slots)
-    drafter_kv = drafter.make_store(rings or slots) if drafter else None
+    if target.device.type == "cuda":
+        check_kv_memory(config.kv_memory, torch.cuda.get_device_properties(target.device).total_memory, "the GPU")
+    with refused_by_the_system(config.kv_memory):
+        target_kv = target.make_store(slots)
+        drafter_kv = drafter.make_store(rings or slots) if drafter else None
     folder = "" if drafter_folder is None else _weights_stamp(drafter_folder)
     curve = load_or_measure(
         target,
@@ -144,6 +150,8 @@ def build_engine(
         sampling=recommended_sampling(config.model),
     )
     _give_back_memory()
+    if target.device.type == "cpu" and (told := foretold(config.kv_memory)):
+        progress.say(told)
     text = codec.token_bytes if codec else None
     engine = EngineThread(
         models,

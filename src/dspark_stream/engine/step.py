@@ -296,8 +296,8 @@ def set_aside(models: Models, stream: Stream) -> None:
     _hand_over(models, [stream])
 
 
-def prefill(models: Models, streams: Sequence[Stream], budget: int, company: Sequence[Stream]) -> list[Committed]:
-    """Up to ``budget`` prompt tokens, streams in order, as one ragged pass; who completes gets its first token.
+def prefill(models: Models, shares: Sequence[tuple[Stream, int]], company: Sequence[Stream]) -> list[Committed]:
+    """Prompt tokens of these streams, so many of each, as one ragged pass; who completes gets its first token.
 
     ``company``: all streams that have slots, these among them.
 
@@ -307,10 +307,8 @@ def prefill(models: Models, streams: Sequence[Stream], budget: int, company: Seq
     chunks: list[tuple[Stream, int, int, int]] = []
     completed: list[tuple[Stream, int]] = []
     row = 0
-    for stream in streams:
-        ids = stream.request.prompt_ids[stream.prefilled : stream.prefilled + budget - row]
-        if not ids:
-            break
+    for stream, count in shares:
+        ids = stream.request.prompt_ids[stream.prefilled : stream.prefilled + count]
         batch.append(Rows(stream.extent, stream.prefilled, list(ids)))
         chunks.append((stream, row, stream.prefilled, len(ids)))
         row += len(ids)

@@ -5,7 +5,6 @@ The loop's thread and this one share an inbox of commands and the event sink, no
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import queue
@@ -13,16 +12,26 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 import torch
 
 from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.pacing import SAFE, pace
+from dspark_stream.engine.sharing import in_turn, shares
 from dspark_stream.engine.step import Committed, Models, company_of, decode_round, prefill, set_aside
 from dspark_stream.engine.stream import Phase, Stream
-from dspark_stream.errors import ContextLengthError, DrainingError, DsparkError, InternalError, InvalidRequestError
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.errors import (
+    ContextLengthError,
+    DrainingError,
+    DsparkError,
+    EngineFailedError,
+    InternalError,
+    InvalidRequestError,
+    ShutdownError,
+)
+from dspark_stream.load.curve import CapacityCurve, Company
 from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
@@ -35,6 +44,7 @@ from dspark_stream.types import (
     EngineEvent,
     EngineSnapshot,
     ErrorInfo,
+    FinishedEvent,
     FinishReason,
     GenerationRequest,
     ModelInfo,
@@ -43,9 +53,18 @@ from dspark_stream.types import (
 
 log = logging.getLogger(__name__)
 
-PREFILL_ALONE = 512
-"""Prompt tokens a pass while no stream is decoding: nobody waits for it but the prompt's own reader."""
+ALONE_MS = 250.0
+"""How long a pass over prompts may take while no stream is decoding: a prompt that comes meanwhile waits for it."""
 PREFILL_LEAST = 16
+"""Prompt tokens of a pass, whatever they take."""
+MAX_FAILED_STEPS = 3
+"""Steps in a row that may fail: after so many the fault is not in what they were asked to do."""
+JOIN_PATIENCE_S = 30.0
+"""How long `close` waits for the step under way, past its deadline."""
+
+GC_THRESHOLDS = (20_000, 20, 20)
+"""With Python's own, a body of many small objects is looked through so often that it takes three times as long to
+decode, and everybody waits meanwhile."""
 
 
 @dataclass
@@ -94,9 +113,11 @@ class EngineThread:
         self._max_chunk_gap_ms = max_chunk_gap_ms
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}  # every stream that has not ended, oldest first
-        self._known: set[str] = set()  # ids between submit and terminal event, as callers see them
-        self._lock = threading.Lock()  # guards _known and _closing, the only state that callers touch
+        self._known: dict[str, Stream] = {}  # between submit and terminal event, as callers see them
+        self._lock = threading.Lock()  # guards _known, _closing and _failure, the only state that callers touch
         self._closing = False
+        self._failure = ""
+        self._failed_steps = 0  # since the last one that went well
         self._deadline = float("inf")
         self._events: list[EngineEvent] = []  # of the step under way
         self._counters = Counters(per_position=[0] * models.gamma)
@@ -114,6 +135,7 @@ class EngineThread:
         # what is there now lives as long as the engine: looking through it for garbage would hold up rounds for long
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> None:
@@ -134,11 +156,13 @@ class EngineThread:
                 param="max_output_tokens",
             )
         with self._lock:
+            if self._failure:
+                raise EngineFailedError(self._failure)
             if self._closing:
                 raise DrainingError("the engine is shutting down")
             if request.request_id in self._known:
                 raise InvalidRequestError(f"request id {request.request_id} is in use", param="request_id")
-            self._known.add(request.request_id)
+            self._known[request.request_id] = stream
             # under the lock: after `close` nothing may enter, or it would wait for a thread that has gone
             self._inbox.put(lambda: self._streams.__setitem__(request.request_id, stream))
 
@@ -188,6 +212,7 @@ class EngineThread:
             capacity_drift=self._models.controller.costs.pace,
             last_step_age_s=0.0 if self._resting else time.perf_counter() - self._beat,
             alive=self._thread.is_alive(),
+            failure=self._failure,
         )
 
     def close(self, timeout_s: float) -> None:
@@ -201,7 +226,9 @@ class EngineThread:
 
         self._inbox.put(set_deadline)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_s + JOIN_PATIENCE_S)
+        if self._thread.is_alive():
+            log.error("the engine's step does not end; it is left alone")
         gc.unfreeze()
 
     # --- the thread ----------------------------------------------------------------------------------------
@@ -209,35 +236,50 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self._loop()
-        except Exception as error:  # not a step but the engine itself: nobody may wait for a thread that has gone
+        except BaseException as error:  # whatever it was: nobody may wait for a thread that has gone
             log.exception("the engine ends")
-            with self._lock:
-                self._closing = True
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._inbox.get_nowait()()
-            self._fail(list(self._streams.values()), error)
-            self._hand_over(self._events)
+            known = (
+                error
+                if isinstance(error, EngineFailedError)
+                else EngineFailedError("the engine has failed and does no more work")
+            )
+            self._end_all(known)
 
     def _loop(self) -> None:
         events = self._events
         while True:
             self._take_commands()
             if time.perf_counter() >= self._deadline:
-                for stream in list(self._streams.values()):
-                    self._end(stream, "cancelled")
+                self._fail(list(self._streams.values()), ShutdownError("the server shut down before the answer ended"))
             self._admit()
             try:
-                self._step()
+                if self._step():
+                    self._failed_steps = 0
             except Exception as error:  # one broken step must not end the service: its streams fail, it goes on
                 log.exception("engine step failed; its streams end")
                 running = (Phase.PREFILL, Phase.DECODE)
                 self._fail([s for s in self._streams.values() if s.phase in running and not s.held], error)
+                self._failed_steps += 1
             self._beat = time.perf_counter()
             if events:
                 self._hand_over(events)
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise EngineFailedError(f"the engine has failed: {self._failed_steps} steps in a row went wrong")
             if not self._streams and self._deadline < float("inf") and self._inbox.empty():
                 return
+
+    def _end_all(self, error: EngineFailedError) -> None:
+        """The engine's last words. Relies on nothing that may have been left half done: whoever is known gets an end,
+        unless it is among the events that were not handed over yet.
+        """
+        with self._lock:
+            self._failure = error.message
+            known, self._known = self._known, {}
+        ended = {event.request_id for event in self._events if isinstance(event, FinishedEvent)}
+        info = _info(error)
+        self._events += [stream.finished("failed", info) for name, stream in known.items() if name not in ended]
+        self._streams.clear()
+        self._hand_over(self._events)
 
     def _hand_over(self, events: list[EngineEvent]) -> None:
         try:
@@ -267,31 +309,31 @@ class EngineThread:
                 return
 
     def _admit(self) -> None:
-        """First come, first served: a stream that does not fit yet is not overtaken by a smaller one."""
-        running = sum(s.phase is not Phase.WAITING for s in self._streams.values())
-        for stream in [s for s in self._streams.values() if s.phase is Phase.WAITING]:
-            if running >= self.info.max_num_seqs:
-                return
+        """Give places, and slots, to whoever is next. A stream that does not fit yet is not overtaken."""
+        streams = list(self._streams.values())
+        free = self.info.max_num_seqs - sum(s.phase is not Phase.WAITING for s in streams)
+        for stream in islice(in_turn(streams), max(0, free)):
             extent = self._allocator.allocate(stream.slots_needed)
             if extent is None:
                 return
             stream.admitted(extent)
             self._counters.prompt_tokens += len(stream.request.prompt_ids)
-            running += 1
 
     @torch.inference_mode()
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Read prompts and run a round; whether there was anything to do."""
         active = [s for s in self._streams.values() if not s.held]
         decoding = [s for s in active if s.phase is Phase.DECODE]
         joining = [s for s in active if s.phase is Phase.PREFILL]
         if joining:
-            budget = self._chunk(decoding) if decoding else PREFILL_ALONE
             company = [s for s in self._streams.values() if s.phase is not Phase.WAITING]
-            self._publish(prefill(self._models, joining, budget, company))
+            chunk = self._chunk(decoding, max([s.prefilled for s in joining]))
+            self._publish(prefill(self._models, shares(joining, chunk), company))
         if decoding:
             self._counters.rounds += 1
             together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())
             self._publish(decode_round(self._models, together, slowest_ms))
+        return bool(joining or decoding)
 
     def _plain_round_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
         """What a round of so many of these takes, with nothing drafted."""
@@ -300,15 +342,19 @@ class EngineThread:
         costs, company = self._models.controller.costs, company_of(streams)
         return lambda count: costs.pace * costs.plain_ms(company._replace(streams=count))
 
-    def _chunk(self, decoding: Sequence[Stream]) -> int:
-        """Prompt tokens beside a round of ``decoding``: the largest measured pass that holds up nobody for too long."""
-        budget_ms = self._prefill_budget_ms
-        tightest_ms = min(s.max_chunk_gap_ms for s in decoding)
+    def _chunk(self, decoding: Sequence[Stream], position: int = 0) -> int:
+        """Prompt tokens of a pass: as many as, by the curve, hold up nobody for too long.
+
+        That is whoever decodes, beside whose round it runs; and whoever comes while nobody does. ``position``: how far
+        a prompt has been read, at most: the further, the longer its next tokens take.
+        """
+        budget_ms = self._prefill_budget_ms if decoding else ALONE_MS
+        tightest_ms = min([s.max_chunk_gap_ms for s in decoding], default=float("inf"))
         if tightest_ms < float("inf"):
             budget_ms = min(budget_ms, SAFE * tightest_ms - self._plain_round_ms(decoding)(len(decoding)))
         costs = self._models.controller.costs
-        passes = zip(costs.curve.tokens, costs.curve.verify_ms, strict=True)
-        fitting = [n for n, ms in passes if costs.pace * ms <= budget_ms]
+        passes_ms = costs.curve.pass_ms(costs.curve.tokens, Company(1, max(position, costs.curve.context)))
+        fitting = [n for n, ms in zip(costs.curve.tokens, passes_ms, strict=True) if costs.pace * ms <= budget_ms]
         return max([PREFILL_LEAST, *fitting])
 
     def _publish(self, committed: Sequence[Committed]) -> None:
@@ -339,8 +385,7 @@ class EngineThread:
             stream.last_chunk_s = time.perf_counter()  # what its reader missed was not for us to send
 
     def _fail(self, streams: Sequence[Stream], error: Exception) -> None:
-        known = error if isinstance(error, DsparkError) else InternalError("the engine failed on this batch")
-        info = ErrorInfo(status=known.status, type=known.type, code=known.code, message=known.message)
+        info = _info(error if isinstance(error, DsparkError) else InternalError("the engine failed on this batch"))
         for stream in streams:
             self._end(stream, "failed", info)
 
@@ -349,12 +394,18 @@ class EngineThread:
         if reason in ("cancelled", "failed") and (rest := stream.rest_of_text()) is not None:
             self._events.append(rest)
         self._counters.late_chunks += stream.late_chunks
-        if stream.phase is not Phase.WAITING:
-            self._allocator.free(stream.extent)
-        del self._streams[stream.request.request_id]
-        with self._lock:
-            self._known.discard(stream.request.request_id)
+        had_slots = stream.phase is not Phase.WAITING
         self._events.append(stream.finished(reason, error))
+        with self._lock:
+            self._known.pop(stream.request.request_id, None)
+        del self._streams[stream.request.request_id]
+        if had_slots:
+            self._allocator.free(stream.extent)
+
+
+def _info(error: DsparkError) -> ErrorInfo:
+    """An error as events carry it."""
+    return ErrorInfo(status=error.status, type=error.type, code=error.code, message=error.message, param=error.param)
 
 
 def check_request(request: GenerationRequest, info: ModelInfo) -> None:

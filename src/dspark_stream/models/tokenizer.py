@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as RawTokenizer
 
 from dspark_stream.errors import InvalidRequestError, ModelLoadError
 from dspark_stream.models.template import MARK, ChatTemplate
 from dspark_stream.models.vocabulary import BYTE_TOKEN, read_vocabulary
 
+CHARS_A_TOKEN = 6
+"""More than texts have, mostly: of a longer one first so much is looked at."""
+CUT_TOKENS = 64
+"""By so many tokens the cut of a text may change what comes before it: byte-pair merges look ahead only so far."""
 KNOWN_ENDS = (
     "</s>",
     "<|endoftext|>",
@@ -99,19 +104,37 @@ class TextCodec:
         # a special token's own name can be typed as text, too
         self.max_token_bytes = max(self.token_bytes.longest_name, self.token_bytes.longest())
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of plain text; nothing is added, and special tokens in the text are read as such."""
-        return list(self.raw.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """Tokens of plain text; nothing is added, and special tokens in the text are read as such.
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        ``most``: of a text that has more tokens the first ``most + 1`` are enough. Such a text is not read to its end,
+        however long it is; one that has no more always is.
+        """
+        size = len(text) if most is None else CHARS_A_TOKEN * (most + 1)
+        while size < len(text):
+            found = self._encoding(text[:size])
+            if most is not None and len(found) > most + CUT_TOKENS:
+                found.truncate(most + 1)
+                return list(found.ids)
+            size *= 4
+        found = self._encoding(text)
+        if most is not None:
+            found.truncate(most + 1)
+        return list(found.ids)
+
+    def _encoding(self, text: str) -> Encoding:
+        # the call for batches lets other threads go on meanwhile; the one for single texts keeps them all waiting
+        return self.raw.encode_batch_fast([text], add_special_tokens=False)[0]
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]], most: int | None = None) -> list[int]:
         """Tokens of (role, content) pairs under the chat template, ready for the assistant to answer.
 
-        Without a template: roles and contents in plain words.
+        Without a template: roles and contents in plain words. ``most`` as in `encode`.
 
         Raises:
             InvalidRequestError: the template refuses these messages (``param`` is ``input``).
         """
-        return self._prompt(self._chat_text(messages))
+        return self._prompt(self._chat_text(messages), most)
 
     def encode_open_turn(self, history: Sequence[tuple[str, str]], opening: str = "") -> list[int]:
         """Tokens of a conversation up to a next turn of the user that begins with ``opening``, for a model to go on.
@@ -143,8 +166,8 @@ class TextCodec:
         """How the vocabulary writes a token."""
         return str(self.raw.id_to_token(token))
 
-    def _prompt(self, text: str) -> list[int]:
-        ids = self.encode(text)
+    def _prompt(self, text: str, most: int | None = None) -> list[int]:
+        ids = self.encode(text, most)
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
     def _chat_text(self, messages: Sequence[tuple[str, str]]) -> str:

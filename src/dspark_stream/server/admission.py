@@ -6,36 +6,68 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dspark_stream.errors import DrainingError, OverloadedError, RateLimitError
+from dspark_stream.errors import DrainingError, EngineFailedError, OverloadedError, RateLimitError
 
 
 class Admission:
-    """Counts streams in flight, in all and for each client. Used from the loop only."""
+    """Counts streams in flight, in all and for each client. Used from the loop only.
 
-    def __init__(self, capacity: int, per_client: int) -> None:
+    Args:
+        capacity: places in all.
+        per_client: places of one client at most. Below ``capacity`` a client may also have no more than are free: one
+            alone half of all, two a third each, and so on (dynamic thresholds, as switches share their buffers), so
+            that nobody is refused because others came first. 0: that alone. From ``capacity`` on: neither.
+    """
+
+    def __init__(self, capacity: int, per_client: int = 0) -> None:
         self.capacity = capacity
-        self.per_client = per_client
+        self.per_client = per_client or capacity
         self.draining = False
+        self.failure = ""
+        """Why there is no engine to have places on; empty while there is one."""
+        self._shared = per_client < capacity
         self._clients: Counter[str] = Counter()
         self.in_flight = 0
+
+    @property
+    def most_alone(self) -> int:
+        """What a client may have while there is no other one."""
+        return min(self.per_client, (self.capacity + 1) // 2) if self._shared else self.per_client
+
+    def check(self) -> None:
+        """Raise if nothing is taken any more; whoever had to wait since he got his place asks again.
+
+        Raises:
+            EngineFailedError: the engine has failed.
+            DrainingError: the server is shutting down.
+        """
+        if self.failure:
+            raise EngineFailedError(self.failure, retry_after_s=5)
+        if self.draining:
+            raise DrainingError("the server is shutting down; try another one, or later", retry_after_s=5)
 
     @contextmanager
     def place(self, client: str) -> Iterator[None]:
         """Hold a place as long as the block runs.
 
         Raises:
+            EngineFailedError: the engine has failed.
             DrainingError: the server is shutting down.
             RateLimitError: this client has as many streams as one client may have.
             OverloadedError: the server has.
         """
-        if self.draining:
-            raise DrainingError("the server is shutting down; try another one, or later", retry_after_s=5)
-        if self._clients[client] >= self.per_client:
-            raise RateLimitError(
-                f"this client already has {self.per_client} streams; wait for one to end", retry_after_s=1
-            )
-        if self.in_flight >= self.capacity:
+        self.check()
+        mine, free = self._clients[client], self.capacity - self.in_flight
+        if not free:
             raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=2)
+        if mine >= self.per_client:
+            raise RateLimitError(f"this client already has {mine} streams; wait for one to end", retry_after_s=1)
+        if self._shared and mine >= free:
+            raise RateLimitError(
+                f"this client (key or address) already has {mine} of the server's {self.capacity} places, and what is "
+                "left is for others; wait for a stream to end (--max-streams-per-client sets another limit)",
+                retry_after_s=1,
+            )
         self.in_flight += 1
         self._clients[client] += 1
         try:

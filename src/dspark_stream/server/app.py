@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 from aiohttp import web
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
-from dspark_stream.errors import BusyError, ConfigError, DsparkError, InvalidRequestError
+from dspark_stream.errors import (
+    BusyError,
+    ConfigError,
+    DsparkError,
+    EngineFailedError,
+    InvalidRequestError,
+    ShutdownError,
+)
 from dspark_stream.server import wire
 from dspark_stream.server.guard import Guard
 from dspark_stream.server.http import HttpApi, json_response
@@ -19,12 +25,15 @@ from dspark_stream.server.pages import Pages
 from dspark_stream.server.service import Service
 from dspark_stream.server.settings import ServerConfig
 from dspark_stream.server.websocket import SocketRegistry
+from dspark_stream.stopping import stop_signals
 
 log = logging.getLogger(__name__)
 
 LAG_PERIOD_S = 0.05
 _FLUSH_S = 5.0
 """After the engine has ended, how long HTTP answers may take to be written out."""
+FAILURE_SHOWN_S = 5.0
+"""How long a server whose engine has failed says so before it ends: for its clients' answers, and for probes."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -42,6 +51,7 @@ class Server:
         self._tokenizer = tokenizer
         self._runner: web.AppRunner | None = None
         self._app: web.Application | None = None
+        self._watch: asyncio.Task[None] | None = None
         self.port = 0
 
     @property
@@ -91,6 +101,7 @@ class Server:
             ) from None
         self.port = runner.addresses[0][1]
         self.engine.start(self.service.hub.sink)
+        self._watch = asyncio.create_task(self.service.vitals.watch())
 
     async def stop(self) -> None:
         """Drain: refuse new work, let streams finish, close the sockets, end the engine."""
@@ -98,9 +109,16 @@ class Server:
             return
         service = self.service
         service.admission.draining = True
-        log.info("draining: %d streams have %g s", service.admission.in_flight, self.config.shutdown_timeout_s)
-        await asyncio.get_running_loop().run_in_executor(None, self.engine.close, self.config.shutdown_timeout_s)
-        # The engine's last events are on their way to the loop; then each stream's task ends by itself.
+        if self._watch is not None:  # an engine that ends now does as it is told
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        if service.vitals.error is None:
+            log.info("draining: %d streams have %g s", service.admission.in_flight, self.config.shutdown_timeout_s)
+            await asyncio.get_running_loop().run_in_executor(None, self.engine.close, self.config.shutdown_timeout_s)
+        # The engine's last events are on their way to the loop; then each stream's task ends by itself. Of an engine
+        # that was stuck to the last there are none.
+        late = wire.error_info(ShutdownError("the server shut down before the answer ended"))
+        asyncio.get_running_loop().call_soon(service.hub.end_all, late)
         with suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_S):
                 await service.idle.wait()
@@ -116,7 +134,7 @@ async def serve(
     *,
     ready: Callable[[Server], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. A second signal does not wait for running streams.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then drain. A second signal does not wait for running streams.
 
     Args:
         config: Where and for whom.
@@ -126,6 +144,7 @@ async def serve(
 
     Raises:
         ConfigError: the address cannot be listened on.
+        EngineFailedError: the engine has failed, and the service ended for it (``exit_on_engine_failure``).
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -136,19 +155,39 @@ async def serve(
             loop.run_in_executor(None, engine.close, 0.0)
         stopping.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    handled = stop_signals()
+    for number in handled:
         loop.add_signal_handler(number, on_signal)
     try:
         await server.start()
         if ready is not None:
             ready(server)
-        await stopping.wait()
+        error = await _until(stopping, server.service if config.exit_on_engine_failure else None)
     finally:
         try:
             await server.stop()
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in handled:
                 loop.remove_signal_handler(number)
+    if error is not None:
+        raise error
+
+
+async def _until(stopping: asyncio.Event, service: Service | None) -> EngineFailedError | None:
+    """Wait for a signal, or for an engine that fails and for what its clients are told; returns the failure."""
+    if service is None:
+        await stopping.wait()
+        return None
+    waits = [asyncio.create_task(event.wait()) for event in (stopping, service.vitals.failed)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if service.vitals.error is not None:
+            await asyncio.wait(waits[:1], timeout=FAILURE_SHOWN_S)
+        return service.vitals.error
+    finally:
+        for task in waits:
+            task.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
 
 
 def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web.Application:

@@ -105,7 +105,7 @@ def chunks(event: wire.ServerEvent, machine: ResponseMachine, gamma: int) -> lis
             return [_chunk(machine, [ChunkChoice(delta=Delta(role="assistant", content=""))])]
         case wire.TextDelta(delta=text):
             return [_chunk(machine, [ChunkChoice(delta=Delta(content=text))])]
-        case wire.Completed() | wire.Incomplete() | wire.Cancelled():
+        case wire.Completed() | wire.Incomplete():
             last = _chunk(machine, [ChunkChoice(delta=Delta(), finish_reason=finish_reason(event))])
             usage = machine.usage
             if usage is None:
@@ -136,7 +136,7 @@ def completion(event: wire.TerminalEvent, machine: ResponseMachine, gamma: int) 
 
 
 def finish_reason(event: wire.TerminalEvent) -> str:
-    """``length`` where the limit cut the answer, else ``stop``: a cancelled answer ends, too."""
+    """``length`` where the limit cut the answer, else ``stop``. Answers that were cut otherwise are errors here."""
     return "length" if isinstance(event, wire.Incomplete) else "stop"
 
 

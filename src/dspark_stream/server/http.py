@@ -82,6 +82,8 @@ class HttpApi:
             raise InternalError("the response has no end")
         if isinstance(ended, wire.Failed) and machine.error is not None:
             raise as_error(machine)
+        if isinstance(ended, wire.Cancelled):
+            raise _cut_short()  # nobody asked for that over HTTP, and it must not look like an answer
         return ended
 
     async def _stream(
@@ -172,6 +174,10 @@ def as_error(machine: ResponseMachine) -> DsparkError:
     return error
 
 
+def _cut_short() -> DsparkError:
+    return InternalError("the answer was cut before its end", code="cancelled")
+
+
 def json_response(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """A JSON body."""
     return web.Response(
@@ -189,6 +195,8 @@ def _response_frames(event: wire.ServerEvent) -> bytes:
 def _chat_frames(event: wire.ServerEvent, machine: ResponseMachine, gamma: int) -> bytes:
     if isinstance(event, wire.Failed):
         frames = [b"data: %s\n\n" % wire.encode({"error": event.response.error})]
+    elif isinstance(event, wire.Cancelled):
+        frames = [b"data: %s\n\n" % wire.encode({"error": wire.error_body(_cut_short())})]
     else:
         frames = [b"data: %s\n\n" % wire.encode(chunk) for chunk in chat.chunks(event, machine, gamma)]
     if isinstance(event, wire.TerminalEvent):

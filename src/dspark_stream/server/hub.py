@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from dspark_stream.types import EngineEvent
+from dspark_stream.types import EngineEvent, ErrorInfo, FinishedEvent, Usage
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +39,20 @@ class EventHub:
         """Drop what may still come for a request."""
         self._receivers.pop(request_id, None)
 
+    def end_all(self, error: ErrorInfo) -> None:
+        """End every stream that is still waited for: its engine will say nothing more."""
+        usage = Usage(input_tokens=0, output_tokens=0)
+        self._dispatch(
+            [FinishedEvent(request_id=name, reason="failed", usage=usage, error=error) for name in self._receivers]
+        )
+
     def _dispatch(self, events: Sequence[EngineEvent]) -> None:
         for event in events:
             receiver = self._receivers.get(event.request_id)
             if receiver is None:
-                continue  # its client has gone, and the engine has been told to cancel it
+                continue  # its client has gone, and the engine has been told to cancel it; or it has had its end
+            if isinstance(event, FinishedEvent):
+                self.unsubscribe(event.request_id)
             try:
                 receiver(event)
             except Exception:

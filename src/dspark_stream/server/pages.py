@@ -13,9 +13,6 @@ from dspark_stream.server import wire
 from dspark_stream.server.http import json_response
 from dspark_stream.server.service import Service
 
-STUCK_AFTER_S = 30.0
-"""An engine that has not come round its loop for this long makes no progress."""
-
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -61,21 +58,18 @@ class Pages:
         return json_response(self._model(name))
 
     async def health(self, request: web.Request) -> web.Response:
-        """``GET /health``: the process lives."""
-        return json_response({"status": "ok"})
+        """``GET /health``: the process lives and is worth keeping alive; 503 once its engine has failed."""
+        self._service.vitals.status()
+        error = self._service.vitals.error
+        if error is None:
+            return json_response({"status": "ok"})
+        return json_response({"status": "engine failed", "reason": error.message}, status=503)
 
     async def ready(self, request: web.Request) -> web.Response:
         """``GET /ready``: new work would be taken and done."""
-        engine = self._service.engine.snapshot()
-        if self._service.draining:
-            status = "draining"
-        elif not engine.alive:
-            status = "engine stopped"
-        elif engine.last_step_age_s > STUCK_AFTER_S:
-            status = "engine stuck"
-        else:
-            return json_response({"status": "ready"})
-        return json_response({"status": status}, status=503)
+        engine = self._service.vitals.status()
+        status = engine if engine == "engine failed" or not self._service.draining else "draining"
+        return json_response({"status": status or "ready"}, status=503 if status else 200)
 
     async def props(self, request: web.Request) -> web.Response:
         """``GET /props``: model, drafter, limits, versions."""
@@ -89,7 +83,7 @@ class Pages:
                     "max_model_len": info.max_model_len,
                     "max_num_seqs": info.max_num_seqs,
                     "max_queue": config.max_queue,
-                    "max_streams_per_client": config.max_streams_per_client,
+                    "max_streams_per_client": service.admission.most_alone,
                     "max_message_bytes": config.max_message_bytes,
                     "max_lanes": config.max_lanes,
                     "max_lane_queue": config.max_lane_queue,

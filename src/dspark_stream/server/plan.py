@@ -35,6 +35,8 @@ from dspark_stream.types import (
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
+MAX_MESSAGES = 2048
+"""As many as OpenAI takes; each costs time on the loop, whatever is in it."""
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
@@ -234,8 +236,8 @@ class Planner:
         room = context - prompt_tokens
         if room < 1:
             raise ContextLengthError(
-                f"`{plan.input_param}` is {prompt_tokens} tokens long, but the context is {context} tokens and one "
-                "must be left for the answer",
+                f"`{plan.input_param}` is at least {prompt_tokens} tokens long, but the context is {context} tokens "
+                "and one must be left for the answer",
                 param=plan.input_param,
             )
         wanted = plan.max_output_tokens
@@ -256,6 +258,7 @@ def _input_messages(value: str | list[dict[str, Any]] | None) -> tuple[Message, 
         raise InvalidRequestError("`input` is required", param="input", code="missing_required_field")
     if isinstance(value, str):
         return _not_empty([("user", value)], "input")
+    _not_too_many(value, "input")
     messages = []
     for index, item in enumerate(value):
         message = convert_item(item, InputMessage, f"input[{index}]")
@@ -264,6 +267,7 @@ def _input_messages(value: str | list[dict[str, Any]] | None) -> tuple[Message, 
 
 
 def _chat_messages(value: list[dict[str, Any]]) -> tuple[Message, ...]:
+    _not_too_many(value, "messages")
     messages = []
     for index, item in enumerate(value):
         path = f"messages[{index}]"
@@ -275,6 +279,11 @@ def _chat_messages(value: list[dict[str, Any]]) -> tuple[Message, ...]:
             )
         messages.append((_role(message.role), _text(message.content)))
     return _not_empty(messages, "messages")
+
+
+def _not_too_many(messages: Sequence[object], param: str) -> None:
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(f"`{param}` has {len(messages)} messages; at most {MAX_MESSAGES}", param=param)
 
 
 def _not_empty(messages: list[Message], param: str) -> tuple[Message, ...]:

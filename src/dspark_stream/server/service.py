@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
+import msgspec
+
 from dspark_stream.engine.boundary import Engine, Tokenizer
-from dspark_stream.errors import DsparkError, InternalError, InvalidRequestError
+from dspark_stream.errors import DsparkError, EngineFailedError, InternalError, InvalidRequestError
+from dspark_stream.server import wire
 from dspark_stream.server.admission import Admission
 from dspark_stream.server.conversation import ConversationStore
 from dspark_stream.server.hub import EventHub
 from dspark_stream.server.metrics import Metrics
 from dspark_stream.server.plan import Message, Plan, Planner
 from dspark_stream.server.settings import ServerConfig
-from dspark_stream.types import EngineEvent, FinishedEvent, TokensEvent
+from dspark_stream.server.turns import Turns
+from dspark_stream.server.vitals import Vitals
+from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, TokensEvent
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +50,17 @@ class Service:
         self.store = ConversationStore(config.store_max_responses, config.store_max_bytes)
         self.metrics = Metrics()
         self.hub = EventHub(asyncio.get_running_loop())
+        self.vitals = Vitals(engine, self._engine_failed)
         self.started_at = time.time()
         self.idle = asyncio.Event()
         """Set while no stream is in flight."""
         self.idle.set()
         self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="dspark-tokenize")
+        self._turns = Turns(config.tokenizer_threads, "dspark-tokenize")
 
     @property
     def draining(self) -> bool:
-        """Whether new work is refused."""
+        """Whether the service is going down."""
         return self.admission.draining
 
     async def run(self, plan: Plan, client: str, listener: Listener) -> None:
@@ -68,12 +74,13 @@ class Service:
             earlier = self.store.get(plan.previous_response_id)
             conversation = plan.conversation(earlier)
             self.planner.refuse_oversized(conversation, plan.input_param)
-            prompt_ids = await self._tokenise(conversation, plan.input_param)
+            prompt_ids = await self._tokenise(conversation, plan.input_param, client)
+            self.admission.check()
             limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
             stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived)
             self.hub.subscribe(plan.response_id, stream.receive)
             try:
-                self._submit(plan, prompt_ids, limit)
+                self._submit(plan.request(prompt_ids, limit), plan, client)
                 listener.started()
                 await stream.over.wait()
             finally:
@@ -83,9 +90,9 @@ class Service:
                     self.engine.cancel(plan.response_id)
                     self.metrics.finished["cancelled"] += 1
 
-    def _submit(self, plan: Plan, prompt_ids: list[int], limit: int) -> None:
+    def _submit(self, request: GenerationRequest, plan: Plan, client: str) -> None:
         try:
-            self.engine.submit(plan.request(prompt_ids, limit))
+            self.engine.submit(msgspec.structs.replace(request, client=_digest(client)))
         except InvalidRequestError as error:
             # The engine has its own words for two fields that each API calls differently.
             limit_param, input_param = plan.limit_param, plan.input_param
@@ -103,10 +110,10 @@ class Service:
             if not self.admission.in_flight:
                 self.idle.set()
 
-    async def _tokenise(self, conversation: list[Message], param: str) -> list[int]:
-        loop = asyncio.get_running_loop()
+    async def _tokenise(self, conversation: list[Message], param: str, client: str) -> list[int]:
+        most = self.info.max_model_len
         try:
-            return await loop.run_in_executor(self._threads, self._tokenizer.encode_chat, conversation)
+            return await self._turns.run(client, lambda: self._tokenizer.encode_chat(conversation, most))
         except InvalidRequestError as error:
             # A template may refuse an order of roles; which field they came in is ours to say.
             raise InvalidRequestError(error.message, param=param, code=error.code) from None
@@ -116,13 +123,23 @@ class Service:
             log.exception("the tokenizer failed")
             raise InternalError("the prompt could not be tokenised") from None
 
+    def _engine_failed(self, error: EngineFailedError) -> None:
+        self.admission.failure = error.message
+        # What the engine itself still had to say is on its way to the loop, and comes first.
+        asyncio.get_running_loop().call_soon(self.hub.end_all, wire.error_info(error))
+
     def refused(self, error: DsparkError) -> None:
         """Count a refusal."""
         self.metrics.refused[error.code] += 1
 
     def close(self) -> None:
-        """Let go of the threads; what they still tokenise is not waited for."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Let go of the threads."""
+        self._turns.close()
+
+
+def _digest(client: str) -> str:
+    """A name for the engine, which tells clients apart and need not know who they are."""
+    return hashlib.blake2b(client.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
 class _Stream:

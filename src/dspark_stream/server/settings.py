@@ -31,7 +31,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     max_queue: int = 64
     """Streams that may wait beyond the engine's ``max_num_seqs``; past it 503."""
-    max_streams_per_client: int = 128
+    max_streams_per_client: int = 0
+    """0: a fair share of all places, half of them for a client alone (`Admission`)."""
     max_sockets: int = 1024
     max_message_bytes: int = 1 << 20
     """Longest message on a socket and longest HTTP body."""
@@ -60,6 +61,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Between pings on a silent socket, and between comments on a silent event stream."""
     body_timeout_s: float = 30.0
     shutdown_timeout_s: float = 30.0
+    exit_on_engine_failure: bool = True
+    """Whether `serve` ends when the engine has failed: whoever supervises the process then starts another."""
     close_timeout_s: float = 2.0
     """How long a closing socket waits for the peer's close frame."""
 
@@ -91,7 +94,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _POSITIVE = (
-    "max_streams_per_client",
     "max_sockets",
     "max_message_bytes",
     "max_lanes",

@@ -223,7 +223,7 @@ class SocketShell:
                 max_message_bytes=config.max_message_bytes,
                 max_lanes=config.max_lanes,
                 max_lane_queue=config.max_lane_queue,
-                max_streams_per_client=config.max_streams_per_client,
+                max_streams_per_client=self._service.admission.most_alone,
             ),
         )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from dspark_stream.errors import BusyError, DsparkError, InternalError
+from dspark_stream.errors import BusyError, DsparkError, EngineFailedError, InternalError, ShutdownError
 from dspark_stream.server.bodies import Encoding
 from dspark_stream.types import ErrorInfo, RecommendedSampling, Usage
 
@@ -158,7 +158,7 @@ class Failed(ResponseEvent, tag="response.failed", kw_only=True):
 
 
 class Cancelled(ResponseEvent, tag="response.cancelled", kw_only=True):
-    """Terminal: the client, or a shutdown, ended it."""
+    """Terminal: the client ended it."""
 
 
 class OutputItemAdded(_Event, tag="response.output_item.added", kw_only=True):
@@ -326,9 +326,16 @@ def as_dspark_error(error: BaseException) -> DsparkError:
     return error if isinstance(error, DsparkError) else InternalError("the server failed on this request")
 
 
+CUT_SHORT = frozenset({ShutdownError.code, EngineFailedError.code})
+"""Codes of answers that ended before the model did, and would have gone on elsewhere."""
+
+
 def response_error(info: ErrorInfo) -> ResponseError:
-    """``code`` is one that the Responses API knows; what exactly happened is in ``type`` and ``message``."""
+    """``code`` is one that the Responses API knows, or says that it was not the request: `CUT_SHORT`. What exactly
+    happened is in ``type`` and ``message``."""
     code = "server_error" if info.status >= 500 else "invalid_prompt"
+    if info.code in CUT_SHORT:
+        code = info.code
     if info.status == 429:
         code = "rate_limit_exceeded"
     return ResponseError(code=code, message=info.message, type=info.type, param=info.param)

@@ -1,0 +1,88 @@
+"""Two clients: what one does with all it may have, the other must not feel."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import aiohttp
+
+from fakes import FakeEngine, FakeTokenizer, Script, model_info
+from wire.harness import Launch, Running, eventually
+
+LONG = Script(tokens=["word "] * 1000, rounds=(1,))
+
+
+def client(running: Running, address: str) -> aiohttp.ClientSession:
+    """One with an address of its own; all of 127.0.0.0/8 is this machine's."""
+    connector = aiohttp.TCPConnector(local_addr=(address, 0), limit=0)
+    return aiohttp.ClientSession(running.url, connector=connector)
+
+
+async def ask(http: aiohttp.ClientSession, text: str, **fields: Any) -> tuple[int, Any]:
+    async with http.post("/v1/responses", json={"input": text, **fields}) as answer:
+        return answer.status, await answer.json()
+
+
+async def test_a_greedy_client_leaves_places_for_another(launch: Launch) -> None:
+    """Guards against a second client that is told that the server is full, while one client has all of it."""
+    engine = FakeEngine(LONG, info=model_info(max_num_seqs=4))
+    running = await launch(engine, max_queue=8)
+    engine.gate.clear()
+    async with client(running, "127.0.0.1") as hog, client(running, "127.0.0.2") as polite:
+        greedy = [asyncio.create_task(ask(hog, "hog")) for _ in range(20)]
+        await eventually(lambda: engine.live == 6 and running.server.service.metrics.refused.total() == 14)
+        second = asyncio.create_task(ask(polite, "polite", max_output_tokens=1))
+        await eventually(lambda: engine.live == 7)
+        names = [request.client for request in engine.submitted]
+        assert len(set(names[:6])) == 1
+        assert names[6] not in names[:6]
+        assert not any("127" in name for name in names)
+        for task in greedy:
+            if task.done():
+                status, body = task.result()
+                assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert "6 of the server's 12 places" in body["error"]["message"]
+            task.cancel()
+        await asyncio.gather(*greedy, return_exceptions=True)
+        await eventually(lambda: engine.live == 1)
+        engine.gate.set()
+        assert (await second)[0] == 200
+
+
+async def test_long_prompts_of_one_client_do_not_hold_up_anothers(launch: Launch) -> None:
+    """Guards against one line for the tokenizer in which everybody stands behind a client's hundred long prompts."""
+    running = await launch(FakeEngine(Script(tokens=["a"], rounds=(1,))), tokenizer_threads=2)
+    gate = threading.Event()
+    real: Any = FakeTokenizer.encode_chat
+    began = []
+
+    def encode_chat(messages: Any, most: int | None = None) -> list[int]:
+        if messages[0][1] == "hog":
+            began.append(1)
+            gate.wait(10)
+        return real(running.tokenizer, messages, most)  # type: ignore[no-any-return]
+
+    running.tokenizer.encode_chat = encode_chat  # type: ignore[method-assign]
+    async with client(running, "127.0.0.1") as hog, client(running, "127.0.0.2") as polite:
+        greedy = [asyncio.create_task(ask(hog, "hog")) for _ in range(20)]
+        await eventually(lambda: running.server.service.admission.in_flight == 20)
+        for _ in range(3):
+            assert (await ask(polite, "hello"))[0] == 200
+        assert len(began) == 1
+        gate.set()
+        assert {status for status, _ in await asyncio.gather(*greedy)} == {200}
+
+
+async def test_a_crowd_of_messages_is_refused_at_once(launch: Launch) -> None:
+    """Guards against a body whose every message costs the loop time, whatever is in it."""
+    running = await launch()
+    crowd = [{"role": "user", "content": "a"}] * 2049
+    async with running.http() as http:
+        for path, name in (("/v1/responses", "input"), ("/v1/chat/completions", "messages")):
+            async with http.post(path, json={name: crowd}) as answer:
+                error = (await answer.json())["error"]
+                assert (answer.status, error["param"]) == (400, name)
+                assert "at most 2048" in error["message"]
+    assert not running.tokenizer.chats
