@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,16 @@ class Admission:
         self.draining = False
         self._clients: Counter[str] = Counter()
         self.in_flight = 0
+        self._stream_s = 2.0
+        """How long streams last, lately: until then about every place that is taken now is free again."""
+
+    def lasted(self, seconds: float) -> None:
+        """A stream has ended after so long."""
+        self._stream_s += (seconds - self._stream_s) / 8
+
+    @property
+    def _wait_s(self) -> int:
+        return min(30, math.ceil(self._stream_s))
 
     @contextmanager
     def place(self, client: str) -> Iterator[None]:
@@ -32,10 +43,12 @@ class Admission:
             raise DrainingError("the server is shutting down; try another one, or later", retry_after_s=5)
         if self._clients[client] >= self.per_client:
             raise RateLimitError(
-                f"this client already has {self.per_client} streams; wait for one to end", retry_after_s=1
+                f"this client already has {self.per_client} streams; wait for one to end", retry_after_s=self._wait_s
             )
         if self.in_flight >= self.capacity:
-            raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=2)
+            raise OverloadedError(
+                f"all {self.capacity} places are taken; try again in a moment", retry_after_s=self._wait_s
+            )
         self.in_flight += 1
         self._clients[client] += 1
         try:

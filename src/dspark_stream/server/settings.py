@@ -33,6 +33,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Streams that may wait beyond the engine's ``max_num_seqs``; past it 503."""
     max_streams_per_client: int = 128
     max_sockets: int = 1024
+    max_connections: int = 4096
+    """In all; fewer where the process may not have so many files open."""
+    max_connections_per_address: int = 2048
     max_message_bytes: int = 1 << 20
     """Longest message on a socket and longest HTTP body."""
     max_lanes: int = 64
@@ -58,7 +61,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long one write may wait, or streams may be held, before the reader is given up."""
     heartbeat_s: float = 30.0
     """Between pings on a silent socket, and between comments on a silent event stream."""
+    head_timeout_s: float = 10.0
+    """From connecting to a request's first byte, and from there to the end of its head."""
     body_timeout_s: float = 30.0
+    """For the whole of a request's body, from its head on."""
+    keep_alive_timeout_s: float = 75.0
+    """Between an answer and the next request of a connection."""
     shutdown_timeout_s: float = 30.0
     close_timeout_s: float = 2.0
     """How long a closing socket waits for the peer's close frame."""
@@ -93,6 +101,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 _POSITIVE = (
     "max_streams_per_client",
     "max_sockets",
+    "max_connections",
+    "max_connections_per_address",
     "max_message_bytes",
     "max_lanes",
     "max_socket_queue",
@@ -103,6 +113,8 @@ _POSITIVE = (
     "send_buffer_bytes",
     "slow_reader_timeout_s",
     "heartbeat_s",
+    "head_timeout_s",
     "body_timeout_s",
+    "keep_alive_timeout_s",
     "close_timeout_s",
 )

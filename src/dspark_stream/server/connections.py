@@ -1,0 +1,322 @@
+"""The connections: how many there may be, how long each may keep us waiting, and what their parser refuses.
+
+aiohttp's `RequestHandler` reads and answers requests, but waits for ever for a head and for a reader, and tells log
+and client what it could not parse. `Connection` closes these gaps. It leans on a few names that aiohttp keeps to
+itself: its version is pinned, and each gap has a test of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.http import HttpProcessingError, RawRequestMessage, WebSocketReader
+from aiohttp.web_protocol import PayloadAccessError
+from aiohttp.web_request import BaseRequest
+
+from dspark_stream.errors import BusyError, DsparkError, InternalError, OverloadedError, RateLimitError
+from dspark_stream.server.descriptors import connections_that_fit
+from dspark_stream.server.frames import FrameCheck
+from dspark_stream.server.heads import HeadTimeoutError, HeadTooLargeError, error_response, refusal, whole_answer
+from dspark_stream.server.metrics import Metrics
+from dspark_stream.server.seldom import Seldom
+from dspark_stream.server.settings import ServerConfig
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request's head in all; aiohttp bounds only its lines and their number."""
+LINGER_S = 2.0
+"""How long the rest of a body that nobody wants is read, so that its sender sees the answer."""
+RESERVE = 32
+"""Connections beyond the limits that may still ask for the service's health."""
+RESERVE_HEAD_TIMEOUT_S = 2.0
+
+
+class Listener:
+    """The listening socket, and all that came in by it.
+
+    A connection without a request in hand is worth the least. At a limit the one that has waited longest makes room
+    for the newest: half requests lock nobody out. Where all have requests in hand, a reserve still answers probes.
+    """
+
+    def __init__(self, config: ServerConfig, manager: web.Server, metrics: Metrics) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.manager = manager
+        self.refused = Seldom(log, "%d requests that are not HTTP were refused; what they said is not logged")
+        self._beyond = Seldom(log, "%d connections came beyond the limits; see --max-connections")
+        self._limit = config.max_connections
+        self._open: dict[Connection, str] = {}
+        self._waiting: dict[Connection, None] = {}
+        """Those without a request in hand, the longest first."""
+        self._reserve: dict[Connection, None] = {}
+        self._addresses: Counter[str] = Counter()
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> int:
+        """Listen; returns the port.
+
+        Raises:
+            OSError, OverflowError: the address cannot be listened on.
+        """
+        self._limit = connections_that_fit(self.config.max_connections, RESERVE)
+        host = self.config.host.strip("[]")
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: Connection(self), host, self.config.port, backlog=1024)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        """Accept nothing more; ending what is open is aiohttp's."""
+        if self._server is not None:
+            self._server.close()
+
+    # --- coming and going ---------------------------------------------------------------------------------
+
+    def admit(self, connection: Connection, peer: str) -> BusyError | None:
+        """Count a new connection; returns what it is told if it may only ask for the service's health."""
+        self.metrics.connections_total += 1
+        error = self._make_room(peer)
+        if error is None:
+            self._open[connection] = peer
+            self._addresses[peer] += 1
+            self._waiting[connection] = None
+        else:
+            self._beyond.count()
+            self.metrics.connections_cut["limit"] += 1
+            if len(self._reserve) >= RESERVE and not self._evict(self._reserve):
+                connection.abort()
+            self._reserve[connection] = None
+        self.metrics.connections_open = len(self._open) + len(self._reserve)
+        return error
+
+    def lost(self, connection: Connection) -> None:
+        """It has gone, or is about to."""
+        self._waiting.pop(connection, None)
+        self._reserve.pop(connection, None)
+        peer = self._open.pop(connection, None)
+        if peer is not None:
+            self._addresses[peer] -= 1
+            if not self._addresses[peer]:
+                del self._addresses[peer]
+        self.metrics.connections_open = len(self._open) + len(self._reserve)
+
+    def busy(self, connection: Connection) -> None:
+        """It has a request in hand."""
+        self._waiting.pop(connection, None)
+
+    def idle(self, connection: Connection) -> None:
+        """Its requests are answered."""
+        if connection in self._open:
+            self._waiting[connection] = None
+
+    def _make_room(self, peer: str) -> BusyError | None:
+        most = min(self.config.max_connections_per_address, self._limit)
+        if self._addresses[peer] >= most and not self._evict(c for c in self._waiting if self._open[c] == peer):
+            return RateLimitError(f"this address has {most} connections, all of them in use", retry_after_s=2)
+        if len(self._open) >= self._limit and not self._evict(self._waiting):
+            return OverloadedError(f"all {self._limit} connections are in use; try again in a moment", retry_after_s=2)
+        return None
+
+    def _evict(self, candidates: Iterable[Connection]) -> bool:
+        oldest = next((found for found in candidates if not found.in_hand), None)
+        if oldest is None:
+            return False
+        self.lost(oldest)
+        oldest.cut("evicted")
+        return True
+
+
+class Connection(web.RequestHandler):
+    """One connection and its limits."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._limits = limits = listener.config
+        super().__init__(
+            listener.manager,
+            loop=asyncio.get_running_loop(),
+            # Ours comes first: it is counted, and begins anew with the first byte of a head.
+            keepalive_timeout=limits.keep_alive_timeout_s + 2 * limits.head_timeout_s,
+            lingering_time=LINGER_S,
+            # Nothing is unpacked for somebody who has not shown a key; nor, as it is, for anybody.
+            auto_decompress=False,
+            access_log=None,  # type: ignore[arg-type]  # aiohttp's own default for "none"
+        )
+        self.limited: BusyError | None = None
+        """What any request but a probe is told, where the limits of connections are reached."""
+        self.in_hand = False
+        """A whole head is here, and its answer has not been written."""
+        self._wire: asyncio.Transport | None = None
+        """``transport``, which aiohttp lets go of before the last byte has left."""
+        self._head_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- coming and going ---------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        super().connection_made(transport)
+        self._wire = cast(asyncio.Transport, transport)
+        self.limited = self._listener.admit(self, _neighbourhood(transport.get_extra_info("peername")))
+        within_s = self._limits.head_timeout_s
+        self._arm("head_timeout", within_s if self.limited is None else min(within_s, RESERVE_HEAD_TIMEOUT_S))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The transport is closed."""
+        self._wire = None
+        self._disarm()
+        self._listener.lost(self)
+        super().connection_lost(exc)
+
+    async def start(self) -> None:
+        """Serve requests until the connection is to close; then what is unsent gets as long as a slow reader does."""
+        try:
+            await super().start()
+        finally:
+            self._arm("unread", self._limits.slow_reader_timeout_s)
+
+    def refuse_if_limited(self) -> None:
+        """Raise what is said, for the lack of connections, to whoever wants more than the service's health."""
+        if self.limited is not None:
+            raise self.limited
+
+    def abort(self) -> None:
+        """End it now; what was not sent is lost."""
+        if self._wire is not None:
+            self._wire.abort()
+
+    def cut(self, reason: str) -> None:
+        """End it for a reason, which is counted."""
+        self._listener.metrics.connections_cut[reason] += 1
+        if reason == "head_timeout" and self._head_bytes:
+            self._say_and_close(HeadTimeoutError("the request's head did not arrive in time"))
+        elif self._wire is not None and self._wire.get_write_buffer_size():
+            self.abort()
+        else:
+            self.force_close()
+
+    def _say_and_close(self, error: DsparkError) -> None:
+        if self._wire is not None and not self._wire.is_closing():
+            self._wire.write(whole_answer(error))
+        self.force_close()
+
+    def _arm(self, reason: str, seconds: float) -> None:
+        self._disarm()
+        if self._wire is not None:
+            self._timer = self._loop.call_later(seconds, self.cut, reason)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a head, of a body or, after an upgrade, of frames."""
+        if self._payload_parser is not None:
+            super().data_received(data)
+            return
+        expected, heads = self._waiter is not None, self._request_count
+        try:
+            super().data_received(data)
+        except Exception as error:
+            # Not one of the parser's own errors: it fell over something.
+            self._count_refusal(error)
+            self.force_close()
+            return
+        if self._request_count != heads:
+            self._head_bytes = 0
+            self.in_hand = True
+            self._disarm()
+            self._listener.busy(self)
+            self._fail_broken_body()
+        elif expected and data:
+            if not self._head_bytes:
+                self._arm("head_timeout", self._limits.head_timeout_s)
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._listener.metrics.heads_refused["head_too_large"] += 1
+                self._say_and_close(HeadTooLargeError(f"the request's head is longer than {MAX_HEAD_BYTES} bytes"))
+
+    def set_parser(self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None) -> None:
+        """From here on the client sends frames."""
+        super().set_parser(cast(WebSocketReader, FrameCheck(parser)), data_received_cb)
+
+    def _fail_broken_body(self) -> None:
+        # aiohttp puts the parser's error behind the request that it belongs to, whose handler still waits for a body.
+        if not self._messages or isinstance(self._messages[-1][0], RawRequestMessage):
+            return
+        current = self._current_request
+        body = self._messages[-2][1] if len(self._messages) > 1 else current.content if current is not None else None
+        if body is not None and not body.is_eof():
+            self._listener.metrics.heads_refused["invalid_body"] += 1
+            self._listener.refused.count()
+            body.set_exception(web.RequestPayloadError("the body is malformed"))
+
+    # --- answering ----------------------------------------------------------------------------------------
+
+    async def finish_response(
+        self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write a plain answer, within the time that a slow reader gets; streams have their own watch."""
+        if self.limited is not None:
+            resp.force_close()
+        try:
+            async with asyncio.timeout(self._limits.slow_reader_timeout_s):
+                return await super().finish_response(request, resp, start_time)
+        except TimeoutError:
+            self._listener.metrics.connections_cut["unread"] += 1
+            self.abort()
+            return resp, True
+        finally:
+            if not self._messages:
+                self.in_hand = False
+                self._listener.idle(self)
+                self._arm("idle_timeout", self._limits.keep_alive_timeout_s)
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what could not be parsed: it repeats nothing, nor does the log."""
+        if isinstance(exc, HttpProcessingError):
+            self._count_refusal(exc)
+            error: DsparkError = refusal(exc)
+        else:
+            log.error("a request failed outside of its handler", exc_info=exc)
+            error = InternalError("the server failed on this request")
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun")
+        self._keepalive = False
+        return error_response(error)
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """What aiohttp cannot handle. A broken body is the client's, and its text is in the exception."""
+        noise = (web.RequestPayloadError, PayloadAccessError, HttpProcessingError, ConnectionError)
+        if not isinstance(kw.get("exc_info"), noise):
+            super().log_exception(*args, **kw)
+
+    def _count_refusal(self, error: BaseException) -> None:
+        self._listener.metrics.heads_refused[refusal(error).code] += 1
+        self._listener.refused.count()
+
+
+def _neighbourhood(peername: object) -> str:
+    """Whose connections count together: an IPv4 address, or the /64 of which an IPv6 host can take any."""
+    if not isinstance(peername, tuple):
+        return "unknown"
+    address = ipaddress.ip_address(str(peername[0]).partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    mapped = address.ipv4_mapped
+    return str(mapped) if mapped is not None else str(ipaddress.IPv6Network((address, 64), strict=False))
