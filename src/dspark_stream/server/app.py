@@ -18,7 +18,7 @@ from dspark_stream.server import cors, wire
 from dspark_stream.server.connections import Connection, Listener
 from dspark_stream.server.guard import OPEN_PATHS, Guard
 from dspark_stream.server.handshake import VERSION, UpgradeRequiredError
-from dspark_stream.server.heads import SERVER_NAME, check_head
+from dspark_stream.server.heads import SERVER_NAME, UnsupportedTransferError, check_head
 from dspark_stream.server.http import HttpApi, json_response
 from dspark_stream.server.pages import Pages
 from dspark_stream.server.service import Service
@@ -293,8 +293,8 @@ def _error_answer(request: web.Request, error: DsparkError) -> web.Response:
     if isinstance(error, UpgradeRequiredError):
         headers |= {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": VERSION}
     answer = json_response({"error": wire.error_body(error)}, status=error.status, headers=headers)
-    if not request.content.is_eof():
-        answer.force_close()  # after what is left of the body; nobody is to go on sending to a closed door
+    if not request.content.is_eof() or isinstance(error, UnsupportedTransferError):
+        answer.force_close()  # nothing that follows on this connection can be trusted to be a head, or is worth reading
     return answer
 
 

@@ -20,6 +20,7 @@ from aiohttp.web_protocol import PayloadAccessError
 from aiohttp.web_request import BaseRequest
 
 from dspark_stream.errors import BusyError, DsparkError, InternalError, OverloadedError, RateLimitError
+from dspark_stream.server.delivery import bound_buffers
 from dspark_stream.server.descriptors import connections_that_fit
 from dspark_stream.server.frames import FrameCheck
 from dspark_stream.server.heads import HeadTimeoutError, HeadTooLargeError, error_response, refusal, whole_answer
@@ -50,7 +51,8 @@ class Listener:
         self.metrics = metrics
         self.manager = manager
         self.refused = Seldom(log, "%d requests that are not HTTP were refused; what they said is not logged")
-        self._beyond = Seldom(log, "%d connections came beyond the limits; see --max-connections")
+        self._evicted = Seldom(log, "%d connections without a request made room for new ones; see --max-connections")
+        self._beyond = Seldom(log, "%d connections too many, all with requests in hand; see --max-connections")
         self._limit = config.max_connections
         self._open: dict[Connection, str] = {}
         self._waiting: dict[Connection, None] = {}
@@ -116,8 +118,9 @@ class Listener:
             self._waiting[connection] = None
 
     def _make_room(self, peer: str) -> BusyError | None:
-        most = min(self.config.max_connections_per_address, self._limit)
-        if self._addresses[peer] >= most and not self._evict(c for c in self._waiting if self._open[c] == peer):
+        most = self.config.max_connections_per_address
+        crowd = self._addresses[peer] >= most and most < self._limit
+        if crowd and not self._evict(c for c in self._waiting if self._open[c] == peer):
             return RateLimitError(f"this address has {most} connections, all of them in use", retry_after_s=2)
         if len(self._open) >= self._limit and not self._evict(self._waiting):
             return OverloadedError(f"all {self._limit} connections are in use; try again in a moment", retry_after_s=2)
@@ -129,6 +132,7 @@ class Listener:
             return False
         self.lost(oldest)
         oldest.cut("evicted")
+        self._evicted.count()
         return True
 
 
@@ -163,6 +167,7 @@ class Connection(web.RequestHandler):
         """A client has connected."""
         super().connection_made(transport)
         self._wire = cast(asyncio.Transport, transport)
+        bound_buffers(self._wire, self._limits)
         self.limited = self._listener.admit(self, _neighbourhood(transport.get_extra_info("peername")))
         within_s = self._limits.head_timeout_s
         self._arm("head_timeout", within_s if self.limited is None else min(within_s, RESERVE_HEAD_TIMEOUT_S))
@@ -268,9 +273,15 @@ class Connection(web.RequestHandler):
         """Write a plain answer, within the time that a slow reader gets; streams have their own watch."""
         if self.limited is not None:
             resp.force_close()
+        if self._wire is not None:
+            self._wire.set_write_buffer_limits(high=0)  # the last byte counts too
         try:
             async with asyncio.timeout(self._limits.slow_reader_timeout_s):
-                return await super().finish_response(request, resp, start_time)
+                written = await super().finish_response(request, resp, start_time)
+                await request.writer.drain()
+                return written
+        except ConnectionError:
+            return resp, True
         except TimeoutError:
             self._listener.metrics.connections_cut["unread"] += 1
             self.abort()

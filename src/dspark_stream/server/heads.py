@@ -7,6 +7,7 @@ from http import HTTPStatus
 
 from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import (
+    BadHttpMessage,
     BadHttpMethod,
     BadStatusLine,
     InvalidHeader,
@@ -99,7 +100,10 @@ def refusal(error: BaseException) -> InvalidRequestError:
     for kind, code, message in _REFUSALS:
         if isinstance(error, kind):
             return InvalidRequestError(message, code=code)
-    return InvalidRequestError("the request is not valid HTTP/1.1", code="invalid_http")
+    # llhttp's own words come first, then what it was about.
+    reason, found, _ = error.message.partition(":\n\n") if type(error) is BadHttpMessage else ("", "", "")
+    detail = f": {reason}" if found and reason.isascii() else ""
+    return InvalidRequestError(f"the request is not valid HTTP/1.1{detail}", code="invalid_http")
 
 
 def error_response(error: DsparkError) -> web.Response:

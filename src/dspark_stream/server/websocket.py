@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 
 from dspark_stream import __version__
 from dspark_stream.errors import DrainingError, DsparkError, InvalidRequestError, OverloadedError
@@ -127,8 +127,11 @@ class SocketShell:
                 case WSMsgType.CLOSE:
                     await self._answer_close(message.data)
                     return
+                case WSMsgType.ERROR if isinstance(message.data, WebSocketError):
+                    self._close_code = message.data.code  # a frame that broke the protocol: aiohttp has answered it
+                    return
                 case _:
-                    return  # closed, closing, or a frame that broke the protocol: aiohttp has answered it
+                    return  # closed or closing
             await self._delivery.room()
 
     async def _answer_close(self, code: int) -> None:
