@@ -27,7 +27,8 @@ class Admission:
         self._stream_s += (seconds - self._stream_s) / 8
 
     @property
-    def _wait_s(self) -> int:
+    def wait_s(self) -> int:
+        """How long it is fair to wait for a place, in whole seconds."""
         return min(30, math.ceil(self._stream_s))
 
     @contextmanager
@@ -43,11 +44,11 @@ class Admission:
             raise DrainingError("the server is shutting down; try another one, or later", retry_after_s=5)
         if self._clients[client] >= self.per_client:
             raise RateLimitError(
-                f"this client already has {self.per_client} streams; wait for one to end", retry_after_s=self._wait_s
+                f"this client already has {self.per_client} streams; wait for one to end", retry_after_s=self.wait_s
             )
         if self.in_flight >= self.capacity:
             raise OverloadedError(
-                f"all {self.capacity} places are taken; try again in a moment", retry_after_s=self._wait_s
+                f"all {self.capacity} places are taken; try again in a moment", retry_after_s=self.wait_s
             )
         self.in_flight += 1
         self._clients[client] += 1
