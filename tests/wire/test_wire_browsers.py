@@ -1,4 +1,4 @@
-"""What browsers need: CORS for the pages of allowed origins, and a subprotocol in the answer where a key came as one."""
+"""What browsers need: CORS for the pages of allowed origins, and an answer to a key that came as a subprotocol."""
 
 from __future__ import annotations
 

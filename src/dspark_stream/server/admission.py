@@ -29,7 +29,7 @@ class Admission:
     @property
     def wait_s(self) -> int:
         """How long it is fair to wait for a place, in whole seconds."""
-        return min(30, math.ceil(self._stream_s))
+        return max(1, min(30, math.ceil(self._stream_s)))
 
     @contextmanager
     def place(self, client: str) -> Iterator[None]:
