@@ -461,3 +461,18 @@ async def test_nothing_is_inflated(running: Running) -> None:
         assert "extensions" not in head.lower()
         raw.send(b"\xc1" + frame(1, b"\x4b\x4c\x04\x00")[1:])
         assert await raw.close_code() == 1002
+
+
+async def test_who_sends_too_much_is_told_so(launch: Launch) -> None:
+    """Guards against a reset that takes the close frame from a client that is still sending."""
+    running = await launch(max_message_bytes=10_000)
+    for data in (
+        struct.pack("!BBQ", 0x81, 0x80 | 127, 4 << 20) + bytes(4 << 20),
+        frame(1, CREATE, masked=False) + frame(1, CREATE) * 50_000,
+    ):
+        async with connect(running) as raw:
+            await upgraded(raw)
+            raw.send(data)
+            assert await raw.close_code() in (1002, 1009)
+            assert await raw.rest() == b""
+    await eventually(lambda: open_connections(running) == 0)

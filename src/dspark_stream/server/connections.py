@@ -22,7 +22,7 @@ from aiohttp.web_request import BaseRequest
 from dspark_stream.errors import BusyError, DsparkError, InternalError, OverloadedError, RateLimitError
 from dspark_stream.server.delivery import bound_buffers
 from dspark_stream.server.descriptors import connections_that_fit
-from dspark_stream.server.frames import FrameCheck
+from dspark_stream.server.frames import FrameCheck, LastWords
 from dspark_stream.server.heads import HeadTimeoutError, HeadTooLargeError, error_response, refusal, whole_answer
 from dspark_stream.server.metrics import Metrics
 from dspark_stream.server.seldom import Seldom
@@ -168,7 +168,7 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
         self._wire = cast(asyncio.Transport, transport)
         bound_buffers(self._wire, self._limits)
-        self.limited = self._listener.admit(self, _neighbourhood(transport.get_extra_info("peername")))
+        self.limited = self._listener.admit(self, neighbourhood(transport.get_extra_info("peername")))
         within_s = self._limits.head_timeout_s
         self._arm("head_timeout", within_s if self.limited is None else min(within_s, RESERVE_HEAD_TIMEOUT_S))
 
@@ -252,7 +252,10 @@ class Connection(web.RequestHandler):
 
     def set_parser(self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None) -> None:
         """From here on the client sends frames."""
-        super().set_parser(cast(WebSocketReader, FrameCheck(parser)), data_received_cb)
+        frames = FrameCheck(parser)
+        if self._wire is not None:
+            self.transport = cast(asyncio.Transport, LastWords(self._wire, frames, LINGER_S))
+        super().set_parser(cast(WebSocketReader, frames), data_received_cb)
 
     def _fail_broken_body(self) -> None:
         # aiohttp puts the parser's error behind the request that it belongs to, whose handler still waits for a body.
@@ -322,7 +325,7 @@ class Connection(web.RequestHandler):
         self._listener.refused.count()
 
 
-def _neighbourhood(peername: object) -> str:
+def neighbourhood(peername: object) -> str:
     """Whose connections count together: an IPv4 address, or the /64 of which an IPv6 host can take any."""
     if not isinstance(peername, tuple):
         return "unknown"
