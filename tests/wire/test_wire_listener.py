@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
+import socket
 import struct
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -463,16 +464,25 @@ async def test_nothing_is_inflated(running: Running) -> None:
         assert await raw.close_code() == 1002
 
 
-async def test_who_sends_too_much_is_told_so(launch: Launch) -> None:
+def send_then_read(port: int, data: bytes) -> bytes:
+    """What a client sees that sends everything before it reads anything."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+        sock.sendall(f"GET /v1/responses HTTP/1.1\r\n{HEAD}{UPGRADE}\r\n".encode() + data)
+        sock.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (struct.pack("!BBQ", 0x81, 0x80 | 127, 8 << 20) + bytes(8 << 20), 1009),
+        (frame(1, CREATE, masked=False) + frame(1, CREATE) * 200_000, 1002),
+    ],
+    ids=["too long", "no mask"],
+)
+async def test_who_breaks_a_rule_can_read_which(launch: Launch, data: bytes, code: int) -> None:
     """Guards against a reset that takes the close frame from a client that is still sending."""
     running = await launch(max_message_bytes=10_000)
-    for data in (
-        struct.pack("!BBQ", 0x81, 0x80 | 127, 4 << 20) + bytes(4 << 20),
-        frame(1, CREATE, masked=False) + frame(1, CREATE) * 50_000,
-    ):
-        async with connect(running) as raw:
-            await upgraded(raw)
-            raw.send(data)
-            assert await raw.close_code() in (1002, 1009)
-            assert await raw.rest() == b""
+    said = await asyncio.to_thread(send_then_read, running.server.port, data)
+    assert struct.pack("!H", code) in said[-4:]
     await eventually(lambda: open_connections(running) == 0)
