@@ -64,7 +64,7 @@ class SocketShell:
             heartbeat=config.heartbeat_s,
             timeout=config.close_timeout_s,
             autoclose=False,
-            max_msg_size=config.max_message_bytes,
+            max_msg_size=config.max_message_bytes + 1,  # aiohttp refuses what is as long as this
             writer_limit=config.write_buffer_bytes // 4,
             # Compressed sizes tell what is being said, cost the loop's time, and let a small frame become a large one.
             compress=False,
