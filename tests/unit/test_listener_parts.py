@@ -6,8 +6,8 @@ import resource
 import pytest
 
 from dspark_stream.server import descriptors, seldom
-from dspark_stream.server.connections import neighbourhood
 from dspark_stream.server.descriptors import connections_that_fit
+from dspark_stream.server.listener import neighbourhood
 from dspark_stream.server.seldom import Seldom
 
 

@@ -7,19 +7,19 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from difflib import get_close_matches
 from functools import partial
 
 from aiohttp import web
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
 from dspark_stream.errors import BusyError, ConfigError, DsparkError, NotFoundError
-from dspark_stream.server import cors, wire
-from dspark_stream.server.connections import Connection, Listener
+from dspark_stream.server import cors, elsewhere, wire
+from dspark_stream.server.connections import Connection
 from dspark_stream.server.guard import OPEN_PATHS, Guard
 from dspark_stream.server.handshake import VERSION, UpgradeRequiredError
 from dspark_stream.server.heads import SERVER_NAME, UnsupportedTransferError, check_head
 from dspark_stream.server.http import HttpApi, json_response
+from dspark_stream.server.listener import Listener
 from dspark_stream.server.pages import Pages
 from dspark_stream.server.service import Service
 from dspark_stream.server.settings import ServerConfig
@@ -36,7 +36,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SERVICE = web.AppKey("service", Service)
 SOCKETS = web.AppKey("sockets", SocketRegistry)
 _GUARD = web.AppKey("guard", Guard)
-_ELSEWHERE = "/{path}"
 
 
 class Server:
@@ -181,16 +180,16 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
             raise UpgradeRequiredError("GET speaks WebSocket here; for plain HTTP use POST")
         return await sockets.handle(request, _client(request))
 
-    async def elsewhere(request: web.Request) -> web.StreamResponse:
-        await _refuse_method(request)
+    async def anything_else(request: web.Request) -> web.StreamResponse:
+        await elsewhere.refuse_method(request)
         if not pages.has(request):
-            raise NotFoundError(_what_exists(request))
+            raise NotFoundError(elsewhere.what_exists(request))
         if request.method not in ("GET", "HEAD"):
             raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD"])
         return await pages.file(request)
 
-    get = partial(app.router.add_get, expect_handler=_continue_later)
-    post = partial(app.router.add_post, expect_handler=_continue_later)
+    get = partial(app.router.add_get, expect_handler=elsewhere.continue_later)
+    post = partial(app.router.add_post, expect_handler=elsewhere.continue_later)
     get("/v1/responses", upgrade, allow_head=False)
     post("/v1/responses", responses)
     post("/v1/chat/completions", completions)
@@ -200,32 +199,11 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
     get("/ready", pages.ready)
     get("/props", pages.props)
     get("/metrics", pages.metrics)
-    app.router.add_route("*", "/{path:.*}", elsewhere, expect_handler=_continue_later)
+    app.router.add_route("*", elsewhere.PATTERN, anything_else, expect_handler=elsewhere.continue_later)
     app.on_response_prepare.append(_stamp)
     app.cleanup_ctx.append(_lag_sampler)
     app.on_cleanup.append(_close_service)
     return app
-
-
-async def _continue_later(request: web.Request) -> None:
-    """Whoever reads the body says "100 Continue"; aiohttp would before anybody has asked for a key."""
-
-
-async def _refuse_method(request: web.Request) -> None:
-    allowed: set[str] = set()
-    for resource in request.app.router.resources():
-        if resource.canonical != _ELSEWHERE:
-            allowed |= (await resource.resolve(request))[1]
-    if allowed:
-        raise web.HTTPMethodNotAllowed(request.method, allowed)
-
-
-def _what_exists(request: web.Request) -> str:
-    paths = [resource.canonical for resource in request.app.router.resources() if resource.canonical != _ELSEWHERE]
-    path = request.path[:200]
-    near = get_close_matches(path.rstrip("/"), paths, n=1, cutoff=0.75)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    return f"there is nothing at {path!r}{hint} There are {', '.join(paths)}."
 
 
 async def _stamp(request: web.Request, answer: web.StreamResponse) -> None:
