@@ -175,7 +175,7 @@ class Connection(web.RequestHandler):
         """Write a plain answer, within the time that a slow reader gets; streams have their own watch."""
         if self.limited is not None:
             resp.force_close()
-        if self._wire is not None:
+        if self._wire is not None and not self._wire.is_closing():
             self._wire.set_write_buffer_limits(high=0)  # the last byte counts too
         try:
             async with asyncio.timeout(self._limits.slow_reader_timeout_s):
