@@ -268,6 +268,59 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             1_000_000,
         ),
     ] = 0
+    max_connections: Annotated[
+        int,
+        Setting(
+            "most connections; past it the longest idle one is closed for the newest, and if all are in use only "
+            "/health and /ready are answered",
+            "service",
+            1,
+            1_000_000,
+        ),
+    ] = 4096
+    max_connections_per_address: Annotated[
+        int,
+        Setting(
+            "most connections of one address (IPv6: of one /64 network); behind a proxy all have the proxy's",
+            "service",
+            1,
+            1_000_000,
+        ),
+    ] = 2048
+    max_sockets: Annotated[int, Setting("most open WebSockets; past it 503", "service", 1, 1_000_000)] = 1024
+    head_timeout_s: Annotated[
+        float,
+        Setting(
+            "seconds in which a request's head must arrive, from connecting or from its first byte",
+            "service",
+            0.1,
+            3600,
+            metavar="SECONDS",
+            flag="--head-timeout",
+        ),
+    ] = 10.0
+    body_timeout_s: Annotated[
+        float,
+        Setting(
+            "seconds in which a request's body must arrive",
+            "service",
+            0.1,
+            3600,
+            metavar="SECONDS",
+            flag="--body-timeout",
+        ),
+    ] = 30.0
+    keep_alive_timeout_s: Annotated[
+        float,
+        Setting(
+            "seconds that a connection may wait for its next request; more than the proxy before it keeps them",
+            "service",
+            0.1,
+            86_400,
+            metavar="SECONDS",
+            flag="--keep-alive-timeout",
+        ),
+    ] = 75.0
     slow_reader_bytes: Annotated[
         int,
         Setting(

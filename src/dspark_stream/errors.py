@@ -7,6 +7,8 @@ body without knowing which one it is; anything else is an `InternalError`.
 
 from __future__ import annotations
 
+import random
+
 
 class DsparkError(Exception):
     """Root of the tree. ``str(error)`` is the message a person reads."""
@@ -72,7 +74,11 @@ class NotFoundError(DsparkError):
 
 
 class BusyError(DsparkError):
-    """Refused for now. ``retry_after_s`` seconds is a fair time to wait."""
+    """Refused for now. ``retry_after_s`` seconds is a fair time to wait.
+
+    Each error says something from what it is made with to about twice that: those who were refused together must
+    not come back together.
+    """
 
     status = 503
     type = "overloaded_error"
@@ -80,7 +86,7 @@ class BusyError(DsparkError):
 
     def __init__(self, message: str, *, retry_after_s: int = 1, param: str | None = None) -> None:
         super().__init__(message, param=param)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = random.randint(retry_after_s, 2 * retry_after_s + 1)
 
 
 class RateLimitError(BusyError):

@@ -20,6 +20,7 @@ from wire.harness import eventually
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the browser's
 
 WORDS = "".join(f"w{i} " for i in range(10))
+LIMITED = RateLimitError("too many streams", retry_after_s=3)
 LONG = Script(tokens=[f"word{i} " for i in range(4000)], rounds=(3, 1, 2))
 
 
@@ -493,7 +494,7 @@ async def test_a_stopped_race_has_no_verdict(launch: Launch) -> None:
 @pytest.mark.parametrize(
     ("error", "words", "again"),
     [
-        (RateLimitError("too many streams", retry_after_s=3), "limit for one client. Give it 3 seconds", True),
+        (LIMITED, f"limit for one client. Give it {LIMITED.retry_after_s} seconds", True),
         (OverloadedError("the queue is full"), "The server is full at the moment", True),
         (DrainingError("going down"), "shutting down", True),
         (ContextLengthError("9 tokens too many"), "no longer fits the model’s context", False),
@@ -524,7 +525,8 @@ async def test_a_client_at_its_limit_tries_again(launch: Launch) -> None:
     running = await ask(first, "I came first")
     await running.locator(".round").first.wait_for()
     refused = await ask(second, "Me too")
-    await expect(refused.locator(".notice")).to_contain_text("limit for one client. Give it a second, then try again.")
+    words = re.compile(r"limit for one client\. Give it \d seconds, then try again\.")
+    await expect(refused.locator(".notice")).to_contain_text(words)
     await ended(second)
     await first.keyboard.press("Escape")
     await ended(first)

@@ -269,7 +269,11 @@ async def test_an_oversized_message_closes(launch: Launch) -> None:
     async with running.socket() as socket:
         await socket.create(input="x" * 9_000)
         assert (await socket.receive())["type"] == "error"  # too many tokens, but not too many bytes
-        await socket.create(input="x" * 10_001)
+        event = b'{"type":"x","a":"%s"}'
+        for size in (10_000, 10_001):
+            await socket.connection.send((event % (b"a" * (size - len(event) + 2))).decode())
+            if size == 10_000:
+                assert (await socket.receive())["type"] == "error"
         assert await socket.closed() == 1009
     await eventually(lambda: running.server.service.metrics.sockets_open == 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,17 @@ class Admission:
         self._shared = per_client < capacity
         self._clients: Counter[str] = Counter()
         self.in_flight = 0
+        self._stream_s = 2.0
+        """How long streams last, lately: until then about every place that is taken now is free again."""
+
+    def lasted(self, seconds: float) -> None:
+        """A stream has ended after so long."""
+        self._stream_s += (seconds - self._stream_s) / 8
+
+    @property
+    def wait_s(self) -> int:
+        """How long it is fair to wait for a place, in whole seconds."""
+        return max(1, min(30, math.ceil(self._stream_s)))
 
     @property
     def most_alone(self) -> int:
@@ -58,15 +70,16 @@ class Admission:
         """
         self.check()
         mine, free = self._clients[client], self.capacity - self.in_flight
+        wait_s = self.wait_s
         if not free:
-            raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=2)
+            raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=wait_s)
         if mine >= self.per_client:
-            raise RateLimitError(f"this client already has {mine} streams; wait for one to end", retry_after_s=1)
+            raise RateLimitError(f"this client already has {mine} streams; wait for one to end", retry_after_s=wait_s)
         if self._shared and mine >= free:
             raise RateLimitError(
                 f"this client (key or address) already has {mine} of the server's {self.capacity} places, and what is "
                 "left is for others; wait for a stream to end (--max-streams-per-client sets another limit)",
-                retry_after_s=1,
+                retry_after_s=wait_s,
             )
         self.in_flight += 1
         self._clients[client] += 1

@@ -6,21 +6,19 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 from aiohttp import web
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
-from dspark_stream.errors import (
-    BusyError,
-    ConfigError,
-    DsparkError,
-    EngineFailedError,
-    InvalidRequestError,
-    ShutdownError,
-)
-from dspark_stream.server import wire
-from dspark_stream.server.guard import Guard
+from dspark_stream.errors import BusyError, ConfigError, DsparkError, EngineFailedError, NotFoundError, ShutdownError
+from dspark_stream.server import cors, elsewhere, wire
+from dspark_stream.server.connections import Connection
+from dspark_stream.server.guard import OPEN_PATHS, Guard
+from dspark_stream.server.handshake import VERSION, UpgradeRequiredError
+from dspark_stream.server.heads import SERVER_NAME, UnsupportedTransferError, check_head
 from dspark_stream.server.http import HttpApi, json_response
+from dspark_stream.server.listener import Listener
 from dspark_stream.server.pages import Pages
 from dspark_stream.server.service import Service
 from dspark_stream.server.settings import ServerConfig
@@ -52,6 +50,7 @@ class Server:
         self._runner: web.AppRunner | None = None
         self._app: web.Application | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._listener: Listener | None = None
         self.port = 0
 
     @property
@@ -83,23 +82,22 @@ class Server:
         self._app = build_app(self.config, self.engine, self._tokenizer)
         runner = web.AppRunner(
             self._app,
-            access_log=None,
             # A client that goes away takes its handler with it, and so its stream.
             handler_cancellation=True,
             shutdown_timeout=_FLUSH_S,
         )
         await runner.setup()
         self._runner = runner
+        assert runner.server is not None  # there since setup
+        self._listener = Listener(self.config, runner.server, self.service.metrics)
         try:
-            site = web.TCPSite(runner, self.config.host.strip("[]"), self.config.port, backlog=1024)
-            await site.start()
+            self.port = await self._listener.open()
         except (OSError, OverflowError) as error:
             await runner.cleanup()
             self._runner = None
             raise ConfigError(
                 f"cannot listen on {self.config.host}:{self.config.port}: {error}", param="port"
             ) from None
-        self.port = runner.addresses[0][1]
         self.engine.start(self.service.hub.sink)
         self._watch = asyncio.create_task(self.service.vitals.watch())
 
@@ -123,6 +121,8 @@ class Server:
             async with asyncio.timeout(_FLUSH_S):
                 await service.idle.wait()
         await self.sockets.close_all()
+        if self._listener is not None:
+            self._listener.close()
         await self._runner.cleanup()
         self._runner = None
 
@@ -212,37 +212,43 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
             raise UpgradeRequiredError("GET speaks WebSocket here; for plain HTTP use POST")
         return await sockets.handle(request, _client(request))
 
-    app.router.add_get("/v1/responses", upgrade, allow_head=False)
-    app.router.add_post("/v1/responses", responses)
-    app.router.add_post("/v1/chat/completions", completions)
-    app.router.add_get("/v1/chat/completions", _only_post)
-    app.router.add_get("/v1/models", pages.models)
-    app.router.add_get("/v1/models/{name:.+}", pages.model)
-    app.router.add_get("/health", pages.health)
-    app.router.add_get("/ready", pages.ready)
-    app.router.add_get("/props", pages.props)
-    app.router.add_get("/metrics", pages.metrics)
-    app.router.add_get("/{path:.*}", pages.file)
+    async def anything_else(request: web.Request) -> web.StreamResponse:
+        await elsewhere.refuse_method(request)
+        if not pages.has(request):
+            raise NotFoundError(elsewhere.what_exists(request))
+        if request.method not in ("GET", "HEAD"):
+            raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD"])
+        return await pages.file(request)
+
+    get = partial(app.router.add_get, expect_handler=elsewhere.continue_later)
+    post = partial(app.router.add_post, expect_handler=elsewhere.continue_later)
+    get("/v1/responses", upgrade, allow_head=False)
+    post("/v1/responses", responses)
+    post("/v1/chat/completions", completions)
+    get("/v1/models", pages.models)
+    get("/v1/models/{name:.+}", pages.model)
+    get("/health", pages.health)
+    get("/ready", pages.ready)
+    get("/props", pages.props)
+    get("/metrics", pages.metrics)
+    app.router.add_route("*", elsewhere.PATTERN, anything_else, expect_handler=elsewhere.continue_later)
+    app.on_response_prepare.append(_stamp)
     app.cleanup_ctx.append(_lag_sampler)
     app.on_cleanup.append(_close_service)
     return app
 
 
-async def _only_post(request: web.Request) -> web.StreamResponse:
-    # Else the page's files would answer that there is nothing here.
-    raise web.HTTPMethodNotAllowed(request.method, ["POST"])
+async def _stamp(request: web.Request, answer: web.StreamResponse) -> None:
+    """Headers of every answer, streams and errors too."""
+    answer.headers["Server"] = SERVER_NAME
+    guard = request.app[_GUARD]
+    if guard.any_foreign_page:
+        cors.stamp(answer.headers, guard.allowed_origin(request))
 
 
 def _client(request: web.Request) -> str:
     """Whose limit a request counts against. There is one key, so the address tells clients apart."""
     return request.remote or "unknown"
-
-
-class UpgradeRequiredError(InvalidRequestError):
-    """A plain GET where only a socket makes sense."""
-
-    status = 426
-    code = "upgrade_required"
 
 
 # --- around every request -----------------------------------------------------------------------------------
@@ -254,8 +260,14 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
     service = app[SERVICE]
     status = 500
     try:
+        if isinstance(request.protocol, Connection) and request.path not in OPEN_PATHS:
+            request.protocol.refuse_if_limited()
         app[_GUARD].check(request, _port(request))
-        answer = await handler(request)
+        if cors.is_preflight(request) and app[_GUARD].allowed_origin(request) is not None:
+            answer: web.StreamResponse = cors.preflight(request)
+        else:
+            check_head(request)
+            answer = await handler(request)
         status = answer.status
         return answer
     except DsparkError as error:
@@ -272,8 +284,11 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
     except asyncio.CancelledError:
         status = 499  # as nginx says it: the client has gone
         raise
+    except ConnectionError:
+        status = 499
+        return web.Response(status=status)  # nobody will see it
     except Exception as error:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s failed", _method(request), _route(request))
         return _error_answer(request, wire.as_dspark_error(error))
     finally:
         service.metrics.http[_method(request), _route(request), status] += 1
@@ -285,17 +300,22 @@ def _error_answer(request: web.Request, error: DsparkError) -> web.Response:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return json_response({"error": wire.error_body(error)}, status=error.status, headers=headers)
+    if isinstance(error, UpgradeRequiredError):
+        headers |= {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": VERSION}
+    answer = json_response({"error": wire.error_body(error)}, status=error.status, headers=headers)
+    if not request.content.is_eof() or isinstance(error, UnsupportedTransferError):
+        answer.force_close()  # nothing that follows on this connection can be trusted to be a head, or is worth reading
+    return answer
 
 
 def _code(error: web.HTTPException) -> str:
-    known = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+    known = {404: "not_found", 405: "method_not_allowed"}
     return known.get(error.status, "bad_request")
 
 
 def _reason(error: web.HTTPException) -> str:
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return "the request's body is too large"
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return f"the method is {error.method}; possible here: {', '.join(sorted(error.allowed_methods))}"
     return error.text or error.reason
 
 

@@ -22,6 +22,8 @@ class SlowReaderError(Exception):
 
 def bound_buffers(transport: asyncio.Transport, config: ServerConfig) -> None:
     """Keep what lies between us and a reader small, so that a reader who stops is noticed soon."""
+    if transport.is_closing():
+        return
     transport.set_write_buffer_limits(high=config.write_buffer_bytes)
     connection = transport.get_extra_info("socket")
     if connection is not None:

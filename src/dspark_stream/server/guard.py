@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from aiohttp import web
 
 from dspark_stream.errors import AuthenticationError, InvalidRequestError, PermissionDeniedError
+from dspark_stream.server.cors import is_preflight
 from dspark_stream.server.settings import LOOPBACK_NAMES, ServerConfig
 
 KEY_SUBPROTOCOL = "openai-insecure-api-key."
@@ -46,8 +47,20 @@ class Guard:
             return
         self._check_host(request)
         self._check_origin(request, port)
+        if is_preflight(request) and self.allowed_origin(request) is not None:
+            return
         if request.path.startswith("/v1/") or request.path in ("/metrics", "/props"):
             self._check_key(request)
+
+    def allowed_origin(self, request: web.BaseRequest) -> str | None:
+        """The foreign page on whose behalf a browser asks, if it is one that may."""
+        origin = request.headers.get("Origin")
+        return origin if origin in self._origins else None
+
+    @property
+    def any_foreign_page(self) -> bool:
+        """Whether answers depend on the page that asks."""
+        return bool(self._origins)
 
     def _check_host(self, request: web.Request) -> None:
         found = _HOST.match(request.headers.get("Host", ""))

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from dspark_stream.errors import DsparkError, InternalError, InvalidRequestError
 from dspark_stream.server import chat, wire
@@ -30,6 +30,13 @@ class RequestTimeoutError(DsparkError):
     status = 408
     type = "invalid_request_error"
     code = "request_timeout"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The body is longer than a request may be."""
+
+    status = 413
+    code = "body_too_large"
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
@@ -65,13 +72,27 @@ class HttpApi:
         return json_response(chat.completion(ended, machine, gamma))
 
     async def _body(self, request: web.Request, kind: type[T]) -> T:
+        config = self._service.config
         if request.content_type != "application/json":
             raise UnsupportedMediaTypeError("the body must be JSON, with `Content-Type: application/json`")
+        too_large = BodyTooLargeError(f"the request's body is longer than {config.max_message_bytes} bytes")
+        if (request.content_length or 0) > config.max_message_bytes:
+            raise too_large
+        if "Expect" in request.headers and request.version >= HttpVersion11:
+            # Now that it is known who asks, and not before.
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer has not begun
         try:
-            async with asyncio.timeout(self._service.config.body_timeout_s):
+            async with asyncio.timeout(config.body_timeout_s):
                 data = await request.read()
         except TimeoutError:
-            raise RequestTimeoutError("the request's body did not arrive in time") from None
+            raise RequestTimeoutError(f"the request's body did not arrive within {config.body_timeout_s:g} s") from None
+        except web.HTTPRequestEntityTooLarge:
+            raise too_large from None
+        except web.RequestPayloadError:
+            raise InvalidRequestError(
+                "the request's body is not framed as its head says", code="invalid_body"
+            ) from None
         return decode(data, kind)
 
     async def _collect(self, client: str, machine: ResponseMachine) -> wire.TerminalEvent:

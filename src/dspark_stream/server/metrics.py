@@ -58,6 +58,13 @@ class Metrics:
         """Requests and events by error code."""
         self.http: Counter[tuple[str, str, int]] = Counter()
         """Requests by method, route and status."""
+        self.connections_open = 0
+        self.connections_total = 0
+        self.connections_cut: Counter[str] = Counter()
+        """Connections that we ended, or took in only for probes, by reason."""
+        self.heads_refused: Counter[str] = Counter()
+        """Requests that could not be parsed, by error code."""
+        self.handshakes_aborted = 0
         self.sockets_open = 0
         self.sockets_total = 0
         self.sockets_closed: Counter[int] = Counter()
@@ -135,6 +142,23 @@ class Metrics:
                 ((("method", method), ("route", route), ("status", str(status))), n)
                 for (method, route, status), n in sorted(self.http.items())
             ],
+        )
+        page.add("http_connections", "gauge", "Connections open, sockets included.", self.connections_open)
+        page.add("http_connections_accepted_total", "counter", "Connections accepted.", self.connections_total)
+        page.add_all(
+            "http_connections_cut_total",
+            "counter",
+            "Connections that we ended (head_timeout, idle_timeout, unread, evicted) or took for probes only (limit).",
+            [((("reason", reason),), n) for reason, n in sorted(self.connections_cut.items())],
+        )
+        page.add_all(
+            "http_requests_malformed_total",
+            "counter",
+            "Requests that could not be parsed, by error code.",
+            [((("code", code),), n) for code, n in sorted(self.heads_refused.items())],
+        )
+        page.add(
+            "websocket_handshakes_aborted_total", "counter", "Clients gone while upgrading.", self.handshakes_aborted
         )
         page.add("websocket_connections", "gauge", "Sockets open.", self.sockets_open)
         page.add("websocket_connections_total", "counter", "Sockets opened.", self.sockets_total)

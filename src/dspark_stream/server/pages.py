@@ -119,6 +119,10 @@ class Pages:
         answer.headers["Cache-Control"] = "no-cache"
         return answer
 
+    def has(self, request: web.Request) -> bool:
+        """Whether `file` would find something."""
+        return self._find(request.match_info.get("path", "") or "index.html") is not None
+
     def _find(self, name: str) -> Path | None:
         if self._root is None or "\0" in name:
             return None

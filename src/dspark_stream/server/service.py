@@ -179,7 +179,9 @@ class _Stream:
     def _finish(self, event: FinishedEvent) -> None:
         metrics = self._service.metrics
         metrics.finished[event.reason] += 1
-        metrics.e2e_latency.observe(time.monotonic() - self._arrived)
+        lasted_s = time.monotonic() - self._arrived
+        metrics.e2e_latency.observe(lasted_s)
+        self._service.admission.lasted(lasted_s)
         # A cancelled answer is kept too: people stop an answer and go on with the conversation.
         if self._plan.store and event.reason != "failed":
             answer = "".join(self._texts)

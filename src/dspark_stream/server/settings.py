@@ -34,6 +34,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_streams_per_client: int = 0
     """0: a fair share of all places, half of them for a client alone (`Admission`)."""
     max_sockets: int = 1024
+    max_connections: int = 4096
+    """In all; fewer where the process may not have so many files open."""
+    max_connections_per_address: int = 2048
     max_message_bytes: int = 1 << 20
     """Longest message on a socket and longest HTTP body."""
     max_lanes: int = 64
@@ -59,7 +62,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long one write may wait, or streams may be held, before the reader is given up."""
     heartbeat_s: float = 30.0
     """Between pings on a silent socket, and between comments on a silent event stream."""
+    head_timeout_s: float = 10.0
+    """From connecting to a request's first byte, and from there to the end of its head."""
     body_timeout_s: float = 30.0
+    """For the whole of a request's body, from its head on."""
+    keep_alive_timeout_s: float = 75.0
+    """Between an answer and the next request of a connection."""
     shutdown_timeout_s: float = 30.0
     exit_on_engine_failure: bool = True
     """Whether `serve` ends when the engine has failed: whoever supervises the process then starts another."""
@@ -95,6 +103,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 _POSITIVE = (
     "max_sockets",
+    "max_connections",
+    "max_connections_per_address",
     "max_message_bytes",
     "max_lanes",
     "max_socket_queue",
@@ -105,6 +115,8 @@ _POSITIVE = (
     "send_buffer_bytes",
     "slow_reader_timeout_s",
     "heartbeat_s",
+    "head_timeout_s",
     "body_timeout_s",
+    "keep_alive_timeout_s",
     "close_timeout_s",
 )

@@ -7,14 +7,16 @@ import logging
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 
 from dspark_stream import __version__
 from dspark_stream.errors import DrainingError, DsparkError, InvalidRequestError, OverloadedError
 from dspark_stream.server import wire
 from dspark_stream.server.bodies import Encoding, decode_envelope, decode_event
 from dspark_stream.server.delivery import Delivery, SlowReaderError, bound_buffers
+from dspark_stream.server.frames import may_be_sent
 from dspark_stream.server.guard import offered_subprotocols
+from dspark_stream.server.handshake import check_handshake, choose_subprotocol
 from dspark_stream.server.plan import Plan
 from dspark_stream.server.service import Service
 from dspark_stream.server.session import Abandon, Cancel, Outcome, Session, SessionLimits, Start
@@ -53,27 +55,33 @@ class SocketShell:
     async def serve(self, request: web.Request) -> web.WebSocketResponse:
         """Upgrade, then serve until either side closes."""
         config = self._service.config
+        check_handshake(request)
         offered = offered_subprotocols(request)
-        protocol = next((name for name in offered if name in wire.PROTOCOLS), None)
-        self._encoding = wire.PROTOCOLS[protocol] if protocol else "json"
+        protocol = choose_subprotocol(offered)
+        self._encoding = wire.PROTOCOLS.get(protocol or wire.JSON_PROTOCOL, "json")
         self._ws = web.WebSocketResponse(
             protocols=(protocol,) if protocol else (),
             heartbeat=config.heartbeat_s,
             timeout=config.close_timeout_s,
-            max_msg_size=config.max_message_bytes,
+            autoclose=False,
+            max_msg_size=config.max_message_bytes + 1,  # aiohttp refuses what is as long as this
             writer_limit=config.write_buffer_bytes // 4,
-            # Compressed sizes tell what is being said, and cost the loop's time.
+            # Compressed sizes tell what is being said, cost the loop's time, and let a small frame become a large one.
             compress=False,
         )
-        if offered and protocol is None:
+        if offered:
             # aiohttp logs offers that it does not know, and a browser's key is one.
-            request = _without_offers(request)
+            request = _offering(request, protocol)
         self._transport = request.transport
-        await self._ws.prepare(request)
+        metrics = self._service.metrics
+        try:
+            await self._ws.prepare(request)
+        except (ConnectionError, asyncio.CancelledError):
+            metrics.handshakes_aborted += 1
+            raise
         if self._transport is not None:
             bound_buffers(self._transport, config)
-        self._delivery.put(self._hello(protocol or wire.JSON_PROTOCOL))
-        metrics = self._service.metrics
+        self._delivery.put(self._hello(wire.MSGPACK_PROTOCOL if self._encoding == "msgpack" else wire.JSON_PROTOCOL))
         metrics.sockets_open += 1
         metrics.sockets_total += 1
         reader = asyncio.create_task(self._read())
@@ -116,9 +124,22 @@ class SocketShell:
             match message.type:
                 case WSMsgType.TEXT | WSMsgType.BINARY:
                     self._receive(message.data)
+                case WSMsgType.CLOSE:
+                    await self._answer_close(message.data)
+                    return
+                case WSMsgType.ERROR if isinstance(message.data, WebSocketError):
+                    self._close_code = message.data.code  # a frame that broke the protocol: aiohttp has answered it
+                    return
                 case _:
-                    return  # closed, closing, or a frame that broke the protocol: aiohttp has answered it
+                    return  # closed or closing
             await self._delivery.room()
+
+    async def _answer_close(self, code: int) -> None:
+        if code and not may_be_sent(code):
+            await self._begin_close(WSCloseCode.PROTOCOL_ERROR, "a reserved close code")
+        elif not self._ws.closed:
+            # Not drained: a peer that has said goodbye may not read any more.
+            await self._ws.close(drain=False)
 
     def _receive(self, data: str | bytes) -> None:
         expected = "json" if isinstance(data, str) else "msgpack"
@@ -283,9 +304,11 @@ async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
             log.error("a socket's task failed", exc_info=result)
 
 
-def _without_offers(request: web.Request) -> web.Request:
+def _offering(request: web.Request, protocol: str | None) -> web.Request:
     headers = request.headers.copy()
     headers.popall("Sec-WebSocket-Protocol", None)
+    if protocol is not None:
+        headers["Sec-WebSocket-Protocol"] = protocol
     clone = request.clone(headers=headers)
     assert isinstance(clone, web.Request)  # aiohttp names the base class
     return clone

@@ -1,0 +1,224 @@
+"""One connection: how long it may keep us waiting, and what is said where its parser refuses a head.
+
+aiohttp's `RequestHandler` reads and answers requests, but waits for ever for a head and for a reader, and tells log
+and client what it could not parse. `Connection` closes these gaps. It leans on a few names that aiohttp keeps to
+itself: its version is pinned, and each gap has a test of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from aiohttp import web
+from aiohttp.http import HttpProcessingError, RawRequestMessage, WebSocketReader
+from aiohttp.web_protocol import PayloadAccessError
+from aiohttp.web_request import BaseRequest
+
+from dspark_stream.errors import BusyError, DsparkError, InternalError
+from dspark_stream.server.delivery import bound_buffers
+from dspark_stream.server.frames import FrameCheck, LastWords
+from dspark_stream.server.heads import HeadTimeoutError, HeadTooLargeError, error_response, refusal, whole_answer
+
+if TYPE_CHECKING:
+    from dspark_stream.server.listener import Listener
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request's head in all; aiohttp bounds only its lines and their number."""
+LINGER_S = 2.0
+"""How long the rest of a body that nobody wants is read, so that its sender sees the answer."""
+RESERVE_HEAD_TIMEOUT_S = 2.0
+"""For connections beyond the limits, which are there for probes."""
+
+
+class Connection(web.RequestHandler):
+    """One connection and its limits."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._limits = limits = listener.config
+        super().__init__(
+            listener.manager,
+            loop=asyncio.get_running_loop(),
+            # Ours comes first: it is counted, and begins anew with the first byte of a head.
+            keepalive_timeout=limits.keep_alive_timeout_s + 2 * limits.head_timeout_s,
+            lingering_time=LINGER_S,
+            # Nothing is unpacked for somebody who has not shown a key; nor, as it is, for anybody.
+            auto_decompress=False,
+            access_log=None,  # type: ignore[arg-type]  # aiohttp's own default for "none"
+        )
+        self.limited: BusyError | None = None
+        """What any request but a probe is told, where the limits of connections are reached."""
+        self.in_hand = False
+        """A whole head is here, and its answer has not been written."""
+        self._wire: asyncio.Transport | None = None
+        """``transport``, which aiohttp lets go of before the last byte has left."""
+        self._head_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- coming and going ---------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        super().connection_made(transport)
+        self._wire = cast(asyncio.Transport, transport)
+        bound_buffers(self._wire, self._limits)
+        self.limited = self._listener.admit(self, transport.get_extra_info("peername"))
+        within_s = self._limits.head_timeout_s
+        self._arm("head_timeout", within_s if self.limited is None else min(within_s, RESERVE_HEAD_TIMEOUT_S))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The transport is closed."""
+        self._wire = None
+        self._disarm()
+        self._listener.lost(self)
+        super().connection_lost(exc)
+
+    async def start(self) -> None:
+        """Serve requests until the connection is to close; then what is unsent gets as long as a slow reader does."""
+        try:
+            await super().start()
+        finally:
+            self._arm("unread", self._limits.slow_reader_timeout_s)
+
+    def refuse_if_limited(self) -> None:
+        """Raise what is said, for the lack of connections, to whoever wants more than the service's health."""
+        if self.limited is not None:
+            raise self.limited
+
+    def abort(self) -> None:
+        """End it now; what was not sent is lost."""
+        if self._wire is not None:
+            self._wire.abort()
+
+    def cut(self, reason: str) -> None:
+        """End it for a reason, which is counted."""
+        self._listener.metrics.connections_cut[reason] += 1
+        if reason == "head_timeout" and self._head_bytes:
+            self._say_and_close(HeadTimeoutError("the request's head did not arrive in time"))
+        elif self._wire is not None and self._wire.get_write_buffer_size():
+            self.abort()
+        else:
+            self.force_close()
+
+    def _say_and_close(self, error: DsparkError) -> None:
+        if self._wire is not None and not self._wire.is_closing():
+            self._wire.write(whole_answer(error))
+        self.force_close()
+
+    def _arm(self, reason: str, seconds: float) -> None:
+        self._disarm()
+        if self._wire is not None:
+            self._timer = self._loop.call_later(seconds, self.cut, reason)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a head, of a body or, after an upgrade, of frames."""
+        if self._payload_parser is not None:
+            super().data_received(data)
+            return
+        expected, heads = self._waiter is not None, self._request_count
+        try:
+            super().data_received(data)
+        except Exception as error:
+            # Not one of the parser's own errors: it fell over something.
+            self._count_refusal(error)
+            self.force_close()
+            return
+        if self._request_count != heads:
+            self._head_bytes = 0
+            self.in_hand = True
+            self._disarm()
+            self._listener.busy(self)
+            self._fail_broken_body()
+        elif expected and data:
+            if not self._head_bytes:
+                self._arm("head_timeout", self._limits.head_timeout_s)
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._listener.metrics.heads_refused["head_too_large"] += 1
+                self._say_and_close(HeadTooLargeError(f"the request's head is longer than {MAX_HEAD_BYTES} bytes"))
+
+    def set_parser(self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None) -> None:
+        """From here on the client sends frames."""
+        frames = FrameCheck(parser)
+        if self._wire is not None:
+            self.transport = cast(asyncio.Transport, LastWords(self._wire, frames, LINGER_S))
+        super().set_parser(cast(WebSocketReader, frames), data_received_cb)
+
+    def _fail_broken_body(self) -> None:
+        # aiohttp puts the parser's error behind the request that it belongs to, whose handler still waits for a body.
+        if not self._messages or isinstance(self._messages[-1][0], RawRequestMessage):
+            return
+        current = self._current_request
+        body = self._messages[-2][1] if len(self._messages) > 1 else current.content if current is not None else None
+        if body is not None and not body.is_eof():
+            self._listener.metrics.heads_refused["invalid_body"] += 1
+            self._listener.refused.count()
+            body.set_exception(web.RequestPayloadError("the body is malformed"))
+
+    # --- answering ----------------------------------------------------------------------------------------
+
+    async def finish_response(
+        self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write a plain answer, within the time that a slow reader gets; streams have their own watch."""
+        if self.limited is not None:
+            resp.force_close()
+        if self._wire is not None and not self._wire.is_closing():
+            self._wire.set_write_buffer_limits(high=0)  # the last byte counts too
+        try:
+            async with asyncio.timeout(self._limits.slow_reader_timeout_s):
+                written = await super().finish_response(request, resp, start_time)
+                await request.writer.drain()
+                return written
+        except ConnectionError:
+            return resp, True
+        except TimeoutError:
+            self._listener.metrics.connections_cut["unread"] += 1
+            self.abort()
+            return resp, True
+        finally:
+            if not self._messages:
+                self.in_hand = False
+                self._listener.idle(self)
+                self._arm("idle_timeout", self._limits.keep_alive_timeout_s)
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what could not be parsed: it repeats nothing, nor does the log."""
+        if isinstance(exc, HttpProcessingError):
+            self._count_refusal(exc)
+            error: DsparkError = refusal(exc)
+        else:
+            log.error("a request failed outside of its handler", exc_info=exc)
+            error = InternalError("the server failed on this request")
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun")
+        self._keepalive = False
+        return error_response(error)
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """What aiohttp cannot handle. A broken body is the client's, and its text is in the exception."""
+        noise = (web.RequestPayloadError, PayloadAccessError, HttpProcessingError, ConnectionError)
+        if not isinstance(kw.get("exc_info"), noise):
+            super().log_exception(*args, **kw)
+
+    def _count_refusal(self, error: BaseException) -> None:
+        self._listener.metrics.heads_refused[refusal(error).code] += 1
+        self._listener.refused.count()
