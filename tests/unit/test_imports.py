@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "dspark_stream"
 KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "dspark_kernels"
 
-LEAVES = {"config", "errors", "files", "types", "progress", "console"}
+LEAVES = {"config", "errors", "files", "types", "progress", "console", "logs"}
 ENGINE_AND_BELOW = {"engine", "spec", "models", "kernels", *LEAVES}
 TOOLS = {"local", "generate", "evaluate", "calibrate", "report"}  # the engine used in this process
 MAY_IMPORT = {
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "types": set(),
     "progress": set(),
     "console": set(),
+    "logs": set(),
     "kernels": set(),
     "drafters": {"models"},
 }

@@ -35,7 +35,8 @@ GAIN = 0.25
 KNOWN = 32.0
 """Changes from which on a size is as well known as any other."""
 NOTABLE = 1.5
-"""A pace that has changed by this much, either way, since the last time it was told, is told."""
+"""A pace that has changed by this much, either way, is told: once, since neighbours come and go all day. The metric
+`capacity_drift_ratio` says where it is."""
 
 
 class _Shape:
@@ -79,7 +80,8 @@ class Drift:
         self._sizes: Neighbours[int] = Neighbours()
         self._changes = [0.0] * len(curve.tokens)
         """Of each size to and from others, as many as were seen."""
-        self._pace = self._told = 0.0
+        self._pace = 0.0
+        self._told = False
         self._lately: list[float] = []
         self._drafts_lately: dict[int, list[float]] = {}
         self._wanted = [0.0] * (len(curve.tokens) + len(curve.streams))
@@ -147,11 +149,11 @@ class Drift:
         return True
 
     def _tell(self) -> None:
-        if abs(self._pace - self._told) > log(NOTABLE):
-            self._told = self._pace
+        if not self._told and abs(self._pace) > log(NOTABLE):
+            self._told = True
             logger.warning(
                 "rounds drift from the capacity curve: they take %.2f times what was measured; scheduling goes by what "
-                "they take now (dspark-stream profile --again measures anew)",
+                "they take now, whatever that becomes (dspark-stream profile --again measures anew)",
                 self.ratio,
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from dspark_stream.errors import DrainingError, OverloadedError, RateLimitError
@@ -15,6 +15,8 @@ class Admission:
     def __init__(self, capacity: int, per_client: int) -> None:
         self.capacity = capacity
         self.per_client = per_client
+        self.limits: Mapping[str, int] = {}
+        """Of clients that have one of their own, instead of ``per_client``."""
         self.draining = False
         self._clients: Counter[str] = Counter()
         self.in_flight = 0
@@ -30,10 +32,9 @@ class Admission:
         """
         if self.draining:
             raise DrainingError("the server is shutting down; try another one, or later", retry_after_s=5)
-        if self._clients[client] >= self.per_client:
-            raise RateLimitError(
-                f"this client already has {self.per_client} streams; wait for one to end", retry_after_s=1
-            )
+        most = self.limits.get(client, self.per_client)
+        if self._clients[client] >= most:
+            raise RateLimitError(f"this client already has {most} streams; wait for one to end", retry_after_s=1)
         if self.in_flight >= self.capacity:
             raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=2)
         self.in_flight += 1

@@ -12,9 +12,10 @@ from aiohttp import web
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
 from dspark_stream.errors import BusyError, ConfigError, DsparkError, InvalidRequestError
-from dspark_stream.server import wire
+from dspark_stream.server import access, wire
 from dspark_stream.server.guard import Guard
 from dspark_stream.server.http import HttpApi, json_response
+from dspark_stream.server.keys import KeyRing
 from dspark_stream.server.pages import Pages
 from dspark_stream.server.service import Service
 from dspark_stream.server.settings import ServerConfig
@@ -31,6 +32,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SERVICE = web.AppKey("service", Service)
 SOCKETS = web.AppKey("sockets", SocketRegistry)
 _GUARD = web.AppKey("guard", Guard)
+_KEYS = web.AppKey("keys", KeyRing)
 
 
 class Server:
@@ -153,25 +155,28 @@ async def serve(
 
 def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web.Application:
     """The aiohttp application. Call it on the loop that will run it; starting the engine is the caller's."""
+    keys = KeyRing(config.api_key, config.api_key_file)
     service = Service(config, engine, tokenizer)
+    service.admission.limits = keys.limits
     sockets = SocketRegistry(service)
     api = HttpApi(service)
     pages = Pages(service)
     app = web.Application(middlewares=[_errors_and_checks], client_max_size=config.max_message_bytes)
     app[SERVICE] = service
     app[SOCKETS] = sockets
-    app[_GUARD] = Guard(config)
+    app[_KEYS] = keys
+    app[_GUARD] = Guard(config, keys)
 
     async def responses(request: web.Request) -> web.StreamResponse:
-        return await api.responses(request, _client(request))
+        return await api.responses(request, request[access.ENTRY].client)
 
     async def completions(request: web.Request) -> web.StreamResponse:
-        return await api.chat(request, _client(request))
+        return await api.chat(request, request[access.ENTRY].client)
 
     async def upgrade(request: web.Request) -> web.StreamResponse:
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise UpgradeRequiredError("GET speaks WebSocket here; for plain HTTP use POST")
-        return await sockets.handle(request, _client(request))
+        return await sockets.handle(request, request[access.ENTRY].client)
 
     app.router.add_get("/v1/responses", upgrade, allow_head=False)
     app.router.add_post("/v1/responses", responses)
@@ -184,7 +189,9 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
     app.router.add_get("/props", pages.props)
     app.router.add_get("/metrics", pages.metrics)
     app.router.add_get("/{path:.*}", pages.file)
+    app.on_response_prepare.append(access.name_answer)
     app.cleanup_ctx.append(_lag_sampler)
+    app.cleanup_ctx.append(_key_watcher)
     app.on_cleanup.append(_close_service)
     return app
 
@@ -192,11 +199,6 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
 async def _only_post(request: web.Request) -> web.StreamResponse:
     # Else the page's files would answer that there is nothing here.
     raise web.HTTPMethodNotAllowed(request.method, ["POST"])
-
-
-def _client(request: web.Request) -> str:
-    """Whose limit a request counts against. There is one key, so the address tells clients apart."""
-    return request.remote or "unknown"
 
 
 class UpgradeRequiredError(InvalidRequestError):
@@ -213,15 +215,18 @@ class UpgradeRequiredError(InvalidRequestError):
 async def _errors_and_checks(request: web.Request, handler: Handler) -> web.StreamResponse:
     app = request.app
     service = app[SERVICE]
+    entry = access.begin(request, _method(request), _route(request))
     status = 500
     try:
-        app[_GUARD].check(request, _port(request))
+        entry.key_label = app[_GUARD].check(request, _port(request))
+        # Who shares a key shares its limits; without labels the address tells clients apart.
+        entry.client = entry.key_label or entry.client
         answer = await handler(request)
         status = answer.status
         return answer
     except DsparkError as error:
         service.refused(error)
-        status = error.status
+        status, entry.error = error.status, error.code
         return _error_answer(request, error)
     except web.HTTPException as error:
         status = error.status
@@ -231,13 +236,16 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
             headers={"Allow": error.headers["Allow"]} if "Allow" in error.headers else None,
         )
     except asyncio.CancelledError:
-        status = 499  # as nginx says it: the client has gone
+        # A socket's handler ends so whenever the connection goes before it; else as nginx says it: the client left.
+        status = 101 if entry.answer_status == 101 else 499
         raise
     except Exception as error:
         log.exception("%s %s failed", request.method, request.path)
         return _error_answer(request, wire.as_dspark_error(error))
     finally:
-        service.metrics.http[_method(request), _route(request), status] += 1
+        service.metrics.http[entry.method, entry.route, status] += 1
+        if service.config.access_log:
+            entry.write(status)
 
 
 def _error_answer(request: web.Request, error: DsparkError) -> web.Response:
@@ -288,6 +296,18 @@ async def _lag_sampler(app: web.Application) -> AsyncIterator[None]:
             lag.observe(max(0.0, loop.time() - due))
 
     task = asyncio.create_task(sample())
+    yield
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def _key_watcher(app: web.Application) -> AsyncIterator[None]:
+    def changed(gone: frozenset[str]) -> None:
+        app[SERVICE].admission.limits = app[_KEYS].limits
+        app[SOCKETS].shut_out(gone)
+
+    task = asyncio.create_task(app[_KEYS].watch(changed, app[SERVICE].config.key_poll_s))
     yield
     task.cancel()
     with suppress(asyncio.CancelledError):

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
 from dspark_stream.errors import DsparkError, InternalError, InvalidRequestError
+from dspark_stream.server import access
 from dspark_stream.server.admission import Admission
 from dspark_stream.server.conversation import ConversationStore
 from dspark_stream.server.hub import EventHub
@@ -71,6 +72,8 @@ class Service:
             prompt_ids = await self._tokenise(conversation, plan.input_param)
             limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
             stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived)
+            entry = stream.entry
+            entry.submitted(plan.response_id, len(prompt_ids))
             self.hub.subscribe(plan.response_id, stream.receive)
             try:
                 self._submit(plan, prompt_ids, limit)
@@ -82,6 +85,9 @@ class Service:
                     # The client has gone, and nobody will hear the engine's answer to this.
                     self.engine.cancel(plan.response_id)
                     self.metrics.finished["cancelled"] += 1
+                    entry.reason = "cancelled"
+                if entry.key_label:
+                    self.metrics.of_client(entry.key_label, entry.input_tokens, entry.output_tokens)
 
     def _submit(self, plan: Plan, prompt_ids: list[int], limit: int) -> None:
         try:
@@ -132,6 +138,7 @@ class _Stream:
         self, service: Service, plan: Plan, messages: list[Message], listener: Listener, arrived: float
     ) -> None:
         self.over = asyncio.Event()
+        self.entry = access.current()
         self._service = service
         self._plan = plan
         self._messages = messages
@@ -141,6 +148,7 @@ class _Stream:
         self._texts: list[str] = []
 
     def receive(self, event: EngineEvent) -> None:
+        self.entry.said(event)
         if isinstance(event, TokensEvent):
             self._measure(len(event.token_ids))
             self._texts.append(event.text)
@@ -160,9 +168,7 @@ class _Stream:
         self._last = now
 
     def _finish(self, event: FinishedEvent) -> None:
-        metrics = self._service.metrics
-        metrics.finished[event.reason] += 1
-        metrics.e2e_latency.observe(time.monotonic() - self._arrived)
+        self._service.metrics.finish(event, time.monotonic() - self._arrived)
         # A cancelled answer is kept too: people stop an answer and go on with the conversation.
         if self._plan.store and event.reason != "failed":
             answer = "".join(self._texts)
