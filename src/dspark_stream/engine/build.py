@@ -19,7 +19,7 @@ from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.profile import curve_key, load_or_measure
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
-from dspark_stream.errors import ConfigError, ModelLoadError
+from dspark_stream.errors import ConfigError, InvalidRequestError, ModelLoadError
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.fetch import model_path
@@ -69,6 +69,8 @@ def build_engine(
         kind = KERNEL_KINDS.get(config.target_quant)
         loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels, kind=kind)
     target = loaded.target
+    if loaded.codec is not None:
+        _try_template(loaded.codec, progress)
     name = config.model if config.model in MODELS else loaded.name
     drafter, calibration, drafter_folder = _load_drafter(config, loaded, progress)
     if drafter is None and config.drafter != "none":
@@ -154,6 +156,14 @@ def build_engine(
         max_chunk_gap_ms=config.max_chunk_gap_ms,
     )
     return engine, codec
+
+
+def _try_template(codec: TextCodec, progress: Progress) -> None:
+    """A damaged template parses as a rule; nobody should find out by every request that is refused."""
+    try:
+        codec.encode_chat([("user", "Hello")])
+    except InvalidRequestError as error:
+        progress.say(f"the model's chat template refuses a plain question, so most requests will be: {error}")
 
 
 def _give_back_memory() -> None:
