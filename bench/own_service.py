@@ -39,20 +39,17 @@ class OwnService:
         self.log = folder / "log"
         self._command = [sys.executable, "-m", "dspark_stream", "serve", "--port", "0", "--model", model]
         self._command += ["--api-key-file", str(keys), *flags]
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
     def start(self, timeout_s: float = 180.0) -> float:
         """Seconds until it could be asked."""
         begun = time.monotonic()
+        before = len(self.log.read_text(errors="replace")) if self.log.exists() else 0
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert self.process.stdout is not None
-        os.set_blocking(self.process.stdout.fileno(), False)
-        said = ""
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
         while time.monotonic() - begun < timeout_s and self.process.poll() is None:
-            said += self.process.stdout.read() or ""
-            if found := re.search(r"http://127\.0\.0\.1:(\d+)", said):
+            if found := re.search(r"is at http://127\.0\.0\.1:(\d+)", self.log.read_text(errors="replace")[before:]):
                 self.port = int(found[1])
                 return time.monotonic() - begun
             time.sleep(0.05)
@@ -175,3 +172,36 @@ def many_descriptors() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return most
+
+
+class Victim:
+    """A well-behaved client that asks one question after the other; what it sees of the others."""
+
+    def __init__(self, service: OwnService) -> None:
+        self._service = service
+        self.gaps_ms: list[float] = []
+        self.first_ms: list[float] = []
+        self.refused = 0
+
+    async def run(self, seconds: float) -> Victim:
+        """Until the time is up."""
+        end = time.monotonic() + seconds
+        last = 0.0
+        first: list[bool] = []
+
+        def seen(event: dict[str, Any]) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if event["type"] == "response.output_text.delta":
+                (self.gaps_ms if first else self.first_ms).append(1e3 * (now - last))
+                last = now
+                first.append(True)
+            self.refused += event["type"] == "error"
+
+        async with self._service.socket("victim") as socket:
+            while time.monotonic() < end:
+                last = time.monotonic()
+                first.clear()
+                body = {"input": "A long story, please.", "max_output_tokens": 100, "temperature": 0}
+                await events_of(socket, {**body, "dspark": {"ignore_eos": True}}, seen)
+        return self
