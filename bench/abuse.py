@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import signal
 import sys
 import time
 
@@ -67,6 +68,7 @@ def main() -> int:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest: flags of the service")
     args = parser.parse_args()
     many_descriptors()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service must not outlive us
     end = time.monotonic() + BUDGET_S
     service = OwnService(args.model, [*FLAGS, *args.flags])
     try:

@@ -40,7 +40,7 @@ class Histogram:
 
 
 class Page:
-    """A page of families. ``common``: labels of every sample. Counters are named without ``_total``."""
+    """A page of families. ``common``: labels of every sample. Counters may be named with ``_total`` or without."""
 
     def __init__(self, common: Labels, *, open_metrics: bool) -> None:
         self._common = tuple(common)
@@ -53,6 +53,7 @@ class Page:
 
     def add_all(self, name: str, kind: Kind, text: str, samples: Iterable[tuple[Labels, float]]) -> None:
         """A family with a sample for each set of further labels."""
+        name = name.removesuffix("_total") if kind == "counter" else name
         sample = f"{name}_total" if kind == "counter" else name
         self._head(name if self._open_metrics else sample, kind, text)
         self._lines.extend(self._line(sample, labels, value) for labels, value in samples)
