@@ -21,6 +21,8 @@ import aiohttp
 import websockets
 
 KEYS = {"abuser": "sekret-of-the-abuser-4711", "victim": "sekret-of-the-victim-4712"}
+_PATIENCE_S = 20.0
+"""A victim that hears nothing for so long gives up, and counts so much."""
 MARK = "zanzibar-quokka"
 """Stands in prompts: it must not be in the log."""
 TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled")
@@ -157,11 +159,17 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("inf")
 
 
-async def events_of(socket: Any, body: dict[str, Any], seen: Callable[[dict[str, Any]], Any] = lambda _: None) -> str:
-    """Ask on a socket, and read to the end; its type, ``error`` for a refusal."""
+async def events_of(
+    socket: Any, body: dict[str, Any], seen: Callable[[dict[str, Any]], Any] = lambda _: None, patience_s: float = 120.0
+) -> str:
+    """Ask on a socket, and read to the end; its type, ``error`` for a refusal.
+
+    Raises:
+        TimeoutError: nothing came for so long.
+    """
     await socket.send(json.dumps({"type": "response.create", **body}))
     while True:
-        event = json.loads(await asyncio.wait_for(socket.recv(), 120))
+        event = json.loads(await asyncio.wait_for(socket.recv(), patience_s))
         seen(event)
         if event["type"] in (*TERMINAL, "error"):
             return str(event["type"])
@@ -203,5 +211,9 @@ class Victim:
                 last = time.monotonic()
                 first.clear()
                 body = {"input": "A long story, please.", "max_output_tokens": 100, "temperature": 0}
-                await events_of(socket, {**body, "dspark": {"ignore_eos": True}}, seen)
+                try:
+                    await events_of(socket, {**body, "dspark": {"ignore_eos": True}}, seen, _PATIENCE_S)
+                except TimeoutError:
+                    (self.gaps_ms if first else self.first_ms).append(1e3 * _PATIENCE_S)
+                    break
         return self
