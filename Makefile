@@ -183,6 +183,14 @@ bench-gpu: $(GPU_SETUP) ## On a GPU: measure everything that docs/gpu.md promise
 	  echo "NOT FETCHED: $(TEST_MODEL); only the section smollm2 needs it" >&2
 	@$(GPU_RUN) bench/gpu.py $(ARGS)
 
+.PHONY: abuse
+abuse: $(DEV_STAMP) model ## Try on a service of its own what strangers may do to it (ten minutes at most)
+	@$(PY) bench/abuse.py $(ARGS)
+
+.PHONY: soak
+soak: $(DEV_STAMP) model ## Half an hour of mixed clients: memory, descriptors, threads (ARGS="--minutes 5" for less)
+	@$(PY) bench/soak.py $(ARGS)
+
 .PHONY: clean
 clean: ## Remove the environments and everything built (the fetched model stays in its cache)
 	rm -rf $(VENV) $(OPENAI_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

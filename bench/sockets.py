@@ -144,7 +144,7 @@ def loop_lag(url: str) -> dict[float, int]:
     """The server's histogram of how late its loop was: bound in seconds → observations up to it."""
     with urllib.request.urlopen(f"{url}/metrics") as page:
         text = page.read().decode()
-    found = re.findall(r'dspark:loop_lag_seconds_bucket\{le="([^"]+)"\} (\d+)', text)
+    found = re.findall(r'dspark:loop_lag_seconds_bucket\{.*le="([^"]+)"\} (\d+)', text)
     return {float(bound.replace("+Inf", "inf")): int(count) for bound, count in found}
 
 

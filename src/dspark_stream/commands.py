@@ -15,11 +15,11 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import msgspec
 
-from dspark_stream import __version__
+from dspark_stream import __version__, logs
 from dspark_stream import config as settings
 from dspark_stream.console import printable
 from dspark_stream.errors import ConfigError
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from dspark_stream.evaluate import Figures, Plan, Prompt
     from dspark_stream.server.app import Server
     from dspark_stream.server.settings import ServerConfig
+
+log = logging.getLogger(__name__)
 
 PROGRAM = "dspark-stream"
 
@@ -62,11 +64,13 @@ def _first(*values: _Value | None) -> _Value:
     return next(value for value in values if value is not None)
 
 
-def _load(config: Config, *, quiet: bool = False, measure_again: bool = False) -> tuple[EngineThread, Tokenizer | None]:
-    """Load the models and measure the machine, showing how it goes."""
+def _load(
+    config: Config, *, quiet: bool = False, measure_again: bool = False, stream: TextIO | None = None
+) -> tuple[EngineThread, Tokenizer | None]:
+    """Load the models and measure the machine, showing on ``stream`` (stderr) how it goes."""
     from dspark_stream.progress import Progress
 
-    progress = Progress(enabled=not quiet)
+    progress = Progress(stream, enabled=not quiet)
     # Libraries print to stdout as they load; what goes there is ours (text, JSON).
     with stoppable(), contextlib.redirect_stdout(sys.stderr):
         progress.say(f"{PROGRAM} {__version__}: getting ready")
@@ -103,11 +107,15 @@ def serve(args: argparse.Namespace) -> int:
 
 def _serve_resolved(resolved: settings.Resolved, check: Callable[[], None]) -> int:
     config = resolved.config
-    print(f"{PROGRAM}: settings", *resolved.lines(), sep="\n", file=sys.stderr, flush=True)
+    logs.configure(config.log_format, config.log_level)
+    stream = cast(TextIO, logs.LogStream(log)) if config.log_format == "json" else None
+    if stream is None:
+        print(f"{PROGRAM}: settings", *resolved.lines(), sep="\n", file=sys.stderr, flush=True)
+    else:
+        log.info("settings", extra={"fields": {"settings": [line.strip() for line in resolved.lines()]}})
     server_config = _server_config(config)
     _check_port(config.host, config.port)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    engine, tokenizer = _load(config)
+    engine, tokenizer = _load(config, stream=stream)
     if tokenizer is None:
         raise ConfigError("this model has no tokenizer, so it cannot be served", param="model")
 
@@ -132,6 +140,10 @@ def _server_config(config: Config) -> ServerConfig:
         host=config.host,
         port=config.port,
         api_key=config.api_key,
+        api_key_file=config.api_key_file,
+        metrics_key=config.metrics_key,
+        open_metrics=config.open_metrics == "on",
+        access_log=config.access_log == "on",
         allowed_hosts=config.allowed_host,
         allowed_origins=config.allowed_origin,
         served_names=config.served_model_name,

@@ -222,7 +222,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     host: Annotated[
         str,
         Setting(
-            "address to listen on; any but a loopback address needs --api-key",
+            "address to listen on; any but a loopback address needs --api-key or --api-key-file",
             "service",
             metavar="HOST",
             also_env="HOST",
@@ -238,6 +238,28 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             secret=True,
         ),
     ] = ""
+    api_key_file: Annotated[
+        Path | None,
+        Setting(
+            "further keys, one a line as KEY or LABEL:KEY, with max_streams=N behind it where one has a limit of its "
+            "own; read again when it changes",
+            "service",
+            metavar="FILE",
+            parse=_parse_path,
+        ),
+    ] = None
+    metrics_key: Annotated[
+        str,
+        Setting(
+            "key that opens /metrics and nothing else (better as DSPARK_METRICS_KEY)",
+            "service",
+            metavar="KEY",
+            secret=True,
+        ),
+    ] = ""
+    open_metrics: Annotated[
+        Literal["on", "off"], Setting("on: /metrics is read without a key; it tells figures, no texts", "service")
+    ] = "off"
     allowed_host: Annotated[
         tuple[str, ...],
         Setting("further Host header to accept; may be repeated", "service", metavar="NAME[:PORT]"),
@@ -362,6 +384,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "service",
         ),
     ] = True
+    access_log: Annotated[
+        Literal["on", "off"],
+        Setting("one line in the log for every request: figures, no prompt and no key", "service"),
+    ] = "on"
+    log_format: Annotated[
+        Literal["text", "json"], Setting("lines for people, or one JSON object a line", "service")
+    ] = "text"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Setting("what is told at least", "service")] = (
+        "info"
+    )
 
 
 SPECULATIVE_CONFIG = "speculative_config"
@@ -450,7 +482,7 @@ def add_arguments(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> N
 
 def _default_note(entry: _Entry, defaults: Config) -> str:
     value = getattr(defaults, entry.name, "")
-    if entry.name == "cache_dir" or value in ("", ()):
+    if entry.name == "cache_dir" or value in ("", (), None):
         return f" [{entry.variable}]"
     return f" (default: {_shown(entry, value)}) [{entry.variable}]"
 
@@ -569,6 +601,8 @@ def _shown(entry: _Entry, value: object) -> str:
             if value % 1024**power == 0:
                 return f"{value // 1024**power}{unit}"
         return f"{value} bytes"
+    if value is None:
+        return ""
     if isinstance(value, tuple):
         return ", ".join(value)
     return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -1,8 +1,23 @@
-"""Files that are there whole or not at all. A leaf."""
+"""Files that are there whole or not at all, and files of JSON. A leaf."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested without end.
+    """
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
 
 
 def write_whole(path: Path, data: str | bytes) -> None:

@@ -472,7 +472,7 @@ def test_serve_can_be_stopped_while_it_loads(number, code, tmp_path):
     script = (
         "import signal, sys, time\nfrom dspark_stream import cli, commands\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
-        "def load(config, *, quiet=False):\n"
+        "def load(config, **_):\n"
         "    try:\n        print('loading', flush=True); time.sleep(60)\n"
         "    finally: print('cleared up', flush=True)\n"
         "commands._load = load\n"

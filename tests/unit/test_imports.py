@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "dspark_stream"
 KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "dspark_kernels"
 
-LEAVES = {"config", "errors", "files", "types", "progress", "console", "stopping"}
+LEAVES = {"config", "errors", "files", "types", "progress", "console", "logs", "stopping"}
 ENGINE_AND_BELOW = {"engine", "load", "spec", "models", "kernels", *LEAVES}
 TOOLS = {"local", "generate", "evaluate", "calibrate", "report"}  # the engine used in this process
 MAY_IMPORT = {
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "progress": set(),
     "console": set(),
     "stopping": set(),
+    "logs": set(),
     "kernels": set(),
     "drafters": {"models"},
 }

@@ -148,6 +148,19 @@ def tiny_extent():
         ({"enable_confidence_head": False}, "unknown: confidence_head.proj"),
         ({"num_hidden_layers": 2}, "missing: layers.1"),
         ({"model_type": "mamba"}, "mamba"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"head_dim": 2**63}, "head_dim"),
+        ({"intermediate_size": 2**63}, "intermediate_size"),
+        ({"intermediate_size": 10**6}, "wrong shape"),
+        ({"num_attention_heads": 10**6}, "attention heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"markov_rank": 2**63}, "markov_rank"),
+        ({"mask_token_id": 2**63}, "mask_token_id"),
+        ({"block_size": 10**9}, "block_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"target_layer_ids": [1] * 1000}, "target_layer_ids"),
+        ({"quantization_config": 5}, "config.json"),
+        ({"dtype": float("nan")}, "config.json"),
     ],
 )
 def test_unfit_drafters_are_named(change, said, tmp_path):
@@ -175,9 +188,10 @@ def test_broken_drafter_files(tmp_path):
     weights.unlink()
     with pytest.raises(ModelLoadError, match=r"no \*\.safetensors"):
         load_drafter(tmp_path, target)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelLoadError, match="no readable drafter config"):
-        read_config(tmp_path)
+    for text in ("{", "[" * 100_000, '{"a":' * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelLoadError, match="no readable drafter config"):
+            read_config(tmp_path)
 
 
 def test_released_checkpoints_carry_frozen_copies_that_are_not_loaded(tmp_path):

@@ -25,7 +25,7 @@ from dspark_stream.errors import (
 from dspark_stream.server.admission import Admission
 from dspark_stream.server.bodies import ChatBody, ResponseCreate, decode, decode_envelope, decode_event
 from dspark_stream.server.conversation import ConversationStore
-from dspark_stream.server.metrics import Histogram
+from dspark_stream.server.exposition import Histogram, Page
 from dspark_stream.server.plan import Planner
 from dspark_stream.server.settings import ServerConfig
 from fakes import model_info
@@ -165,7 +165,7 @@ def test_a_client_has_its_limit_and_no_more() -> None:
     with admission.place("a"):
         with pytest.raises(RateLimitError) as limited, admission.place("a"):
             pass
-        assert (limited.value.status, limited.value.retry_after_s) == (429, 1)
+        assert (limited.value.status, limited.value.retry_after_s) == (429, 2)
         with admission.place("b"):
             pass
 
@@ -249,10 +249,14 @@ def test_a_histogram_counts_cumulatively() -> None:
     histogram = Histogram((0.1, 1.0))
     for value, times in ((0.05, 1), (0.1, 2), (0.5, 1), (7.0, 3)):
         histogram.observe(value, times)
-    assert list(histogram.lines("x")) == [
-        'x_bucket{le="0.1"} 3',
-        'x_bucket{le="1.0"} 4',
-        'x_bucket{le="+Inf"} 7',
-        "x_sum 21.75",
-        "x_count 7",
+    page = Page([("model_name", 'a"b')], open_metrics=False)
+    page.histogram("x", "What.", histogram)
+    assert page.text().splitlines() == [
+        "# HELP x What.",
+        "# TYPE x histogram",
+        'x_bucket{model_name="a\\"b",le="0.1"} 3',
+        'x_bucket{model_name="a\\"b",le="1.0"} 4',
+        'x_bucket{model_name="a\\"b",le="+Inf"} 7',
+        'x_sum{model_name="a\\"b"} 21.75',
+        'x_count{model_name="a\\"b"} 7',
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -301,51 +300,6 @@ async def test_models_probes_and_props(running: Running) -> None:
             assert answer.status == 503
         async with http.head("/health") as answer:
             assert answer.status == 200
-
-
-SAMPLE = re.compile(r'^dspark:[a-z0-9_]+(\{([a-z_]+="[^"]*",?)*\})? [0-9.e+-]+$')
-
-
-async def test_metrics_are_prometheus_text(running: Running) -> None:
-    """Guards against a page that Prometheus refuses, and against names that vLLM's boards do not know."""
-    async with running.http() as http:
-        async with http.post("/v1/responses", json={"input": "x"}) as answer:
-            assert answer.status == 200
-        async with http.post("/v1/responses", json={"input": ""}) as answer:
-            assert answer.status == 400
-        async with running.socket() as socket:
-            await socket.create()
-            await socket.response()
-        await asyncio.sleep(0.12)
-        async with http.get("/metrics") as answer:
-            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-            text = await answer.text()
-    typed = set()
-    for line in text.splitlines():
-        if line.startswith("# TYPE "):
-            assert line.split()[2] not in typed
-            typed.add(line.split()[2])
-        elif not line.startswith("#"):
-            assert SAMPLE.match(line), line
-            name = re.sub(r"_(bucket|sum|count)$", "", line.split("{")[0].split(" ")[0])
-            assert name in typed, line
-    for name in (
-        "spec_decode_num_drafts_total",
-        "spec_decode_num_draft_tokens_total",
-        "spec_decode_num_accepted_tokens_total",
-        "num_requests_running",
-        "num_requests_waiting",
-        "kv_cache_usage_perc",
-    ):
-        assert re.search(rf"^dspark:{name}\{{model_name=\"fake-135m\"\}} \d", text, re.MULTILINE), name
-    assert 'dspark:spec_decode_num_accepted_tokens_per_pos_total{position="0"} 10' in text
-    assert "dspark:time_to_first_token_seconds_count 2" in text
-    assert "dspark:inter_token_latency_seconds_count 14" in text  # ten tokens twice, less the first round's three
-    assert 'dspark:request_success_total{finished_reason="stop"} 2' in text
-    assert 'dspark:requests_refused_total{code="empty_input"} 1' in text
-    assert 'dspark:http_requests_total{method="POST",route="/v1/responses",status="200"} 1' in text
-    assert 'dspark:websocket_closed_total{code="1000"} 1' in text
-    assert float(re.findall(r"loop_lag_seconds_count (\d+)", text)[0]) >= 1
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from dspark_stream.engine.memory import check_kv_memory, foretold, memory_bytes,
 from dspark_stream.engine.profile import curve_key, load_or_measure
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
-from dspark_stream.errors import ConfigError, ModelLoadError
+from dspark_stream.errors import ConfigError, InvalidRequestError, ModelLoadError
 from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
@@ -72,6 +72,8 @@ def build_engine(
         kind = KERNEL_KINDS.get(config.target_quant)
         loaded = load_target(path, dtype=config.dtype, device=config.device, kernels=kernels, kind=kind)
     target = loaded.target
+    if loaded.codec is not None:
+        _try_template(loaded.codec, progress)
     name = config.model if config.model in MODELS else loaded.name
     drafter, calibration, drafter_folder = _load_drafter(config, loaded, progress)
     if drafter is None and config.drafter != "none":
@@ -82,11 +84,6 @@ def build_engine(
         assert drafter is None or isinstance(drafter, TorchDrafter)
         _prepare_on_torch(target, drafter, config)
 
-    max_model_len = config.max_model_len or target.max_positions
-    if max_model_len > target.max_positions:
-        raise ConfigError(
-            f"max_model_len {max_model_len} is more than the model's {target.max_positions}", param="max_model_len"
-        )
     gamma = drafter.gamma if drafter else 0
     ring = drafter.ring if drafter else 0
     drafter_bytes = sum(s.nbytes(target.kv_dtype) for s in drafter.kv_shapes) if drafter else 0
@@ -94,12 +91,7 @@ def build_engine(
     rings = ring * config.max_num_seqs
     for_slots = config.kv_memory - rings * drafter_bytes
     affordable = max(GRAIN, for_slots // per_token - gamma - 2 * GRAIN)
-    if not config.max_model_len and affordable < max_model_len:
-        progress.say(
-            f"max_model_len is {affordable} of the model's {max_model_len}: kv_memory of {config.kv_memory >> 20} MiB "
-            "holds no longer stream"
-        )
-        max_model_len = affordable
+    max_model_len = _longest(config, target.max_positions, affordable, progress)
     slots = slots_for_budget(config.kv_memory, per_token, max_model_len + gamma + 1, rings * drafter_bytes)
     allocator = ExtentAllocator(slots, ring, config.max_num_seqs if ring else 0)
     if target.device.type == "cuda":
@@ -162,6 +154,33 @@ def build_engine(
         max_chunk_gap_ms=config.max_chunk_gap_ms,
     )
     return engine, codec
+
+
+def _longest(config: Config, most: int, affordable: int, progress: Progress) -> int:
+    """Tokens of prompt and answer together: as many as were asked for, or as the model and the memory allow.
+
+    Raises:
+        ConfigError: more than the model has positions.
+    """
+    if config.max_model_len > most:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is more than the model's {most}", param="max_model_len"
+        )
+    if config.max_model_len or affordable >= most:
+        return config.max_model_len or most
+    progress.say(
+        f"max_model_len is {affordable} of the model's {most}: kv_memory of {config.kv_memory >> 20} MiB holds no "
+        "longer stream"
+    )
+    return affordable
+
+
+def _try_template(codec: TextCodec, progress: Progress) -> None:
+    """A damaged template parses as a rule; nobody should find out by every request that is refused."""
+    try:
+        codec.encode_chat([("user", "Hello")])
+    except InvalidRequestError as error:
+        progress.say(f"the model's chat template refuses a plain question, so most requests will be: {error}")
 
 
 def _give_back_memory() -> None:

@@ -50,6 +50,7 @@ SOME_STREAMS = 16
 SLOW_MS, ONCE_MS = 80.0, 240.0
 """Points that take so long are run twice, or once: buffers and what is left of the noise are small beside them."""
 FORMAT = "curve 14"
+_LARGEST_FILE = 1 << 20
 ANY_CURVE = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0])
 """Rounds that are measured need one to go by."""
 
@@ -99,7 +100,7 @@ def load_or_measure(
     """
     key = [*key, f"seqs {max_seqs}", f"len {max_model_len}"]
     path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
-    if not again and (curve := _stored(path, key)) is not None:
+    if not again and (curve := _stored(path, key, progress)) is not None:
         return curve
     with _Bench(target, target_kv, drafter, drafter_kv, allocator, max_seqs, max_model_len) as bench:
         points = bench.points()
@@ -122,12 +123,29 @@ def load_or_measure(
     return curve
 
 
-def _stored(path: Path, key: list[str]) -> CapacityCurve | None:
+def _stored(path: Path, key: list[str], progress: Progress) -> CapacityCurve | None:
+    """The curve that was kept; None, and a word about it, where there is one that cannot be gone by."""
     try:
-        stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
-    except (OSError, msgspec.MsgspecError):
-        return None  # none yet, or written by another version: measured anew and written over
-    return stored.curve if stored.key == key else None
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        why = error.strerror or str(error)
+    else:
+        try:
+            if len(data) > _LARGEST_FILE:
+                raise msgspec.DecodeError(f"it has more than {_LARGEST_FILE} bytes")
+            stored = msgspec.json.decode(data, type=_Stored)
+        except (msgspec.MsgspecError, RecursionError, ValueError) as error:  # ValueError: bytes that are no text
+            why = str(error)
+        else:
+            flaw = stored.curve.flaw() if stored.key == key else "it is another machine's or model's"
+            if flaw is None:
+                return stored.curve
+            why = flaw
+    progress.say(f"the capacity curve in {path} cannot be used ({why}): measuring it anew")
+    return None
 
 
 # --- measuring -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ p̄ the streams' mean position, γ the draft block's size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+_LARGEST, _SLOWEST_MS = 1 << 24, 1e7
+"""Of what can have been measured; nobody waits for hours for a round."""
 LEAST_OF_BASE = 0.25
 """What a shorter context, or fewer slots, can leave of a measured time: slopes are measured too, and may be off."""
 
@@ -65,6 +68,33 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     verification."""
     feature_us: float = 0.0
     """Microseconds that a position takes whose context features are handed over late."""
+
+    def flaw(self) -> str | None:
+        """What cannot have been measured, in words, of a curve from a file; None: it can be gone by."""
+        for name, sizes in (("tokens", self.tokens), ("streams", self.streams)):
+            if not sizes or sizes[0] != 1 or sizes[-1] > _LARGEST or any(b <= a for a, b in pairwise(sizes)):
+                return f"{name} do not ascend from 1"
+        beside = len(self.streams)
+        drafted = beside if self.gamma else 0
+        for name, values, count in (
+            ("verify_ms", self.verify_ms, len(self.tokens)),
+            ("stream_ms", self.stream_ms, beside),
+            ("draft_ms", self.draft_ms, beside),
+            ("rest_ms", self.rest_ms, beside),
+            ("after_draft_ms", self.after_draft_ms, drafted),
+            ("slot_ms", self.slot_ms, drafted),
+        ):
+            if len(values) != count:
+                return f"{name} are {len(values)}, not {count}"
+            if not all(0 <= value <= _SLOWEST_MS for value in values) or any(b < a for a, b in pairwise(values)):
+                return f"{name} are not times that grow with what is done"
+        if self.verify_ms[0] <= 0:
+            return "passes take no time"
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if not isinstance(value, list) and not 0 <= value <= _SLOWEST_MS:
+                return f"{name} is {value}"
+        return None
 
     def drafted_from(self, position: float) -> float:
         """Positions that a draft at ``position`` reads."""

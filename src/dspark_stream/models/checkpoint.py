@@ -8,6 +8,7 @@ the target's are meant.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from dspark_kernels.cpu import Kind, Source
 from dspark_stream.errors import ModelLoadError
+from dspark_stream.files import read_json
 from dspark_stream.models.blocks import Blocks, as_floats, quantised
 from dspark_stream.models.drafter_config import DrafterConfig, HeadType
 from dspark_stream.models.families import FAMILIES
-from dspark_stream.models.geometry import geometry_of
+from dspark_stream.models.geometry import LARGEST, UnsupportedError, geometry_of
 from dspark_stream.models.native.drafter import NativeDrafter, native_shapes
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.torch.drafter import Drafter, backbone_config, full_attention_shape
@@ -41,9 +43,9 @@ class _Fields(msgspec.Struct):
     architectures: list[str]
     num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=64)]
     block_size: Annotated[int, msgspec.Meta(ge=1, le=64)]
-    mask_token_id: Annotated[int, msgspec.Meta(ge=0)]
-    target_layer_ids: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
-    markov_rank: Annotated[int, msgspec.Meta(ge=0)] | None = 0
+    mask_token_id: Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
+    target_layer_ids: Annotated[tuple[int, ...], msgspec.Meta(min_length=1, max_length=64)]
+    markov_rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] | None = 0
     markov_head_type: str | None = "vanilla"
     enable_confidence_head: bool = False
     confidence_head_with_markov: bool = False
@@ -62,7 +64,7 @@ def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
     """
     path = folder / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
+        raw: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"no readable drafter config at {path}: {error}", param="drafter") from error
     try:
@@ -86,7 +88,7 @@ def read_config(folder: Path, *, native: bool = False) -> DrafterConfig:
     return DrafterConfig(
         backbone=geometry_of(_of_drafter(raw), str(path), "drafter")
         if native
-        else backbone_config(_text_config(raw, path), fields.num_hidden_layers),
+        else _torch_backbone(raw, path, fields.num_hidden_layers),
         num_layers=fields.num_hidden_layers,
         block_size=fields.block_size,
         mask_token_id=fields.mask_token_id,
@@ -109,6 +111,17 @@ def _of_drafter(raw: dict[str, Any]) -> dict[str, Any]:
     """A config for the kernels: all layers of a drafter see everything."""
     fields = {name: value for name, value in raw.items() if name not in INHERITED}
     return fields | {"layer_types": ["full_attention"] * raw["num_hidden_layers"]}
+
+
+def _torch_backbone(raw: dict[str, Any], path: Path, layers: int) -> Any:
+    """A config of the library's; it warns at most of numbers that cannot be, and fails on some in ways of its own."""
+    with contextlib.suppress(UnsupportedError):
+        geometry_of(_of_drafter(raw), str(path), "drafter")
+    config = _text_config(raw, path)
+    try:
+        return backbone_config(config, layers)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelLoadError(f"{path}: {error}", param="drafter") from error
 
 
 def _text_config(raw: dict[str, Any], path: Path) -> Any:
@@ -172,7 +185,14 @@ def load_drafter(folder: Path, target: Target | NativeTarget, kind: Kind | None 
         vocab = target.vocab_size if draft_ids is None else len(draft_ids)
         _check_shapes(folder, tensors, native_shapes(config, target.vocab_size, vocab))
         return NativeDrafter(config, target, tensors, draft_ids, kind)
-    drafter = Drafter(config, target, None if draft_ids is None else draft_ids.to(target.device))
+    with contextlib.suppress(UnsupportedError):  # before anything of an absurd size is made
+        geometry = geometry_of(_of_drafter(read_json(folder / "config.json")), str(folder), "drafter")
+        vocab = target.vocab_size if draft_ids is None else len(draft_ids)
+        _check_shapes(folder, tensors, native_shapes(replace(config, backbone=geometry), target.vocab_size, vocab))
+    try:
+        drafter = Drafter(config, target, None if draft_ids is None else draft_ids.to(target.device))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # torch's, and the library's
+        raise ModelLoadError(f"{folder}: these sizes cannot be: {error}", param="drafter") from error
     _check_shapes(folder, tensors, {name: tensor.shape for name, tensor in drafter.state_dict().items()})
     drafter.load_state_dict({name: as_floats(tensor) for name, tensor in tensors.items()})
     return drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
@@ -204,7 +224,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor | Blocks]:
             read.update(load_file(file))
     except (OSError, SafetensorError) as error:
         raise ModelLoadError(f"{file} is broken: {error}", param="drafter") from error
-    kinds = msgspec.convert(json.loads((folder / "config.json").read_text()), _Fields).weight_blocks
+    kinds = msgspec.convert(read_json(folder / "config.json"), _Fields).weight_blocks
     tensors: dict[str, Tensor | Blocks] = dict(read)
     for name, source in kinds.items():
         data = read.get(name)
@@ -290,7 +310,7 @@ def quantise_checkpoint(source: Path, folder: Path, blocks: Source, ends: Source
         ModelLoadError: ``source`` is no checkpoint.
     """
     read_config(source, native=True)
-    raw = json.loads((source / "config.json").read_text())
+    raw = read_json(source / "config.json")
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
     for name, tensor in _read_tensors(source).items():

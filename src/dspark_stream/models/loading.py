@@ -15,6 +15,7 @@ import torch
 
 from dspark_kernels.cpu import Context, Kind
 from dspark_stream.errors import ModelLoadError
+from dspark_stream.files import read_json
 from dspark_stream.models.families import Family, by_gguf, family_named, supported
 from dspark_stream.models.geometry import UnsupportedError, geometry_of, geometry_of_gguf
 from dspark_stream.models.gguf import GgufFile
@@ -166,7 +167,7 @@ def _load_transformers(name: str, dtype: DType, device: torch.device) -> LoadedT
 
     if (file := Path(name) / "config.json").is_file():
         with contextlib.suppress(ValueError, AttributeError):  # no JSON object, of which the library says so
-            _check_numbers(json.loads(file.read_text()), str(file))
+            _check_numbers(read_json(file), str(file))
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # missing, unreachable, not JSON, or refused by the library's validation of its fields

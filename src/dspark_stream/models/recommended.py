@@ -37,7 +37,7 @@ def read_generation_config(path: Path) -> RecommendedSampling:
     """The file's temperature (0 where it says not to sample), top-p and top-k; what is no use there is left out."""
     try:
         raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no text
         log.warning("%s cannot be read, so it recommends nothing: %s", path, error)
         return RecommendedSampling()
     if raw.get("do_sample") is False:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from dspark_stream.errors import DrainingError, EngineFailedError, OverloadedError, RateLimitError
@@ -23,6 +23,8 @@ class Admission:
     def __init__(self, capacity: int, per_client: int = 0) -> None:
         self.capacity = capacity
         self.per_client = per_client or capacity
+        self.limits: Mapping[str, int] = {}
+        """Of clients that have one of their own, instead of ``per_client``."""
         self.draining = False
         self.failure = ""
         """Why there is no engine to have places on; empty while there is one."""
@@ -73,7 +75,7 @@ class Admission:
         wait_s = self.wait_s
         if not free:
             raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=wait_s)
-        if mine >= self.per_client:
+        if mine >= self.limits.get(client, self.per_client):
             raise RateLimitError(f"this client already has {mine} streams; wait for one to end", retry_after_s=wait_s)
         if self._shared and mine >= free:
             raise RateLimitError(

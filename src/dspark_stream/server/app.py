@@ -12,12 +12,13 @@ from aiohttp import web
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
 from dspark_stream.errors import BusyError, ConfigError, DsparkError, EngineFailedError, NotFoundError, ShutdownError
-from dspark_stream.server import cors, elsewhere, wire
+from dspark_stream.server import access, cors, elsewhere, wire
 from dspark_stream.server.connections import Connection
 from dspark_stream.server.guard import OPEN_PATHS, Guard
 from dspark_stream.server.handshake import VERSION, UpgradeRequiredError
 from dspark_stream.server.heads import SERVER_NAME, UnsupportedTransferError, check_head
 from dspark_stream.server.http import HttpApi, json_response
+from dspark_stream.server.keys import KeyRing
 from dspark_stream.server.listener import Listener
 from dspark_stream.server.pages import Pages
 from dspark_stream.server.service import Service
@@ -38,6 +39,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SERVICE = web.AppKey("service", Service)
 SOCKETS = web.AppKey("sockets", SocketRegistry)
 _GUARD = web.AppKey("guard", Guard)
+_KEYS = web.AppKey("keys", KeyRing)
 
 
 class Server:
@@ -192,25 +194,28 @@ async def _until(stopping: asyncio.Event, service: Service | None) -> EngineFail
 
 def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web.Application:
     """The aiohttp application. Call it on the loop that will run it; starting the engine is the caller's."""
+    keys = KeyRing(config.api_key, config.api_key_file)
     service = Service(config, engine, tokenizer)
+    service.admission.limits = keys.limits
     sockets = SocketRegistry(service)
     api = HttpApi(service)
     pages = Pages(service)
     app = web.Application(middlewares=[_errors_and_checks], client_max_size=config.max_message_bytes)
     app[SERVICE] = service
     app[SOCKETS] = sockets
-    app[_GUARD] = Guard(config)
+    app[_KEYS] = keys
+    app[_GUARD] = Guard(config, keys)
 
     async def responses(request: web.Request) -> web.StreamResponse:
-        return await api.responses(request, _client(request))
+        return await api.responses(request, request[access.ENTRY].client)
 
     async def completions(request: web.Request) -> web.StreamResponse:
-        return await api.chat(request, _client(request))
+        return await api.chat(request, request[access.ENTRY].client)
 
     async def upgrade(request: web.Request) -> web.StreamResponse:
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise UpgradeRequiredError("GET speaks WebSocket here; for plain HTTP use POST")
-        return await sockets.handle(request, _client(request))
+        return await sockets.handle(request, request[access.ENTRY].client)
 
     async def anything_else(request: web.Request) -> web.StreamResponse:
         await elsewhere.refuse_method(request)
@@ -233,7 +238,9 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
     get("/metrics", pages.metrics)
     app.router.add_route("*", elsewhere.PATTERN, anything_else, expect_handler=elsewhere.continue_later)
     app.on_response_prepare.append(_stamp)
+    app.on_response_prepare.append(access.name_answer)
     app.cleanup_ctx.append(_lag_sampler)
+    app.cleanup_ctx.append(_key_watcher)
     app.on_cleanup.append(_close_service)
     return app
 
@@ -246,11 +253,6 @@ async def _stamp(request: web.Request, answer: web.StreamResponse) -> None:
         cors.stamp(answer.headers, guard.allowed_origin(request))
 
 
-def _client(request: web.Request) -> str:
-    """Whose limit a request counts against. There is one key, so the address tells clients apart."""
-    return request.remote or "unknown"
-
-
 # --- around every request -----------------------------------------------------------------------------------
 
 
@@ -258,11 +260,14 @@ def _client(request: web.Request) -> str:
 async def _errors_and_checks(request: web.Request, handler: Handler) -> web.StreamResponse:
     app = request.app
     service = app[SERVICE]
+    entry = access.begin(request, _method(request), _route(request))
     status = 500
     try:
         if isinstance(request.protocol, Connection) and request.path not in OPEN_PATHS:
             request.protocol.refuse_if_limited()
-        app[_GUARD].check(request, _port(request))
+        entry.key_label = app[_GUARD].check(request, _port(request))
+        # Who shares a key shares its limits; without labels the address tells clients apart.
+        entry.client = entry.key_label or entry.client
         if cors.is_preflight(request) and app[_GUARD].allowed_origin(request) is not None:
             answer: web.StreamResponse = cors.preflight(request)
         else:
@@ -272,7 +277,7 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
         return answer
     except DsparkError as error:
         service.refused(error)
-        status = error.status
+        status, entry.error = error.status, error.code
         return _error_answer(request, error)
     except web.HTTPException as error:
         status = error.status
@@ -282,7 +287,8 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
             headers={"Allow": error.headers["Allow"]} if "Allow" in error.headers else None,
         )
     except asyncio.CancelledError:
-        status = 499  # as nginx says it: the client has gone
+        # A socket's handler ends so whenever the connection goes before it; else as nginx says it: the client left.
+        status = 101 if entry.answer_status == 101 else 499
         raise
     except ConnectionError:
         status = 499
@@ -291,7 +297,9 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
         log.exception("%s %s failed", _method(request), _route(request))
         return _error_answer(request, wire.as_dspark_error(error))
     finally:
-        service.metrics.http[_method(request), _route(request), status] += 1
+        service.metrics.http[entry.method, entry.route, status] += 1
+        if service.config.access_log:
+            entry.write(status)
 
 
 def _error_answer(request: web.Request, error: DsparkError) -> web.Response:
@@ -347,6 +355,18 @@ async def _lag_sampler(app: web.Application) -> AsyncIterator[None]:
             lag.observe(max(0.0, loop.time() - due))
 
     task = asyncio.create_task(sample())
+    yield
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def _key_watcher(app: web.Application) -> AsyncIterator[None]:
+    def changed(gone: frozenset[str]) -> None:
+        app[SERVICE].admission.limits = app[_KEYS].limits
+        app[SOCKETS].shut_out(gone)
+
+    task = asyncio.create_task(app[_KEYS].watch(changed, app[SERVICE].config.key_poll_s))
     yield
     task.cancel()
     with suppress(asyncio.CancelledError):

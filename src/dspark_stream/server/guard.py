@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 from collections.abc import Iterable
 
@@ -11,6 +9,7 @@ from aiohttp import web
 
 from dspark_stream.errors import AuthenticationError, InvalidRequestError, PermissionDeniedError
 from dspark_stream.server.cors import is_preflight
+from dspark_stream.server.keys import Key, KeyRing, digest_of
 from dspark_stream.server.settings import LOOPBACK_NAMES, ServerConfig
 
 KEY_SUBPROTOCOL = "openai-insecure-api-key."
@@ -24,7 +23,7 @@ _HOST = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?P<port>:\d{1
 class Guard:
     """The checks of one bind address."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, keys: KeyRing | None = None) -> None:
         bind = f"[{config.host}]" if ":" in config.host else config.host
         hosts = {host.lower() for host in config.allowed_hosts}
         # A rebound DNS name reaches only what needs no key, and off loopback everything does. The names under
@@ -33,10 +32,14 @@ class Guard:
         self._hosts = hosts | {*LOOPBACK_NAMES, bind.lower()}
         self._origin_names = {*LOOPBACK_NAMES, bind.lower()}
         self._origins = frozenset(config.allowed_origins)
-        self._key = hashlib.sha256(config.api_key.encode()).digest() if config.api_key else None
+        self._keys = keys or KeyRing(config.api_key, config.api_key_file)
+        self._open_metrics = config.open_metrics
+        self._metrics_key = Key("metrics", digest_of(config.metrics_key.encode())) if config.metrics_key else None
 
-    def check(self, request: web.Request, port: int) -> None:
+    def check(self, request: web.Request, port: int) -> str:
         """Raise if the request must not be served; ``port`` is the one that the service listens on.
+
+        Returns the label of the key that was shown; empty where none is needed or it has none.
 
         Raises:
             InvalidRequestError: a Host header that is none.
@@ -44,13 +47,16 @@ class Guard:
             AuthenticationError: no key, or a wrong one.
         """
         if request.path in OPEN_PATHS:
-            return
+            return ""
         self._check_host(request)
         self._check_origin(request, port)
         if is_preflight(request) and self.allowed_origin(request) is not None:
-            return
-        if request.path.startswith("/v1/") or request.path in ("/metrics", "/props"):
-            self._check_key(request)
+            return ""
+        if request.path == "/metrics":
+            return self._check_metrics_key(request)
+        if request.path.startswith("/v1/") or request.path == "/props":
+            return self._check_key(request)
+        return ""
 
     def allowed_origin(self, request: web.BaseRequest) -> str | None:
         """The foreign page on whose behalf a browser asks, if it is one that may."""
@@ -79,7 +85,7 @@ class Guard:
         if origin is None or origin in self._origins:
             return
         own = {f"http://{name}:{port}" for name in self._origin_names}
-        if self._key is not None or not self._any_host:
+        if self._keys.asked_for or not self._any_host:
             # Our own page under whichever allowed name it was opened: browsers cannot make up a Host.
             host = request.headers["Host"].lower()
             own |= {f"http://{host}", f"https://{host}"}
@@ -88,19 +94,29 @@ class Guard:
                 "this Origin is not on the allow-list; see --allowed-origin", code="origin_not_allowed"
             )
 
-    def _check_key(self, request: web.Request) -> None:
-        if self._key is None:
-            return
-        # Every key given is compared, by digest: neither a length nor a prefix shows in the time taken.
-        matches = [hmac.compare_digest(self._key, hashlib.sha256(key).digest()) for key in _keys(request)]
-        if not any(matches):
+    def _check_key(self, request: web.Request) -> str:
+        if not self._keys.asked_for:
+            return ""
+        key = self._keys.find(_shown_keys(request))
+        if key is None:
             raise AuthenticationError(
                 "a valid key is needed: `Authorization: Bearer KEY`, or in browsers the subprotocol "
                 f"`{KEY_SUBPROTOCOL}KEY`"
             )
+        return key.label
+
+    def _check_metrics_key(self, request: web.Request) -> str:
+        """A key of its own opens the figures and nothing else."""
+        if self._open_metrics:
+            return ""
+        if self._metrics_key is not None and self._metrics_key.is_one_of(map(digest_of, _shown_keys(request))):
+            return self._metrics_key.label
+        if self._metrics_key is not None and not self._keys.asked_for:
+            raise AuthenticationError("the key of the metrics is needed: `Authorization: Bearer KEY`")
+        return self._check_key(request)
 
 
-def _keys(request: web.Request) -> Iterable[bytes]:
+def _shown_keys(request: web.Request) -> Iterable[bytes]:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():
         yield token.strip().encode("utf-8", "surrogateescape")

@@ -10,6 +10,7 @@ from aiohttp import web
 from dspark_stream import __version__
 from dspark_stream.errors import NotFoundError
 from dspark_stream.server import wire
+from dspark_stream.server.exposition import OPEN_METRICS, TEXT
 from dspark_stream.server.http import json_response
 from dspark_stream.server.service import Service
 
@@ -95,10 +96,13 @@ class Pages:
         )
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """``GET /metrics`` for Prometheus."""
+        """``GET /metrics`` for Prometheus, in the format that it asks for."""
         service = self._service
-        text = service.metrics.render(service.engine.snapshot(), service.info.model, service.admission.in_flight)
-        return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        modern = "application/openmetrics-text" in request.headers.get("Accept", "")
+        text = service.metrics.render(
+            service.engine.snapshot(), service.info, service.admission.in_flight, open_metrics=modern
+        )
+        return web.Response(body=text.encode(), headers={"Content-Type": OPEN_METRICS if modern else TEXT})
 
     async def file(self, request: web.Request) -> web.StreamResponse:
         """The demo page and what it is made of; nothing outside its folder."""

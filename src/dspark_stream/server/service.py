@@ -14,7 +14,7 @@ import msgspec
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
 from dspark_stream.errors import DsparkError, EngineFailedError, InternalError, InvalidRequestError
-from dspark_stream.server import wire
+from dspark_stream.server import access, wire
 from dspark_stream.server.admission import Admission
 from dspark_stream.server.conversation import ConversationStore
 from dspark_stream.server.hub import EventHub
@@ -78,6 +78,8 @@ class Service:
             self.admission.check()
             limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
             stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived)
+            entry = stream.entry
+            entry.submitted(plan.response_id, len(prompt_ids))
             self.hub.subscribe(plan.response_id, stream.receive)
             try:
                 self._submit(plan.request(prompt_ids, limit), plan, client)
@@ -89,6 +91,9 @@ class Service:
                     # The client has gone, and nobody will hear the engine's answer to this.
                     self.engine.cancel(plan.response_id)
                     self.metrics.finished["cancelled"] += 1
+                    entry.reason = "cancelled"
+                if entry.key_label:
+                    self.metrics.of_client(entry.key_label, entry.input_tokens, entry.output_tokens)
 
     def _submit(self, request: GenerationRequest, plan: Plan, client: str) -> None:
         try:
@@ -149,6 +154,7 @@ class _Stream:
         self, service: Service, plan: Plan, messages: list[Message], listener: Listener, arrived: float
     ) -> None:
         self.over = asyncio.Event()
+        self.entry = access.current()
         self._service = service
         self._plan = plan
         self._messages = messages
@@ -158,6 +164,7 @@ class _Stream:
         self._texts: list[str] = []
 
     def receive(self, event: EngineEvent) -> None:
+        self.entry.said(event)
         if isinstance(event, TokensEvent):
             self._measure(len(event.token_ids))
             self._texts.append(event.text)
@@ -177,10 +184,8 @@ class _Stream:
         self._last = now
 
     def _finish(self, event: FinishedEvent) -> None:
-        metrics = self._service.metrics
-        metrics.finished[event.reason] += 1
         lasted_s = time.monotonic() - self._arrived
-        metrics.e2e_latency.observe(lasted_s)
+        self._service.metrics.finish(event, lasted_s)
         self._service.admission.lasted(lasted_s)
         # A cancelled answer is kept too: people stop an answer and go on with the conversation.
         if self._plan.store and event.reason != "failed":

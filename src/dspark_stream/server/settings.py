@@ -20,6 +20,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """0 takes a free one; `serve` reports which."""
     api_key: str = ""
     """Empty: no key is asked for, which only a loopback bind allows."""
+    api_key_file: Path | None = None
+    """Further keys, one a line (see `keys.read_keys`); read again when it changes."""
+    key_poll_s: float = 2.0
+    """How soon that counts."""
+    metrics_key: str = ""
+    """Opens ``/metrics`` and nothing else, beside the keys of the API."""
+    open_metrics: bool = False
+    """``/metrics`` without a key."""
+    access_log: bool = True
+    """One line a request."""
     allowed_hosts: tuple[str, ...] = ()
     """Host names to accept beside the bind's own, as ``name`` (any port) or ``name:port``; ``*`` is any."""
     allowed_origins: tuple[str, ...] = ()
@@ -75,12 +85,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long a closing socket waits for the peer's close frame."""
 
     def __post_init__(self) -> None:
-        if not self.is_loopback and not self.api_key:
+        if not self.is_loopback and not self.api_key and self.api_key_file is None:
             raise ConfigError(
                 f"listening on {self.host} needs a key: anybody who reaches it could use the model", param="api_key"
             )
-        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise ConfigError("the key must be printable ASCII: it travels in headers", param="api_key")
+        for name in ("api_key", "metrics_key"):
+            key = getattr(self, name)
+            if key and not (key.isascii() and key.isprintable()):
+                raise ConfigError("the key must be printable ASCII: it travels in headers", param=name)
+        if self.metrics_key and self.metrics_key == self.api_key:
+            raise ConfigError("the metrics' key must be another one than the API's", param="metrics_key")
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0", param=name)
@@ -110,6 +124,7 @@ _POSITIVE = (
     "max_socket_queue",
     "tokenizer_threads",
     "default_max_output_tokens",
+    "key_poll_s",
     "pending_limit_bytes",
     "write_buffer_bytes",
     "send_buffer_bytes",

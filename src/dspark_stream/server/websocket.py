@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Collection, Coroutine, Iterable
 from typing import Any
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 
 from dspark_stream import __version__
 from dspark_stream.errors import DrainingError, DsparkError, InvalidRequestError, OverloadedError
-from dspark_stream.server import wire
+from dspark_stream.server import access, wire
 from dspark_stream.server.bodies import Encoding, decode_envelope, decode_event
 from dspark_stream.server.delivery import Delivery, SlowReaderError, bound_buffers
 from dspark_stream.server.frames import may_be_sent
@@ -31,6 +31,7 @@ class SocketShell:
     def __init__(self, service: Service, client: str) -> None:
         self._service = service
         self._client = client
+        self._entry = access.current()
         config = service.config
         self._session = Session(
             SessionLimits(
@@ -46,6 +47,11 @@ class SocketShell:
         self._transport: asyncio.Transport | None = None
         self._closer: asyncio.Task[None] | None = None
         self._close_code: int | None = None
+
+    @property
+    def key_label(self) -> str:
+        """Of the key with which it was opened; empty where keys have none."""
+        return self._entry.key_label
 
     @property
     def pending_bytes(self) -> int:
@@ -116,6 +122,10 @@ class SocketShell:
             log.info("closing a socket with %d events unread", len(self._delivery.outbox))
         await self._begin_close(code, reason)
 
+    def shut(self, code: int, reason: str) -> None:
+        """Close it at once; `serve` sees to the end of that."""
+        self._begin_close(code, reason)
+
     # --- reading ----------------------------------------------------------------------------------------------
 
     async def _read(self) -> None:
@@ -166,6 +176,7 @@ class SocketShell:
         for response_id, event in outcome.events:
             if isinstance(event, wire.ErrorEvent):
                 self._service.metrics.refused[event.error.code] += 1
+                self._log_refusal(event)
             self._delivery.put(event, response_id)
         for command in outcome.commands:
             match command:
@@ -176,21 +187,38 @@ class SocketShell:
                 case Cancel(response_id=response_id):
                     self._service.engine.cancel(response_id)
 
+    def _log_refusal(self, event: wire.ErrorEvent) -> None:
+        line = access.current()
+        if not line.of_socket:  # else it is the end of the response whose line this is
+            line = self._entry.for_response("")
+        line.error = event.error.code
+        self._log(line, event.status)
+
+    def _log(self, line: access.Entry, status: int) -> None:
+        if self._service.config.access_log:
+            line.write(status)
+
     def _spawn(self, response_id: str, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks[response_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(response_id, None))
 
     async def _run(self, plan: Plan) -> None:
+        line = self._entry.for_response(plan.response_id)
+        access.enter(line)
+        status = 200
         try:
             await self._service.run(plan, self._client, _Listener(self, plan.response_id))
         except DsparkError as error:
+            status, line.error = error.status, error.code
             self._apply(self._session.refused(plan.response_id, error))
         except Exception as error:
             log.exception("starting %s failed", plan.response_id)
+            status = 500
             self._apply(self._session.refused(plan.response_id, wire.as_dspark_error(error)))
         finally:
             self._delivery.remove_stream(plan.response_id)
+            self._log(line, status)
 
     def started(self, response_id: str) -> None:
         """`Listener.started` of one of this socket's responses."""
@@ -285,6 +313,12 @@ class SocketRegistry:
             return await shell.serve(request)
         finally:
             self.open.discard(shell)
+
+    def shut_out(self, labels: Collection[str]) -> None:
+        """Close every socket that was opened with a key of these labels: it is no longer one."""
+        for shell in self.open:
+            if shell.key_label in labels:
+                shell.shut(WSCloseCode.POLICY_VIOLATION, "the key is no longer valid")
 
     async def close_all(self) -> None:
         """Close every socket with 1012: the service goes down, and may come back."""

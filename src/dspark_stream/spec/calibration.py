@@ -94,7 +94,7 @@ def load_calibration(folder: Path) -> Calibration | None:
             elif not all(0 < t < inf for t in values):
                 raise msgspec.ValidationError(f"temperatures must be above 0 - at `$.{name}`")
         return calibration
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: msgspec's, too
         raise ModelLoadError(f"{path}: {error}", param="drafter") from error
 
 

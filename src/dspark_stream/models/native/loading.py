@@ -4,7 +4,6 @@ with weights rounded on the way. A copy of the whole model in full precision nev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from dspark_kernels.cpu import Context, Kind, Llama, PackedMatrix, Rope, Source, Table
 from dspark_kernels.cpu.library import LayerWeights
 from dspark_stream.errors import ModelLoadError
+from dspark_stream.files import read_json
 from dspark_stream.models.families import Family
 from dspark_stream.models.geometry import Geometry, UnsupportedError, geometry_of, geometry_of_gguf
 from dspark_stream.models.gguf import GgufFile, TensorInfo
@@ -320,13 +320,14 @@ def target_from_folder(folder: Path, kind: Kind, context: Context) -> NativeTarg
     """
     path = folder / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
+        raw: dict[str, Any] = read_json(path)
         geometry = geometry_of(raw, str(path))
         eos = raw.get("eos_token_id")
         generation = folder / "generation_config.json"
         if generation.exists():
-            eos = json.loads(generation.read_text()).get("eos_token_id", eos)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+            eos = read_json(generation).get("eos_token_id", eos)
+        ids = tuple(int(i) for i in eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ModelLoadError(f"{path} cannot be used: {error}", param="model") from error
     weights = SafetensorsWeights(folder, context, kind, geometry)
     text = ("model.layers.", "lm_head.")
@@ -334,5 +335,4 @@ def target_from_folder(folder: Path, kind: Kind, context: Context) -> NativeTarg
     unknown = [n for n in weights.names if n.startswith(text) and n.endswith(".bias") and not n.endswith(read)]
     if unknown:
         raise UnsupportedError(unknown[0])
-    ids = tuple(int(i) for i in eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
     return assemble(geometry, weights, context, ids)
