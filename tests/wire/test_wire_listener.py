@@ -159,7 +159,7 @@ async def test_nothing_of_a_refused_head_is_repeated(running: Running, caplog: p
     assert sum(running.server.service.metrics.heads_refused.values()) == len(MALFORMED)
     assert sum("not HTTP" in record.getMessage() for record in caplog.records) == 1
     async with running.http() as http, http.get("/metrics") as page:
-        assert 'http_requests_malformed_total{code="invalid_method"} 2' in await page.text()
+        assert 'http_requests_malformed_total{model_name="fake-135m",code="invalid_method"} 2' in await page.text()
 
 
 async def test_a_refused_head_says_which_rule_it_breaks(running: Running) -> None:
