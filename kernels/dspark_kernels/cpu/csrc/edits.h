@@ -2,6 +2,7 @@
 // What they are and in which order: Edits in edits.py. A row's result depends on that row and its own stream alone.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "simd.h"
