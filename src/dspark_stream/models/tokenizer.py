@@ -9,8 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer as RawTokenizer
 
 from dspark_stream.errors import InvalidRequestError, ModelLoadError
-from dspark_stream.models.template import MARK, ChatTemplate
+from dspark_stream.models.control import ControlTokens
+from dspark_stream.models.template import MARK, ChatTemplate, as_one
 from dspark_stream.models.vocabulary import BYTE_TOKEN, read_vocabulary
+from dspark_stream.types import Message
 
 KNOWN_ENDS = (
     "</s>",
@@ -88,32 +90,48 @@ class TextCodec:
         chat_template: str | None,
         special: Mapping[str, str | None],
         bos: int | None = None,
+        *,
+        chat_bos: bool = True,
     ) -> None:
         self.raw = raw
         self.special = special
         """`bos_token`, `eos_token` and the like, as chat templates ask for them."""
         self._bos = bos
         """What a prompt begins with whose text does not; None: nothing."""
+        self._chat_bos = bos if chat_bos else None
+        """The same of a conversation, whose template may write it itself."""
         self._template = ChatTemplate(chat_template, special) if chat_template else None
+        self._control = ControlTokens(raw, self._marks())
+        self.allow_control_tokens = False
+        """Whether the name of a control token in what somebody says is that token; else it is plain text."""
         self.token_bytes = TokenBytes(raw)
         # a special token's own name can be typed as text, too
         self.max_token_bytes = max(self.token_bytes.longest_name, self.token_bytes.longest())
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text; nothing is added, and special tokens in the text are read as such."""
-        return list(self.raw.encode(text, add_special_tokens=False).ids)
+        return _ids(self.raw, text)
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Tokens of (role, content) pairs under the chat template, ready for the assistant to answer.
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a text to go on with, no template applied: the BOS token first where the model wants one, and
+        special tokens in the text read as such."""
+        return _with_bos(self._bos, self.encode(text))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation under the chat template, ready for the assistant to answer.
 
         Without a template: roles and contents in plain words.
 
         Raises:
             InvalidRequestError: the template refuses these messages (``param`` is ``input``).
         """
-        return self._prompt(self._chat_text(messages))
+        if self.allow_control_tokens or not self._control.typed_in(messages):
+            ids = self.encode(self._chat_text(messages))
+        else:
+            ids = self._control.encode(messages, self._chat_text, _ids)
+        return _with_bos(self._chat_bos, ids)
 
-    def encode_open_turn(self, history: Sequence[tuple[str, str]], opening: str = "") -> list[int]:
+    def encode_open_turn(self, history: Sequence[Message], opening: str = "") -> list[int]:
         """Tokens of a conversation up to a next turn of the user that begins with ``opening``, for a model to go on.
 
         Raises:
@@ -122,7 +140,7 @@ class TextCodec:
         before, found, _ = self._chat_text([*history, ("user", MARK)]).rpartition(MARK)
         if not found:
             raise InvalidRequestError("the model's chat template does not show the user's turn", param="input")
-        return self._prompt(before + opening)
+        return _with_bos(self._chat_bos, self.encode(before + opening))
 
     def turn_end(self) -> int | None:
         """The token that the chat template closes an assistant's turn with; None: it uses none."""
@@ -143,18 +161,33 @@ class TextCodec:
         """How the vocabulary writes a token."""
         return str(self.raw.id_to_token(token))
 
-    def _prompt(self, text: str) -> list[int]:
-        ids = self.encode(text)
-        return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
-
-    def _chat_text(self, messages: Sequence[tuple[str, str]]) -> str:
+    def _chat_text(self, messages: Sequence[Message]) -> str:
         if self._template is None:
-            return "".join(f"{role}: {content}\n" for role, content in messages) + "assistant:"
+            return "".join(f"{role}: {as_one(said)}\n" for role, said in messages) + "assistant:"
         return self._template.render(messages)
+
+    def _marks(self) -> str:
+        """What the template writes between two turns, and before the answer."""
+        if self._template is None:
+            return ""
+        said: list[Message] = [("user", MARK), ("assistant", MARK), ("user", MARK)]
+        try:
+            return "".join(self._template.render(said).split(MARK)[1:])
+        except InvalidRequestError:
+            return ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""
         return str(self.raw.decode(list(ids), skip_special_tokens=True))
+
+
+def _ids(raw: RawTokenizer, text: str) -> list[int]:
+    """The one place where texts become tokens."""
+    return list(raw.encode(text, add_special_tokens=False).ids)
+
+
+def _with_bos(bos: int | None, ids: list[int]) -> list[int]:
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def codec_from_hub(name_or_path: str) -> TextCodec | None:
@@ -177,9 +210,9 @@ def codec_from_hub(name_or_path: str) -> TextCodec | None:
         template = template.get("default")
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     raw = tokenizer.backend_tokenizer
+    bos = tokenizer.bos_token_id if raw.encode("").ids == [tokenizer.bos_token_id] else None
     # a template writes the BOS token itself, as far as the model wants one
-    bos = None if template or raw.encode("").ids != [tokenizer.bos_token_id] else tokenizer.bos_token_id
-    return TextCodec(raw, template, special, bos)
+    return TextCodec(raw, template, special, bos, chat_bos=not template)
 
 
 def codec_from_gguf(fields: dict[str, Any]) -> TextCodec:
