@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from dspark_stream.types import EngineEvent, EngineSnapshot, GenerationRequest, ModelInfo
+from dspark_stream.types import EngineEvent, EngineSnapshot, GenerationRequest, Message, ModelInfo
 
 EventSink = Callable[[Sequence[EngineEvent]], None]
 """Called on the engine's thread, once for each engine step, with the events of all streams, in order."""
@@ -51,8 +51,12 @@ class Engine(Protocol):
 class Tokenizer(Protocol):
     """Text in, tokens out. Calls may take long for long texts: run them off the event loop."""
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Tokens of (role, content) pairs under the model's chat template, generation prompt added."""
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation under the model's chat template, generation prompt added. Control tokens' names in
+        what is said are plain text."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a text to go on with: the BOS token first where the model wants one, no template."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, special tokens not added."""

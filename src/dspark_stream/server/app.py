@@ -165,8 +165,11 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
     async def responses(request: web.Request) -> web.StreamResponse:
         return await api.responses(request, _client(request))
 
-    async def completions(request: web.Request) -> web.StreamResponse:
+    async def chat(request: web.Request) -> web.StreamResponse:
         return await api.chat(request, _client(request))
+
+    async def completions(request: web.Request) -> web.StreamResponse:
+        return await api.completions(request, _client(request))
 
     async def upgrade(request: web.Request) -> web.StreamResponse:
         if request.headers.get("Upgrade", "").lower() != "websocket":
@@ -175,8 +178,10 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
 
     app.router.add_get("/v1/responses", upgrade, allow_head=False)
     app.router.add_post("/v1/responses", responses)
-    app.router.add_post("/v1/chat/completions", completions)
+    app.router.add_post("/v1/chat/completions", chat)
     app.router.add_get("/v1/chat/completions", _only_post)
+    app.router.add_post("/v1/completions", completions)
+    app.router.add_get("/v1/completions", _only_post)
     app.router.add_get("/v1/models", pages.models)
     app.router.add_get("/v1/models/{name:.+}", pages.model)
     app.router.add_get("/health", pages.health)

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
-from dspark_stream.errors import DsparkError, InternalError, InvalidRequestError
+from dspark_stream.errors import ContextLengthError, DsparkError, InternalError, InvalidRequestError
 from dspark_stream.server.admission import Admission
 from dspark_stream.server.conversation import ConversationStore
 from dspark_stream.server.hub import EventHub
 from dspark_stream.server.metrics import Metrics
-from dspark_stream.server.plan import Message, Plan, Planner
+from dspark_stream.server.plan import Plan, Planner
 from dspark_stream.server.settings import ServerConfig
-from dspark_stream.types import EngineEvent, FinishedEvent, TokensEvent
+from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, Message, TokensEvent, Usage
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class Listener(Protocol):
     """Who is told about a stream. Both are called on the loop and must not block."""
 
-    def started(self) -> None:
-        """The engine has the request; events follow."""
+    def started(self, taken: GenerationRequest | None) -> None:
+        """The engine has ``taken`` the request, or (None) does not need to; events follow."""
 
     def engine_event(self, event: EngineEvent) -> None:
         """One event, the `FinishedEvent` last."""
@@ -57,24 +57,30 @@ class Service:
         """Whether new work is refused."""
         return self.admission.draining
 
-    async def run(self, plan: Plan, client: str, listener: Listener) -> None:
-        """One stream from admission to its end; cancelling this task cancels the stream.
+    async def run(self, plan: Plan, client: str, listener: Listener, owner: object = None) -> None:
+        """One stream from admission to its end; cancelling this task cancels the stream. What is not to be stored is
+        kept for its ``owner``, where there is one: a socket can go on with its own responses.
 
         Raises:
             DsparkError: refused; ``listener`` has heard nothing.
         """
         arrived = time.monotonic()
         with self._place(client):
-            earlier = self.store.get(plan.previous_response_id)
+            earlier = self.store.get(plan.previous_response_id, owner)
             conversation = plan.conversation(earlier)
             self.planner.refuse_oversized(conversation, plan.input_param)
-            prompt_ids = await self._tokenise(conversation, plan.input_param)
+            if not plan.generate:
+                self.keep(plan, [*earlier, *plan.messages], owner)
+                listener.started(None)
+                nothing = Usage(input_tokens=0, output_tokens=0)
+                listener.engine_event(FinishedEvent(request_id=plan.response_id, reason="stop", usage=nothing))
+                return
+            prompt_ids = await self._tokenise(plan, conversation)
             limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
-            stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived)
+            stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived, owner)
             self.hub.subscribe(plan.response_id, stream.receive)
             try:
-                self._submit(plan, prompt_ids, limit)
-                listener.started()
+                listener.started(self._submit(plan, prompt_ids, limit))
                 await stream.over.wait()
             finally:
                 self.hub.unsubscribe(plan.response_id)
@@ -83,15 +89,24 @@ class Service:
                     self.engine.cancel(plan.response_id)
                     self.metrics.finished["cancelled"] += 1
 
-    def _submit(self, plan: Plan, prompt_ids: list[int], limit: int) -> None:
+    def keep(self, plan: Plan, messages: list[Message], owner: object) -> None:
+        """Store a conversation for everybody who knows its id, or for its owner alone, or not at all."""
+        if plan.store or owner is not None:
+            self.store.put(plan.response_id, messages, None if plan.store else owner)
+
+    def _submit(self, plan: Plan, prompt_ids: list[int], limit: int) -> GenerationRequest:
+        request = plan.request(prompt_ids, limit)
         try:
-            self.engine.submit(plan.request(prompt_ids, limit))
+            self.engine.submit(request)
         except InvalidRequestError as error:
             # The engine has its own words for two fields that each API calls differently.
             limit_param, input_param = plan.limit_param, plan.input_param
             words = {"max_tokens": limit_param, "max_output_tokens": limit_param, "prompt_ids": input_param}
             param = words.get(error.param or "", error.param)
+            if isinstance(error, ContextLengthError):
+                raise self.planner.too_long(error.message, param) from None
             raise type(error)(error.message, param=param, code=error.code) from None
+        return request
 
     @contextmanager
     def _place(self, client: str) -> Iterator[None]:
@@ -103,9 +118,14 @@ class Service:
             if not self.admission.in_flight:
                 self.idle.set()
 
-    async def _tokenise(self, conversation: list[Message], param: str) -> list[int]:
+    async def _tokenise(self, plan: Plan, conversation: list[Message]) -> list[int]:
+        prompt, param = plan.prompt, plan.input_param
+        if isinstance(prompt, tuple):
+            return list(prompt)
         loop = asyncio.get_running_loop()
         try:
+            if prompt is not None:
+                return await loop.run_in_executor(self._threads, self._tokenizer.encode_prompt, prompt)
             return await loop.run_in_executor(self._threads, self._tokenizer.encode_chat, conversation)
         except InvalidRequestError as error:
             # A template may refuse an order of roles; which field they came in is ours to say.
@@ -129,7 +149,7 @@ class _Stream:
     """Between the hub and a listener: latencies, and what is stored of the answer."""
 
     def __init__(
-        self, service: Service, plan: Plan, messages: list[Message], listener: Listener, arrived: float
+        self, service: Service, plan: Plan, messages: list[Message], listener: Listener, arrived: float, owner: object
     ) -> None:
         self.over = asyncio.Event()
         self._service = service
@@ -137,6 +157,7 @@ class _Stream:
         self._messages = messages
         self._listener = listener
         self._arrived = arrived
+        self._owner = owner
         self._last = 0.0
         self._texts: list[str] = []
 
@@ -164,6 +185,6 @@ class _Stream:
         metrics.finished[event.reason] += 1
         metrics.e2e_latency.observe(time.monotonic() - self._arrived)
         # A cancelled answer is kept too: people stop an answer and go on with the conversation.
-        if self._plan.store and event.reason != "failed":
+        if event.reason != "failed":
             answer = "".join(self._texts)
-            self._service.store.put(self._plan.response_id, [*self._messages, ("assistant", answer)])
+            self._service.keep(self._plan, [*self._messages, ("assistant", answer)], self._owner)
