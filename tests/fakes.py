@@ -60,16 +60,17 @@ class FakeTokenizer:
         self.prompts: list[str] = []
         self.error: Exception | None = None
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
         self.prompts.append(text)
         return self.encode(text)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
         self.chats.append(list(messages))
         self.gate.wait(20)
         if self.error is not None:
             raise self.error
-        return self.encode("".join(f"<{role}>{''.join(said)}\n" for role, said in messages))
+        ids = self.encode("".join(f"<{role}>{''.join(said)}\n" for role, said in messages))
+        return ids if most is None else ids[: most + 1]
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

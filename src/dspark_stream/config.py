@@ -57,6 +57,13 @@ def parse_schedule(text: str) -> str:
     )
 
 
+def _parse_bool(text: str) -> bool:
+    try:
+        return {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}[text.lower()]
+    except KeyError:
+        raise ValueError(f"{text!r} is not one of on, off") from None
+
+
 def _parse_int(text: str) -> int:
     try:
         return int(text)
@@ -247,6 +254,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             metavar="NAME",
         ),
     ] = ()
+    allow_control_tokens: Annotated[
+        bool,
+        Setting(
+            "whether the name of a control token in a message is that token, so that clients can end a turn; else it "
+            "is plain text",
+            "service",
+        ),
+    ] = False
     max_queue: Annotated[
         int, Setting("most streams that wait for a place; past it clients get 503", "service", 0, 1_000_000)
     ] = 64
@@ -328,7 +343,7 @@ class _Entry:
             if self.choices and value not in self.choices:
                 raise ConfigError(f"{source}: {value!r} is not one of {', '.join(self.choices)}", param=self.name)
             low, high = self.setting.low, self.setting.high
-            if isinstance(value, int | float) and not low <= value <= high:
+            if isinstance(value, int | float) and not low <= value <= high:  # a bool has no limits
                 shown, least, most = (_shown(self, number) for number in (value, low, high))
                 raise ConfigError(f"{source}: {shown} is out of range, {least} to {most} is allowed", param=self.name)
         return tuple(values) if self.repeatable else values[-1]
@@ -342,7 +357,7 @@ def _table() -> dict[str, _Entry]:
         kind, setting = typing.get_args(hints[name])
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         repeatable = typing.get_origin(kind) is tuple
-        parse = setting.parse or {int: _parse_int, float: _parse_float}.get(kind, str)
+        parse = setting.parse or {bool: _parse_bool, int: _parse_int, float: _parse_float}.get(kind, str)
         entries.append(_Entry(name, setting, parse, choices, repeatable))
     return {entry.name: entry for entry in entries}
 
@@ -359,13 +374,19 @@ def add_arguments(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> N
         for entry in _table().values():
             if entry.setting.group != group:
                 continue
+            help_text = (entry.setting.help + _default_note(entry, defaults)).replace("%", "%%")
+            if isinstance(getattr(defaults, entry.name, None), bool):
+                section.add_argument(
+                    entry.flag, dest=entry.name, nargs="?", const="on", default=None, metavar="on|off", help=help_text
+                )
+                continue
             section.add_argument(
                 entry.flag,
                 dest=entry.name,
                 action="append" if entry.repeatable else "store",
                 default=None,
                 metavar=entry.setting.metavar or ("{" + ",".join(entry.choices) + "}" if entry.choices else "N"),
-                help=(entry.setting.help + _default_note(entry, defaults)).replace("%", "%%"),
+                help=help_text,
             )
 
 
@@ -481,6 +502,8 @@ def _with_speculative_config(layer: _Layer) -> _Layer:
 
 
 def _shown(entry: _Entry, value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if entry.setting.secret:
         return "****" if value else ""
     if entry.setting.parse is parse_bytes and isinstance(value, int):

@@ -61,6 +61,8 @@ def test_every_setting_has_a_flag_and_a_variable_that_do_the_same():
             continue
         kind = type(getattr(Config(), action.dest))
         text = samples.get(action.dest, "7" if kind in (int, float) else "name")
+        if kind is bool:
+            text = "off" if getattr(Config(), action.dest) else "on"
         variable = re.search(r"\[(DSPARK_\w+)\]", action.help)[1]
         by_flag = resolve(vars(parser.parse_args([action.option_strings[0], text])), HOME)
         by_variable = resolve({}, {**HOME, variable: text})
@@ -79,6 +81,7 @@ def test_every_setting_has_a_flag_and_a_variable_that_do_the_same():
         (("--device", "tpu"), ("--device", "'tpu'", "auto, cpu, cuda")),
         (("--schedule", "fixed:65"), ("--schedule", "fixed:65", "0 to 64")),
         (("--schedule", "sometimes"), ("--schedule", "'sometimes'", "adaptive")),
+        (("--max-queue", "true"), ("--max-queue", "'true'", "whole number")),
         (("--kv-memory", "1XiB"), ("--kv-memory", "'1XiB'", "512MiB")),
         (("--kv-memory", "1KiB"), ("--kv-memory", "1KiB is out of range", "1MiB to")),
     ],
@@ -93,6 +96,11 @@ def test_a_bad_value_names_flag_value_and_limit(argv, words):
 def test_a_bad_variable_is_named_as_the_variable():
     with pytest.raises(ConfigError, match=r"DSPARK_MAX_QUEUE: 'many' is not a whole number"):
         from_flags(environ={"DSPARK_MAX_QUEUE": "many"})
+
+
+def test_control_tokens_are_allowed_by_a_switch():
+    assert from_flags("--allow-control-tokens").allow_control_tokens is True
+    assert from_flags("--allow-control-tokens", "off").allow_control_tokens is False
 
 
 def test_an_unknown_variable_of_ours_is_an_error_with_a_guess():

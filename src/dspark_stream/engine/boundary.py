@@ -51,12 +51,16 @@ class Engine(Protocol):
 class Tokenizer(Protocol):
     """Text in, tokens out. Calls may take long for long texts: run them off the event loop."""
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation under the model's chat template, generation prompt added. Control tokens' names in
-        what is said are plain text."""
+    def encode_chat(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
+        """Tokens of a conversation under the model's chat template, generation prompt added. Names of control tokens in
+        what is said are plain text.
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Tokens of a text to go on with: the BOS token first where the model wants one, no template."""
+        ``most``: of more tokens than that the first ``most + 1`` are enough, and the rest of the text is not read.
+        """
+
+    def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
+        """Tokens of a text to go on with: the BOS token first where the model wants one, no template. ``most`` as
+        above."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, special tokens not added."""

@@ -128,6 +128,8 @@ def build_engine(
     if target.device.type == "cuda" and config.cuda_graphs == "auto":
         models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
     codec = loaded.codec
+    if codec is not None:
+        codec.allow_control_tokens = config.allow_control_tokens
     info = ModelInfo(
         model=name,
         drafter=drafter_folder.name if drafter_folder else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,29 +50,30 @@ class ControlTokens:
         """Tokens of a rendered conversation, every control token of the template's and none of the messages'.
 
         Raises:
-            InvalidRequestError: the template changes what it is given, so that its tokens cannot be told from text.
+            InvalidRequestError: the template refuses these messages, or they hold every private character there is.
         """
-        nonce = secrets.randbits(64)
-        typed: list[str] = []
+        taken = {*"".join(text for _, said in messages for text in _parts(said))}
+        free = (chr(c) for c in range(0xF0000, 0x10FFFE) if chr(c) not in taken)
+        sign_of: dict[str, str] = {}  # one character each, so that templates can cut and trim texts as they like
 
-        def put(text: str) -> str:
-            typed.append(text)
-            return f"\u2045{nonce}:{len(typed) - 1}\u2046"
+        def hide(name: str) -> str:
+            if name not in sign_of:
+                sign = next(free, None)
+                if sign is None:
+                    raise InvalidRequestError("these messages hold every private character of Unicode", param="input")
+                sign_of[name] = sign
+            return sign_of[name]
 
-        def hide(text: str) -> str:
-            return self._replace(text, lambda name, _: put(name))
-
-        hidden = [(role, [hide(text) for text in _parts(said)]) for role, said in messages]
+        hidden = [
+            (role, [self._replace(text, lambda name, _: hide(name)) for text in _parts(said)])
+            for role, said in messages
+        ]
         if self._spans("".join(text for _, texts in hidden for text in texts)):
             # A name that only begins in one text and ends in another: something must stand between all of them.
-            hidden = [(role, [put("") + text for text in texts]) for role, texts in hidden]
+            hidden = [(role, [hide("") + text for text in texts]) for role, texts in hidden]
         text = render([(role, texts[0] if len(texts) == 1 else tuple(texts)) for role, texts in hidden])
         text = self._replace(text, lambda _, i: self._names[i])
-        text = re.sub(f"\u2045{nonce}:([0-9]+)\u2046", lambda found: typed[int(found[1])], text)
-        if str(nonce) in text:
-            raise InvalidRequestError(
-                "the model's chat template cuts a text in which the name of a control token stands", param="input"
-            )
+        text = text.translate({ord(sign): name for name, sign in sign_of.items()})
         return [self._read.get(i, i) for i in run(self._reader, text)]
 
     def _replace(self, text: str, by: Callable[[str, int], str]) -> str:

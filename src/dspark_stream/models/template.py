@@ -65,7 +65,7 @@ class ChatTemplate:
             if (
                 MARK not in listed
                 or (MARK in as_text and listed != as_text)
-                or several.count(MARK) <= as_text.count(MARK)
+                or several.count(MARK) <= listed.count(MARK)
             ):
                 self._reads_parts -= {role}
 

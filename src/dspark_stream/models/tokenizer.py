@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as RawTokenizer
 
 from dspark_stream.errors import InvalidRequestError, ModelLoadError
@@ -14,6 +15,10 @@ from dspark_stream.models.template import MARK, ChatTemplate, as_one
 from dspark_stream.models.vocabulary import BYTE_TOKEN, read_vocabulary
 from dspark_stream.types import Message
 
+CHARS_A_TOKEN = 6
+"""More than texts have, mostly: of a longer one first so much is looked at."""
+CUT_TOKENS = 64
+"""By so many tokens the cut of a text may change what comes before it: byte-pair merges look ahead only so far."""
 KNOWN_ENDS = (
     "</s>",
     "<|endoftext|>",
@@ -108,27 +113,32 @@ class TextCodec:
         # a special token's own name can be typed as text, too
         self.max_token_bytes = max(self.token_bytes.longest_name, self.token_bytes.longest())
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of plain text; nothing is added, and special tokens in the text are read as such."""
-        return _ids(self.raw, text)
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """Tokens of plain text; nothing is added, and special tokens in the text are read as such.
 
-    def encode_prompt(self, text: str) -> list[int]:
+        ``most``: of a text that has more tokens the first ``most + 1`` are enough. Such a text is not read to its end,
+        however long it is; one that has no more always is.
+        """
+        return _ids(self.raw, text, most)
+
+    def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
         """Tokens of a text to go on with, no template applied: the BOS token first where the model wants one, and
-        special tokens in the text read as such."""
-        return _with_bos(self._bos, self.encode(text))
+        special tokens in the text read as such. ``most`` as in `encode`."""
+        return _with_bos(self._bos, self.encode(text, most))
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
         """Tokens of a conversation under the chat template, ready for the assistant to answer.
 
-        Without a template: roles and contents in plain words.
+        Without a template: roles and contents in plain words. ``most`` as in `encode`.
 
         Raises:
             InvalidRequestError: the template refuses these messages (``param`` is ``input``).
         """
-        if self.allow_control_tokens or not self._control.typed_in(messages):
-            ids = self.encode(self._chat_text(messages))
-        else:
-            ids = self._control.encode(messages, self._chat_text, _ids)
+        ids = self.encode(self._chat_text(messages), most)
+        # As text, the name of a token is no shorter: what is too long already stays so.
+        fits = most is None or len(ids) <= most
+        if fits and not self.allow_control_tokens and self._control.typed_in(messages):
+            ids = self._control.encode(messages, self._chat_text, lambda raw, text: _ids(raw, text, most))
         return _with_bos(self._chat_bos, ids)
 
     def encode_open_turn(self, history: Sequence[Message], opening: str = "") -> list[int]:
@@ -181,9 +191,23 @@ class TextCodec:
         return str(self.raw.decode(list(ids), skip_special_tokens=True))
 
 
-def _ids(raw: RawTokenizer, text: str) -> list[int]:
-    """The one place where texts become tokens."""
-    return list(raw.encode(text, add_special_tokens=False).ids)
+def _ids(raw: RawTokenizer, text: str, most: int | None = None) -> list[int]:
+    size = len(text) if most is None else CHARS_A_TOKEN * (most + 1)
+    while size < len(text):
+        found = _encoding(raw, text[:size])
+        if most is not None and len(found) > most + CUT_TOKENS:
+            found.truncate(most + 1)
+            return list(found.ids)
+        size *= 4
+    found = _encoding(raw, text)
+    if most is not None:
+        found.truncate(most + 1)
+    return list(found.ids)
+
+
+def _encoding(raw: RawTokenizer, text: str) -> Encoding:
+    # the call for batches lets other threads go on meanwhile; the one for single texts keeps them all waiting
+    return raw.encode_batch_fast([text], add_special_tokens=False)[0]
 
 
 def _with_bos(bos: int | None, ids: list[int]) -> list[int]:

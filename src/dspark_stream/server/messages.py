@@ -14,6 +14,8 @@ from dspark_stream.server.refusals import NO_TOOLS, unsupported
 from dspark_stream.types import Message, Text
 
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+MAX_MESSAGES = 2048
+"""As many as OpenAI takes; each costs time on the loop, whatever is in it."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNSAID = ("reasoning", "thinking", "redacted_thinking")
 """Parts and items of an earlier answer that chat templates leave out again."""
@@ -29,6 +31,7 @@ def input_messages(value: str | list[dict[str, Any]] | None, *, required: bool =
     items: list[dict[str, Any]] = [{"role": "user", "content": value}] if isinstance(value, str) else value or []
     if value is None and required:
         raise _missing("input")
+    _not_too_many(items, "input")
     messages: list[Message] = []
     for index, item in enumerate(items):
         path = "input" if isinstance(value, str) else f"input[{index}]"
@@ -47,6 +50,7 @@ def input_messages(value: str | list[dict[str, Any]] | None, *, required: bool =
 
 def chat_messages(value: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
     """Messages of ``messages``; raises as `input_messages`."""
+    _not_too_many(value, "messages")
     messages: list[Message] = []
     for index, item in enumerate(value):
         path = f"messages[{index}]"
@@ -62,6 +66,11 @@ def chat_messages(value: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
         else:
             messages.append((role, _said(item, path)))
     return _not_empty(messages, "messages")
+
+
+def _not_too_many(messages: Sequence[object], param: str) -> None:
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(f"`{param}` has {len(messages)} messages; at most {MAX_MESSAGES}", param=param)
 
 
 def _role(item: dict[str, Any], path: str) -> str:

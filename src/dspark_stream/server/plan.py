@@ -284,7 +284,7 @@ class Planner:
         room = self.info.max_model_len - prompt_tokens
         if room < 1:
             raise self.too_long(
-                f"your `{plan.input_param}` resulted in {prompt_tokens} tokens, and one must be left for the answer",
+                f"your `{plan.input_param}` resulted in at least {prompt_tokens} tokens, and the answer needs one",
                 plan.input_param,
             )
         wanted = plan.max_output_tokens
