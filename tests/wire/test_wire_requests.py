@@ -314,6 +314,7 @@ async def test_an_overflow_is_what_clients_look_for(running: Running, route: str
     value = [{"role": "user", "content": text}] if param == "messages" else text
     error = (await post(running, route, {param: value}, 400))[0]["error"]
     assert error["message"].startswith("This model's maximum context length is 2048 tokens. However, ")
+    assert "context_length_exceeded" in error["message"]  # the openai package shows LangChain nothing else
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
 
 

@@ -293,10 +293,10 @@ class Planner:
         return room if wanted == values.UNLIMITED else min(wanted, room)
 
     def too_long(self, however: str, param: str | None) -> ContextLengthError:
-        """The error in the words by which clients know it: they look for its beginning."""
+        """The error in the words by which clients know it: of all that it says, some see the text alone."""
         return ContextLengthError(
             f"This model's maximum context length is {self.info.max_model_len} tokens. However, {however}. Please "
-            "reduce the length of the prompt.",
+            f"reduce the length of the prompt ({ContextLengthError.code}).",
             param=param,
         )
 
