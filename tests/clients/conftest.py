@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -52,5 +51,4 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     special = {name: text for name, text in codec.special.items() if text}
     PreTrainedTokenizerFast(tokenizer_object=codec.raw, **special).save_pretrained(folder)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     return folder

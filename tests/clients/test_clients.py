@@ -96,7 +96,7 @@ def test_guidellm(service: str, tokenizer: Path, tmp_path: Path, route: str) -> 
     )
     (benchmark,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
     totals = benchmark["metrics"]["request_totals"]
-    assert (totals["successful"], totals["errored"]) == (REQUESTS, 0)
+    assert (totals["successful"], totals["errored"]) == (REQUESTS, 0), totals
     assert {request["output_metrics"]["text_tokens"] for request in benchmark["requests"]["successful"]} == {16}
 
 
