@@ -127,9 +127,7 @@ def build_engine(
     )
     if target.device.type == "cuda" and config.cuda_graphs == "auto":
         models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
-    codec = loaded.codec
-    if codec is not None:
-        codec.allow_control_tokens = config.allow_control_tokens
+    codec = _set_up(loaded.codec, config)
     info = ModelInfo(
         model=name,
         drafter=drafter_folder.name if drafter_folder else None,
@@ -156,6 +154,12 @@ def build_engine(
         max_chunk_gap_ms=config.max_chunk_gap_ms,
     )
     return engine, codec
+
+
+def _set_up(codec: TextCodec | None, config: Config) -> TextCodec | None:
+    if codec is not None:
+        codec.allow_control_tokens = config.allow_control_tokens
+    return codec
 
 
 def _give_back_memory() -> None:
