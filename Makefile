@@ -127,7 +127,7 @@ test-all: $(DEV_STAMP) $(OPENAI_STAMP) chromium model big-models ## Run the slow
 	@$(PY) -m pytest -m "not clients" $(ARGS)
 
 .PHONY: test-clients
-test-clients: $(DEV_STAMP) $(OPENAI_STAMP) $(CLIENT_STAMPS) model ## Run openai, LangChain, LiteLLM, guidellm and aiperf against the service
+test-clients: $(DEV_STAMP) $(OPENAI_STAMP) $(CLIENT_STAMPS) model ## Try well-known clients against the service
 	@$(PY) -m pytest -m clients tests/clients $(ARGS)
 
 # On a machine with a GPU. GPU_PY=python3 takes that Python, with what is installed there, instead of making .venv:
