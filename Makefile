@@ -8,9 +8,10 @@ SHELL := /bin/sh
 
 VENV := .venv
 PY := $(VENV)/bin/python
-OPENAI_VENV := .venv-openai
-# The extra "realtime" pins websockets below 16, ours is newer: the client that tests the wire lives apart.
+# Other people's programs pin what we have in newer versions: each lives apart.
+CLIENTS_VENV := .venv-clients
 OPENAI_PACKAGE := openai[realtime]==3.54.0
+CLIENT_PACKAGES := langchain-openai==1.7.4 litellm==1.110.2 guidellm==0.8.1 aiperf==0.13.0
 
 TEST_MODEL := smollm2-135m
 BIG_MODELS := qwen2.5-coder-0.5b qwen2.5-coder-1.5b
@@ -21,7 +22,8 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 RUN_STAMP := $(VENV)/.ready-run
 DEV_STAMP := $(VENV)/.ready-dev
-OPENAI_STAMP := $(OPENAI_VENV)/.ready
+OPENAI_STAMP := $(CLIENTS_VENV)/openai/.ready
+CLIENT_STAMPS := $(foreach client,langchain litellm guidellm aiperf,$(CLIENTS_VENV)/$(client)/.ready)
 
 # make_venv FOLDER: a virtual environment that works; one that was left half made is made anew.
 define make_venv
@@ -79,10 +81,11 @@ $(DEV_STAMP): pyproject.toml $(RUN_STAMP)
 	@$(PY) $(PIP_INSTALL) -e ".[dev]"
 	@touch $@
 
-$(OPENAI_STAMP): Makefile
-	$(call make_venv,$(OPENAI_VENV))
-	@echo "==> installing $(OPENAI_PACKAGE) into $(OPENAI_VENV)"
-	@$(OPENAI_VENV)/bin/python $(PIP_INSTALL) "$(OPENAI_PACKAGE)"
+$(CLIENTS_VENV)/%/.ready: Makefile
+	$(call make_venv,$(@D))
+	@package="$(or $(filter $*%,$(CLIENT_PACKAGES)),$(OPENAI_PACKAGE))"; \
+	echo "==> installing $$package into $(@D)"; \
+	$(@D)/bin/python $(PIP_INSTALL) "$$package"
 	@touch $@
 
 .PHONY: model
@@ -121,7 +124,11 @@ test: $(DEV_STAMP) $(OPENAI_STAMP) chromium model ## Run all tests; ARGS="-k nam
 
 .PHONY: test-all
 test-all: $(DEV_STAMP) $(OPENAI_STAMP) chromium model big-models ## Run the slow tests too; fetches 1.7 GB of models
-	@$(PY) -m pytest -m "" $(ARGS)
+	@$(PY) -m pytest -m "not clients" $(ARGS)
+
+.PHONY: test-clients
+test-clients: $(DEV_STAMP) $(OPENAI_STAMP) $(CLIENT_STAMPS) model ## Try well-known clients against the service
+	@$(PY) -m pytest -m clients tests/clients $(ARGS)
 
 # On a machine with a GPU. GPU_PY=python3 takes that Python, with what is installed there, instead of making .venv:
 # for machines without a network.
@@ -193,5 +200,5 @@ soak: $(DEV_STAMP) model ## Half an hour of mixed clients: memory, descriptors, 
 
 .PHONY: clean
 clean: ## Remove the environments and everything built (the fetched model stays in its cache)
-	rm -rf $(VENV) $(OPENAI_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

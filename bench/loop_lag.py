@@ -43,7 +43,7 @@ async def client(url: str, streams: int) -> None:
                     "input": f"{PROMPT} ({i})",
                     "max_output_tokens": 400,
                     "temperature": 0.0,
-                    "dspark": {"seed": i, "ignore_eos": True},
+                    "dspark": {"seed": i, "verification": "rejection", "ignore_eos": True},
                 }
                 async for _ in await socket.create(body, lane=f"lane{i}"):
                     pass

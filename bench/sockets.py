@@ -61,7 +61,7 @@ async def ask(client: DsparkClient, number: int, args: argparse.Namespace) -> An
         "max_output_tokens": args.tokens,
         "temperature": args.temperature,
         "store": False,
-        "dspark": {"seed": number, "ignore_eos": True, "mode": args.mode},
+        "dspark": {"seed": number, "verification": "rejection", "ignore_eos": True, "mode": args.mode},
     }
     answer, asked = Answer(), time.perf_counter()
     last = first = 0.0

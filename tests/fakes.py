@@ -21,6 +21,7 @@ from dspark_stream.types import (
     FinishedEvent,
     FinishReason,
     GenerationRequest,
+    Message,
     ModelInfo,
     Piece,
     RoundRecord,
@@ -55,15 +56,20 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
-        self.chats: list[list[tuple[str, str]]] = []
+        self.chats: list[list[Message]] = []
+        self.prompts: list[str] = []
         self.error: Exception | None = None
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]], most: int | None = None) -> list[int]:
+    def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
+        self.prompts.append(text)
+        return self.encode(text)
+
+    def encode_chat(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
         self.chats.append(list(messages))
         self.gate.wait(20)
         if self.error is not None:
             raise self.error
-        ids = self.encode("".join(f"<{role}>{content}\n" for role, content in messages))
+        ids = self.encode("".join(f"<{role}>{''.join(said)}\n" for role, said in messages))
         return ids if most is None else ids[: most + 1]
 
     def encode(self, text: str) -> list[int]:

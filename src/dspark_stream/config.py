@@ -276,6 +276,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             metavar="NAME",
         ),
     ] = ()
+    allow_control_tokens: Annotated[
+        bool,
+        Setting(
+            "whether the name of a control token in a message is that token, so that clients can end a turn; else it "
+            "is plain text",
+            "service",
+        ),
+    ] = False
     max_queue: Annotated[
         int, Setting("most streams that wait for a place; past it clients get 503", "service", 0, 1_000_000)
     ] = 64

@@ -15,6 +15,11 @@ Acceptance = Literal["greedy", "rejection", "coupled"]
 """How a stream's drafts are accepted: at temperature 0 both verifications are one comparison."""
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
+Text = str | tuple[str, ...]
+"""What one message says: one text, or the two or more parts that it came in."""
+Message = tuple[str, Text]
+"""(role, what is said)."""
+
 MAX_SEED = 2**63 - 1
 MAX_TEMPERATURE = 2
 """The most that people may ask for, whatever the way."""

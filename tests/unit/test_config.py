@@ -105,6 +105,11 @@ def test_a_switch_is_on_or_off():
         from_flags(environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": "maybe"})
 
 
+def test_control_tokens_are_allowed_by_a_switch():
+    assert from_flags("--allow-control-tokens").allow_control_tokens is True
+    assert from_flags("--allow-control-tokens", "off").allow_control_tokens is False
+
+
 def test_an_unknown_variable_of_ours_is_an_error_with_a_guess():
     with pytest.raises(ConfigError, match=r"DSPARK_MAX_NUM_SEQ: .* did you mean DSPARK_MAX_NUM_SEQS"):
         from_flags(environ={"DSPARK_MAX_NUM_SEQ": "3"})

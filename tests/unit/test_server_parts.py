@@ -23,7 +23,14 @@ from dspark_stream.errors import (
     RateLimitError,
 )
 from dspark_stream.server.admission import Admission
-from dspark_stream.server.bodies import ChatBody, ResponseCreate, decode, decode_envelope, decode_event
+from dspark_stream.server.bodies import (
+    ChatBody,
+    CompletionBody,
+    ResponseCreate,
+    decode,
+    decode_envelope,
+    decode_event,
+)
 from dspark_stream.server.conversation import ConversationStore
 from dspark_stream.server.exposition import Histogram, Page
 from dspark_stream.server.plan import Planner
@@ -35,7 +42,17 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = st.sampled_from(sorted({*ResponseCreate.__struct_fields__, *ChatBody.__struct_fields__, "type", "other"}))
+FIELDS = st.sampled_from(
+    sorted(
+        {
+            *ResponseCreate.__struct_fields__,
+            *ChatBody.__struct_fields__,
+            *CompletionBody.__struct_fields__,
+            "type",
+            "other",
+        }
+    )
+)
 TYPES = st.sampled_from(["response.create", "response.cancel", "dspark:resume"])
 PLANNER = Planner(model_info())
 
@@ -52,6 +69,8 @@ def test_whatever_is_sent_is_a_plan_or_a_typed_error(kind: str, fields: dict[str
     decode_envelope(data, "msgpack")
     with suppress(InvalidRequestError, NotFoundError):
         PLANNER.chat(decode(json.dumps(fields), ChatBody))
+    with suppress(InvalidRequestError, NotFoundError):
+        PLANNER.completion(decode(json.dumps(fields), CompletionBody))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -90,9 +109,8 @@ def test_room_and_limits() -> None:
     text = '{"type":"response.create","input":"x","max_output_tokens":60}'
     plan = planner.response(decode_event(text, "json"))  # type: ignore[arg-type]
     assert planner.room(plan, 40, 1) == 60
-    with pytest.raises(ContextLengthError) as caught:
-        planner.room(plan, 41, 1)
-    assert caught.value.param == "max_output_tokens"
+    assert planner.room(plan, 41, 1) == 59  # cut, and said: `Plan.warnings`
+    assert caught.value.message.startswith("This model's maximum context length is 100 tokens. ")
 
 
 def test_the_size_check_never_refuses_what_could_fit() -> None:
@@ -165,7 +183,8 @@ def test_a_client_has_its_limit_and_no_more() -> None:
     with admission.place("a"):
         with pytest.raises(RateLimitError) as limited, admission.place("a"):
             pass
-        assert (limited.value.status, limited.value.retry_after_s) == (429, 2)
+        assert limited.value.status == 429
+            assert 2 <= limited.value.retry_after_s <= 5  # spread, so that not all come back at once
         with admission.place("b"):
             pass
 

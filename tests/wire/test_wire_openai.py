@@ -15,7 +15,7 @@ import pytest
 from wire.harness import Launch, Running
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / ".venv-openai" / "bin" / "python"
+PYTHON = ROOT / ".venv-clients" / "openai" / "bin" / "python"
 SCRIPT = Path(__file__).with_name("openai_client.py")
 WORDS = "".join(f"w{i} " for i in range(10))
 

@@ -177,11 +177,12 @@ async def test_input_items_become_messages(running: Running) -> None:
     async with running.socket() as socket:
         await socket.create(input=items)
         await socket.response()
-    assert running.tokenizer.chats == [[("system", "rules"), ("user", "a"), ("assistant", "b"), ("user", "cd")]]
+    assert running.tokenizer.chats == [[("system", "rules"), ("user", "a"), ("assistant", "b"), ("user", ("c", "d"))]]
 
 
 async def test_a_turn_continues_a_stored_one(running: Running) -> None:
-    """Guards against lost turns, inherited instructions, and answers kept although ``store`` was false."""
+    """Guards against lost turns, inherited instructions, and answers that others can go on with although ``store`` was
+    false: the same socket can, as with OpenAI's."""
     async with running.socket() as socket:
         await socket.create(input="one", instructions="first only")
         first = (await socket.response())[-1]["response"]["id"]
@@ -189,11 +190,20 @@ async def test_a_turn_continues_a_stored_one(running: Running) -> None:
         events = await socket.response()
         assert events[-1]["response"]["previous_response_id"] == first
         second = events[-1]["response"]["id"]
-        await socket.create(input="three", previous_response_id=second, event_id="e3")
-        error = await socket.receive()
-    assert running.tokenizer.chats[1] == [("user", "one"), ("assistant", WORDS), ("user", "two")]
-    assert (error["type"], error["event_id"]) == ("error", "e3")
-    assert error["error"]["param"] == "previous_response_id"
+        await socket.create(input="three", previous_response_id=second, max_output_tokens=1)
+        await socket.response()
+        async with running.socket() as other, running.http() as http:
+            await other.create(input="three", previous_response_id=second, event_id="e3")
+            error = await other.receive()
+            body = {"input": "three", "previous_response_id": second}
+            async with http.post("/v1/responses", json=body) as answer:
+                assert answer.status == 404
+        assert (error["type"], error["event_id"]) == ("error", "e3")
+        assert error["error"]["param"] == "previous_response_id"
+        kept = len(running.server.service.store)
+    turns = [("user", "one"), ("assistant", WORDS), ("user", "two")]
+    assert running.tokenizer.chats[1:] == [turns, [*turns, ("assistant", WORDS), ("user", "three")]]
+    await eventually(lambda: len(running.server.service.store) == kept - 1)  # the socket's own goes with it
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------

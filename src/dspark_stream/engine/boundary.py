@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from dspark_stream.types import EngineEvent, EngineSnapshot, GenerationRequest, ModelInfo
+from dspark_stream.types import EngineEvent, EngineSnapshot, GenerationRequest, Message, ModelInfo
 
 EventSink = Callable[[Sequence[EngineEvent]], None]
 """Called on the engine's thread, once for each engine step, with the events of all streams, in order."""
@@ -54,11 +54,16 @@ class Engine(Protocol):
 class Tokenizer(Protocol):
     """Text in, tokens out. Calls may take long for long texts: run them off the event loop."""
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]], most: int | None = None) -> list[int]:
-        """Tokens of (role, content) pairs under the model's chat template, generation prompt added.
+    def encode_chat(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
+        """Tokens of a conversation under the model's chat template, generation prompt added. Names of control tokens in
+        what is said are plain text.
 
         ``most``: of more tokens than that the first ``most + 1`` are enough, and the rest of the text is not read.
         """
+
+    def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
+        """Tokens of a text to go on with: the BOS token first where the model wants one, no template. ``most`` as
+        above."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, special tokens not added."""

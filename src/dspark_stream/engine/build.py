@@ -125,7 +125,7 @@ def build_engine(
     )
     if target.device.type == "cuda" and config.cuda_graphs == "auto":
         models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
-    codec = loaded.codec
+    codec = _set_up(loaded.codec, config)
     info = ModelInfo(
         model=name,
         drafter=drafter_folder.name if drafter_folder else None,
@@ -181,6 +181,12 @@ def _try_template(codec: TextCodec, progress: Progress) -> None:
         codec.encode_chat([("user", "Hello")])
     except InvalidRequestError as error:
         progress.say(f"the model's chat template refuses a plain question, so most requests will be: {error}")
+
+
+def _set_up(codec: TextCodec | None, config: Config) -> TextCodec | None:
+    if codec is not None:
+        codec.allow_control_tokens = config.allow_control_tokens
+    return codec
 
 
 def _give_back_memory() -> None:

@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dspark_stream.errors import InvalidRequestError, ModelLoadError
+from dspark_stream.types import Message, Text
 
 MARK = "\u2045mark\u2046"
 """A text that no template writes by itself: where it shows up, there the template put a message's content."""
@@ -50,32 +51,41 @@ class ChatTemplate:
         # templates add these to texts: none is an empty one
         self._special = {name: text or "" for name, text in special.items()}
         self._in_parts: frozenset[str] = frozenset()
+        """Roles whose texts the template reads only in a list of parts."""
+        self._reads_parts: frozenset[str] = frozenset()
+        """Roles whose parts the template puts together itself; for the others a line break does."""
         for role in ("user", "assistant", "system"):
-            if not self._shows(role):
-                as_text, self._in_parts = self._in_parts, self._in_parts | {role}
-                if not self._shows(role):
-                    self._in_parts = as_text
+            as_text = self._probe(role, MARK)
+            self._in_parts |= {role}
+            self._reads_parts |= {role}
+            listed, several = self._probe(role, MARK), self._probe(role, (MARK, MARK))
+            if MARK in as_text or MARK not in listed:
+                self._in_parts -= {role}
+            # some write a list down as if it were a text, and some show its first part alone
+            if (
+                MARK not in listed
+                or (MARK in as_text and listed != as_text)
+                or several.count(MARK) <= listed.count(MARK)
+            ):
+                self._reads_parts -= {role}
 
-    def _shows(self, role: str) -> bool:
-        """Whether what somebody says in this role shows up in the text: templates that ask for a list of parts read
-        nothing in a string, or fail at it."""
-        before = [("user", "a")] if role == "assistant" else []
-        after = [("user", "a")] if role == "system" else []
+    def _probe(self, role: str, said: Text) -> str:
+        """How the template shows what somebody says in this role: those that ask for a list of parts read nothing in a
+        string, or fail at it (which counts as nothing, too)."""
+        before: list[Message] = [("user", "a")] if role == "assistant" else []
+        after: list[Message] = [("user", "a")] if role == "system" else []
         try:
-            return MARK in self.render([*before, (role, MARK), *after])
+            return self.render([*before, (role, said), *after])
         except InvalidRequestError:
-            return False
+            return ""
 
-    def render(self, messages: Sequence[tuple[str, str]], *, answer: bool = True) -> str:
-        """Text of (role, content) pairs; with ``answer`` up to where the assistant begins to speak.
+    def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """Text of a conversation; with ``answer`` up to where the assistant begins to speak.
 
         Raises:
             InvalidRequestError: the template refuses these messages (``param`` is ``input``).
         """
-        turns = [
-            {"role": role, "content": [{"type": "text", "text": text}] if self._parts_for(role) else text}
-            for role, text in messages
-        ]
+        turns = [{"role": role, "content": self._content(role, said)} for role, said in messages]
         try:
             return self._template.render(
                 messages=turns, add_generation_prompt=answer, tools=None, documents=None, **self._special
@@ -91,13 +101,17 @@ class ChatTemplate:
         ) as error:
             raise InvalidRequestError(f"the model's chat template refuses this: {error}", param="input") from error
 
-    def _parts_for(self, role: str) -> bool:
-        return (role if role in ("assistant", "system") else "user") in self._in_parts
+    def _content(self, role: str, said: Text) -> str | list[dict[str, str]]:
+        kind = role if role in ("assistant", "system") else "user"
+        if not isinstance(said, str) and kind in self._reads_parts:
+            return [{"type": "text", "text": text} for text in said]
+        return [{"type": "text", "text": as_one(said)}] if kind in self._in_parts else as_one(said)
 
     def after_answer(self) -> list[str]:
         """What the template writes right behind an assistant's turn: before a next turn, and at the end."""
         found = []
-        for then in ([("user", "a")], []):
+        nexts: tuple[list[Message], ...] = ([("user", "a")], [])
+        for then in nexts:
             try:
                 _, shown, rest = self.render([("user", "a"), ("assistant", MARK), *then], answer=False).rpartition(MARK)
             except InvalidRequestError:
@@ -105,6 +119,11 @@ class ChatTemplate:
             if shown:
                 found.append(rest)
         return found
+
+
+def as_one(said: Text) -> str:
+    """What is said as one text: parts on lines of their own."""
+    return said if isinstance(said, str) else "\n".join(said)
 
 
 def _refuse(message: str) -> None:

@@ -10,8 +10,10 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as RawTokenizer
 
 from dspark_stream.errors import InvalidRequestError, ModelLoadError
-from dspark_stream.models.template import MARK, ChatTemplate
+from dspark_stream.models.control import ControlTokens
+from dspark_stream.models.template import MARK, ChatTemplate, as_one
 from dspark_stream.models.vocabulary import BYTE_TOKEN, read_vocabulary
+from dspark_stream.types import Message
 
 CHARS_A_TOKEN = 6
 """More than texts have, mostly: of a longer one first so much is looked at."""
@@ -93,13 +95,20 @@ class TextCodec:
         chat_template: str | None,
         special: Mapping[str, str | None],
         bos: int | None = None,
+        *,
+        chat_bos: bool = True,
     ) -> None:
         self.raw = raw
         self.special = special
         """`bos_token`, `eos_token` and the like, as chat templates ask for them."""
         self._bos = bos
         """What a prompt begins with whose text does not; None: nothing."""
+        self._chat_bos = bos if chat_bos else None
+        """The same of a conversation, whose template may write it itself."""
         self._template = ChatTemplate(chat_template, special) if chat_template else None
+        self._control = ControlTokens(raw, self._marks())
+        self.allow_control_tokens = False
+        """Whether the name of a control token in what somebody says is that token; else it is plain text."""
         self.token_bytes = TokenBytes(raw)
         # a special token's own name can be typed as text, too
         self.max_token_bytes = max(self.token_bytes.longest_name, self.token_bytes.longest())
@@ -110,33 +119,29 @@ class TextCodec:
         ``most``: of a text that has more tokens the first ``most + 1`` are enough. Such a text is not read to its end,
         however long it is; one that has no more always is.
         """
-        size = len(text) if most is None else CHARS_A_TOKEN * (most + 1)
-        while size < len(text):
-            found = self._encoding(text[:size])
-            if most is not None and len(found) > most + CUT_TOKENS:
-                found.truncate(most + 1)
-                return list(found.ids)
-            size *= 4
-        found = self._encoding(text)
-        if most is not None:
-            found.truncate(most + 1)
-        return list(found.ids)
+        return _ids(self.raw, text, most)
 
-    def _encoding(self, text: str) -> Encoding:
-        # the call for batches lets other threads go on meanwhile; the one for single texts keeps them all waiting
-        return self.raw.encode_batch_fast([text], add_special_tokens=False)[0]
+    def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
+        """Tokens of a text to go on with, no template applied: the BOS token first where the model wants one, and
+        special tokens in the text read as such. ``most`` as in `encode`."""
+        return _with_bos(self._bos, self.encode(text, most))
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]], most: int | None = None) -> list[int]:
-        """Tokens of (role, content) pairs under the chat template, ready for the assistant to answer.
+    def encode_chat(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
+        """Tokens of a conversation under the chat template, ready for the assistant to answer.
 
         Without a template: roles and contents in plain words. ``most`` as in `encode`.
 
         Raises:
             InvalidRequestError: the template refuses these messages (``param`` is ``input``).
         """
-        return self._prompt(self._chat_text(messages), most)
+        ids = self.encode(self._chat_text(messages), most)
+        # As text, the name of a token is no shorter: what is too long already stays so.
+        fits = most is None or len(ids) <= most
+        if fits and not self.allow_control_tokens and self._control.typed_in(messages):
+            ids = self._control.encode(messages, self._chat_text, lambda raw, text: _ids(raw, text, most))
+        return _with_bos(self._chat_bos, ids)
 
-    def encode_open_turn(self, history: Sequence[tuple[str, str]], opening: str = "") -> list[int]:
+    def encode_open_turn(self, history: Sequence[Message], opening: str = "") -> list[int]:
         """Tokens of a conversation up to a next turn of the user that begins with ``opening``, for a model to go on.
 
         Raises:
@@ -145,7 +150,7 @@ class TextCodec:
         before, found, _ = self._chat_text([*history, ("user", MARK)]).rpartition(MARK)
         if not found:
             raise InvalidRequestError("the model's chat template does not show the user's turn", param="input")
-        return self._prompt(before + opening)
+        return _with_bos(self._chat_bos, self.encode(before + opening))
 
     def turn_end(self) -> int | None:
         """The token that the chat template closes an assistant's turn with; None: it uses none."""
@@ -166,18 +171,47 @@ class TextCodec:
         """How the vocabulary writes a token."""
         return str(self.raw.id_to_token(token))
 
-    def _prompt(self, text: str, most: int | None = None) -> list[int]:
-        ids = self.encode(text, most)
-        return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
-
-    def _chat_text(self, messages: Sequence[tuple[str, str]]) -> str:
+    def _chat_text(self, messages: Sequence[Message]) -> str:
         if self._template is None:
-            return "".join(f"{role}: {content}\n" for role, content in messages) + "assistant:"
+            return "".join(f"{role}: {as_one(said)}\n" for role, said in messages) + "assistant:"
         return self._template.render(messages)
+
+    def _marks(self) -> str:
+        """What the template writes between two turns, and before the answer."""
+        if self._template is None:
+            return ""
+        said: list[Message] = [("user", MARK), ("assistant", MARK), ("user", MARK)]
+        try:
+            return "".join(self._template.render(said).split(MARK)[1:])
+        except InvalidRequestError:
+            return ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""
         return str(self.raw.decode(list(ids), skip_special_tokens=True))
+
+
+def _ids(raw: RawTokenizer, text: str, most: int | None = None) -> list[int]:
+    size = len(text) if most is None else CHARS_A_TOKEN * (most + 1)
+    while size < len(text):
+        found = _encoding(raw, text[:size])
+        if most is not None and len(found) > most + CUT_TOKENS:
+            found.truncate(most + 1)
+            return list(found.ids)
+        size *= 4
+    found = _encoding(raw, text)
+    if most is not None:
+        found.truncate(most + 1)
+    return list(found.ids)
+
+
+def _encoding(raw: RawTokenizer, text: str) -> Encoding:
+    # the call for batches lets other threads go on meanwhile; the one for single texts keeps them all waiting
+    return raw.encode_batch_fast([text], add_special_tokens=False)[0]
+
+
+def _with_bos(bos: int | None, ids: list[int]) -> list[int]:
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def codec_from_hub(name_or_path: str) -> TextCodec | None:
@@ -200,9 +234,9 @@ def codec_from_hub(name_or_path: str) -> TextCodec | None:
         template = template.get("default")
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     raw = tokenizer.backend_tokenizer
+    bos = tokenizer.bos_token_id if raw.encode("").ids == [tokenizer.bos_token_id] else None
     # a template writes the BOS token itself, as far as the model wants one
-    bos = None if template or raw.encode("").ids != [tokenizer.bos_token_id] else tokenizer.bos_token_id
-    return TextCodec(raw, template, special, bos)
+    return TextCodec(raw, template, special, bos, chat_bos=not template)
 
 
 def codec_from_gguf(fields: dict[str, Any]) -> TextCodec:

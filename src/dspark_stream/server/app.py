@@ -209,8 +209,11 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
     async def responses(request: web.Request) -> web.StreamResponse:
         return await api.responses(request, request[access.ENTRY].client)
 
-    async def completions(request: web.Request) -> web.StreamResponse:
+    async def chat(request: web.Request) -> web.StreamResponse:
         return await api.chat(request, request[access.ENTRY].client)
+
+    async def completions(request: web.Request) -> web.StreamResponse:
+        return await api.completions(request, request[access.ENTRY].client)
 
     async def upgrade(request: web.Request) -> web.StreamResponse:
         if request.headers.get("Upgrade", "").lower() != "websocket":
@@ -229,7 +232,8 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
     post = partial(app.router.add_post, expect_handler=elsewhere.continue_later)
     get("/v1/responses", upgrade, allow_head=False)
     post("/v1/responses", responses)
-    post("/v1/chat/completions", completions)
+    post("/v1/chat/completions", chat)
+    post("/v1/completions", completions)
     get("/v1/models", pages.models)
     get("/v1/models/{name:.+}", pages.model)
     get("/health", pages.health)

@@ -1,13 +1,11 @@
 """What clients send, as typed structs, and the one decoder that turns a bad message into an error naming the field.
 
-Fields that OpenAI's clients may send but this service cannot honour are known by name: their harmless values pass,
-anything else is refused, never silently ignored.
+Null in any field is the same as the field left out. Fields that are known and cannot be honoured are in `refusals`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -24,69 +22,17 @@ class _Strict(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class DsparkOptions(_Strict, kw_only=True):
-    """The ``dspark`` object: what only this service can do."""
+    """The ``dspark`` object: what only this service can do, and a second home of some sampling fields."""
 
-    mode: Mode = "dspark"
-    verification: Verification = "rejection"
+    mode: Mode | None = None
+    verification: Verification | None = None
     seed: int | None = None
-    steps: bool = False
+    steps: bool | None = None
     top_k: int | None = None
     min_p: float | None = None
     stop: str | list[str] | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     max_chunk_gap_ms: float | None = None
-
-
-# --- message content -----------------------------------------------------------------------------------------
-
-
-class InputText(_Strict, tag="input_text", tag_field="type", kw_only=True):
-    """Text of a user, system or developer message."""
-
-    text: str
-    prompt_cache_breakpoint: Any = None
-
-
-class OutputText(_Strict, tag="output_text", tag_field="type", kw_only=True):
-    """Text that the model wrote in an earlier turn."""
-
-    text: str
-    annotations: Any = None
-    logprobs: Any = None
-
-
-class PlainText(_Strict, tag="text", tag_field="type", kw_only=True):
-    """Text as the chat API writes it."""
-
-    text: str
-    prompt_cache_breakpoint: Any = None
-
-
-Content = str | list[InputText | OutputText | PlainText]
-
-
-class InputMessage(_Strict, kw_only=True):
-    """One item of ``input``."""
-
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Content
-    type: str | None = None
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
-
-
-class ChatMessage(_Strict, kw_only=True):
-    """One item of ``messages``."""
-
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Content | None = None
-    name: str | None = None
-    refusal: Any = None
-    tool_calls: Any = None
-    function_call: Any = None
-    audio: Any = None
-    annotations: Any = None
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------
@@ -100,45 +46,103 @@ class StreamOptions(_Strict, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class _Common(_Strict, kw_only=True):
+class Body(_Strict, kw_only=True):
+    """What all requests may say; the sampling fields beyond OpenAI's are vLLM's."""
+
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
+    dspark: DsparkOptions | None = None
+
     temperature: float | None = None
     top_p: float | None = None
-    dspark: DsparkOptions | None = None
-    # Known, and harmless whatever they say.
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    # Known, and harmless whatever they say: nothing is cached, billed or called by them.
+    user: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
-    parallel_tool_calls: bool | None = None
-    max_tool_calls: int | None = None
-    # Known, and refused unless harmless: see `HARMLESS`.
-    tools: Any = None
-    tool_choice: Any = None
-    top_logprobs: Any = None
-    service_tier: Any = None
+    cache_salt: Any = None
+    cache_prompt: Any = None
+    request_id: Any = None
+    parallel_tool_calls: Any = None
+    max_tool_calls: Any = None
+    include_reasoning: Any = None
+    # Known, and refused unless harmless: see `refusals.RULES`.
+    add_special_tokens: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    best_of: Any = None
+    grammar: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    include_stop_str_in_output: Any = None
+    json_schema: Any = None
+    length_penalty: Any = None
+    logprobs: Any = None
     moderation: Any = None
+    n: Any = None
+    priority: Any = None
+    prompt_logprobs: Any = None
+    repeat_penalty: Any = None
+    response_format: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
+    service_tier: Any = None
+    skip_special_tokens: Any = None
+    spaces_between_special_tokens: Any = None
+    structured_outputs: Any = None
+    thinking_token_budget: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    top_logprobs: Any = None
+    truncate_prompt_tokens: Any = None
+    typical_p: Any = None
+    use_beam_search: Any = None
 
 
-class ResponseBody(_Common, kw_only=True):
+class _Turns(Body, kw_only=True):
+    """Bodies that the chat template makes a prompt of."""
+
+    add_generation_prompt: Any = None
+    chat_template: Any = None
+    chat_template_kwargs: Any = None
+    continue_final_message: Any = None
+    documents: Any = None
+    mm_processor_kwargs: Any = None
+    reasoning_effort: Any = None
+
+
+class ResponseBody(_Turns, kw_only=True):
     """Body of ``POST /v1/responses``."""
 
     input: str | list[dict[str, Any]] | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     previous_response_id: str | None = None
+    generate: bool | None = None
 
     access_programs: Any = None
     background: Any = None
     background_options: Any = None
     context_management: Any = None
     conversation: Any = None
-    generate: Any = None
     image: Any = None
     include: Any = None
     prompt: Any = None
@@ -147,34 +151,31 @@ class ResponseBody(_Common, kw_only=True):
     truncation: Any = None
 
 
-class ChatBody(_Common, kw_only=True):
-    """Body of ``POST /v1/chat/completions``; the sampling fields beyond OpenAI's are vLLM's."""
+class ChatBody(_Turns, kw_only=True):
+    """Body of ``POST /v1/chat/completions``."""
 
     messages: list[dict[str, Any]]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    ignore_eos: bool | None = None
 
-    n: Any = None
-    logprobs: Any = None
-    logit_bias: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    repetition_penalty: Any = None
-    min_tokens: Any = None
-    response_format: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
-    modalities: Any = None
     audio: Any = None
-    prediction: Any = None
-    functions: Any = None
+    echo: Any = None
     function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    prediction: Any = None
+    verbosity: Any = None
     web_search_options: Any = None
+
+
+class CompletionBody(Body, kw_only=True):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[Any] | None = None
+    max_tokens: int | None = None
+
+    echo: Any = None
+    suffix: Any = None
 
 
 class ResponseCreate(ResponseBody, tag="response.create", tag_field="type", kw_only=True):
@@ -201,89 +202,6 @@ class Envelope(msgspec.Struct):
     type: Any = None
     event_id: Any = None
     stream_id: Any = None
-
-
-# --- fields that cannot be honoured ----------------------------------------------------------------------------
-
-
-def _one_of(*values: object) -> Callable[[Any], bool]:
-    # ``True == 1`` in Python, but not to a client.
-    return lambda value: any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values)
-
-
-def _empty(value: Any) -> bool:
-    return value in ([], {})
-
-
-def _plain_text(value: Any) -> bool:
-    """``text`` that asks for nothing but text."""
-    return (
-        isinstance(value, dict)
-        and set(value) <= {"format", "verbosity"}
-        and value.get("format") in (None, {"type": "text"})
-        and value.get("verbosity") in (None, "medium")
-    )
-
-
-def _no_reasoning(value: Any) -> bool:
-    return isinstance(value, dict) and all(v in (None, "none") for v in value.values())
-
-
-def _never(value: Any) -> bool:
-    return False
-
-
-HARMLESS: Mapping[str, Callable[[Any], bool]] = {
-    "access_programs": _never,
-    "annotations": _empty,
-    "audio": _never,
-    "background": _one_of(False),
-    "background_options": _never,
-    "context_management": _empty,
-    "conversation": _never,
-    "frequency_penalty": _one_of(0),
-    "function_call": _one_of("none", "auto"),
-    "functions": _empty,
-    "generate": _one_of(True),
-    "image": _never,
-    "include": _empty,
-    "logit_bias": _empty,
-    "logprobs": _one_of(False),
-    "min_tokens": _one_of(0),
-    "modalities": lambda value: value == ["text"],
-    "moderation": _never,
-    "n": _one_of(1),
-    "prediction": _never,
-    "presence_penalty": _one_of(0),
-    "prompt": _never,
-    "reasoning": _no_reasoning,
-    "reasoning_effort": _one_of("none"),
-    "refusal": _never,
-    "repetition_penalty": _one_of(1),
-    "response_format": lambda value: value == {"type": "text"},
-    "service_tier": _one_of("auto", "default"),
-    "text": _plain_text,
-    "tool_calls": _empty,
-    "tool_choice": _one_of("auto", "none"),
-    "tools": _empty,
-    "top_logprobs": _one_of(0),
-    "truncation": _one_of("disabled"),
-    "verbosity": _one_of("medium"),
-    "web_search_options": _never,
-}
-
-
-def refuse_unsupported(body: msgspec.Struct, *, prefix: str = "") -> None:
-    """Raise for the first field that asks for something this service does not do."""
-    for name in body.__struct_fields__:
-        check = HARMLESS.get(name)
-        value = getattr(body, name)
-        if check is not None and value is not None and not check(value):
-            raise InvalidRequestError(
-                f"`{prefix}{name}` is not supported with this value: the service writes plain text only",
-                param=prefix + name,
-                code="unsupported_value",
-            )
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------
@@ -332,21 +250,6 @@ def decode_envelope(data: str | bytes, encoding: Encoding) -> Envelope:
         return Envelope()
 
 
-def convert_item(item: dict[str, Any], kind: type[T], path: str) -> T:
-    """Turn one item of a list into ``kind``; an error's ``param`` starts with ``path``."""
-    item_type = item.get("type")
-    if item_type is not None and item_type != "message":
-        raise InvalidRequestError(
-            f"`{path}.type`: {_shorten(repr(item_type))} items are not supported, only messages",
-            param=f"{path}.type",
-            code="unsupported_value",
-        )
-    try:
-        return msgspec.convert(item, kind)
-    except msgspec.ValidationError as error:
-        raise field_error(error, path) from None
-
-
 _AT = re.compile(r"^(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>[^`]*)`)?$", re.DOTALL)
 _FIELD = re.compile(r"Object (?P<how>contains unknown|missing required) field `(?P<name>[^`]*)`")
 
@@ -356,13 +259,13 @@ def _shorten(text: str) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def field_error(error: msgspec.ValidationError, path: str = "") -> InvalidRequestError:
+def field_error(error: msgspec.ValidationError) -> InvalidRequestError:
     """Say which field a validation error is about, in the client's words."""
     found = _AT.match(str(error))
     assert found is not None  # the pattern matches any text
     what = _shorten(found["what"])
     # ``[...]`` is some value of a mapping; its key is not told.
-    where = (path + (found["path"] or "")).lstrip(".").replace("[...]", "")
+    where = (found["path"] or "").lstrip(".").replace("[...]", "")
     named = _FIELD.search(found["what"])
     if named is not None:
         name = _shorten(named["name"])
@@ -378,8 +281,6 @@ def field_error(error: msgspec.ValidationError, path: str = "") -> InvalidReques
         )
     if not where:
         return InvalidRequestError(f"the message must be an object: {what}", code="invalid_type")
-    if what.startswith("Invalid value") and where.endswith(".type"):
-        what += "; only text content is supported (input_text, output_text, text)"
-    elif what.startswith("Invalid enum value"):
+    if what.startswith("Invalid enum value"):
         what = what.replace("enum value", "value")
     return InvalidRequestError(f"`{where}`: {what}", param=where, code="invalid_type" if "Expected" in what else None)

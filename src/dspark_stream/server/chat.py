@@ -65,7 +65,9 @@ class Chunk(msgspec.Struct, tag="chat.completion.chunk", tag_field="object", kw_
     created: int
     model: str
     choices: list[ChunkChoice]
+    system_fingerprint: str
     usage: ChatUsage | UnsetType | None = UNSET
+    dspark: wire.DsparkStats | UnsetType = UNSET
     metrics: ChatMetrics | UnsetType = UNSET
 
 
@@ -93,7 +95,9 @@ class Completion(msgspec.Struct, tag="chat.completion", tag_field="object", kw_o
     created: int
     model: str
     choices: list[Choice]
+    system_fingerprint: str
     usage: ChatUsage
+    dspark: wire.DsparkStats
     metrics: ChatMetrics
 
 
@@ -102,19 +106,29 @@ def chunks(event: wire.ServerEvent, machine: ResponseMachine, gamma: int) -> lis
     plan = machine.plan
     match event:
         case wire.Created():
-            return [_chunk(machine, [ChunkChoice(delta=Delta(role="assistant", content=""))])]
-        case wire.TextDelta(delta=text):
-            return [_chunk(machine, [ChunkChoice(delta=Delta(content=text))])]
+            first = _chunk(machine, [ChunkChoice(delta=Delta(role="assistant", content=""))])
+            first.dspark = machine.used()
+            if plan.continuous_usage:
+                first.usage = chat_usage(machine.input_tokens, 0)
+            return [first]
+        case wire.TextDelta(delta=text, usage=usage):
+            chunk = _chunk(machine, [ChunkChoice(delta=Delta(content=text))])
+            if usage is not UNSET:
+                chunk.usage = chat_usage(usage.input_tokens, usage.output_tokens)
+            return [chunk]
         case wire.Completed() | wire.Incomplete():
             last = _chunk(machine, [ChunkChoice(delta=Delta(), finish_reason=finish_reason(event))])
-            usage = machine.usage
-            if usage is None:
+            ended = machine.usage
+            if ended is None:
                 return [last]
+            if plan.continuous_usage:
+                last.usage = chat_usage(ended.input_tokens, ended.output_tokens)
             if not plan.include_usage:
-                last.metrics = _metrics(usage, gamma)
+                last.metrics = metrics(ended, gamma)
                 return [last]
             final = _chunk(machine, [])
-            final.usage, final.metrics = _usage(usage), _metrics(usage, gamma)
+            final.usage = chat_usage(ended.input_tokens, ended.output_tokens)
+            final.metrics = metrics(ended, gamma)
             return [last, final]
         case _:
             return []
@@ -130,8 +144,10 @@ def completion(event: wire.TerminalEvent, machine: ResponseMachine, gamma: int) 
         created=int(event.response.created_at),
         model=machine.plan.model,
         choices=[Choice(message=message, finish_reason=finish_reason(event))],
-        usage=_usage(usage),
-        metrics=_metrics(usage, gamma),
+        system_fingerprint=machine.plan.fingerprint,
+        usage=chat_usage(usage.input_tokens, usage.output_tokens),
+        dspark=machine.used(),
+        metrics=metrics(usage, gamma),
     )
 
 
@@ -144,19 +160,24 @@ def _chunk(machine: ResponseMachine, choices: list[ChunkChoice]) -> Chunk:
     plan = machine.plan
     usage: Any = None if plan.include_usage else UNSET
     return Chunk(
-        id=machine.response_id, created=int(machine.created_at), model=plan.model, choices=choices, usage=usage
+        id=machine.response_id,
+        created=int(machine.created_at),
+        model=plan.model,
+        choices=choices,
+        system_fingerprint=plan.fingerprint,
+        usage=usage,
     )
 
 
-def _usage(usage: Usage) -> ChatUsage:
+def chat_usage(input_tokens: int, output_tokens: int) -> ChatUsage:
+    """Tokens in the chat API's words."""
     return ChatUsage(
-        prompt_tokens=usage.input_tokens,
-        completion_tokens=usage.output_tokens,
-        total_tokens=usage.input_tokens + usage.output_tokens,
+        prompt_tokens=input_tokens, completion_tokens=output_tokens, total_tokens=input_tokens + output_tokens
     )
 
 
-def _metrics(usage: Usage, gamma: int) -> ChatMetrics:
+def metrics(usage: Usage, gamma: int) -> ChatMetrics:
+    """Figures of a finished answer with vLLM's names."""
     # Rounds that accepted at least k, for k = 0, 1, …; a difference of neighbours is "exactly k".
     at_least = [usage.rounds, *usage.accepted_per_position, 0]
     return ChatMetrics(

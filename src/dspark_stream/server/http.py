@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from aiohttp import HttpVersion11, web
 
 from dspark_stream.errors import DsparkError, InternalError, InvalidRequestError
-from dspark_stream.server import chat, wire
-from dspark_stream.server.bodies import ChatBody, ResponseBody, decode
+from dspark_stream.server import chat, completions, wire
+from dspark_stream.server.bodies import ChatBody, CompletionBody, ResponseBody, decode
 from dspark_stream.server.delivery import Delivery, SlowReaderError, bound_buffers
 from dspark_stream.server.lifecycle import ResponseMachine
+from dspark_stream.server.plan import Plan
 from dspark_stream.server.service import Service
-from dspark_stream.types import EngineEvent, FinishedEvent
+from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Frames = Callable[[wire.ServerEvent], bytes]
 """What one event becomes in an event stream; empty for nothing."""
+Chunks = Callable[[wire.ServerEvent, ResponseMachine, int], Sequence[object]]
+Whole = Callable[[wire.TerminalEvent, ResponseMachine, int], object]
 
 
 class RequestTimeoutError(DsparkError):
@@ -47,7 +50,7 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
 
 class HttpApi:
-    """Handlers of ``/v1/responses`` and ``/v1/chat/completions``."""
+    """Handlers of ``/v1/responses``, ``/v1/chat/completions`` and ``/v1/completions``."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -59,17 +62,28 @@ class HttpApi:
         if plan.stream:
             return await self._stream(request, client, machine, _response_frames)
         ended = await self._collect(client, machine)
-        return json_response(ended.response)
+        return json_response(ended.response, headers=_warnings(machine))
 
     async def chat(self, request: web.Request, client: str) -> web.StreamResponse:
         """``POST /v1/chat/completions``."""
         plan = self._service.planner.chat(await self._body(request, ChatBody))
-        machine = ResponseMachine(plan)
-        gamma = self._service.info.gamma
+        return await self._completion(request, client, plan, chat.chunks, chat.completion)
+
+    async def completions(self, request: web.Request, client: str) -> web.StreamResponse:
+        """``POST /v1/completions``."""
+        plan = self._service.planner.completion(await self._body(request, CompletionBody))
+        return await self._completion(request, client, plan, completions.chunks, completions.completion)
+
+    async def _completion(
+        self, request: web.Request, client: str, plan: Plan, chunks: Chunks, whole: Whole
+    ) -> web.StreamResponse:
+        machine, gamma = ResponseMachine(plan), self._service.info.gamma
         if plan.stream:
-            return await self._stream(request, client, machine, lambda event: _chat_frames(event, machine, gamma))
+            return await self._stream(
+                request, client, machine, lambda event: _chat_frames(event, chunks(event, machine, gamma))
+            )
         ended = await self._collect(client, machine)
-        return json_response(chat.completion(ended, machine, gamma))
+        return json_response(whole(ended, machine, gamma), headers=_warnings(machine))
 
     async def _body(self, request: web.Request, kind: type[T]) -> T:
         config = self._service.config
@@ -141,6 +155,7 @@ class HttpApi:
             if running.done():
                 running.result()
             delivery.add_stream(machine.response_id)
+            answer.headers.update(_warnings(machine))
             await answer.prepare(request)
             if request.transport is not None:
                 bound_buffers(request.transport, service.config)
@@ -174,8 +189,8 @@ class _Listener:
         self._machine = machine
         self._put = put
 
-    def started(self) -> None:
-        for event in self._machine.begin():
+    def started(self, taken: GenerationRequest | None) -> None:
+        for event in self._machine.begin(taken):
             self._put(event)
         self.begun.set()
 
@@ -209,17 +224,22 @@ def json_response(body: object, *, status: int = 200, headers: dict[str, str] | 
     )
 
 
+def _warnings(machine: ResponseMachine) -> dict[str, str]:
+    """For those who do not look into the body."""
+    return {"X-Dspark-Warning": "; ".join(machine.warnings)} if machine.warnings else {}
+
+
 def _response_frames(event: wire.ServerEvent) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (wire.event_type(event).encode(), wire.encode(event))
 
 
-def _chat_frames(event: wire.ServerEvent, machine: ResponseMachine, gamma: int) -> bytes:
+def _chat_frames(event: wire.ServerEvent, chunks: Sequence[object]) -> bytes:
     if isinstance(event, wire.Failed):
         frames = [b"data: %s\n\n" % wire.encode({"error": event.response.error})]
     elif isinstance(event, wire.Cancelled):
         frames = [b"data: %s\n\n" % wire.encode({"error": wire.error_body(_cut_short())})]
     else:
-        frames = [b"data: %s\n\n" % wire.encode(chunk) for chunk in chat.chunks(event, machine, gamma)]
+        frames = [b"data: %s\n\n" % wire.encode(chunk) for chunk in chunks]
     if isinstance(event, wire.TerminalEvent):
         frames.append(b"data: [DONE]\n\n")
     return b"".join(frames)

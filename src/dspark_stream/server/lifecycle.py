@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from dspark_stream.server import wire
 from dspark_stream.server.plan import Plan, new_id
-from dspark_stream.types import EngineEvent, ErrorInfo, FinishedEvent, TokensEvent, Usage
+from dspark_stream.types import EngineEvent, ErrorInfo, FinishedEvent, GenerationRequest, TokensEvent, Usage
 
 
 class State(enum.Enum):
@@ -31,6 +31,7 @@ class Input(enum.Enum):
     """What can happen to a response."""
 
     BEGIN = "begin"
+    PREPARED = "prepared"  # nothing was to be generated
     TOKENS = "tokens"
     STOP = "stop"
     LENGTH = "length"
@@ -62,6 +63,7 @@ _SHUT = (Say.TEXT_DONE, Say.PART_DONE, Say.ITEM_DONE)
 TRANSITIONS: dict[tuple[State, Input], tuple[tuple[Say, ...], State]] = {
     (State.NEW, Input.BEGIN): (_BEGIN, State.CREATED),
     (State.NEW, Input.CANCEL): ((*_BEGIN, Say.CANCELLED), State.ENDED),
+    (State.CREATED, Input.PREPARED): ((Say.COMPLETED,), State.ENDED),
     (State.CREATED, Input.TOKENS): ((*_OPEN, Say.DELTA), State.STREAMING),
     (State.CREATED, Input.STOP): ((*_OPEN, *_SHUT, Say.COMPLETED), State.ENDED),
     (State.CREATED, Input.LENGTH): ((*_OPEN, *_SHUT, Say.INCOMPLETE), State.ENDED),
@@ -103,6 +105,8 @@ class ResponseMachine:
         self._item_id = new_id("msg")
         self._texts: list[str] = []
         self._delta = ""
+        self._taken: GenerationRequest | None = None
+        self._tokens = 0
         self._item_status: Literal["completed", "incomplete"] = "incomplete"
 
     @property
@@ -120,8 +124,14 @@ class ResponseMachine:
         """Everything said so far."""
         return "".join(self._texts)
 
-    def begin(self) -> list[Event]:
-        """The engine has taken the request."""
+    @property
+    def warnings(self) -> list[str]:
+        """In what the engine's request differs from what the client wrote."""
+        return self.plan.warnings(self._taken.sampling) if self._taken is not None else []
+
+    def begin(self, taken: GenerationRequest | None = None) -> list[Event]:
+        """The engine has ``taken`` the request; None: it does not need to."""
+        self._taken = taken
         return self._advance(Input.BEGIN)
 
     def cancel(self) -> list[Event]:
@@ -132,8 +142,9 @@ class ResponseMachine:
         """Turn one event of the engine into what the client is told."""
         if isinstance(event, FinishedEvent):
             self.usage, self.error = event.usage, event.error
-            return self._advance(_FINISH[event.reason])
+            return self._advance(_FINISH[event.reason] if self.plan.generate else Input.PREPARED)
         self._delta = event.text
+        self._tokens += len(event.token_ids)
         if event.text:
             self._texts.append(event.text)
         said = self._advance(Input.TOKENS)
@@ -170,7 +181,8 @@ class ResponseMachine:
             case Say.PART_ADDED:
                 return wire.ContentPartAdded(item_id=self._item_id, part=wire.OutputTextPart(text=""))
             case Say.DELTA:
-                return wire.TextDelta(item_id=self._item_id, delta=self._delta)
+                usage = wire.usage_so_far(self.input_tokens, self._tokens) if self.plan.continuous_usage else UNSET
+                return wire.TextDelta(item_id=self._item_id, delta=self._delta, usage=usage)
             case Say.TEXT_DONE:
                 return wire.TextDone(item_id=self._item_id, text=self._whole_text())
             case Say.PART_DONE:
@@ -186,6 +198,11 @@ class ResponseMachine:
             case Say.CANCELLED:
                 return wire.Cancelled(response=self.snapshot("cancelled"))
 
+    @property
+    def input_tokens(self) -> int:
+        """Of the prompt, once the engine has it."""
+        return len(self._taken.prompt_ids) if self._taken is not None else 0
+
     def _whole_text(self) -> str:
         # Joined once: the done events and the terminal one share the string.
         if len(self._texts) != 1:
@@ -200,19 +217,21 @@ class ResponseMachine:
         self, status: Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
     ) -> wire.ResponseObject:
         """The response object as it is now."""
-        plan = self.plan
-        usage = self.usage
+        plan, usage, taken = self.plan, self.usage, self._taken
+        limit = plan.max_output_tokens
         ended = status != "in_progress"
+        # A response that ended before its message began has none.
+        has_item = ended and plan.generate and bool(self._texts or status in ("completed", "incomplete"))
         return wire.ResponseObject(
             id=plan.response_id,
             created_at=self.created_at,
             completed_at=round(self._clock(), 3) if status == "completed" else None,
             status=status,
             model=plan.model,
-            # A response that ended before its message began has none.
-            output=[self._item()] if ended and (self._texts or status in ("completed", "incomplete")) else [],
+            system_fingerprint=plan.fingerprint,
+            output=[self._item()] if has_item else [],
             instructions=plan.instructions,
-            max_output_tokens=plan.max_output_tokens,
+            max_output_tokens=limit if limit is None or taken is None else taken.sampling.max_tokens,
             metadata=plan.metadata,
             previous_response_id=plan.previous_response_id,
             temperature=plan.temperature,
@@ -224,10 +243,20 @@ class ResponseMachine:
             usage=wire.response_usage(usage) if usage is not None else None,
         )
 
+    def used(self) -> wire.DsparkStats:
+        """What the answer was, or is, made with."""
+        plan, taken = self.plan, self._taken
+        return wire.DsparkStats(
+            mode=plan.mode,
+            verification=plan.verification,
+            seed=plan.seed,
+            max_tokens=taken.sampling.max_tokens if taken is not None else UNSET,
+            warnings=self.warnings or UNSET,
+        )
+
     def _stats(self) -> wire.DsparkStats:
-        plan, usage = self.plan, self.usage
-        stats = wire.DsparkStats(mode=plan.mode, verification=plan.verification, seed=plan.seed)
-        if usage is None:
+        stats, usage = self.used(), self.usage
+        if usage is None or not self.plan.generate:
             return stats
         return msgspec.structs.replace(
             stats,

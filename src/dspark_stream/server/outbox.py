@@ -30,6 +30,7 @@ class Outbox:
             last = self._last.get(response_id)
             if isinstance(event, wire.TextDelta) and isinstance(last, wire.TextDelta):
                 last.delta += event.delta
+                last.usage = event.usage
                 self.pending_bytes += len(event.delta)
                 self.merged += 1
                 return

@@ -5,44 +5,31 @@ Checks that need the prompt's tokens or the state of the server (room, earlier r
 
 from __future__ import annotations
 
-import math
+import hashlib
 import secrets
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from dspark_stream import __version__
 from dspark_stream.errors import ContextLengthError, InvalidRequestError, NotFoundError
-from dspark_stream.server.bodies import (
-    ChatBody,
-    ChatMessage,
-    Content,
-    DsparkOptions,
-    InputMessage,
-    ResponseBody,
-    convert_item,
-    refuse_unsupported,
-)
+from dspark_stream.server import values
+from dspark_stream.server.bodies import Body, ChatBody, CompletionBody, DsparkOptions, ResponseBody
+from dspark_stream.server.messages import chat_messages, input_messages
+from dspark_stream.server.refusals import refuse_unsupported
 from dspark_stream.types import (
-    MAX_SEED,
     MAX_TEMPERATURE,
     GenerationRequest,
+    Message,
     Mode,
     ModelInfo,
     SamplingParams,
     Verification,
 )
 
-MAX_STOP_STRINGS = 4
-MAX_STOP_CHARS = 256
-MAX_MESSAGES = 2048
-"""As many as OpenAI takes; each costs time on the loop, whatever is in it."""
-MAX_METADATA_PAIRS = 16
-MAX_METADATA_KEY = 64
-MAX_METADATA_VALUE = 512
-
-Message = tuple[str, str]
-"""(role, content), as `Tokenizer.encode_chat` takes them."""
+LEGACY_MAX_TOKENS = 16
+"""What /v1/completions means by no `max_tokens`, at OpenAI and vLLM."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,28 +37,45 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     response_id: str
     model: str
-    messages: tuple[Message, ...]
+    fingerprint: str = ""
+    """Names the model and how it is computed; answers carry it as ``system_fingerprint``."""
+    messages: tuple[Message, ...] = ()
     """This turn's messages, without instructions and earlier turns."""
+    prompt: str | tuple[int, ...] | None = None
+    """Text or token ids to go on with, no chat template applied; None where there are messages."""
     input_param: str
     """What the client calls the prompt, for errors about it."""
     limit_param: str = "max_output_tokens"
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: int | None = None
+    """As asked for: `values.UNLIMITED` is all that fit, and what does not fit is cut."""
+    default_max_tokens: int | None = None
+    """In place of the service's own."""
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
+    """0: the likeliest token, whatever the temperature."""
     top_k: int = 0
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     max_chunk_gap_ms: float = 0.0
     mode: Mode = "dspark"
     verification: Verification = "rejection"
     steps: bool = False
+    generate: bool = True
+    """False: only keep the conversation, for a next response to go on with."""
     store: bool = True
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     metadata: dict[str, str] = {}
 
     def conversation(self, earlier: Sequence[Message]) -> list[Message]:
@@ -86,12 +90,18 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             prompt_ids=tuple(prompt_ids),
             sampling=SamplingParams(
                 max_tokens=max_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
+                min_tokens=min(self.min_tokens, max_tokens),
+                temperature=self.temperature if self.top_p else 0.0,
+                top_p=self.top_p or 1.0,
                 top_k=self.top_k,
                 min_p=self.min_p,
+                frequency_penalty=self.frequency_penalty,
+                presence_penalty=self.presence_penalty,
+                repetition_penalty=self.repetition_penalty,
+                logit_bias=self.logit_bias,
                 seed=self.seed,
                 stop=self.stop,
+                stop_token_ids=self.stop_token_ids,
                 ignore_eos=self.ignore_eos,
             ),
             mode=self.mode,
@@ -99,6 +109,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             max_chunk_gap_ms=self.max_chunk_gap_ms,
             record_rounds=self.steps,
         )
+
+    def warnings(self, sampling: SamplingParams) -> list[str]:
+        """Where the engine was asked for something else than the client wrote, in words."""
+        found = []
+        for param, wanted, taken in (
+            (self.limit_param, self.max_output_tokens, sampling.max_tokens),
+            ("min_tokens", self.min_tokens, sampling.min_tokens),
+        ):
+            if wanted is not None and wanted != taken:
+                found.append(f"`{param}` is {values.number(wanted)}; the context has room for {taken}, which was taken")
+        return found
 
 
 def new_id(prefix: str) -> str:
@@ -117,6 +138,7 @@ class Planner:
         self._temperature = 1.0 if info.sampling.temperature is None else info.sampling.temperature
         self._top_p = 1.0 if info.sampling.top_p is None else info.sampling.top_p
         self._default_top_k = min(info.sampling.top_k or 0, info.vocab_size)
+        self.fingerprint = _fingerprint(info)
 
     def response(self, body: ResponseBody) -> Plan:
         """Plan for a ``response.create`` event or a body of ``POST /v1/responses``.
@@ -127,72 +149,116 @@ class Planner:
             NotFoundError: an unknown model.
         """
         refuse_unsupported(body)
-        extra = body.dspark or DsparkOptions()
-        if body.stream_options is not None:
-            _refuse_stream_options(body.stream_options, usage=False)
-        plan = Plan(
-            response_id=new_id("resp"),
-            model=self._model(body.model),
-            messages=_input_messages(body.input),
+        generate = body.generate is not False
+        return self._plan(
+            body,
+            "resp",
+            ("max_output_tokens", body.max_output_tokens),
+            streams=True,
+            messages=input_messages(body.input, required=generate),
             input_param="input",
             instructions=body.instructions,
             previous_response_id=body.previous_response_id,
-            max_output_tokens=self._max_tokens(body.max_output_tokens, "max_output_tokens"),
-            temperature=_ranged(body.temperature, "temperature", 0, MAX_TEMPERATURE, default=self._temperature),
-            top_p=_ranged(body.top_p, "top_p", 0, 1, default=self._top_p, low_open=True),
-            top_k=self._top_k(extra.top_k, "dspark.top_k"),
-            min_p=_ranged(extra.min_p, "dspark.min_p", 0, 1, default=0.0),
-            seed=_seed(extra.seed, "dspark.seed"),
-            stop=_stop(extra.stop, "dspark.stop"),
-            ignore_eos=extra.ignore_eos,
-            max_chunk_gap_ms=_ranged(extra.max_chunk_gap_ms, "dspark.max_chunk_gap_ms", 0, 600_000, default=0.0),
-            mode=extra.mode,
-            verification=extra.verification,
-            steps=extra.steps,
+            generate=generate,
             store=body.store is not False,
-            stream=bool(body.stream),
-            metadata=_metadata(body.metadata),
         )
-        self.refuse_oversized(plan.conversation(()), plan.input_param)
-        return plan
 
     def chat(self, body: ChatBody) -> Plan:
         """Plan for a body of ``POST /v1/chat/completions``; raises as `response`."""
         refuse_unsupported(body)
-        extra = body.dspark or DsparkOptions()
-        options = body.stream_options
-        if options is not None:
-            if not body.stream:
-                raise InvalidRequestError("`stream_options` needs `stream: true`", param="stream_options")
-            _refuse_stream_options(options, usage=True)
-        limit_param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
-        limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        # vLLM's clients write -1 for "off".
-        top_k = 0 if body.top_k == -1 else body.top_k
-        plan = Plan(
-            response_id=new_id("chatcmpl"),
-            model=self._model(body.model),
-            messages=_chat_messages(body.messages),
+        limit = ("max_tokens", body.max_tokens)
+        if body.max_completion_tokens is not None:
+            limit = ("max_completion_tokens", body.max_completion_tokens)
+        return self._plan(
+            body,
+            "chatcmpl",
+            limit,
+            streams=bool(body.stream),
+            messages=chat_messages(body.messages),
             input_param="messages",
-            limit_param=limit_param,
-            max_output_tokens=self._max_tokens(limit, limit_param),
-            temperature=_ranged(body.temperature, "temperature", 0, MAX_TEMPERATURE, default=self._temperature),
-            top_p=_ranged(body.top_p, "top_p", 0, 1, default=self._top_p, low_open=True),
-            top_k=self._top_k(*_either(top_k, "top_k", extra.top_k)),
-            min_p=_ranged(*_either(body.min_p, "min_p", extra.min_p), 0, 1, default=0.0),
-            seed=_seed(*_either(body.seed, "seed", extra.seed)),
-            stop=_stop(*_either(body.stop, "stop", extra.stop)),
-            ignore_eos=bool(body.ignore_eos) or extra.ignore_eos,
-            max_chunk_gap_ms=_ranged(extra.max_chunk_gap_ms, "dspark.max_chunk_gap_ms", 0, 600_000, default=0.0),
-            mode=extra.mode,
-            verification=extra.verification,
             store=False,
-            stream=bool(body.stream),
-            include_usage=options is not None and bool(options.include_usage),
-            metadata=_metadata(body.metadata),
         )
-        self.refuse_oversized(plan.conversation(()), plan.input_param)
+
+    def completion(self, body: CompletionBody) -> Plan:
+        """Plan for a body of ``POST /v1/completions``; raises as `response`."""
+        refuse_unsupported(body, but=("prompt",))
+        return self._plan(
+            body,
+            "cmpl",
+            ("max_tokens", body.max_tokens),
+            streams=bool(body.stream),
+            prompt=self._prompt(body.prompt),
+            input_param="prompt",
+            default_max_tokens=LEGACY_MAX_TOKENS,
+            store=False,
+        )
+
+    def _plan(self, body: Body, prefix: str, limit: tuple[str, int | None], *, streams: bool, **own: Any) -> Plan:
+        """What all APIs have in common, and what is a request's ``own``."""
+        extra = body.dspark or DsparkOptions()
+        options = values.stream_options(body.stream_options, streams=streams)
+        limit_param, max_tokens = limit[0], values.max_tokens(limit[1], limit[0])
+        seed, chosen = values.seed(*values.either(body.seed, "seed", extra.seed))
+        penalty = values.MAX_PENALTY
+        plan = Plan(
+            response_id=new_id(prefix),
+            model=self._model(body.model),
+            fingerprint=self.fingerprint,
+            limit_param=limit_param,
+            max_output_tokens=max_tokens,
+            min_tokens=values.min_tokens(body.min_tokens, max_tokens, limit_param),
+            temperature=values.ranged(body.temperature, "temperature", 0, MAX_TEMPERATURE, default=self._temperature),
+            top_p=values.ranged(body.top_p, "top_p", 0, 1, default=self._top_p),
+            top_k=values.top_k(
+                *values.either(body.top_k, "top_k", extra.top_k), self.info.vocab_size, self._default_top_k
+            ),
+            min_p=values.ranged(*values.either(body.min_p, "min_p", extra.min_p), 0, 1, default=0.0),
+            frequency_penalty=values.ranged(
+                body.frequency_penalty, "frequency_penalty", -penalty, penalty, default=0.0
+            ),
+            presence_penalty=values.ranged(body.presence_penalty, "presence_penalty", -penalty, penalty, default=0.0),
+            repetition_penalty=values.ranged(
+                body.repetition_penalty, "repetition_penalty", 0, penalty, default=1.0, low_open=True
+            ),
+            logit_bias=values.logit_bias(body.logit_bias, self.info.vocab_size),
+            seed=seed,
+            stop=values.stop(*values.either(body.stop, "stop", extra.stop)),
+            stop_token_ids=values.token_ids(
+                body.stop_token_ids, "stop_token_ids", self.info.vocab_size, most=values.MAX_STOP_TOKENS
+            ),
+            ignore_eos=bool(values.either(body.ignore_eos, "ignore_eos", extra.ignore_eos)[0]),
+            max_chunk_gap_ms=values.ranged(extra.max_chunk_gap_ms, "dspark.max_chunk_gap_ms", 0, 600_000, default=0.0),
+            mode=extra.mode or "dspark",
+            # Rejection's text depends on where its rounds end, and so on the load; who chooses a seed wants it again.
+            verification=extra.verification or ("coupled" if chosen else "rejection"),
+            steps=bool(extra.steps),
+            stream=bool(body.stream),
+            include_usage=bool(options.include_usage),
+            continuous_usage=bool(options.continuous_usage_stats),
+            metadata=values.metadata(body.metadata),
+            **own,
+        )
+        said: list[Message] = [("", plan.prompt)] if isinstance(plan.prompt, str) else plan.conversation(())
+        self.refuse_oversized(said, plan.input_param)
         return plan
+
+    def _prompt(self, value: str | list[Any] | None) -> str | tuple[int, ...]:
+        """A text, or token ids; a list of one of these is that one."""
+        if isinstance(value, list) and value and isinstance(value[0], str | list):
+            if len(value) > 1:
+                raise InvalidRequestError(
+                    f"`prompt` has {len(value)} prompts; a request has one, and requests are decoded together",
+                    param="prompt",
+                    code="unsupported_value",
+                )
+            value = value[0]
+        if not value:
+            raise InvalidRequestError(
+                "`prompt` is empty; it needs some text, or token ids", param="prompt", code="empty_input"
+            )
+        if not isinstance(value, str):
+            return values.token_ids(value, "prompt", self.info.vocab_size)
+        return value
 
     def _model(self, name: str | None) -> str:
         if name is not None and name not in self.names:
@@ -203,172 +269,39 @@ class Planner:
             )
         return name if name is not None else self.info.model
 
-    def _max_tokens(self, value: int | None, param: str) -> int | None:
-        # One token of the context is the least that a prompt takes.
-        high = self.info.max_model_len - 1
-        if value is not None and not 1 <= value <= high:
-            raise InvalidRequestError(f"`{param}` must be from 1 to {high}, but is {_number(value)}", param=param)
-        return value
-
-    def _top_k(self, value: int | None, param: str) -> int:
-        if value is not None and not 0 <= value <= self.info.vocab_size:
-            raise InvalidRequestError(
-                f"`{param}` must be from 0 (off) to {self.info.vocab_size}, but is {_number(value)}", param=param
-            )
-        return self._default_top_k if value is None else value
-
     def refuse_oversized(self, messages: Sequence[Message], param: str) -> None:
         """Raise for a prompt that is too long whatever its tokens are; costs no tokenising."""
         most = self.info.max_model_len * self.info.max_token_bytes
         size = 0
-        for _, content in messages:
-            size += len(content) if content.isascii() else len(content.encode())
+        for _, said in messages:
+            for text in (said,) if isinstance(said, str) else said:
+                size += len(text) if text.isascii() else len(text.encode())
             if size > most:
-                raise ContextLengthError(
-                    f"`{param}` has more than {most} bytes, which cannot fit the context of "
-                    f"{self.info.max_model_len} tokens",
-                    param=param,
-                )
+                raise self.too_long(f"your `{param}` has more than {most} bytes, which cannot be so few tokens", param)
 
     def room(self, plan: Plan, prompt_tokens: int, default: int) -> int:
-        """How many tokens may be written after a prompt of this length."""
-        context = self.info.max_model_len
-        room = context - prompt_tokens
+        """How many tokens may be written after a prompt of this length: what was asked for, as far as it fits."""
+        room = self.info.max_model_len - prompt_tokens
         if room < 1:
-            raise ContextLengthError(
-                f"`{plan.input_param}` is at least {prompt_tokens} tokens long, but the context is {context} tokens "
-                "and one must be left for the answer",
-                param=plan.input_param,
+            raise self.too_long(
+                f"your `{plan.input_param}` resulted in at least {prompt_tokens} tokens, and the answer needs one",
+                plan.input_param,
             )
         wanted = plan.max_output_tokens
-        if wanted is not None and wanted > room:
-            raise ContextLengthError(
-                f"`{plan.limit_param}` is {wanted}, but after a prompt of {prompt_tokens} tokens the context of "
-                f"{context} has room for {room}",
-                param=plan.limit_param,
-            )
-        return wanted if wanted is not None else min(default, room)
+        if wanted is None:
+            wanted = max(plan.default_max_tokens or default, plan.min_tokens)
+        return room if wanted == values.UNLIMITED else min(wanted, room)
 
-
-# --- messages ---------------------------------------------------------------------------------------------------
-
-
-def _input_messages(value: str | list[dict[str, Any]] | None) -> tuple[Message, ...]:
-    if value is None:
-        raise InvalidRequestError("`input` is required", param="input", code="missing_required_field")
-    if isinstance(value, str):
-        return _not_empty([("user", value)], "input")
-    _not_too_many(value, "input")
-    messages = []
-    for index, item in enumerate(value):
-        message = convert_item(item, InputMessage, f"input[{index}]")
-        messages.append((_role(message.role), _text(message.content)))
-    return _not_empty(messages, "input")
-
-
-def _chat_messages(value: list[dict[str, Any]]) -> tuple[Message, ...]:
-    _not_too_many(value, "messages")
-    messages = []
-    for index, item in enumerate(value):
-        path = f"messages[{index}]"
-        message = convert_item(item, ChatMessage, path)
-        refuse_unsupported(message, prefix=path + ".")
-        if message.content is None:
-            raise InvalidRequestError(
-                f"`{path}.content` is required", param=f"{path}.content", code="missing_required_field"
-            )
-        messages.append((_role(message.role), _text(message.content)))
-    return _not_empty(messages, "messages")
-
-
-def _not_too_many(messages: Sequence[object], param: str) -> None:
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequestError(f"`{param}` has {len(messages)} messages; at most {MAX_MESSAGES}", param=param)
-
-
-def _not_empty(messages: list[Message], param: str) -> tuple[Message, ...]:
-    if not any(content for _, content in messages):
-        raise InvalidRequestError(f"`{param}` is empty; it needs some text", param=param, code="empty_input")
-    return tuple(messages)
-
-
-def _role(role: str) -> str:
-    return "system" if role == "developer" else role
-
-
-def _text(content: Content) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-# --- values -----------------------------------------------------------------------------------------------------
-
-
-def _either(value: Any, param: str, extra: Any) -> tuple[Any, str]:
-    """A field that has two homes in the chat API: at the top, as vLLM, or in ``dspark``."""
-    return (value, param) if value is not None else (extra, f"dspark.{param}")
-
-
-def _ranged(
-    value: float | None, param: str, low: float, high: float, *, default: float, low_open: bool = False
-) -> float:
-    if value is None:
-        return default
-    # NaN fails every comparison; MessagePack can carry one.
-    if not (math.isfinite(value) and low <= value <= high) or (low_open and value == low):
-        begin = f"above {low}" if low_open else f"from {low}"
-        raise InvalidRequestError(f"`{param}` must be {begin} to {high}, but is {value}", param=param)
-    return value
-
-
-def _number(value: int) -> str:
-    return str(value) if abs(value) < 10**24 else "out of any range"
-
-
-def _seed(value: int | None, param: str) -> int:
-    if value is None:
-        return secrets.randbits(63)
-    if not 0 <= value <= MAX_SEED:
-        raise InvalidRequestError(f"`{param}` must be from 0 to 2^63 - 1, but is {_number(value)}", param=param)
-    return value
-
-
-def _stop(value: str | list[str] | None, param: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    strings = (value,) if isinstance(value, str) else tuple(value)
-    if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidRequestError(f"`{param}` has {len(strings)} strings; at most {MAX_STOP_STRINGS}", param=param)
-    for index, text in enumerate(strings):
-        if not 1 <= len(text) <= MAX_STOP_CHARS:
-            where = param if isinstance(value, str) else f"{param}[{index}]"
-            raise InvalidRequestError(
-                f"`{where}` must be 1 to {MAX_STOP_CHARS} characters long, but has {len(text)}", param=where
-            )
-    return strings
-
-
-def _metadata(value: dict[str, str] | None) -> dict[str, str]:
-    pairs = value or {}
-    if len(pairs) > MAX_METADATA_PAIRS:
-        raise InvalidRequestError(f"`metadata` has {len(pairs)} pairs; at most {MAX_METADATA_PAIRS}", param="metadata")
-    for key, text in pairs.items():
-        if len(key) > MAX_METADATA_KEY or len(text) > MAX_METADATA_VALUE:
-            raise InvalidRequestError(
-                f"`metadata`: keys have at most {MAX_METADATA_KEY} characters and values {MAX_METADATA_VALUE}",
-                param="metadata",
-            )
-    return pairs
-
-
-def _refuse_stream_options(options: Any, *, usage: bool) -> None:
-    if options.include_obfuscation:
-        raise InvalidRequestError(
-            "`stream_options.include_obfuscation`: events are not padded",
-            param="stream_options.include_obfuscation",
-            code="unsupported_value",
+    def too_long(self, however: str, param: str | None) -> ContextLengthError:
+        """The error in the words by which clients know it: of all that it says, some see the text alone."""
+        return ContextLengthError(
+            f"This model's maximum context length is {self.info.max_model_len} tokens. However, {however}. Please "
+            f"reduce the length of the prompt ({ContextLengthError.code}).",
+            param=param,
         )
-    if options.continuous_usage_stats or (options.include_usage is not None and not usage):
-        name = "continuous_usage_stats" if options.continuous_usage_stats else "include_usage"
-        raise InvalidRequestError(
-            f"`stream_options.{name}` is not supported here", param=f"stream_options.{name}", code="unsupported_value"
-        )
+
+
+def _fingerprint(info: ModelInfo) -> str:
+    """The same as long as a seed gives the same text; what a file of weights holds is not looked at."""
+    what = (__version__, info.model, info.dtype, info.device, info.target_quant, info.vocab_size)
+    return f"fp_{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"

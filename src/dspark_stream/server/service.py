@@ -13,17 +13,23 @@ from typing import Protocol
 import msgspec
 
 from dspark_stream.engine.boundary import Engine, Tokenizer
-from dspark_stream.errors import DsparkError, EngineFailedError, InternalError, InvalidRequestError
+from dspark_stream.errors import (
+    ContextLengthError,
+    DsparkError,
+    EngineFailedError,
+    InternalError,
+    InvalidRequestError,
+)
 from dspark_stream.server import access, wire
 from dspark_stream.server.admission import Admission
 from dspark_stream.server.conversation import ConversationStore
 from dspark_stream.server.hub import EventHub
 from dspark_stream.server.metrics import Metrics
-from dspark_stream.server.plan import Message, Plan, Planner
+from dspark_stream.server.plan import Plan, Planner
 from dspark_stream.server.settings import ServerConfig
 from dspark_stream.server.turns import Turns
 from dspark_stream.server.vitals import Vitals
-from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, TokensEvent
+from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, Message, TokensEvent, Usage
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +37,8 @@ log = logging.getLogger(__name__)
 class Listener(Protocol):
     """Who is told about a stream. Both are called on the loop and must not block."""
 
-    def started(self) -> None:
-        """The engine has the request; events follow."""
+    def started(self, taken: GenerationRequest | None) -> None:
+        """The engine has ``taken`` the request, or (None) does not need to; events follow."""
 
     def engine_event(self, event: EngineEvent) -> None:
         """One event, the `FinishedEvent` last."""
@@ -63,27 +69,33 @@ class Service:
         """Whether the service is going down."""
         return self.admission.draining
 
-    async def run(self, plan: Plan, client: str, listener: Listener) -> None:
-        """One stream from admission to its end; cancelling this task cancels the stream.
+    async def run(self, plan: Plan, client: str, listener: Listener, owner: object = None) -> None:
+        """One stream from admission to its end; cancelling this task cancels the stream. What is not to be stored is
+        kept for its ``owner``, where there is one: a socket can go on with its own responses.
 
         Raises:
             DsparkError: refused; ``listener`` has heard nothing.
         """
         arrived = time.monotonic()
         with self._place(client):
-            earlier = self.store.get(plan.previous_response_id)
+            earlier = self.store.get(plan.previous_response_id, owner)
             conversation = plan.conversation(earlier)
             self.planner.refuse_oversized(conversation, plan.input_param)
-            prompt_ids = await self._tokenise(conversation, plan.input_param, client)
+            if not plan.generate:
+                self.keep(plan, [*earlier, *plan.messages], owner)
+                listener.started(None)
+                nothing = Usage(input_tokens=0, output_tokens=0)
+                listener.engine_event(FinishedEvent(request_id=plan.response_id, reason="stop", usage=nothing))
+                return
+            prompt_ids = await self._tokenise(plan, conversation, client)
             self.admission.check()
             limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
-            stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived)
+            stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived, owner)
             entry = stream.entry
             entry.submitted(plan.response_id, len(prompt_ids))
             self.hub.subscribe(plan.response_id, stream.receive)
             try:
-                self._submit(plan.request(prompt_ids, limit), plan, client)
-                listener.started()
+                listener.started(self._submit(plan, prompt_ids, limit, client))
                 await stream.over.wait()
             finally:
                 self.hub.unsubscribe(plan.response_id)
@@ -95,15 +107,24 @@ class Service:
                 if entry.key_label:
                     self.metrics.of_client(entry.key_label, entry.input_tokens, entry.output_tokens)
 
-    def _submit(self, request: GenerationRequest, plan: Plan, client: str) -> None:
+    def keep(self, plan: Plan, messages: list[Message], owner: object) -> None:
+        """Store a conversation for everybody who knows its id, or for its owner alone, or not at all."""
+        if plan.store or owner is not None:
+            self.store.put(plan.response_id, messages, None if plan.store else owner)
+
+    def _submit(self, plan: Plan, prompt_ids: list[int], limit: int, client: str) -> GenerationRequest:
+        request = msgspec.structs.replace(plan.request(prompt_ids, limit), client=_digest(client))
         try:
-            self.engine.submit(msgspec.structs.replace(request, client=_digest(client)))
+            self.engine.submit(request)
         except InvalidRequestError as error:
             # The engine has its own words for two fields that each API calls differently.
             limit_param, input_param = plan.limit_param, plan.input_param
             words = {"max_tokens": limit_param, "max_output_tokens": limit_param, "prompt_ids": input_param}
             param = words.get(error.param or "", error.param)
+            if isinstance(error, ContextLengthError):
+                raise self.planner.too_long(error.message, param) from None
             raise type(error)(error.message, param=param, code=error.code) from None
+        return request
 
     @contextmanager
     def _place(self, client: str) -> Iterator[None]:
@@ -115,10 +136,15 @@ class Service:
             if not self.admission.in_flight:
                 self.idle.set()
 
-    async def _tokenise(self, conversation: list[Message], param: str, client: str) -> list[int]:
-        most = self.info.max_model_len
+    async def _tokenise(self, plan: Plan, conversation: list[Message], client: str) -> list[int]:
+        prompt, param, most = plan.prompt, plan.input_param, self.info.max_model_len
+        if isinstance(prompt, tuple):
+            return list(prompt)
+        tokenizer = self._tokenizer
         try:
-            return await self._turns.run(client, lambda: self._tokenizer.encode_chat(conversation, most))
+            if prompt is not None:
+                return await self._turns.run(client, lambda: tokenizer.encode_prompt(prompt, most))
+            return await self._turns.run(client, lambda: tokenizer.encode_chat(conversation, most))
         except InvalidRequestError as error:
             # A template may refuse an order of roles; which field they came in is ours to say.
             raise InvalidRequestError(error.message, param=param, code=error.code) from None
@@ -151,7 +177,7 @@ class _Stream:
     """Between the hub and a listener: latencies, and what is stored of the answer."""
 
     def __init__(
-        self, service: Service, plan: Plan, messages: list[Message], listener: Listener, arrived: float
+        self, service: Service, plan: Plan, messages: list[Message], listener: Listener, arrived: float, owner: object
     ) -> None:
         self.over = asyncio.Event()
         self.entry = access.current()
@@ -160,6 +186,7 @@ class _Stream:
         self._messages = messages
         self._listener = listener
         self._arrived = arrived
+        self._owner = owner
         self._last = 0.0
         self._texts: list[str] = []
 
@@ -188,6 +215,6 @@ class _Stream:
         self._service.metrics.finish(event, lasted_s)
         self._service.admission.lasted(lasted_s)
         # A cancelled answer is kept too: people stop an answer and go on with the conversation.
-        if self._plan.store and event.reason != "failed":
+        if event.reason != "failed":
             answer = "".join(self._texts)
-            self._service.store.put(self._plan.response_id, [*self._messages, ("assistant", answer)])
+            self._service.keep(self._plan, [*self._messages, ("assistant", answer)], self._owner)

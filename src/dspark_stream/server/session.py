@@ -24,7 +24,7 @@ from dspark_stream.server import wire
 from dspark_stream.server.bodies import ClientEvent, ResponseCancel, ResponseCreate
 from dspark_stream.server.lifecycle import IllegalTransitionError, ResponseMachine
 from dspark_stream.server.plan import Plan
-from dspark_stream.types import EngineEvent, FinishedEvent, Usage
+from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, Usage
 
 Lane = str | None
 """A ``stream_id``; None is the lane of events that name none."""
@@ -118,11 +118,11 @@ class Session:
         self._say(None, wire.error_event(error, event_id=event_id, stream_id=stream_id))
         return self._take()
 
-    def started(self, response_id: str) -> Outcome:
-        """The engine has it."""
+    def started(self, response_id: str, taken: GenerationRequest | None = None) -> Outcome:
+        """The engine has it, as ``taken``; None: it does not need to."""
         work = self._works[response_id]
         work.phase = Phase.RUNNING
-        self._tell(work, work.machine.begin())
+        self._tell(work, work.machine.begin(taken))
         return self._take()
 
     def refused(self, response_id: str, error: DsparkError) -> Outcome:

@@ -20,7 +20,7 @@ from dspark_stream.server.handshake import check_handshake, choose_subprotocol
 from dspark_stream.server.plan import Plan
 from dspark_stream.server.service import Service
 from dspark_stream.server.session import Abandon, Cancel, Outcome, Session, SessionLimits, Start
-from dspark_stream.types import EngineEvent, FinishedEvent
+from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,10 @@ class SocketShell:
             metrics.merged_deltas += self._delivery.outbox.merged
             if self._closer is not None:
                 left.append(self._closer)
-            await _ended(left)
+            try:
+                await _ended(left)
+            finally:
+                self._service.store.forget(self)
         return self._ws
 
     async def close(self, code: int, reason: str) -> None:
@@ -208,7 +211,7 @@ class SocketShell:
         access.enter(line)
         status = 200
         try:
-            await self._service.run(plan, self._client, _Listener(self, plan.response_id))
+            await self._service.run(plan, self._client, _Listener(self, plan.response_id), owner=self)
         except DsparkError as error:
             status, line.error = error.status, error.code
             self._apply(self._session.refused(plan.response_id, error))
@@ -220,10 +223,10 @@ class SocketShell:
             self._delivery.remove_stream(plan.response_id)
             self._log(line, status)
 
-    def started(self, response_id: str) -> None:
+    def started(self, response_id: str, taken: GenerationRequest | None) -> None:
         """`Listener.started` of one of this socket's responses."""
         self._delivery.add_stream(response_id)
-        self._apply(self._session.started(response_id))
+        self._apply(self._session.started(response_id, taken))
 
     def engine_event(self, event: EngineEvent) -> None:
         """`Listener.engine_event` of one of this socket's responses."""
@@ -282,8 +285,8 @@ class _Listener:
         self._shell = shell
         self._response_id = response_id
 
-    def started(self) -> None:
-        self._shell.started(self._response_id)
+    def started(self, taken: GenerationRequest | None) -> None:
+        self._shell.started(self._response_id, taken)
 
     def engine_event(self, event: EngineEvent) -> None:
         self._shell.engine_event(event)

@@ -78,11 +78,15 @@ class IncompleteDetails(msgspec.Struct, kw_only=True):
 
 
 class DsparkStats(msgspec.Struct, kw_only=True):
-    """How speculation went; fields of a response that is not finished are absent."""
+    """What was used, and how speculation went; fields of a response that is not finished are absent."""
 
     mode: str
     verification: str
     seed: int
+    max_tokens: int | UnsetType = UNSET
+    """The limit that the engine was given."""
+    warnings: list[str] | UnsetType = UNSET
+    """In what the engine was asked for something else than the client wrote; absent: in nothing."""
     rounds: int | UnsetType = UNSET
     drafted: int | UnsetType = UNSET
     scheduled: int | UnsetType = UNSET
@@ -101,6 +105,7 @@ class ResponseObject(msgspec.Struct, tag="response", tag_field="object", kw_only
     created_at: float
     status: Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
     model: str
+    system_fingerprint: str
     output: list[OutputMessage]
     instructions: str | None
     max_output_tokens: int | None
@@ -198,6 +203,8 @@ class TextDelta(_PartEvent, tag="response.output_text.delta", kw_only=True):
 
     delta: str
     logprobs: list[Any] = []
+    usage: ResponseUsage | UnsetType = UNSET
+    """Up to here, where ``stream_options.continuous_usage_stats`` asks for it."""
 
 
 class TextDone(_PartEvent, tag="response.output_text.done", kw_only=True):
@@ -348,10 +355,13 @@ MAX_ID_CHARS = 128
 
 def response_usage(usage: Usage) -> ResponseUsage:
     """Tokens in the Responses API's words."""
+    return usage_so_far(usage.input_tokens, usage.output_tokens)
+
+
+def usage_so_far(input_tokens: int, output_tokens: int) -> ResponseUsage:
+    """The same of a response that goes on."""
     return ResponseUsage(
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        total_tokens=usage.input_tokens + usage.output_tokens,
+        input_tokens=input_tokens, output_tokens=output_tokens, total_tokens=input_tokens + output_tokens
     )
 
 

@@ -1,0 +1,120 @@
+"""Programs that people really use, unchanged, each in an environment of its own, against a real model.
+
+`make test-clients` makes the environments (.venv-clients) and runs this; `make test` does not.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "smollm2-135m"
+REQUESTS = 5
+
+
+def run(environment: str, program: str, *arguments: object, folder: Path | None = None) -> str:
+    """A program of an environment; its output."""
+    path = ROOT / ".venv-clients" / environment / "bin" / program
+    if not path.exists():
+        pytest.fail(f"{path} is missing: `make test-clients` makes it")
+    done = subprocess.run(
+        [str(path), *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=folder, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def script(environment: str, service: str) -> Any:
+    """What a script of ours saw with the package of an environment."""
+    output = run(environment, "python", Path(__file__).with_name(f"{environment}_script.py"), service)
+    return json.loads(output.splitlines()[-1])
+
+
+def test_openai(service: str) -> None:
+    """Guards against answers, seeds, overflows and sockets that the most used package does not understand."""
+    found = script("openai", service)
+    chat = found["chat"]
+    assert (chat["tokens"], chat["streamed_tokens"]) == (12, 8)
+    assert chat["text"]
+    assert chat["streamed"]
+    assert chat["dspark"] == {"seed": 7, "verification": "coupled"}
+    assert chat["fingerprint"].startswith("fp_")
+    assert found["completions"]["tokens"] == 5
+    assert found["responses"]["first"]
+    assert found["responses"]["second"]
+    code, message = found["responses"]["overflow"]
+    assert code == "context_length_exceeded"
+    assert "This model's maximum context length is 8192 tokens." in message
+    assert found["seeds"] == {"texts": 1}
+    socket = found["websocket"]
+    assert socket["warm"] == []
+    assert all(socket["texts"])
+    assert len(socket["texts"]) == 2
+
+
+def test_langchain(service: str) -> None:
+    """Guards against an overflow that LangChain takes for any bad request."""
+    found = script("langchain", service)
+    for api in ("chat", "responses"):
+        assert found[api]["text"]
+        assert found[api]["streamed"]
+        assert found[api]["overflow"] == "OpenAIContextOverflowError"
+    assert found["completions"]
+
+
+def test_litellm(service: str) -> None:
+    """Guards against an overflow after which LiteLLM does not take the model with the longer context."""
+    found = script("litellm", service)
+    assert found["text"]
+    assert found["streamed"]
+    assert found["completion"]
+    assert found["overflow"] == "ContextWindowExceededError"
+    assert found["stayed"] != "from the large one"
+    assert found["fell_back"] == "from the large one"
+
+
+@pytest.mark.parametrize("route", ["", "/v1/responses", "/v1/completions"])
+def test_guidellm(service: str, tokenizer: Path, tmp_path: Path, route: str) -> None:
+    """Guards against a benchmark's own fields being refused, or answers of another length than it asked for."""
+    backend = f"kind=openai_http,target={service}" + (f",request_format={route}" if route else "")
+    run(
+        "guidellm",
+        "guidellm",
+        *("run", "--backend", backend, "--disable-console"),
+        *("--profile", "kind=concurrent,streams=2", "--constraint", f"kind=max_requests,count={REQUESTS}"),
+        *("--tokenizer", f"kind=huggingface_auto,model={tokenizer}"),
+        *("--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=16"),
+        *("--output", f"kind=json,path={tmp_path / 'report.json'}"),
+        folder=tmp_path,
+    )
+    (benchmark,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (REQUESTS, 0), totals
+    assert {request["output_metrics"]["text_tokens"] for request in benchmark["requests"]["successful"]} == {16}
+
+
+@pytest.mark.parametrize("route", ["chat", "responses", "completions"])
+@pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
+def test_aiperf(service: str, tokenizer: Path, tmp_path: Path, route: str, streaming: bool) -> None:
+    """Guards against the same with another benchmark."""
+    run(
+        "aiperf",
+        "aiperf",
+        *("profile", "--model", MODEL, "--url", service, "--endpoint-type", route, "--tokenizer", tokenizer),
+        *("--request-count", REQUESTS, "--concurrency", 2, "--isl", 64, "--osl", 16, "--ui", "none"),
+        *("--extra-inputs", "ignore_eos:true", "--extra-inputs", "min_tokens:16"),
+        *(["--streaming"] if streaming else []),
+        *("--output-artifact-dir", tmp_path),
+        folder=tmp_path,
+    )
+    (report,) = tmp_path.rglob("profile_export_aiperf.json")
+    figures = json.loads(report.read_text())
+    assert figures["request_count"]["avg"] == REQUESTS
+    assert not figures.get("error_summary")
