@@ -184,7 +184,7 @@ def test_a_client_has_its_limit_and_no_more() -> None:
         with pytest.raises(RateLimitError) as limited, admission.place("a"):
             pass
         assert limited.value.status == 429
-            assert 2 <= limited.value.retry_after_s <= 5  # spread, so that not all come back at once
+        assert 2 <= limited.value.retry_after_s <= 5  # spread, so that not all come back at once
         with admission.place("b"):
             pass
 
