@@ -17,7 +17,10 @@ def main() -> int:
     from dspark_stream.cli import main as run
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = run()
+    try:
+        code = run()
+    except KeyboardInterrupt:  # before, or after, anybody was there to answer for it
+        code = EXIT_INTERRUPTED
     # What is left is Python's own end, which a second Ctrl-C may cut short without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code

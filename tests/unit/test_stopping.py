@@ -89,6 +89,17 @@ def test_a_program_that_outlives_its_terminal_keeps_doing_so():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_ctrl_c_while_the_flags_are_made_is_quiet():
+    code = """
+import os, signal, sys
+from dspark_stream import __main__, cli
+cli._build_parser = lambda argv: os.kill(os.getpid(), signal.SIGINT)
+sys.exit(__main__.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize("module", ["argparse", "dspark_stream.commands"])
 def test_ctrl_c_while_the_program_is_imported_is_quiet(module):
     """Guards against pages of import lines for a key that was pressed early."""
