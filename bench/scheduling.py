@@ -14,7 +14,7 @@ import time
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import msgspec
 
@@ -77,7 +77,7 @@ def main() -> None:
                 rounds_ms.append(round_ms)
                 for name, a, b in zip(("plan", "lengths", "learn"), clock, clock[1:], strict=False):
                     spent[name].append(1e6 * (b - a))
-            spent["decision"] = sorted(spent["plan"])[-args.rounds // 10 :]  # they hold for several rounds
+            spent["decision"] = [median(sorted(spent["plan"])[-args.rounds // 10 :])]  # they hold for several rounds
             each = {f"{name}_us": round(fmean(times), 1) for name, times in spent.items()}
             round_ms = fmean(rounds_ms)
             share = sum(each[f"{part}_us"] for part in ("plan", "lengths", "learn")) / (1e3 * round_ms)
