@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,10 @@ class TextCodec:
         ``most``: of a text that has more tokens the first ``most + 1`` are enough. Such a text is not read to its end,
         however long it is; one that has no more always is.
         """
-        return _ids(self.raw, text, most)
+        return _ids(self._encoding, text, most)
+
+    def _encoding(self, text: str) -> Encoding:
+        return _batch(self.raw, text)
 
     def encode_prompt(self, text: str, most: int | None = None) -> list[int]:
         """Tokens of a text to go on with, no template applied: the BOS token first where the model wants one, and
@@ -138,7 +142,9 @@ class TextCodec:
         # As text, the name of a token is no shorter: what is too long already stays so.
         fits = most is None or len(ids) <= most
         if fits and not self.allow_control_tokens and self._control.typed_in(messages):
-            ids = self._control.encode(messages, self._chat_text, lambda raw, text: _ids(raw, text, most))
+            ids = self._control.encode(
+                messages, self._chat_text, lambda raw, text: _ids(partial(_batch, raw), text, most)
+            )
         return _with_bos(self._chat_bos, ids)
 
     def encode_open_turn(self, history: Sequence[Message], opening: str = "") -> list[int]:
@@ -191,21 +197,21 @@ class TextCodec:
         return str(self.raw.decode(list(ids), skip_special_tokens=True))
 
 
-def _ids(raw: RawTokenizer, text: str, most: int | None = None) -> list[int]:
+def _ids(encoding: Callable[[str], Encoding], text: str, most: int | None) -> list[int]:
     size = len(text) if most is None else CHARS_A_TOKEN * (most + 1)
     while size < len(text):
-        found = _encoding(raw, text[:size])
+        found = encoding(text[:size])
         if most is not None and len(found) > most + CUT_TOKENS:
             found.truncate(most + 1)
             return list(found.ids)
         size *= 4
-    found = _encoding(raw, text)
+    found = encoding(text)
     if most is not None:
         found.truncate(most + 1)
     return list(found.ids)
 
 
-def _encoding(raw: RawTokenizer, text: str) -> Encoding:
+def _batch(raw: RawTokenizer, text: str) -> Encoding:
     # the call for batches lets other threads go on meanwhile; the one for single texts keeps them all waiting
     return raw.encode_batch_fast([text], add_special_tokens=False)[0]
 
