@@ -9,7 +9,7 @@ from multidict import CIMultiDict
 
 MAX_AGE_S = 600
 METHODS = "GET, HEAD, POST, OPTIONS"
-EXPOSED = "Retry-After, X-Request-Id"
+EXPOSED = "Retry-After, X-Request-Id, X-Dspark-Warning"
 """Headers of answers that scripts may read."""
 
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, \t-]{0,2048}")

@@ -19,6 +19,8 @@ from dspark_stream.server.bodies import Body, ChatBody, CompletionBody, DsparkOp
 from dspark_stream.server.messages import chat_messages, input_messages
 from dspark_stream.server.refusals import refuse_unsupported
 from dspark_stream.types import (
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
     GenerationRequest,
     Message,
@@ -199,7 +201,7 @@ class Planner:
         options = values.stream_options(body.stream_options, streams=streams)
         limit_param, max_tokens = limit[0], values.max_tokens(limit[1], limit[0])
         seed, chosen = values.seed(*values.either(body.seed, "seed", extra.seed))
-        penalty = values.MAX_PENALTY
+        penalty = MAX_PENALTY
         plan = Plan(
             response_id=new_id(prefix),
             model=self._model(body.model),
@@ -218,7 +220,7 @@ class Planner:
             ),
             presence_penalty=values.ranged(body.presence_penalty, "presence_penalty", -penalty, penalty, default=0.0),
             repetition_penalty=values.ranged(
-                body.repetition_penalty, "repetition_penalty", 0, penalty, default=1.0, low_open=True
+                body.repetition_penalty, "repetition_penalty", 0, MAX_REPETITION_PENALTY, default=1.0, low_open=True
             ),
             logit_bias=values.logit_bias(body.logit_bias, self.info.vocab_size),
             seed=seed,

@@ -10,16 +10,13 @@ from typing import Any
 from dspark_stream.errors import InvalidRequestError
 from dspark_stream.server.bodies import StreamOptions
 from dspark_stream.server.refusals import unsupported
-from dspark_stream.types import MAX_SEED
+from dspark_stream.types import MAX_BIAS, MAX_BIASES, MAX_SEED
 
 UNLIMITED = -1
 """As a limit of tokens: all that there is room for."""
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
-MAX_BIASES = 1024
-MAX_BIAS = 100
-MAX_PENALTY = 2
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
