@@ -81,9 +81,13 @@ class Controller:
         """The next round's. ``pasts``: of every stream, None for one that is never drafted for."""
         present = tuple(pasts)
         self._left -= 1
-        if present != self._for or self._left < 0:
-            self._for = present
+        if present != self._for and self._left >= 0 and len(present) > HOLD:
+            # among many, somebody comes or goes in nearly every round: newcomers wait for the next decision
+            chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
+            self._plan = self._plan._replace(drafting=[past in chosen for past in present])
+        elif present != self._for or self._left < 0:
             self._plan, self._left = self._decide(pasts, company)
+        self._for = present
         return self._plan
 
     def _decide(self, pasts: Sequence[Past | None], company: Company) -> tuple[Plan, int]:
