@@ -15,6 +15,7 @@ import numpy as np
 
 from dspark_stream.config import MAX_FIXED, Config
 from dspark_stream.errors import InternalError
+from dspark_stream.load.acceptance import WAYS
 from dspark_stream.local import LocalEngine
 from dspark_stream.progress import Progress
 from dspark_stream.spec.calibration import (
@@ -36,7 +37,6 @@ from dspark_stream.types import (
 
 LEAST_ROUNDS = 200
 FLOOR_DRAWS = 8
-WAYS: tuple[Acceptance, ...] = ("greedy", "rejection", "coupled")
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True):

@@ -223,7 +223,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_skipped_drafts_total: int = 0
     """Rounds of streams that may be drafted for and were not."""
     num_probes_total: int = 0
-    """Rounds that drafted for a stream only to see whether it pays by now."""
+    """Times that rounds were run another way than the best one, to see whether it pays by now."""
     late_chunks_total: int = 0
     """Chunks that came later than the bound on their stream's gaps."""
     capacity_drift: float = 1.0

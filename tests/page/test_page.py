@@ -506,7 +506,7 @@ async def test_a_refusal_is_explained(launch: Launch, error: DsparkError, words:
     page = await site.connected()
     answer = await ask(page, "Please")
     await expect(answer.locator(".notice")).to_contain_text(words)
-    await expect(answer.locator(".notice .detail")).to_have_text(error.message)
+    await expect(answer.locator(".notice .detail")).to_contain_text(error.message)
     await ended(page)
     retry = answer.get_by_role("button", name="Try again")
     await expect(retry).to_have_count(int(again))
@@ -545,8 +545,7 @@ async def test_limits_that_the_server_told_are_kept(launch: Launch) -> None:
     await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
     most = str(site.engine.info.max_model_len - 1)
     await expect(page.locator('[name="max_output_tokens"]')).to_have_attribute("max", most)
-    await setting(page, "max_output_tokens", "2000")  # more than the rest of the context: the server's to refuse
-    answer = await ask(page, "x" * 100)
+    answer = await ask(page, "x" * 2100)  # more than the context, which is the server's to refuse
     await expect(answer.locator(".notice")).to_contain_text("no longer fits")
     await setting(page, "max_output_tokens", "100")
     answer = await ask(page, "Short")

@@ -351,3 +351,51 @@ def test_price_is_the_throughput_that_the_past_lets_expect():
     prices = [one.plan.price for one in played if one.plan.size == (2, GAMMA)]
     assert max(prices) == pytest.approx(rate(played), rel=0.05)
     assert max(prices) > 1.5 * plain
+
+
+def test_no_price_buys_what_a_bound_forbids():
+    """Guards against looks at whole blocks that keep readers waiting: every price of a plan is more than nothing."""
+    machine = Machine(BUSY)
+    played = machine.play(pasts(2), 400, [GOOD, BAD])
+    prices = {one.plan.price for one in played if any(one.plan.drafting)}
+    assert len(prices) > 1
+    bounded = machine.controller.costs.round_cost(Company(1, 96.0), 1, GAMMA).within(0.0)
+    for exact in (True, False):
+        for price in prices:
+            assert Adaptive().lengths([Candidate(GOOD, exact)], bounded, price) == [0]
+
+
+def test_no_look_where_rounds_are_bounded():
+    machine = Machine(BUSY)
+    for _ in range(600):
+        company, own = Company(1, 96.0), pasts(1)
+        machine.controller.plan(own, company, looks=False)
+        machine.controller.learn(own, [()], [0], [0], Shape(company, 0, 0, 1), 5.0)
+    assert machine.controller.looks == 0
+
+
+def test_a_promise_that_is_no_number_spoils_no_other():
+    acceptance, (own, other) = Acceptance(GAMMA), pasts(2)
+    for _ in range(3):
+        acceptance.learn(own, [0.9, float("nan"), float("nan"), float("nan")], 2, 1)
+    acceptance.learn(other, GOOD, 4, 3)
+    assert acceptance.corrected(own, [float("nan")]) == [0.0]
+    assert 0 < acceptance.corrected(other, GOOD)[0] < 1
+    assert (acceptance.expected([own, other]) >= 0).all()
+
+
+def test_a_look_goes_on_for_those_who_stay():
+    """Guards against looks that a newcomer ends before they have shown anything."""
+    machine = Machine(BUSY)
+    company, staying = Company(2, 96.0), pasts(1)
+    looked = 0
+    for _ in range(3000):
+        newcomer = pasts(1)
+        plan = machine.controller.plan([*staying, *newcomer], company)
+        before = machine.controller.looks
+        drafted = [GOOD[: plan.slots] if drafts else () for drafts in plan.drafting]
+        shape = Shape(company, *plan.size, 2)
+        machine.controller.learn([*staying, *newcomer], drafted, [0, 0], [0, 0], shape, machine.table.ms(shape))
+        looked += any(plan.drafting) and machine.controller.looks == before
+    assert machine.controller.looks > 1
+    assert looked >= 2 * machine.controller.looks

@@ -204,7 +204,6 @@ def test_curve_between_and_beyond_its_points():
     assert CURVE.round_ms(2, 1, 0) == 10.0
     assert CURVE.round_ms(6, 1, 1) == pytest.approx(16.0)
     assert CURVE.round_ms(10, 3, 2) == pytest.approx(22.0 + 5.0 + 3.0)
-    assert CURVE.sps(4, 1, 0) == pytest.approx(100.0)
 
 
 def test_curve_knows_context_slots_and_the_rest():
@@ -223,9 +222,9 @@ def test_curve_knows_context_slots_and_the_rest():
 def test_all_choices_at_once_cost_what_each_of_them_does():
     """Guards against deciding by other costs than those that lengths are chosen by."""
     more = {"context": 100, "read_us": 10.0, "attend_us": 2.0, "draft_read_us": 5.0, "after_draft_ms": [0.1, 0.4]}
-    more |= {"sample_us": 50.0, "coupled_us": 70.0, "draft_coupled_us": 30.0}
+    more |= {"sample_us": 50.0}
     curve = msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], rest_ms=[1.0, 3.0], **more)
-    costs, company = CostTable(curve), Company(3, 288.0, 0.5, 0.25)
+    costs, company = CostTable(curve), Company(3, 288.0, 0.5)
     for turn in range(40):  # and so it is once corrections were learnt
         shape = Shape(company, 2 * (turn // 4 % 2), 3 * (turn // 4 % 2), 9 if turn // 4 % 2 else 3)
         costs.learn(shape, costs.ms(shape) * (1.3 if shape.drafting else 1.0))

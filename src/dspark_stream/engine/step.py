@@ -17,6 +17,7 @@ import torch
 
 from dspark_stream.engine.backlog import ROOM, hand_over, room
 from dspark_stream.engine.stream import Stream
+from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Controller, Plan
 from dspark_stream.load.costs import Shape
 from dspark_stream.load.curve import CapacityCurve, Company
@@ -114,7 +115,7 @@ def _plan(models: Models, streams: Sequence[Stream], company: Company, slowest_m
     """Who is drafted for, from the past alone: everybody under a static schedule, else whoever it pays for."""
     slots = models.schedule.slots(models.gamma) if models.drafter else 0
     if slots is None:
-        plan = models.controller.plan([s.past for s in streams], company)
+        plan = models.controller.plan([s.past for s in streams], company, looks=slowest_ms == inf)
     else:
         plan = Plan([s.drafts and slots > 0 for s in streams], slots, 0.0)
     if not any(plan.drafting) or slowest_ms == inf:
@@ -155,12 +156,15 @@ def _schedule(
     cost = controller.costs.round_cost(company, *plan.size).within(
         (slowest_ms - models.late_ms) / controller.costs.pace
     )
+    static = models.schedule.slots(models.gamma) is not None  # goes by promises as they are
     candidates = []
+    same: dict[int, Past] = {}  # streams that draw the same x_1 have to be judged alike, or one decides about the other
     for stream, block in zip(streams, blocks, strict=True):
         if stream.past is None:
             candidates.append(Candidate(()))
             continue
-        survival = controller.acceptance.corrected(stream.past, block.survival)
+        judged_by = same.setdefault(stream.round_key, stream.past)
+        survival = block.survival if static else controller.acceptance.corrected(judged_by, block.survival)
         candidates.append(Candidate(survival, acceptance_of(stream) != "rejection", stream.past.survivals[0]))
     return models.schedule.lengths(candidates, cost, plan.price)
 

@@ -129,12 +129,12 @@ class Stream:
 
     def admitted(self, extent: Extent) -> None:
         """The stream has its slots and starts its prefill."""
-        if adjustments_of(self.sampling):  # not sooner: it may have waited for long, and prompts are long
-            stops = {*self._eos_ids, *self.sampling.stop_token_ids}
-            self._adjustment = Adjustment(self.sampling, stops, self.request.prompt_ids, self._vocab)
         self.extent = extent
         self.phase = Phase.PREFILL
         self._t_admit = self._t_first = time.perf_counter()
+        if adjustments_of(self.sampling):  # not sooner: it may have waited for long, and prompts are long
+            stops = {*self._eos_ids, *self.sampling.stop_token_ids}
+            self._adjustment = Adjustment(self.sampling, stops, self.request.prompt_ids, self._vocab)
 
     def started(self) -> None:
         """The whole prompt is in the store; rounds begin with the next token."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import msgspec
+import numpy as np
 import torch
 
 from dspark_stream.engine.boundary import EventSink
@@ -316,7 +317,12 @@ class EngineThread:
             extent = self._allocator.allocate(stream.slots_needed)
             if extent is None:
                 return
-            stream.admitted(extent)
+            try:
+                stream.admitted(extent)
+            except Exception as error:
+                log.exception("a stream could not be admitted")
+                self._fail([stream], error)
+                continue
             self._counters.prompt_tokens += len(stream.request.prompt_ids)
 
     @torch.inference_mode()
@@ -353,7 +359,7 @@ class EngineThread:
         if tightest_ms < float("inf"):
             budget_ms = min(budget_ms, SAFE * tightest_ms - self._plain_round_ms(decoding)(len(decoding)))
         costs = self._models.controller.costs
-        passes_ms = costs.curve.pass_ms(costs.curve.tokens, Company(1, max(position, costs.curve.context)))
+        passes_ms = costs.pass_ms(np.array(costs.curve.tokens), Company(1, max(position, costs.curve.context)))
         fitting = [n for n, ms in zip(costs.curve.tokens, passes_ms, strict=True) if costs.pace * ms <= budget_ms]
         return max([PREFILL_LEAST, *fitting])
 
@@ -380,9 +386,17 @@ class EngineThread:
     def _set_held(self, request_id: str, held: bool) -> None:
         if (stream := self._streams.get(request_id)) is not None:
             stream.held = held
-            if held:
-                set_aside(self._models, stream)
             stream.last_chunk_s = time.perf_counter()  # what its reader missed was not for us to send
+            if held:
+                self._set_aside(stream)
+
+    @torch.inference_mode()
+    def _set_aside(self, stream: Stream) -> None:
+        try:
+            set_aside(self._models, stream)
+        except Exception as error:  # it alone needs what went wrong
+            log.exception("a held stream could not be set aside")
+            self._fail([stream], error)
 
     def _fail(self, streams: Sequence[Stream], error: Exception) -> None:
         info = _info(error if isinstance(error, DsparkError) else InternalError("the engine failed on this batch"))

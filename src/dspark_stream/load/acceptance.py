@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from math import isfinite
 from typing import get_args
 
 import numpy as np
@@ -77,7 +78,7 @@ class Acceptance:
     def learn(self, past: Past, survival: Sequence[float], verified: int, accepted: int) -> None:
         """What a stream's draft promised, empty where it had none, and what came of it."""
         past.survivals.append(survival)
-        if survival:
+        if survival and isfinite(survival[-1]):
             row = self._whole(survival, self._usual[past.way])
             past.ledger.add(row, verified, accepted)
             self._pools[past.way].add(row, verified, accepted)
@@ -91,7 +92,7 @@ class Acceptance:
     def corrected(self, past: Past, survival: Sequence[float]) -> list[float]:
         """Promises times what such promises have been worth so far."""
         worth = self.worth(past)
-        return [min(1.0, worth * a) for a in survival]
+        return [min(1.0, worth * a) if isfinite(a) else 0.0 for a in survival]
 
     def expected(self, pasts: Sequence[Past]) -> Array:
         """Accepted and verified tokens that each stream's next draft brings, by threshold and slots, [2, m, T, γ]."""

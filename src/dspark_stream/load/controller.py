@@ -69,6 +69,9 @@ class Controller:
         self._plan = Plan((), 0, 0.0)
         self._left = 0
         """Rounds for which the plan still holds."""
+        self._looking = False
+        """Whether it is a look."""
+        self._rounds = 0
         self._saved_ms = 0.0
         """What looks may lose now."""
         self._looks: dict[tuple[str, int], int] = {}
@@ -77,22 +80,25 @@ class Controller:
 
     # --- planning ----------------------------------------------------------------------------------------------
 
-    def plan(self, pasts: Sequence[Past | None], company: Company) -> Plan:
-        """The next round's. ``pasts``: of every stream, None for one that is never drafted for."""
+    def plan(self, pasts: Sequence[Past | None], company: Company, *, looks: bool = True) -> Plan:
+        """The next round's. ``pasts``: of every stream, None for one that is never drafted for.
+
+        ``looks``: whether the round may be one that only shows something.
+        """
         present = tuple(pasts)
         self._left -= 1
-        if present != self._for and self._left >= 0 and len(present) > HOLD:
-            # among many, somebody comes or goes in nearly every round: newcomers wait for the next decision
+        if present != self._for and self._left >= 0 and (self._looking or len(present) > HOLD):
+            # who stays is what was decided about; among many somebody comes or goes in nearly every round
             chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
             self._plan = self._plan._replace(drafting=[past in chosen for past in present])
         elif present != self._for or self._left < 0:
-            self._plan, self._left = self._decide(pasts, company)
+            self._plan, self._left = self._decide(pasts, company, looks)
         self._for = present
         return self._plan
 
-    def _decide(self, pasts: Sequence[Past | None], company: Company) -> tuple[Plan, int]:
+    def _decide(self, pasts: Sequence[Past | None], company: Company, looks: bool) -> tuple[Plan, int]:
         """A plan, and the rounds after this one for which it holds."""
-        self.costs.settle()
+        self._looking = False
         streams, plain_ms = len(pasts), self.costs.plain_ms(company)
         nobody = _Choice(Plan([False] * streams, 0, streams / plain_ms), streams / plain_ms, plain_ms)
         may = [r for r, past in enumerate(pasts) if past is not None]
@@ -103,9 +109,11 @@ class Controller:
         others = {"plain": nobody} if best is drafts else {"drafts": drafts}
         if whole.plan[:2] != best.plan[:2]:
             others["whole"] = whole
-        look = self._look(best, others, pasts)
+        look = self._look(best, others, pasts) if looks and others else None
         if look is not None:
-            return look.plan._replace(price=0.0 if look is whole else best.rate), COMPARED - 1
+            self._looking = True
+            # of whole blocks everything is verified: at such a price anything is worth its time
+            return look.plan._replace(price=best.rate * (1e-3 if look is whole else 1.0)), COMPARED - 1
         return best.plan._replace(price=best.rate), HOLD - 1
 
     def _drafts(self, pasts: Sequence[Past], may: Sequence[int], company: Company) -> tuple[_Choice, _Choice]:
@@ -130,8 +138,6 @@ class Controller:
     def _look(self, best: _Choice, others: dict[str, _Choice], pasts: Sequence[Past | None]) -> _Choice | None:
         """What was looked at least, where enough is saved up for it; the oftener it was, the more that has to be."""
         bits = len(pasts).bit_length()
-        if not others:
-            return None
         kind = min(others, key=lambda kind: self._looks.get((kind, bits), 0))
         look, before = others[kind], self._looks.get((kind, bits), 0)
         drafted = zip(pasts, look.plan.drafting, best.plan.drafting, strict=True)
@@ -162,3 +168,6 @@ class Controller:
                 self.acceptance.learn(past, survival, length, took)
         self._saved_ms += SHARE * ms / self.costs.pace
         self.costs.learn(shape, ms)
+        self._rounds += 1
+        if self._rounds % HOLD == 0:
+            self.costs.settle()

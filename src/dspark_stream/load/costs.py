@@ -45,7 +45,7 @@ class RoundCost:
 
     def within(self, slowest_ms: float) -> RoundCost:
         """The same with everything past ``slowest_ms`` as good as forbidden; B = R stays, whatever it takes."""
-        if self.ms[-1] <= slowest_ms:
+        if max(self.ms) <= slowest_ms:
             return self
         return RoundCost(self.first, [self.ms[0], *(ms if ms <= slowest_ms else 1e9 for ms in self.ms[1:])])
 
@@ -110,6 +110,11 @@ class CostTable:
         beside = c.drafting_ms(drafting, slots, company) + c.beside_ms(company.streams)
         by_drafting = np.interp(np.log(drafting), self._streams, self._by_drafting)
         ms: Array = (c.pass_ms(batch_tokens, company) + beside) * np.exp(self._correction(batch_tokens) + by_drafting)
+        return ms
+
+    def pass_ms(self, batch_tokens: Array, company: Company) -> Array:
+        """Target passes over so many tokens, alone."""
+        ms: Array = self.curve.pass_ms(batch_tokens, company) * np.exp(self._correction(batch_tokens))
         return ms
 
     def plain_ms(self, company: Company) -> float:

@@ -131,10 +131,6 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         draft = float(self.drafting_ms(drafting, self.gamma if slots is None else slots, company)) if drafting else 0.0
         return float(self.pass_ms(batch_tokens, company)) + draft + self.beside_ms(streams)
 
-    def sps(self, batch_tokens: int, streams: int, drafting: int) -> float:
-        """Rounds a second when a round carries ``batch_tokens`` target tokens."""
-        return 1000.0 / self.round_ms(batch_tokens, streams, drafting)
-
 
 # --- fitting -------------------------------------------------------------------------------------------------
 

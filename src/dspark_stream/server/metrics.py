@@ -176,7 +176,11 @@ def _add_engine(page: Page, engine: EngineSnapshot, in_flight: int) -> None:
             "Rounds of streams that were not drafted for, since it would not have paid.",
             engine.num_skipped_drafts_total,
         ),
-        ("spec_decode_num_probes", "Rounds that drafted only to see whether it pays.", engine.num_probes_total),
+        (
+            "spec_decode_num_probes",
+            "Looks: some rounds run another way, to learn.",
+            engine.num_probes_total,
+        ),
         ("late_chunks", "Chunks later than their stream's bound.", engine.late_chunks_total),
         ("spec_decode_num_draft_tokens", "Draft tokens proposed.", engine.num_draft_tokens_total),
         ("spec_decode_num_scheduled_tokens", "Draft tokens verified.", engine.num_scheduled_tokens_total),
