@@ -99,6 +99,7 @@ class Controller:
     def _decide(self, pasts: Sequence[Past | None], company: Company, looks: bool) -> tuple[Plan, int]:
         """A plan, and the rounds after this one for which it holds."""
         self._looking = False
+        self.costs.settle()
         streams, plain_ms = len(pasts), self.costs.plain_ms(company)
         nobody = _Choice(Plan([False] * streams, 0, streams / plain_ms), streams / plain_ms, plain_ms)
         may = [r for r, past in enumerate(pasts) if past is not None]
@@ -170,4 +171,4 @@ class Controller:
         self.costs.learn(shape, ms)
         self._rounds += 1
         if self._rounds % HOLD == 0:
-            self.costs.settle()
+            self.costs.settle()  # whoever decides nothing, as a static schedule, still plans by what rounds take
