@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,27 @@ async def test_so_many_sockets(launch: Launch) -> None:
         assert await refusal(running) == 503
     async with running.socket():
         pass
+
+
+async def test_a_socket_that_cannot_be_closed_keeps_no_other_open(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a shutdown that ends with the first socket that goes wrong."""
+    running = await launch()
+    async with running.socket() as first, running.socket() as second:
+
+        async def cancelled(code: int, reason: str) -> None:
+            raise asyncio.CancelledError
+
+        shell = next(iter(running.server.sockets.open))
+        monkeypatch.setattr(shell, "close", cancelled)
+        await running.server.sockets.close_all()
+        monkeypatch.undo()
+        closed = [asyncio.create_task(socket.closed()) for socket in (first, second)]
+        done, _ = await asyncio.wait(closed, return_when=asyncio.FIRST_COMPLETED)
+        assert done.pop().result() == 1012
+        await running.server.sockets.close_all()
+        assert [await task for task in closed] == [1012, 1012]
 
 
 async def test_one_client_leaves_sockets_for_others(launch: Launch, tmp_path: Path) -> None:

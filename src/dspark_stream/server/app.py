@@ -307,8 +307,6 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
         return web.Response(status=status)  # nobody will see it
     except Exception as error:
         log.exception("%s %s failed", _method(request), _route(request))
-        if entry.answer_status is not None and request.transport is not None:
-            request.transport.abort()  # its head is out: a second answer would pass for a piece of the first
         return _error_answer(request, wire.as_dspark_error(error))
     finally:
         service.metrics.http[entry.method, entry.route, status] += 1
@@ -317,6 +315,8 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
 
 
 def _error_answer(request: web.Request, error: DsparkError) -> web.Response:
+    if request[access.ENTRY].answer_status is not None and request.transport is not None:
+        request.transport.abort()  # a head is out: this would pass for a piece of the answer that it began
     headers: dict[str, str] = {}
     if isinstance(error, BusyError) and error.status in (429, 503):
         headers["Retry-After"] = str(error.retry_after_s)

@@ -46,6 +46,7 @@ class SocketShell:
         self._transport: asyncio.Transport | None = None
         self._closer: asyncio.Task[None] | None = None
         self._close_code: int | None = None
+        self._over = False
 
     @property
     def client(self) -> str:
@@ -105,6 +106,7 @@ class SocketShell:
         finally:
             # aiohttp cancels us when the connection is lost, perhaps in the middle of this: no await before
             # everything that still runs for this client, in whichever state it is, was told to stop.
+            self._over = True
             left = [*self._tasks.values(), reader, writer]
             _cancel(left)
             metrics.sockets_open -= 1
@@ -193,6 +195,8 @@ class SocketShell:
             self._delivery.put(event, response_id)
         for command in outcome.commands:
             match command:
+                case Start(plan=plan) if self._over:  # nobody would wait for its task
+                    self._log_unbegun(plan.response_id)
                 case Start(plan=plan):
                     self._spawn(plan)
                 case Abandon(response_id=response_id):
