@@ -507,7 +507,7 @@ async def test_a_refusal_is_explained(launch: Launch, error: DsparkError, words:
     page = await site.connected()
     answer = await ask(page, "Please")
     await expect(answer.locator(".notice")).to_contain_text(words)
-    await expect(answer.locator(".notice .detail")).to_have_text(error.message)
+    await expect(answer.locator(".notice .detail")).to_contain_text(error.message)
     await ended(page)
     retry = answer.get_by_role("button", name="Try again")
     await expect(retry).to_have_count(int(again))

@@ -29,7 +29,8 @@ class SocketShell:
 
     def __init__(self, service: Service, client: str) -> None:
         self._service = service
-        self._client = client
+        self.client = client
+        """Whose limits it counts against."""
         self._entry = access.current()
         config = service.config
         self._session = Session(
@@ -47,11 +48,6 @@ class SocketShell:
         self._closer: asyncio.Task[None] | None = None
         self._close_code: int | None = None
         self._over = False
-
-    @property
-    def client(self) -> str:
-        """Whose limits it counts against."""
-        return self._client
 
     @property
     def key_label(self) -> str:
@@ -238,7 +234,7 @@ class SocketShell:
     async def _run(self, plan: Plan, line: access.Entry) -> None:
         access.enter(line)
         try:
-            await self._service.run(plan, self._client, _Listener(self, plan.response_id), owner=self)
+            await self._service.run(plan, self.client, _Listener(self, plan.response_id), owner=self)
         except DsparkError as error:
             line.error_status, line.error = error.status, error.code
             self._apply(self._session.refused(plan.response_id, error))
@@ -302,7 +298,7 @@ class SocketShell:
                 max_message_bytes=config.max_message_bytes,
                 max_lanes=config.max_lanes,
                 max_lane_queue=config.max_lane_queue,
-                max_streams_per_client=self._service.admission.most_alone(self._client),
+                max_streams_per_client=self._service.admission.most_alone(self.client),
             ),
         )
 
