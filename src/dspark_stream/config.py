@@ -317,7 +317,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             1_000_000,
         ),
     ] = 2048
-    max_sockets: Annotated[int, Setting("most open WebSockets; past it 503", "service", 1, 1_000_000)] = 1024
+    max_sockets: Annotated[
+        int, Setting("most open WebSockets, half of them for a client alone; past it 503, 429", "service", 1, 1_000_000)
+    ] = 1024
     head_timeout_s: Annotated[
         float,
         Setting(

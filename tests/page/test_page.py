@@ -499,6 +499,7 @@ async def test_a_stopped_race_has_no_verdict(launch: Launch) -> None:
         (DrainingError("going down"), "shutting down", True),
         (ContextLengthError("9 tokens too many"), "no longer fits the model’s context", False),
     ],
+    ids=["limited", "full", "draining", "too-long"],  # an error's own wait is drawn, and would be in the name
 )
 async def test_a_refusal_is_explained(launch: Launch, error: DsparkError, words: str, again: bool) -> None:
     """A refusal that is shown as code, or after which the page can ask no more."""

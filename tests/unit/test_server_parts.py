@@ -201,7 +201,7 @@ def test_places_are_shared_by_those_who_want_them(clients: int, each: int) -> No
                     held.enter_context(admission.place(client))
                     counts[client] += 1
         assert set(counts.values()) == {each}
-        assert admission.most_alone == 48
+        assert admission.most_alone() == 48
         with admission.place("a newcomer"):
             pass
         with pytest.raises(RateLimitError, match=rf"{each} of the server's 96 places.*--max-streams-per-client"):
@@ -231,7 +231,9 @@ def test_a_client_that_was_there_first_gives_way() -> None:
 
 def test_a_load_test_from_one_address_can_have_all_places() -> None:
     admission = Admission(capacity=5, per_client=5)
-    assert admission.most_alone == 5
+    assert admission.most_alone() == 5
+    admission.limits = {"holder": 2}
+    assert (admission.most_alone("holder"), admission.most_alone("a")) == (2, 5)
     with ExitStack() as held:
         for _ in range(5):
             held.enter_context(admission.place("a"))
@@ -239,7 +241,7 @@ def test_a_load_test_from_one_address_can_have_all_places() -> None:
             with pytest.raises(OverloadedError):
                 held.enter_context(admission.place(client))
     for capacity in (1, 2, 3):
-        assert Admission(capacity).most_alone == (capacity + 1) // 2
+        assert Admission(capacity).most_alone() == (capacity + 1) // 2
         with Admission(capacity).place("a"):
             pass
 
@@ -251,6 +253,8 @@ def test_a_load_test_from_one_address_can_have_all_places() -> None:
     ("changes", "param"),
     [
         ({"max_sockets": 0}, "max_sockets"),
+        ({"max_lane_queue": -1}, "max_lane_queue"),
+        ({"shutdown_timeout_s": -1.0}, "shutdown_timeout_s"),
         ({"allowed_origins": ("example.org",)}, "allowed_origins"),
         ({"allowed_origins": ("https://example.org/",)}, "allowed_origins"),
         ({"api_key": "ключ"}, "api_key"),

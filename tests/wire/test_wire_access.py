@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,3 +164,43 @@ async def test_so_many_sockets(launch: Launch) -> None:
         assert await refusal(running) == 503
     async with running.socket():
         pass
+
+
+async def test_a_socket_that_cannot_be_closed_keeps_no_other_open(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a shutdown that ends with the first socket that goes wrong."""
+    running = await launch()
+    async with running.socket() as first, running.socket() as second:
+
+        async def cancelled(code: int, reason: str) -> None:
+            raise asyncio.CancelledError
+
+        shell = next(iter(running.server.sockets.open))
+        monkeypatch.setattr(shell, "close", cancelled)
+        await running.server.sockets.close_all()
+        monkeypatch.undo()
+        closed = [asyncio.create_task(socket.closed()) for socket in (first, second)]
+        done, _ = await asyncio.wait(closed, return_when=asyncio.FIRST_COMPLETED)
+        assert done.pop().result() == 1012
+        await running.server.sockets.close_all()
+        assert [await task for task in closed] == [1012, 1012]
+
+
+async def test_one_client_leaves_sockets_for_others(launch: Launch, tmp_path: Path) -> None:
+    """Guards against one client that opens all sockets and keeps them."""
+    keys = tmp_path / "keys"
+    keys.write_text("alice:sekret-a\nbob:sekret-b\n")
+    keys.chmod(0o600)
+    alice, bob = ({"additional_headers": {"Authorization": f"Bearer sekret-{name}"}} for name in "ab")
+    running = await launch(max_sockets=4, api_key_file=keys)
+    async with running.socket(**alice), running.socket(**alice):
+        assert await refusal(running, **alice) == 429
+        async with running.socket(**bob):
+            assert await refusal(running, **bob) == 429
+    async with running.socket(**alice):
+        pass
+    # Where shares are off, for whoever stands behind one address.
+    running = await launch(max_sockets=2, max_streams_per_client=72)
+    async with running.socket(), running.socket():
+        assert await refusal(running) == 503

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from dspark_stream.server import vitals
+from dspark_stream.server import http as http_api
+from dspark_stream.server import vitals, wire
+from dspark_stream.server.lifecycle import ResponseMachine, Say
 from fakes import FakeEngine, Script
 from wire.harness import Launch, Running, check_response, eventually
+from wire.raw import connect, post
 
 LONG = Script(tokens=["word "] * 1000, rounds=(1,))
 
@@ -105,3 +108,77 @@ async def test_a_stuck_engine_that_goes_on_has_not_failed(launch: Launch, monkey
     await asyncio.sleep(0.05)
     running.engine.stuck_for_s = 0.0
     assert (await probes(running))["/ready"] == (200, {"status": "ready"})
+
+
+async def test_a_cut_answer_says_when_to_come_back_and_is_counted_once(launch: Launch) -> None:
+    """Guards against a failure that is also a refusal, and 503 without `Retry-After`."""
+    running = await launch(FakeEngine(LONG, step_s=0.01))
+    metrics = running.server.service.metrics
+    async with running.http() as http:
+        reading = asyncio.create_task(http.post("/v1/responses", json={"input": "x"}))
+        await eventually(lambda: running.engine.live == 1)
+        await asyncio.to_thread(running.engine.fail, "it broke")
+        answer = await reading
+        assert answer.status == 503
+        assert 5 <= int(answer.headers["Retry-After"]) <= 11
+    assert metrics.finished == {"failed": 1}
+    assert not metrics.refused
+
+
+@pytest.mark.parametrize("breaks", [Say.DELTA, Say.ITEM_DONE, Say.COMPLETED])
+async def test_a_machine_that_breaks_still_says_an_end(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, breaks: Say
+) -> None:
+    """Guards against streams without a terminal event because of a bug of ours, over HTTP and on sockets."""
+    make = ResponseMachine._make
+
+    def broken(self: ResponseMachine, say: Say) -> Any:
+        if say is breaks:
+            raise ValueError("a bug")
+        return make(self, say)
+
+    monkeypatch.setattr(ResponseMachine, "_make", broken)
+    running = await launch()
+    async with running.http() as http, running.socket() as socket:
+        for stream in (True, False):
+            async with http.post("/v1/responses", json={"input": "x", "stream": stream}) as answer:
+                text = await answer.text()
+                if stream:
+                    assert text.count("event: response.failed") == 1
+                    assert "event: response.completed" not in text
+                else:
+                    assert (answer.status, (await answer.json())["error"]["code"]) == (500, "internal_error")
+        await socket.create()
+        assert (await socket.until("response.failed"))[-1]["response"]["error"]["code"] == "server_error"
+
+
+async def test_an_answer_that_breaks_on_the_way_has_no_second_head(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against an error that is written into the middle of an answer, and passes for its text."""
+
+    def broken(event: wire.ServerEvent) -> bytes:
+        if isinstance(event, wire.TextDelta):
+            raise ValueError("a bug")
+        return b"data: {}\n\n"
+
+    monkeypatch.setattr(http_api, "_response_frames", broken)
+    running = await launch()
+    async with connect(running) as raw:
+        raw.send(post(b'{"input": "x", "stream": true}'))
+        said = await raw.rest()
+    assert said.startswith(b"HTTP/1.1 200")
+    assert said.count(b"HTTP/1.1") == 1
+    assert not said.endswith(b"0\r\n\r\n")  # nor does it pass for whole
+
+
+async def test_an_engine_that_cannot_be_looked_at_has_failed(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a watch that ends without a word, and a service that nobody restarts."""
+    monkeypatch.setattr(vitals, "LOOK_PERIOD_S", 0.01)
+    running = await launch(FakeEngine())
+    monkeypatch.setattr(running.engine, "snapshot", lambda: 1 / 0)
+    await asyncio.wait_for(running.server.service.vitals.failed.wait(), 5)
+    monkeypatch.undo()
+    async with running.http() as http:
+        status, body = await _post(http, "/v1/responses", {"input": "x"})
+    assert (status, body["error"]["code"]) == (503, "engine_failed")

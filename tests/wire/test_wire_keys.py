@@ -166,6 +166,10 @@ async def test_limits_of_a_key(launch: Launch, file: Path) -> None:
         running.socket(additional_headers=bearer("sekret:b")) as bob,
         running.http() as http,
     ):
+        for socket, header, most in ((alice, bearer("sekret-a"), 1), (bob, bearer("sekret:b"), 36)):
+            assert socket.hello["limits"]["max_streams_per_client"] == most
+            async with http.get("/props", headers=header) as answer:
+                assert (await answer.json())["limits"]["max_streams_per_client"] == most
         await alice.create()
         await alice.until("response.in_progress")
         async with http.post("/v1/responses", json={"input": "x"}, headers=bearer("sekret-a")) as answer:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dspark_stream.server import connections, listener
 from dspark_stream.server.connections import MAX_HEAD_BYTES
 from fakes import FakeEngine
 from wire.harness import Launch, Running, eventually
@@ -152,6 +153,7 @@ async def test_nothing_of_a_refused_head_is_repeated(running: Running, caplog: p
             assert answer.status in (400, 431), name
             assert answer.error["type"] == "invalid_request_error", name
             assert answer.headers["server"] == "dspark-stream"
+            assert answer.headers["x-request-id"].startswith("req_")
             assert "SEKRET" not in answer.head + answer.body.decode()
             assert await raw.rest() == b"", name
     assert "SEKRET" not in caplog.text
@@ -195,6 +197,7 @@ async def test_a_head_has_so_long(launch: Launch, sent: str) -> None:
         if drip is not None:
             drip.cancel()
             assert said.startswith(b"HTTP/1.1 408 ")
+            assert b"X-Request-Id: req_" in said
             assert b'"request_timeout"' in said
         else:
             assert said == b""
@@ -303,6 +306,38 @@ async def test_health_is_answered_at_the_limit(launch: Launch, limits: dict[str,
         assert [(await raw.answer()).status for raw in working] == [200, 200, 200]
         assert (await ask(running, post())).status == 200
     assert cut(running)["limit"] >= 53
+
+
+async def test_the_reserve_keeps_its_short_time(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against probes' places that are held five times as long by whoever sends one byte."""
+    monkeypatch.setattr(connections, "RESERVE_HEAD_TIMEOUT_S", 0.1)
+    engine = FakeEngine()
+    running = await launch(engine, max_connections=1)
+    engine.gate.clear()
+    async with connect(running) as working:
+        working.send(post())
+        await eventually(lambda: engine.live == 1)
+        async with connect(running) as late:
+            late.send("G")
+            assert b"408" in await late.rest()
+        engine.gate.set()
+        assert (await working.answer()).status == 200
+
+
+async def test_one_address_has_its_share_of_fewer_connections(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a limit for each address that is above all that the open files leave."""
+    monkeypatch.setattr(listener, "connections_that_fit", lambda wanted, reserve: 4)
+    engine = FakeEngine()
+    running = await launch(engine, max_connections=4096, max_connections_per_address=2048)
+    engine.gate.clear()
+    async with connect(running) as first, connect(running) as second:
+        for raw in (first, second):
+            raw.send(post())
+        await eventually(lambda: engine.live == 2)
+        answer = await ask(running, post())
+        assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
+        engine.gate.set()
+        assert [(await raw.answer()).status for raw in (first, second)] == [200, 200]
 
 
 async def test_a_place_is_given_back_however_a_connection_ends(launch: Launch) -> None:

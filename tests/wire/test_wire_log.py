@@ -147,3 +147,45 @@ async def test_the_log_can_be_off(launch: Launch, lines: Any) -> None:
         await socket.response()
     await eventually(lambda: sum(running.server.service.metrics.http.values()) == 2)
     assert not lines()
+
+
+async def test_how_responses_on_a_socket_ended_before_they_began(launch: Launch, lines: Any) -> None:
+    """Guards against cancels that look like refusals or leave no line, wherever in its life a response was."""
+    running = await launch()
+    running.tokenizer.gate.clear()
+    async with running.socket() as socket:
+        await socket.create(stream_id="a")
+        await eventually(lambda: len(running.tokenizer.chats) == 1)
+        await socket.create(stream_id="a")  # waits in its lane
+        await socket.send({"type": "response.cancel", "stream_id": "a"})
+        for _ in range(2):
+            await socket.until("response.cancelled")
+        await eventually(lambda: len(lines()) == 2)
+        await socket.create(stream_id="b")
+        await socket.create(stream_id="b")
+    await eventually(lambda: len(lines()) == 5)
+    running.tokenizer.gate.set()
+    *ended, upgrade = lines()
+    assert upgrade["method"] == "GET"
+    assert [(line["status"], line["finish"]) for line in ended] == [(200, "cancelled")] * 4
+    assert len({line["response_id"] for line in ended}) == 4
+
+
+async def test_a_turn_that_only_prepares_is_a_response(running: Running, lines: Any) -> None:
+    """Guards against a turn that was taken and is logged as refused."""
+    async with running.socket() as socket:
+        await socket.create(generate=False)
+        await socket.response()
+    await eventually(lambda: len(lines()) == 2)
+    assert (lines()[0]["status"], lines()[0]["finish"]) == (200, "stop")
+    assert running.server.service.metrics.finished == {"stop": 1}
+
+
+async def test_a_failed_response_on_a_socket_has_its_errors_status(launch: Launch, lines: Any) -> None:
+    """Guards against failures that a search for 5xx does not find."""
+    running = await launch(Script(fail_after_rounds=1))
+    async with running.socket() as socket:
+        await socket.create()
+        await socket.until("response.failed")
+    await eventually(lambda: len(lines()) == 2)
+    assert (lines()[0]["status"], lines()[0]["finish"], lines()[0]["error"]) == (500, "failed", "internal_error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket as sockets
 import sys
@@ -15,6 +16,9 @@ import aiohttp
 import pytest
 import websockets
 
+from dspark_stream.server.app import serve
+from dspark_stream.server.settings import ServerConfig
+from fakes import FakeEngine, FakeTokenizer
 from wire.harness import Socket
 
 SCRIPT = Path(__file__).with_name("fake_server.py")
@@ -86,6 +90,42 @@ async def test_a_process_whose_engine_has_failed_says_so_and_ends() -> None:
         said = await server.stderr.read()
         assert b"a test broke it" in said
         assert b"Traceback" not in said
+
+
+async def test_an_engine_that_fails_while_it_drains_is_a_failure() -> None:
+    """Guards against a supervisor that takes a broken service for one that ended as told."""
+    async with process(60.0) as server:
+        async with websockets.connect(await address(server)) as connection:
+            socket = Socket(connection)
+            await socket.create()
+            await socket.until("response.output_text.delta")
+            server.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            server.send_signal(signal.SIGUSR1)
+            await socket.until("response.failed")
+        assert await asyncio.wait_for(server.wait(), 10) == 1
+
+
+async def test_signals_after_the_second_change_nothing() -> None:
+    """Guards against closings that nobody waits for."""
+    engine, up = FakeEngine(), asyncio.Event()
+    closings: list[float] = []
+    close = engine.close
+
+    def counted(timeout_s: float) -> None:
+        closings.append(timeout_s)
+        close(timeout_s)
+
+    engine.close = counted  # type: ignore[method-assign]
+    serving = asyncio.create_task(
+        serve(ServerConfig(port=0), engine, FakeTokenizer(), ready=lambda _: up.set()),
+    )
+    await asyncio.wait_for(up.wait(), 5)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(0)
+    await asyncio.wait_for(serving, 5)
+    assert sorted(closings) == [0.0, 30.0]
 
 
 def health(where: str) -> str:

@@ -40,6 +40,8 @@ class Entry:
         self.status = 0
         self.answer_status: int | None = None
         """Of the head that was sent; None: none was."""
+        self.error_status: int | None = None
+        """Of the error that ended it."""
         self.response_id = ""
         self.error = ""
         self.reason = ""
@@ -71,7 +73,8 @@ class Entry:
             return
         usage = event.usage
         self.reason = event.reason
-        self.error = event.error.code if event.error is not None else self.error
+        if event.error is not None:
+            self.error, self.error_status = event.error.code, event.error.status
         self.input_tokens, self.output_tokens = usage.input_tokens or self.input_tokens, usage.output_tokens
         self.queue_ms, self.prefill_ms, self.decode_ms = usage.queue_ms, usage.prefill_ms, usage.decode_ms
         self.tau = usage.accepted_length

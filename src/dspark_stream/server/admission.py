@@ -28,7 +28,8 @@ class Admission:
         self.draining = False
         self.failure = ""
         """Why there is no engine to have places on; empty while there is one."""
-        self._shared = per_client < capacity
+        self.shared = per_client < capacity
+        """Whether a client may have no more than are free."""
         self._clients: Counter[str] = Counter()
         self.in_flight = 0
         self._stream_s = 2.0
@@ -43,10 +44,10 @@ class Admission:
         """How long it is fair to wait for a place, in whole seconds."""
         return max(1, min(30, math.ceil(self._stream_s)))
 
-    @property
-    def most_alone(self) -> int:
-        """What a client may have while there is no other one."""
-        return min(self.per_client, (self.capacity + 1) // 2) if self._shared else self.per_client
+    def most_alone(self, client: str = "") -> int:
+        """What this client may have while there is no other one."""
+        own = self.limits.get(client, self.per_client)
+        return min(own, (self.capacity + 1) // 2) if self.shared else min(own, self.capacity)
 
     def check(self) -> None:
         """Raise if nothing is taken any more; whoever had to wait since he got his place asks again.
@@ -77,7 +78,7 @@ class Admission:
             raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=wait_s)
         if mine >= self.limits.get(client, self.per_client):
             raise RateLimitError(f"this client already has {mine} streams; wait for one to end", retry_after_s=wait_s)
-        if self._shared and mine >= free:
+        if self.shared and mine >= free:
             raise RateLimitError(
                 f"this client (key or address) already has {mine} of the server's {self.capacity} places, and what is "
                 "left is for others; wait for a stream to end (--max-streams-per-client sets another limit)",

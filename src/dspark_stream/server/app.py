@@ -17,7 +17,7 @@ from dspark_stream.server.connections import Connection
 from dspark_stream.server.guard import OPEN_PATHS, Guard
 from dspark_stream.server.handshake import VERSION, UpgradeRequiredError
 from dspark_stream.server.heads import SERVER_NAME, UnsupportedTransferError, check_head
-from dspark_stream.server.http import HttpApi, json_response
+from dspark_stream.server.http import AnswerCutError, HttpApi, json_response
 from dspark_stream.server.keys import KeyRing
 from dspark_stream.server.listener import Listener
 from dspark_stream.server.pages import Pages
@@ -115,6 +115,7 @@ class Server:
         if service.vitals.error is None:
             log.info("draining: %d streams have %g s", service.admission.in_flight, self.config.shutdown_timeout_s)
             await asyncio.get_running_loop().run_in_executor(None, self.engine.close, self.config.shutdown_timeout_s)
+            service.vitals.look_back()
         # The engine's last events are on their way to the loop; then each stream's task ends by itself. Of an engine
         # that was stuck to the last there are none.
         late = wire.error_info(ShutdownError("the server shut down before the answer ended"))
@@ -146,15 +147,18 @@ async def serve(
 
     Raises:
         ConfigError: the address cannot be listened on.
-        EngineFailedError: the engine has failed, and the service ended for it (``exit_on_engine_failure``).
+        EngineFailedError: the engine has failed, and the service ended for it (``exit_on_engine_failure``), or was
+            ending.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     server = Server(config, engine, tokenizer)
+    hurry: asyncio.Future[None] | None = None
 
     def on_signal() -> None:
-        if stopping.is_set():
-            loop.run_in_executor(None, engine.close, 0.0)
+        nonlocal hurry
+        if stopping.is_set() and hurry is None:
+            hurry = loop.run_in_executor(None, engine.close, 0.0)
         stopping.set()
 
     handled = stop_signals()
@@ -171,6 +175,9 @@ async def serve(
         finally:
             for number in handled:
                 loop.remove_signal_handler(number)
+            if hurry is not None:
+                await hurry
+    error = error or (server.service.vitals.error if config.exit_on_engine_failure else None)
     if error is not None:
         raise error
 
@@ -280,7 +287,8 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
         status = answer.status
         return answer
     except DsparkError as error:
-        service.refused(error)
+        if not isinstance(error, AnswerCutError):  # that one was counted among the responses
+            service.refused(error)
         status, entry.error = error.status, error.code
         return _error_answer(request, error)
     except web.HTTPException as error:
@@ -307,8 +315,10 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
 
 
 def _error_answer(request: web.Request, error: DsparkError) -> web.Response:
+    if request[access.ENTRY].answer_status is not None and request.transport is not None:
+        request.transport.abort()  # a head is out: this would pass for a piece of the answer that it began
     headers: dict[str, str] = {}
-    if isinstance(error, BusyError):
+    if isinstance(error, BusyError) and error.status in (429, 503):
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from dspark_stream.errors import InvalidRequestError
+from dspark_stream.server.refusals import shorten
 from dspark_stream.types import Mode, Verification
 
 T = TypeVar("T")
@@ -254,21 +255,16 @@ _AT = re.compile(r"^(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>[^`]*)`
 _FIELD = re.compile(r"Object (?P<how>contains unknown|missing required) field `(?P<name>[^`]*)`")
 
 
-def _shorten(text: str) -> str:
-    """An error repeats what the client wrote, but not a megabyte of it."""
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 def field_error(error: msgspec.ValidationError) -> InvalidRequestError:
     """Say which field a validation error is about, in the client's words."""
     found = _AT.match(str(error))
     assert found is not None  # the pattern matches any text
-    what = _shorten(found["what"])
+    what = shorten(found["what"])
     # ``[...]`` is some value of a mapping; its key is not told.
     where = (found["path"] or "").lstrip(".").replace("[...]", "")
     named = _FIELD.search(found["what"])
     if named is not None:
-        name = _shorten(named["name"])
+        name = shorten(named["name"])
         param = f"{where}.{name}" if where else name
         if named["how"].startswith("contains"):
             return InvalidRequestError(f"`{param}` is not a known field", param=param, code="unknown_field")

@@ -20,7 +20,7 @@ from aiohttp.web_request import BaseRequest
 from dspark_stream.errors import BusyError, DsparkError, InternalError
 from dspark_stream.server.delivery import bound_buffers
 from dspark_stream.server.frames import FrameCheck, LastWords
-from dspark_stream.server.heads import HeadTimeoutError, HeadTooLargeError, error_response, refusal, whole_answer
+from dspark_stream.server.heads import HeadTooLargeError, RequestTimeoutError, error_response, refusal, whole_answer
 
 if TYPE_CHECKING:
     from dspark_stream.server.listener import Listener
@@ -57,6 +57,7 @@ class Connection(web.RequestHandler):
         """A whole head is here, and its answer has not been written."""
         self._wire: asyncio.Transport | None = None
         """``transport``, which aiohttp lets go of before the last byte has left."""
+        self._head_timeout_s = limits.head_timeout_s
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -68,8 +69,9 @@ class Connection(web.RequestHandler):
         self._wire = cast(asyncio.Transport, transport)
         bound_buffers(self._wire, self._limits)
         self.limited = self._listener.admit(self, transport.get_extra_info("peername"))
-        within_s = self._limits.head_timeout_s
-        self._arm("head_timeout", within_s if self.limited is None else min(within_s, RESERVE_HEAD_TIMEOUT_S))
+        if self.limited is not None:
+            self._head_timeout_s = min(self._head_timeout_s, RESERVE_HEAD_TIMEOUT_S)
+        self._arm("head_timeout", self._head_timeout_s)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The transport is closed."""
@@ -99,7 +101,7 @@ class Connection(web.RequestHandler):
         """End it for a reason, which is counted."""
         self._listener.metrics.connections_cut[reason] += 1
         if reason == "head_timeout" and self._head_bytes:
-            self._say_and_close(HeadTimeoutError("the request's head did not arrive in time"))
+            self._say_and_close(RequestTimeoutError("the request's head did not arrive in time"))
         elif self._wire is not None and self._wire.get_write_buffer_size():
             self.abort()
         else:
@@ -143,7 +145,7 @@ class Connection(web.RequestHandler):
             self._fail_broken_body()
         elif expected and data:
             if not self._head_bytes:
-                self._arm("head_timeout", self._limits.head_timeout_s)
+                self._arm("head_timeout", self._head_timeout_s)
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._listener.metrics.heads_refused["head_too_large"] += 1

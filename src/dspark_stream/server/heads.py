@@ -17,14 +17,14 @@ from aiohttp.http_exceptions import (
 )
 
 from dspark_stream.errors import DsparkError, InvalidRequestError
-from dspark_stream.server import wire
+from dspark_stream.server import access, wire
 
 SERVER_NAME = "dspark-stream"
 """The whole of the ``Server`` header: versions tell strangers which faults to try."""
 
 
-class HeadTimeoutError(DsparkError):
-    """The head did not arrive in time."""
+class RequestTimeoutError(DsparkError):
+    """The head, or the body, did not arrive in time."""
 
     status = 408
     type = "invalid_request_error"
@@ -112,7 +112,7 @@ def error_response(error: DsparkError) -> web.Response:
         body=wire.encode({"error": wire.error_body(error)}),
         status=error.status,
         content_type="application/json",
-        headers={"Server": SERVER_NAME, "Cache-Control": "no-store"},
+        headers={"Server": SERVER_NAME, "Cache-Control": "no-store", access.REQUEST_ID: access.new_request_id()},
     )
     answer.force_close()
     return answer
@@ -123,6 +123,7 @@ def whole_answer(error: DsparkError) -> bytes:
     body = wire.encode({"error": wire.error_body(error)})
     head = (
         f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nServer: {SERVER_NAME}\r\n"
+        f"{access.REQUEST_ID}: {access.new_request_id()}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + body

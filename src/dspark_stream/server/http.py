@@ -9,14 +9,15 @@ from typing import TypeVar
 
 from aiohttp import HttpVersion11, web
 
-from dspark_stream.errors import DsparkError, InternalError, InvalidRequestError
+from dspark_stream.errors import BusyError, InternalError, InvalidRequestError
 from dspark_stream.server import chat, completions, wire
 from dspark_stream.server.bodies import ChatBody, CompletionBody, ResponseBody, decode
 from dspark_stream.server.delivery import Delivery, SlowReaderError, bound_buffers
+from dspark_stream.server.heads import RequestTimeoutError
 from dspark_stream.server.lifecycle import ResponseMachine
 from dspark_stream.server.plan import Plan
 from dspark_stream.server.service import Service
-from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest
+from dspark_stream.types import EngineEvent, ErrorInfo, FinishedEvent, GenerationRequest
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +28,23 @@ Chunks = Callable[[wire.ServerEvent, ResponseMachine, int], Sequence[object]]
 Whole = Callable[[wire.TerminalEvent, ResponseMachine, int], object]
 
 
-class RequestTimeoutError(DsparkError):
-    """The body did not arrive in time."""
-
-    status = 408
-    type = "invalid_request_error"
-    code = "request_timeout"
-
-
 class BodyTooLargeError(InvalidRequestError):
     """The body is longer than a request may be."""
 
     status = 413
     code = "body_too_large"
+
+
+class AnswerCutError(BusyError):
+    """The answer ended before it was whole. It is counted among the responses, not among what was refused.
+
+    Args:
+        info: What ended it; its ``status`` is the answer's, and where that is 503 ``retry_after_s`` is said too.
+    """
+
+    def __init__(self, info: ErrorInfo) -> None:
+        super().__init__(info.message, param=info.param, retry_after_s=5)
+        self.status, self.type, self.code = info.status, info.type, info.code
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
@@ -110,15 +115,16 @@ class HttpApi:
         return decode(data, kind)
 
     async def _collect(self, client: str, machine: ResponseMachine) -> wire.TerminalEvent:
-        listener = _Listener(machine, lambda event: None)
+        listener = _Listener(machine, lambda event: None, self._service)
         await self._service.run(machine.plan, client, listener)
         ended = listener.terminal
         if ended is None:
             raise InternalError("the response has no end")
         if isinstance(ended, wire.Failed) and machine.error is not None:
-            raise as_error(machine)
+            raise AnswerCutError(machine.error)
         if isinstance(ended, wire.Cancelled):
-            raise _cut_short()  # nobody asked for that over HTTP, and it must not look like an answer
+            # Nobody asked for that over HTTP, and it must not look like an answer.
+            raise AnswerCutError(wire.error_info(_cut_short()))
         return ended
 
     async def _stream(
@@ -145,7 +151,7 @@ class HttpApi:
         delivery = Delivery(
             write, engine=service.engine, config=service.config, metrics=service.metrics, idle=keep_alive
         )
-        listener = _Listener(machine, lambda event: delivery.put(event, machine.response_id))
+        listener = _Listener(machine, lambda event: delivery.put(event, machine.response_id), service)
         running = asyncio.create_task(service.run(machine.plan, client, listener))
         begun = asyncio.create_task(listener.begun.wait())
         writer: asyncio.Task[None] | None = None
@@ -181,13 +187,14 @@ class HttpApi:
 
 
 class _Listener:
-    """Runs a response's machine, and keeps its end."""
+    """Runs a response's machine, and keeps its end: there is one even if the machine breaks."""
 
-    def __init__(self, machine: ResponseMachine, put: Callable[[wire.ServerEvent], None]) -> None:
+    def __init__(self, machine: ResponseMachine, put: Callable[[wire.ServerEvent], None], service: Service) -> None:
         self.begun = asyncio.Event()
         self.terminal: wire.TerminalEvent | None = None
         self._machine = machine
         self._put = put
+        self._service = service
 
     def started(self, taken: GenerationRequest | None) -> None:
         for event in self._machine.begin(taken):
@@ -195,22 +202,25 @@ class _Listener:
         self.begun.set()
 
     def engine_event(self, event: EngineEvent) -> None:
-        for said in self._machine.receive(event):
+        if self.terminal is not None:
+            return
+        try:
+            self._say(self._machine.receive(event))
+        except Exception:
+            log.exception("the answer %s cannot be gone on with", self._machine.response_id)
+            if not isinstance(event, FinishedEvent):
+                self._service.engine.cancel(self._machine.response_id)
+            error = wire.error_info(InternalError("the server lost track of this response"))
+            self._say(self._machine.fail(error))
+
+    def _say(self, events: Sequence[wire.ServerEvent]) -> None:
+        for said in events:
             self._put(said)
-            if isinstance(event, FinishedEvent) and isinstance(said, wire.TerminalEvent):
+            if isinstance(said, wire.TerminalEvent):
                 self.terminal = said
 
 
-def as_error(machine: ResponseMachine) -> DsparkError:
-    """The failure of a response as an exception, for a body that can only be one or the other."""
-    info = machine.error
-    assert info is not None  # asked by the caller
-    error = DsparkError(info.message, param=info.param, code=info.code)
-    error.status, error.type = info.status, info.type
-    return error
-
-
-def _cut_short() -> DsparkError:
+def _cut_short() -> InternalError:
     return InternalError("the answer was cut before its end", code="cancelled")
 
 

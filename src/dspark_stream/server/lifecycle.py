@@ -138,6 +138,15 @@ class ResponseMachine:
         """End it although the engine never had it."""
         return self._advance(Input.CANCEL)
 
+    def fail(self, error: ErrorInfo) -> list[Event]:
+        """End it, also after `receive` has raised and in whatever state that left it."""
+        self.error, self.usage = error, Usage(input_tokens=0, output_tokens=0)
+        try:
+            return self._advance(Input.FAIL)
+        except Exception:
+            self.state, self._item_status = State.ENDED, "incomplete"
+            return [self._make_for(Say.FAILED)]
+
     def receive(self, event: EngineEvent) -> list[Event]:
         """Turn one event of the engine into what the client is told."""
         if isinstance(event, FinishedEvent):
@@ -163,10 +172,13 @@ class ResponseMachine:
         for say in says:
             if say is Say.DELTA and not self._delta:
                 continue  # half a character, or what may yet be a stop string, is being held back
-            event = self._make(say)
-            event.stream_id = self._stream_id
-            said.append(event)
+            said.append(self._make_for(say))
         return said
+
+    def _make_for(self, say: Say) -> wire.NumberedEvent:
+        event = self._make(say)
+        event.stream_id = self._stream_id
+        return event
 
     def _make(self, say: Say) -> wire.NumberedEvent:
         match say:

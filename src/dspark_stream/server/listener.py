@@ -38,6 +38,7 @@ class Listener:
         self._evicted = Seldom(log, "%d connections without a request made room for new ones; see --max-connections")
         self._beyond = Seldom(log, "%d connections too many, all with requests in hand; see --max-connections")
         self._limit = config.max_connections
+        self._per_address = config.max_connections_per_address
         self._open: dict[Connection, str] = {}
         self._waiting: dict[Connection, None] = {}
         """Those without a request in hand, the longest first."""
@@ -51,7 +52,10 @@ class Listener:
         Raises:
             OSError, OverflowError: the address cannot be listened on.
         """
-        self._limit = connections_that_fit(self.config.max_connections, RESERVE)
+        wanted = self.config.max_connections
+        self._limit = connections_that_fit(wanted, RESERVE)
+        # Its share stays the same, or one address could take all that is left.
+        self._per_address = max(1, self.config.max_connections_per_address * self._limit // wanted)
         host = self.config.host.strip("[]")
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: Connection(self), host, self.config.port, backlog=1024)
@@ -103,7 +107,7 @@ class Listener:
             self._waiting[connection] = None
 
     def _make_room(self, peer: str) -> BusyError | None:
-        most = self.config.max_connections_per_address
+        most = self._per_address
         crowd = self._addresses[peer] >= most and most < self._limit
         if crowd and not self._evict(c for c in self._waiting if self._open[c] == peer):
             return RateLimitError(f"this address has {most} connections, all of them in use", retry_after_s=2)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dspark_stream.errors import InvalidRequestError
-from dspark_stream.server.refusals import NO_TOOLS, unsupported
+from dspark_stream.server.refusals import NO_TOOLS, shorten, unsupported
 from dspark_stream.types import Message, Text
 
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -146,7 +146,6 @@ def _expected(kinds: str, value: object, param: str) -> InvalidRequestError:
 
 
 def _shown(value: object) -> str:
-    """An error repeats what the client wrote, but not a megabyte of it."""
     if not isinstance(value, str):
         return f"`{_KINDS.get(type(value), 'null')}`"
-    return repr(value if len(value) <= 100 else value[:97] + "...")
+    return repr(shorten(value, 100))

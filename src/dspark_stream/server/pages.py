@@ -9,7 +9,7 @@ from aiohttp import web
 
 from dspark_stream import __version__
 from dspark_stream.errors import NotFoundError
-from dspark_stream.server import wire
+from dspark_stream.server import access, wire
 from dspark_stream.server.exposition import OPEN_METRICS, TEXT
 from dspark_stream.server.http import json_response
 from dspark_stream.server.service import Service
@@ -84,7 +84,7 @@ class Pages:
                     "max_model_len": info.max_model_len,
                     "max_num_seqs": info.max_num_seqs,
                     "max_queue": config.max_queue,
-                    "max_streams_per_client": service.admission.most_alone,
+                    "max_streams_per_client": service.admission.most_alone(request[access.ENTRY].client),
                     "max_message_bytes": config.max_message_bytes,
                     "max_lanes": config.max_lanes,
                     "max_lane_queue": config.max_lane_queue,

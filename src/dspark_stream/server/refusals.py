@@ -23,6 +23,11 @@ _TOKENS_ARE_TEXT = "answers leave as text without special tokens, and token ids 
 _NOTHING_STORED = "nothing but responses is stored here"
 
 
+def shorten(text: str, most: int = 300) -> str:
+    """An error repeats what the client wrote, but not a megabyte of it."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 class Rule(NamedTuple):
     """Which values of a field ask for nothing, and why others are refused."""
 

@@ -83,6 +83,9 @@ class Service:
             self.planner.refuse_oversized(conversation, plan.input_param)
             if not plan.generate:
                 self.keep(plan, [*earlier, *plan.messages], owner)
+                entry = access.current()
+                entry.response_id, entry.reason = plan.response_id, "stop"
+                self.metrics.finished["stop"] += 1
                 listener.started(None)
                 nothing = Usage(input_tokens=0, output_tokens=0)
                 listener.engine_event(FinishedEvent(request_id=plan.response_id, reason="stop", usage=nothing))

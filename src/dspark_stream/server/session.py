@@ -7,6 +7,7 @@ client and commands for the shell. No I/O, no loop, no clock: tests drive it cal
 from __future__ import annotations
 
 import enum
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,9 +23,11 @@ from dspark_stream.errors import (
 )
 from dspark_stream.server import wire
 from dspark_stream.server.bodies import ClientEvent, ResponseCancel, ResponseCreate
-from dspark_stream.server.lifecycle import IllegalTransitionError, ResponseMachine
+from dspark_stream.server.lifecycle import ResponseMachine
 from dspark_stream.server.plan import Plan
-from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, Usage
+from dspark_stream.types import EngineEvent, GenerationRequest
+
+log = logging.getLogger(__name__)
 
 Lane = str | None
 """A ``stream_id``; None is the lane of events that name none."""
@@ -142,11 +145,17 @@ class Session:
             return self._take()
         try:
             self._tell(work, work.machine.receive(event))
-        except IllegalTransitionError:
+        except Exception:
+            log.exception("the answer %s cannot be gone on with", event.request_id)
             self._fail(work, InternalError("the server lost track of this response"))
         if work.machine.ended:
             self._end(work)
         return self._take()
+
+    @property
+    def waiting(self) -> list[str]:
+        """Ids of the responses whose turn in their lanes has not come."""
+        return [name for name, work in self._works.items() if work.phase is Phase.WAITING]
 
     # --- what they lead to ---------------------------------------------------------------------------------
 
@@ -208,13 +217,7 @@ class Session:
     def _fail(self, work: _Work, error: DsparkError) -> None:
         """A bug of ours must not leave the client waiting for an end that never comes."""
         self._out.commands.append(Cancel(work.machine.response_id))
-        finished = FinishedEvent(
-            request_id=work.machine.response_id,
-            reason="failed",
-            usage=Usage(input_tokens=0, output_tokens=0),
-            error=wire.error_info(error),
-        )
-        self._tell(work, work.machine.receive(finished))
+        self._tell(work, work.machine.fail(wire.error_info(error)))
 
     def _start(self, work: _Work) -> None:
         work.phase = Phase.STARTING

@@ -98,6 +98,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0", param=name)
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be below 0", param=name)
         for origin in self.allowed_origins:
             if "://" not in origin or origin.endswith("/"):
                 raise ConfigError(
@@ -134,4 +137,13 @@ _POSITIVE = (
     "body_timeout_s",
     "keep_alive_timeout_s",
     "close_timeout_s",
+)
+_NOT_NEGATIVE = (
+    "port",
+    "max_queue",
+    "max_streams_per_client",
+    "max_lane_queue",
+    "store_max_responses",
+    "store_max_bytes",
+    "shutdown_timeout_s",
 )

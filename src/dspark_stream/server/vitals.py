@@ -52,8 +52,18 @@ class Vitals:
                 await asyncio.sleep(LOOK_PERIOD_S)
                 stuck = self._engine.snapshot().last_step_age_s > STUCK_AFTER_S
                 self._stuck_s = self._stuck_s + LOOK_PERIOD_S if stuck else 0.0
+        except Exception:
+            # Nobody would look any more: an engine that cannot say how it is, is not one to keep.
+            log.exception("looking at the engine failed")
+            self._fail("the engine does not say how it is")
         finally:
             self._watching = False
+
+    def look_back(self) -> None:
+        """Once more, after the engine was told to close and `watch` has ended: has it failed on the way?"""
+        failure = self._engine.snapshot().failure
+        if failure and self.error is None:
+            self._fail(failure)
 
     def _look(self) -> bool:
         """Whether the engine has failed."""
@@ -71,5 +81,5 @@ class Vitals:
     def _fail(self, reason: str) -> None:
         log.error("the engine has failed: %s", reason)
         self.error = EngineFailedError(reason)
-        self._on_failure(self.error)
         self.failed.set()
+        self._on_failure(self.error)

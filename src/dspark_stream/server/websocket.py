@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Coroutine, Iterable
-from typing import Any
+from collections.abc import Awaitable, Collection, Iterable
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 
 from dspark_stream import __version__
-from dspark_stream.errors import DrainingError, DsparkError, InvalidRequestError, OverloadedError
+from dspark_stream.errors import DrainingError, DsparkError, InvalidRequestError, OverloadedError, RateLimitError
 from dspark_stream.server import access, wire
 from dspark_stream.server.bodies import Encoding, decode_envelope, decode_event
 from dspark_stream.server.delivery import Delivery, SlowReaderError, bound_buffers
@@ -30,7 +29,8 @@ class SocketShell:
 
     def __init__(self, service: Service, client: str) -> None:
         self._service = service
-        self._client = client
+        self.client = client
+        """Whose limits it counts against."""
         self._entry = access.current()
         config = service.config
         self._session = Session(
@@ -47,6 +47,7 @@ class SocketShell:
         self._transport: asyncio.Transport | None = None
         self._closer: asyncio.Task[None] | None = None
         self._close_code: int | None = None
+        self._over = False
 
     @property
     def key_label(self) -> str:
@@ -101,6 +102,7 @@ class SocketShell:
         finally:
             # aiohttp cancels us when the connection is lost, perhaps in the middle of this: no await before
             # everything that still runs for this client, in whichever state it is, was told to stop.
+            self._over = True
             left = [*self._tasks.values(), reader, writer]
             _cancel(left)
             metrics.sockets_open -= 1
@@ -112,7 +114,11 @@ class SocketShell:
             try:
                 await _ended(left)
             finally:
+                for response_id in self._session.waiting:
+                    self._log_unbegun(response_id)
                 self._service.store.forget(self)
+                if self._closer is not None:  # perhaps made meanwhile
+                    await _ended([self._closer])
         return self._ws
 
     async def close(self, code: int, reason: str) -> None:
@@ -180,11 +186,15 @@ class SocketShell:
             if isinstance(event, wire.ErrorEvent):
                 self._service.metrics.refused[event.error.code] += 1
                 self._log_refusal(event)
+            elif isinstance(event, wire.Cancelled) and event.response.id not in self._tasks:
+                self._log_unbegun(event.response.id)
             self._delivery.put(event, response_id)
         for command in outcome.commands:
             match command:
+                case Start(plan=plan) if self._over:  # nobody would wait for its task
+                    self._log_unbegun(plan.response_id)
                 case Start(plan=plan):
-                    self._spawn(plan.response_id, self._run(plan))
+                    self._spawn(plan)
                 case Abandon(response_id=response_id):
                     self._tasks[response_id].cancel()
                 case Cancel(response_id=response_id):
@@ -197,31 +207,44 @@ class SocketShell:
         line.error = event.error.code
         self._log(line, event.status)
 
+    def _log_unbegun(self, response_id: str) -> None:
+        """Of a response that ended while it waited for its turn."""
+        line = self._entry.for_response(response_id)
+        line.reason = "cancelled"
+        self._log(line, 200)
+
     def _log(self, line: access.Entry, status: int) -> None:
         if self._service.config.access_log:
             line.write(status)
 
-    def _spawn(self, response_id: str, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, plan: Plan) -> None:
+        response_id = plan.response_id
+        line = self._entry.for_response(response_id)
+        task = asyncio.create_task(self._run(plan, line))
         self._tasks[response_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(response_id, None))
 
-    async def _run(self, plan: Plan) -> None:
-        line = self._entry.for_response(plan.response_id)
+        def over(task: asyncio.Task[None]) -> None:
+            self._tasks.pop(response_id, None)
+            if task.cancelled() and not line.reason:  # before the engine had it, perhaps before the task's first step
+                line.reason = "cancelled"
+            self._log(line, line.error_status or 200)
+
+        task.add_done_callback(over)
+
+    async def _run(self, plan: Plan, line: access.Entry) -> None:
         access.enter(line)
-        status = 200
         try:
-            await self._service.run(plan, self._client, _Listener(self, plan.response_id), owner=self)
+            await self._service.run(plan, self.client, _Listener(self, plan.response_id), owner=self)
         except DsparkError as error:
-            status, line.error = error.status, error.code
+            line.error_status, line.error = error.status, error.code
             self._apply(self._session.refused(plan.response_id, error))
         except Exception as error:
             log.exception("starting %s failed", plan.response_id)
-            status = 500
-            self._apply(self._session.refused(plan.response_id, wire.as_dspark_error(error)))
+            ours = wire.as_dspark_error(error)
+            line.error_status, line.error = ours.status, ours.code
+            self._apply(self._session.refused(plan.response_id, ours))
         finally:
             self._delivery.remove_stream(plan.response_id)
-            self._log(line, status)
 
     def started(self, response_id: str, taken: GenerationRequest | None) -> None:
         """`Listener.started` of one of this socket's responses."""
@@ -275,7 +298,7 @@ class SocketShell:
                 max_message_bytes=config.max_message_bytes,
                 max_lanes=config.max_lanes,
                 max_lane_queue=config.max_lane_queue,
-                max_streams_per_client=self._service.admission.most_alone,
+                max_streams_per_client=self._service.admission.most_alone(self.client),
             ),
         )
 
@@ -305,11 +328,21 @@ class SocketRegistry:
         Raises:
             DrainingError: the server is shutting down.
             OverloadedError: there are as many sockets as there may be.
+            RateLimitError: this client has its share of them: no more than are free, as with places for streams.
         """
         if self._service.draining:
             raise DrainingError("the server is shutting down; try again in a moment", retry_after_s=5)
-        if len(self.open) >= self._service.config.max_sockets:
-            raise OverloadedError("too many sockets are open; try again in a moment", retry_after_s=5)
+        most = self._service.config.max_sockets
+        free = most - len(self.open)
+        if free <= 0:
+            raise OverloadedError(f"all {most} sockets are open; try again in a moment", retry_after_s=5)
+        mine = sum(shell.client == client for shell in self.open)
+        if self._service.admission.shared and mine >= free:
+            raise RateLimitError(
+                f"this client (key or address) already has {mine} of the server's {most} sockets, and what is left is "
+                "for others; a socket carries many responses at once",
+                retry_after_s=5,
+            )
         shell = SocketShell(self._service, client)
         self.open.add(shell)
         try:
@@ -325,9 +358,8 @@ class SocketRegistry:
 
     async def close_all(self) -> None:
         """Close every socket with 1012: the service goes down, and may come back."""
-        await asyncio.gather(
-            *(shell.close(WSCloseCode.SERVICE_RESTART, "the server is shutting down") for shell in self.open)
-        )
+        # One that is ending by itself meanwhile must not keep the others from being closed.
+        await _ended(shell.close(WSCloseCode.SERVICE_RESTART, "the server is shutting down") for shell in self.open)
 
 
 def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
@@ -335,7 +367,7 @@ def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
         task.cancel()
 
 
-async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
+async def _ended(tasks: Iterable[Awaitable[None]]) -> None:
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(result, Exception) and not isinstance(result, ConnectionError | SlowReaderError):
             log.error("a socket's task failed", exc_info=result)
