@@ -67,7 +67,7 @@ async def test_an_ipv6_network_is_one_client(
 
         async def ask_from(address: str) -> int:
             body = {"input": "x", "max_output_tokens": 1}
-            async with http.post("/v1/responses", json=body, headers={"From": address}) as answer:
+            async with asyncio.timeout(5), http.post("/v1/responses", json=body, headers={"From": address}) as answer:
                 return answer.status
 
         first = asyncio.create_task(ask_from("2001:db8:1:2::3"))
