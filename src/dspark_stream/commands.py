@@ -106,6 +106,8 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _serve_resolved(resolved: settings.Resolved, check: Callable[[], None]) -> int:
+    from dspark_stream.server.keys import KeyRing
+
     config = resolved.config
     logs.configure(config.log_format, config.log_level)
     stream = cast(TextIO, logs.LogStream(log)) if config.log_format == "json" else None
@@ -115,6 +117,8 @@ def _serve_resolved(resolved: settings.Resolved, check: Callable[[], None]) -> i
         log.info("settings", extra={"fields": {"settings": [line.strip() for line in resolved.lines()]}})
     server_config = _server_config(config)
     _check_port(config.host, config.port)
+    # The service reads it itself; what is wrong with it is to be known before the models are loaded, not after.
+    KeyRing(config.api_key, config.api_key_file)
     engine, tokenizer = _load(config, stream=stream)
     if tokenizer is None:
         raise ConfigError("this model has no tokenizer, so it cannot be served", param="model")
@@ -142,8 +146,8 @@ def _server_config(config: Config) -> ServerConfig:
         api_key=config.api_key,
         api_key_file=config.api_key_file,
         metrics_key=config.metrics_key,
-        open_metrics=config.open_metrics == "on",
-        access_log=config.access_log == "on",
+        open_metrics=config.open_metrics,
+        access_log=config.access_log,
         allowed_hosts=config.allowed_host,
         allowed_origins=config.allowed_origin,
         served_names=config.served_model_name,
@@ -176,6 +180,8 @@ def _check_port(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+    except UnicodeError:  # of a name's encoding: an empty part, or one that is too long
+        raise ConfigError(f"cannot listen on {host}: that is no host name", param="host") from None
     except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}", param="port") from None
 

@@ -78,6 +78,11 @@ def _parse_float(text: str) -> float:
         raise ValueError(f"{text!r} is not a number") from None
 
 
+def _parse_host(text: str) -> str:
+    # As URLs write an IPv6 address; sockets want it bare.
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
 def _parse_path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -225,6 +230,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "address to listen on; any but a loopback address needs --api-key or --api-key-file",
             "service",
             metavar="HOST",
+            parse=_parse_host,
             also_env="HOST",
         ),
     ] = "127.0.0.1"
@@ -258,8 +264,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ""
     open_metrics: Annotated[
-        Literal["on", "off"], Setting("on: /metrics is read without a key; it tells figures, no texts", "service")
-    ] = "off"
+        bool, Setting("on: /metrics is read without a key; it tells figures, no texts", "service")
+    ] = False
     allowed_host: Annotated[
         tuple[str, ...],
         Setting("further Host header to accept; may be repeated", "service", metavar="NAME[:PORT]"),
@@ -395,9 +401,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = True
     access_log: Annotated[
-        Literal["on", "off"],
-        Setting("one line in the log for every request: figures, no prompt and no key", "service"),
-    ] = "on"
+        bool, Setting("one line in the log for every request: figures, no prompt and no key", "service")
+    ] = True
     log_format: Annotated[
         Literal["text", "json"], Setting("lines for people, or one JSON object a line", "service")
     ] = "text"
@@ -424,6 +429,10 @@ class _Entry:
     parse: Callable[[str], Any]
     choices: tuple[str, ...] = ()
     repeatable: bool = False
+
+    @property
+    def shown_choices(self) -> tuple[str, ...]:
+        return ("on", "off") if self.parse is _parse_bool else self.choices
 
     @property
     def flag(self) -> str:
@@ -475,17 +484,13 @@ def add_arguments(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> N
             if entry.setting.group != group:
                 continue
             help_text = (entry.setting.help + _default_note(entry, defaults)).replace("%", "%%")
-            if isinstance(getattr(defaults, entry.name, None), bool):
-                section.add_argument(
-                    entry.flag, dest=entry.name, nargs="?", const="on", default=None, metavar="on|off", help=help_text
-                )
-                continue
             section.add_argument(
                 entry.flag,
                 dest=entry.name,
                 action="append" if entry.repeatable else "store",
                 default=None,
-                metavar=entry.setting.metavar or ("{" + ",".join(entry.choices) + "}" if entry.choices else "N"),
+                metavar=entry.setting.metavar
+                or ("{" + ",".join(entry.shown_choices) + "}" if entry.shown_choices else "N"),
                 help=help_text,
             )
 

@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TextIO
 
@@ -39,22 +40,23 @@ def configure(form: Format = "text", level: str = "info", stream: TextIO | None 
 
 
 class Repeats(logging.Filter):
-    """Lets a message through once in `QUIET_S`: the same words of the same logger, whatever stands in their places.
+    """Lets a message through once in `QUIET_S`: a warning whatever stands in the places of its words, an error as it
+    reads, an exception by its type and by where it was raised.
 
-    Records with ``fields`` are events of their own and always pass, and so does what is for debugging.
+    What passes always: records with ``fields``, which are events of their own, those that are ``counted``, since
+    who counts has limited them already, and what is for debugging.
     """
 
     def __init__(self, quiet_s: float = QUIET_S, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._quiet_s, self._clock = quiet_s, clock
-        self._told: dict[tuple[str, int, str], tuple[float, int]] = {}
+        self._told: dict[tuple[object, ...], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether it is to be told."""
-        if record.levelno < logging.WARNING or hasattr(record, "fields"):
+        if record.levelno < logging.WARNING or hasattr(record, "fields") or hasattr(record, "counted"):
             return True
-        # Libraries that put their words together beforehand still repeat themselves but for the numbers.
-        key = (record.name, record.levelno, re.sub(r"\d+", "0", str(record.msg))[:200])
+        key = (record.name, record.levelno, *_sameness(record))
         now = self._clock()
         told, left_out = self._told.get(key, (None, 0))
         if told is not None and now - told < self._quiet_s:
@@ -66,6 +68,20 @@ class Repeats(logging.Filter):
         if left_out:
             record.repeated = left_out
         return True
+
+
+def _sameness(record: logging.LogRecord) -> tuple[object, ...]:
+    """What two records have in common of which the second says nothing new."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None and record.levelno >= logging.ERROR:
+        return (record.getMessage()[:1000],)
+    # Libraries that put their words together beforehand still repeat themselves but for the numbers.
+    words = re.sub(r"\d+", "0", str(record.msg))[:200]
+    if error is None:
+        return (words,)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    place = (frames[-1][0].f_code.co_filename, frames[-1][1]) if frames else None
+    return words, type(error), place
 
 
 class TextFormatter(logging.Formatter):

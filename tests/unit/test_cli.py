@@ -73,6 +73,10 @@ def write_prompts(path: Path, count: int) -> Path:
         (["serve", "a", "--model", "b"], ["'a'", "'b'"]),
         (["serve", "--port", "x"], ["--port", "'x'"]),
         (["serve", "--host", "0.0.0.0"], ["0.0.0.0", "key"]),
+        (["serve", "--host", "a..b", "--api-key", "k"], ["a..b", "host name"]),
+        (["serve", "--host", "a" * 70, "--api-key", "k"], ["a" * 70, "host name"]),
+        (["serve", "--port", "0", "--api-key-file", "/no/such"], ["/no/such", "No such file"]),
+        (["serve", "--allow-control-tokens", "qwen3-0.6b"], ["--allow-control-tokens", "'qwen3-0.6b'", "on, off"]),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(argv, words, loaded, capsys):
@@ -87,6 +91,19 @@ def test_a_mistake_is_one_line_and_code_2(argv, words, loaded, capsys):
     assert all(word in last for word in words), last
     assert said.out == ""
     assert loaded == []
+
+
+def test_an_ipv6_address_may_stand_in_brackets(monkeypatch):
+    """Guards against the form that URLs have, which no socket takes."""
+    asked = []
+    monkeypatch.setattr(commands, "_check_port", lambda host, port: asked.append(host))
+
+    def load(*_, **__):
+        raise ModelLoadError("far enough")
+
+    monkeypatch.setattr(commands, "_load", load)
+    assert cli.main(["serve", "--host", "[::1]", "--port", "0"]) == 2
+    assert asked == ["::1"]
 
 
 def test_a_port_that_is_taken_is_told_before_loading(loaded, capsys):

@@ -97,7 +97,7 @@ def test_a_bad_variable_is_named_as_the_variable():
 def test_a_switch_is_on_or_off():
     assert from_flags("--exit-on-engine-failure", "off").exit_on_engine_failure is False
     off = {"DSPARK_EXIT_ON_ENGINE_FAILURE": "off", **HOME}
-    assert from_flags("--exit-on-engine-failure", environ=off).exit_on_engine_failure is True
+    assert from_flags("--exit-on-engine-failure", "on", environ=off).exit_on_engine_failure is True
     for text, value in (("on", True), ("TRUE", True), ("1", True), ("off", False), ("false", False), ("0", False)):
         config = from_flags(environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": text, **HOME})
         assert config.exit_on_engine_failure is value
@@ -105,9 +105,30 @@ def test_a_switch_is_on_or_off():
         from_flags(environ={"DSPARK_EXIT_ON_ENGINE_FAILURE": "maybe"})
 
 
-def test_control_tokens_are_allowed_by_a_switch():
-    assert from_flags("--allow-control-tokens").allow_control_tokens is True
-    assert from_flags("--allow-control-tokens", "off").allow_control_tokens is False
+SWITCHES = ("open_metrics", "allow_control_tokens", "exit_on_engine_failure", "access_log")
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_all_switches_are_of_one_kind(name):
+    """Guards against words that one switch takes and the next does not."""
+    for text, value in (("on", True), ("True", True), ("1", True), ("off", False), ("FALSE", False), ("0", False)):
+        assert getattr(from_flags("--" + name.replace("_", "-"), text), name) is value
+        assert getattr(from_flags(environ={"DSPARK_" + name.upper(): text, **HOME}), name) is value
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_takes_nothing_else_for_its_value(name, capsys):
+    """Guards against a switch that eats the model's name which stands behind it."""
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(SystemExit):
+        from_flags(flag)
+    assert "expected one argument" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"{flag}: 'qwen3-0.6b' is not one of on, off"):
+        from_flags(flag, "qwen3-0.6b")
+
+
+def test_a_host_may_stand_in_brackets():
+    assert from_flags("--host", "[::1]").host == from_flags("--host", "::1").host == "::1"
 
 
 def test_an_unknown_variable_of_ours_is_an_error_with_a_guess():

@@ -5,6 +5,7 @@ import resource
 
 import pytest
 
+from dspark_stream.logs import Repeats
 from dspark_stream.server import descriptors, seldom
 from dspark_stream.server.descriptors import connections_that_fit
 from dspark_stream.server.listener import neighbourhood
@@ -75,6 +76,7 @@ def test_connections_stay_below_the_limit_of_open_files(monkeypatch, soft, hard,
 
 def test_a_line_a_minute_says_how_many(monkeypatch, caplog):
     """Guards against a log that strangers fill, and against one that forgets what it left out."""
+    caplog.handler.addFilter(Repeats())  # as the service's log has it
     now = [100.0]
     monkeypatch.setattr(seldom.time, "monotonic", lambda: now[0])
     often = Seldom(logging.getLogger("test"), "it happened %d times")

@@ -89,6 +89,24 @@ def test_a_warning_is_told_once_in_a_while():
     assert "(and 25 times since it was last told)" in logs.TextFormatter().format(again)
 
 
+def test_errors_that_differ_are_all_told(root):
+    """Guards against the second of two faults swallowed since its words are the first one's."""
+    log, stream = told("text")
+
+    def fail(error: Exception) -> None:
+        try:
+            raise error
+        except Exception:
+            log.exception("%s failed", "POST")
+
+    for number in (3, 7, 7):
+        log.error("the key file cannot be used: %s", f"line {number}")
+    for error in (ValueError("first"), ValueError("again"), KeyError("second")):
+        fail(error)
+    text = stream.getvalue()
+    assert [text.count(words) for words in ("line 3", "line 7", "first", "again", "second")] == [1, 1, 1, 0, 1]
+
+
 def test_the_hubs_client_has_no_handler_of_its_own(root):
     """Guards against its messages told twice, one of them in another format."""
     _, stream = told("json")

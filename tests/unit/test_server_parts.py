@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -22,10 +23,12 @@ from dspark_stream.errors import (
     OverloadedError,
     RateLimitError,
 )
+from dspark_stream.server import bodies
 from dspark_stream.server.admission import Admission
 from dspark_stream.server.bodies import (
     ChatBody,
     CompletionBody,
+    ResponseBody,
     ResponseCreate,
     decode,
     decode_envelope,
@@ -94,6 +97,44 @@ def test_an_error_repeats_only_so_much() -> None:
             decode_event(json.dumps(data), "json")
         assert len(caught.value.message) < 1_000
         assert len(caught.value.param or "") < 1_000
+
+
+def test_no_pattern_is_matched_against_a_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a field name that holds the loop for as long as a pattern takes over all of it."""
+    real, lengths = bodies._AT, []
+
+    class Recorded:
+        def match(self, text: str) -> re.Match[str] | None:
+            lengths.append(len(text))
+            return real.match(text)
+
+    monkeypatch.setattr(bodies, "_AT", Recorded())
+    with pytest.raises(InvalidRequestError) as caught:
+        decode(json.dumps({"messages": [], "dspark": {"z" * 1_000_000: 1}}), ChatBody)
+    assert (caught.value.code, (caught.value.param or "")[:10]) == ("unknown_field", "dspark.zzz")
+    assert max(lengths) < 3_000
+
+
+def test_what_is_looked_at_one_by_one_is_bounded() -> None:
+    """Guards against bodies of hundreds of thousands of small things, each of which costs the loop time."""
+    planner = Planner(model_info(max_model_len=100))
+    for many in ([{"role": "user", "content": [""] * 2049}], [{"role": "user", "content": ["a"] * 1025}] * 2):
+        with pytest.raises(InvalidRequestError, match=r"(2049|2050) parts of messages; at most 2048") as caught:
+            planner.chat(ChatBody(messages=many))
+        assert caught.value.param == "messages"
+        with pytest.raises(InvalidRequestError, match="at most 2048") as caught:
+            planner.response(ResponseBody(input=many))
+        assert caught.value.param == "input"
+    planner.chat(ChatBody(messages=[{"role": "user", "content": [""]}] * 2047 + [{"role": "user", "content": ["a"]}]))
+    with pytest.raises(InvalidRequestError, match="65 names; at most 64") as caught:
+        planner.response(ResponseBody(input="x", include=["file_search_call.results"] * 65))
+    assert caught.value.param == "include"
+    planner.response(ResponseBody(input="x", include=["file_search_call.results"] * 64))
+    # Not ids, and not looked at: they are too many.
+    with pytest.raises(ContextLengthError, match="has 100 tokens, and the answer needs one") as caught:
+        planner.completion(CompletionBody(prompt=[-1] * 100))
+    assert caught.value.param == "prompt"
+    planner.completion(CompletionBody(prompt=[1] * 99))
 
 
 def test_room_and_limits() -> None:

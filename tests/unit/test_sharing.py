@@ -76,9 +76,21 @@ def test_a_pass_is_full_and_nobody_gets_more_than_is_left():
 def test_the_next_place_is_for_the_client_with_the_fewest():
     waiting = [stream(f"{c}{i}", 4, c, Phase.WAITING) for c, n in (("a", 4), ("b", 2), ("c", 1)) for i in range(n)]
     running = [stream("x", 4, "a", Phase.DECODE), stream("y", 4, "b", Phase.PREFILL)]
-    order = [s.request.request_id for s in in_turn([*running, *waiting])]
+    order = [s.request.request_id for s in in_turn([*running, *waiting], 20)]
     assert order == ["c0", "a0", "b0", "a1", "b1", "a2", "a3"]
-    assert not list(in_turn(running))
+    assert not list(in_turn(running, 20))
+    assert [s.request.request_id for s in in_turn([*running, *waiting], 3)] == ["c0"]
+
+
+def test_the_last_places_are_for_clients_that_have_none():
+    """Guards against long answers of one client that keep out whoever comes until the first of them ends."""
+    running = [stream(f"r{i}", 4, "hog", Phase.DECODE) for i in range(13)]
+    waiting = [stream(f"w{i}", 4, "hog", Phase.WAITING) for i in range(5)]
+    assert [s.request.request_id for s in in_turn([*running, *waiting], 16)] == ["w0"]
+    other = [stream("o0", 4, "other", Phase.WAITING), stream("o1", 4, "other", Phase.WAITING)]
+    assert [s.request.request_id for s in in_turn([*running, *waiting, *other], 16)] == ["o0"]
+    nobodys = [stream(f"n{i}", 4, "", Phase.WAITING) for i in range(5)]
+    assert len(list(in_turn([*running, *nobodys], 16))) == 3
 
 
 def test_whoever_has_places_still_gets_his_turn():
@@ -89,7 +101,7 @@ def test_whoever_has_places_still_gets_his_turn():
     for turn in range(400):
         streams.append(stream(f"n{turn}", 4, f"c{turn % 7}", Phase.WAITING))
         running = [s for s in streams if s.phase is Phase.DECODE]
-        for following in list(in_turn(streams))[: 4 - len(running)]:
+        for following in in_turn(streams, 4):
             following.phase = Phase.DECODE
             served[following.request.client] += 1
         running = [s for s in streams if s.phase is Phase.DECODE]

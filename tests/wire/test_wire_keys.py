@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ from dspark_stream.server.keys import MAX_KEYS, KeyRing, read_keys
 from dspark_stream.server.settings import ServerConfig
 from fakes import Script
 from wire.harness import Launch, Running, eventually
+
+UNNAMED = f"key-{hashlib.sha256(b'sekret-c').hexdigest()[:8]}"
 
 
 @pytest.fixture
@@ -47,9 +50,9 @@ async def status(running: Running, key: str) -> int:
 def test_lines_of_a_key_file(file: Path) -> None:
     """Guards against keys cut at their colons, labels made of keys, and limits that are not read."""
     keys = read_keys(file)
-    assert [(key.label, key.max_streams) for key in keys] == [("alice", 1), ("bob", None), ("key-5", None)]
+    assert [(key.label, key.max_streams) for key in keys] == [("alice", 1), ("bob", None), (UNNAMED, None)]
     ring = KeyRing("", file)
-    for shown, label in ((b"sekret-a", "alice"), (b"sekret:b", "bob"), (b"sekret-c", "key-5")):
+    for shown, label in ((b"sekret-a", "alice"), (b"sekret:b", "bob"), (b"sekret-c", UNNAMED)):
         found = ring.find([b"other", shown])
         assert found is not None
         assert found.label == label
@@ -124,7 +127,7 @@ async def test_each_key_opens_the_service(launch: Launch, file: Path) -> None:
     running = await launch(host="0.0.0.0", api_key="sekret-own", api_key_file=file)
     for key in ("sekret-own", "sekret-a", "sekret:b", "sekret-c"):
         assert await status(running, key) == 200, key
-    for key in ("sekret-d", "alice", "sekret", "key-5"):
+    for key in ("sekret-d", "alice", "sekret", UNNAMED):
         assert await status(running, key) == 401, key
     offers = ["dspark.v1+json", "openai-insecure-api-key.sekret-a"]
     async with running.socket(subprotocols=offers) as socket:
@@ -229,9 +232,19 @@ def test_a_broken_change_leaves_the_keys(file: Path, caplog: pytest.LogCaptureFi
         assert len(caplog.records) == 1
         assert "sekret" not in caplog.text
     write(file, "alice:sekret-a\n")
-    assert ring.reload() == {"bob", "key-5"}
+    assert ring.reload() == {"bob", UNNAMED}
     assert ring.find([b"sekret:b"]) is None
     assert ring.reload() is None
+
+
+def test_a_line_before_others_changes_nothing_for_them(file: Path) -> None:
+    """Guards against keys named by their lines, whose holders swap names, limits and sockets when one is added."""
+    ring = KeyRing("", file)
+    write(file, "# a line more\nsekret-d\n" + file.read_text())
+    assert ring.reload() == frozenset()
+    found = ring.find([b"sekret-c"])
+    assert found is not None
+    assert found.label == UNNAMED
 
 
 def test_a_file_with_the_same_size_and_time_is_read(file: Path) -> None:

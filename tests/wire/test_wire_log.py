@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import websockets
 
+from dspark_stream.errors import InvalidRequestError
 from fakes import Script
 from wire.harness import Launch, Running, eventually
 
@@ -88,6 +90,26 @@ async def test_how_responses_ended(launch: Launch, lines: Any) -> None:
     assert failed["error"]
     assert left["finish"] == "cancelled"
     assert 0 < left["output_tokens"] < 2000
+
+
+async def test_what_the_engine_refuses_is_only_a_refusal(launch: Launch, lines: Any, tmp_path: Path) -> None:
+    """Guards against requests that never were responses among those that clients left, and on their keys' accounts."""
+    file = tmp_path / "keys"
+    file.write_text("alice:sekret-a\n")
+    running = await launch(Script(error=InvalidRequestError("no", param="seed")), api_key_file=file)
+    headers = {"Authorization": "Bearer sekret-a"}
+    async with running.http(headers=headers) as http, http.post("/v1/responses", json={"input": "x"}) as answer:
+        assert answer.status == 400
+    async with running.socket(additional_headers=headers) as socket:
+        await socket.create()
+        await socket.until("error")
+    await eventually(lambda: len(lines()) == 3)
+    assert {line.get("finish", "refused") for line in lines()} == {"refused"}
+    metrics = running.server.service.metrics
+    assert metrics.refused["invalid_value"] == 2
+    assert not metrics.finished.total()
+    assert "client_responses_total{" not in metrics.render(running.engine.snapshot(), running.engine.info, 0)
+    assert not running.engine.cancels
 
 
 @pytest.mark.parametrize("given", ["", "x" * 129, "töröö", "a\tb"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from typing import Any
 
 import aiohttp
+import pytest
+from aiohttp import web
 
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 from wire.harness import Launch, Running, eventually
@@ -49,6 +52,33 @@ async def test_a_greedy_client_leaves_places_for_another(launch: Launch) -> None
         await eventually(lambda: engine.live == 1)
         engine.gate.set()
         assert (await second)[0] == 200
+
+
+async def test_an_ipv6_network_is_one_client(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards against a host that has 2^64 addresses and as many shares; the log says which one it was all the same."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(web.BaseRequest, "remote", property(lambda request: request.headers["From"]))
+    engine = FakeEngine(LONG)
+    running = await launch(engine, max_streams_per_client=1)
+    engine.gate.clear()
+    async with running.http() as http:
+
+        async def ask_from(address: str) -> int:
+            body = {"input": "x", "max_output_tokens": 1}
+            async with asyncio.timeout(5), http.post("/v1/responses", json=body, headers={"From": address}) as answer:
+                return answer.status
+
+        first = asyncio.create_task(ask_from("2001:db8:1:2::3"))
+        await eventually(lambda: engine.live == 1)
+        assert await ask_from("2001:db8:1:2:ffff::4") == 429
+        other = asyncio.create_task(ask_from("2001:db8:1:3::3"))
+        await eventually(lambda: engine.live == 2)
+        engine.gate.set()
+        assert (await first, await other) == (200, 200)
+    told = {getattr(record, "fields", {}).get("client") for record in caplog.records} - {None}
+    assert told == {"2001:db8:1:2::3", "2001:db8:1:2:ffff::4", "2001:db8:1:3::3"}
 
 
 async def test_long_prompts_of_one_client_do_not_hold_up_anothers(launch: Launch) -> None:

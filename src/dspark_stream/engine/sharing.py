@@ -7,20 +7,30 @@ from collections.abc import Iterator, Sequence
 
 from dspark_stream.engine.stream import Phase, Stream
 
+KEPT_FREE = 8
+"""Of so many places in the batch one is for clients that have none: long answers of one must not keep all others out.
+More of them would leave more of a batch empty while one client is alone."""
 
-def in_turn(streams: Sequence[Stream]) -> Iterator[Stream]:
-    """The waiting ones of ``streams``, oldest first, in the order in which they get places.
 
-    The next place is for the client that has the fewest; among equals for the stream that came first. It counts on the
-    places being taken as they are handed out, and nobody overtakes a stream that does not fit yet: stop there.
+def in_turn(streams: Sequence[Stream], most: int) -> Iterator[Stream]:
+    """The waiting ones of ``streams``, oldest first, in the order in which they get the free ones of ``most`` places.
+
+    The next place is for the client that has the fewest; among equals for the stream that came first. The last places
+    are for clients that have none; streams of no client in particular may have them all. It counts on the places being
+    taken as they are handed out, and nobody overtakes a stream that does not fit yet: stop there.
     """
     waiting = [s for s in streams if s.phase is Phase.WAITING]
     places = Counter(s.request.client for s in streams if s.phase is not Phase.WAITING) if waiting else Counter[str]()
-    while waiting:
+    free = most - places.total()
+    while waiting and free > 0:
         following = min(waiting, key=lambda s: places[s.request.client])
+        client = following.request.client
+        if client and places[client] and free <= most // KEPT_FREE:
+            return
         yield following
         waiting.remove(following)
-        places[following.request.client] += 1
+        places[client] += 1
+        free -= 1
 
 
 def shares(joining: Sequence[Stream], budget: int) -> list[tuple[Stream, int]]:

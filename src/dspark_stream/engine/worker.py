@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import msgspec
 import numpy as np
@@ -311,9 +310,7 @@ class EngineThread:
 
     def _admit(self) -> None:
         """Give places, and slots, to whoever is next. A stream that does not fit yet is not overtaken."""
-        streams = list(self._streams.values())
-        free = self.info.max_num_seqs - sum(s.phase is not Phase.WAITING for s in streams)
-        for stream in islice(in_turn(streams), max(0, free)):
+        for stream in in_turn(list(self._streams.values()), self.info.max_num_seqs):
             extent = self._allocator.allocate(stream.slots_needed)
             if extent is None:
                 return

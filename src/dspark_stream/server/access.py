@@ -34,7 +34,8 @@ class Entry:
         self.method = method
         self.route = route
         self.client = ""
-        """Whose limits it counts against: a key's label, or an address."""
+        """Whose limits it counts against: a key's label, an IPv4 address or an IPv6 network."""
+        self.address = ""
         self.key_label = ""
         """Of the key that was shown, where keys have labels."""
         self.status = 0
@@ -59,6 +60,7 @@ class Entry:
     def for_response(self, response_id: str) -> Entry:
         """The line of one response on this socket; empty: of an event that became none."""
         entry = Entry(self.request_id, "WS", self.route)
+        entry.address = self.address
         entry.client, entry.key_label, entry.response_id = self.client, self.key_label, response_id
         return entry
 
@@ -91,7 +93,7 @@ class Entry:
     def _fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "request_id": self.request_id,
-            "client": self.client,
+            "client": self.key_label or self.address,
             "method": self.method,
             "route": self.route,
             "status": self.status,
@@ -119,7 +121,7 @@ def begin(request: web.Request, method: str, route: str) -> Entry:
     """The line of an HTTP request, current in its task and in those that it starts."""
     given = request.headers.get(REQUEST_ID, "")
     entry = Entry(given if _VALID.fullmatch(given) else new_request_id(), method, route)
-    entry.client = request.remote or "unknown"
+    entry.address = request.remote or "unknown"
     request[ENTRY] = entry
     enter(entry)
     return entry

@@ -19,7 +19,7 @@ from dspark_stream.server.handshake import VERSION, UpgradeRequiredError
 from dspark_stream.server.heads import SERVER_NAME, UnsupportedTransferError, check_head
 from dspark_stream.server.http import AnswerCutError, HttpApi, json_response
 from dspark_stream.server.keys import KeyRing
-from dspark_stream.server.listener import Listener
+from dspark_stream.server.listener import Listener, neighbourhood
 from dspark_stream.server.pages import Pages
 from dspark_stream.server.service import Service
 from dspark_stream.server.settings import ServerConfig
@@ -277,8 +277,8 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
         if isinstance(request.protocol, Connection) and request.path not in OPEN_PATHS:
             request.protocol.refuse_if_limited()
         entry.key_label = app[_GUARD].check(request, _port(request))
-        # Who shares a key shares its limits; without labels the address tells clients apart.
-        entry.client = entry.key_label or entry.client
+        # Who shares a key shares its limits; without labels the address tells clients apart, as it does connections.
+        entry.client = entry.key_label or neighbourhood((request.remote,) if request.remote else None)
         if cors.is_preflight(request) and app[_GUARD].allowed_origin(request) is not None:
             answer: web.StreamResponse = cors.preflight(request)
         else:

@@ -257,7 +257,10 @@ _FIELD = re.compile(r"Object (?P<how>contains unknown|missing required) field `(
 
 def field_error(error: msgspec.ValidationError) -> InvalidRequestError:
     """Say which field a validation error is about, in the client's words."""
-    found = _AT.match(str(error))
+    text = str(error)
+    if len(text) > 2000:  # a pattern takes its time over a megabyte; where it happened stands at the end
+        text = f"{text[:1000]}...{text[-1000:]}"
+    found = _AT.match(text)
     assert found is not None  # the pattern matches any text
     what = shorten(found["what"])
     # ``[...]`` is some value of a mapping; its key is not told.

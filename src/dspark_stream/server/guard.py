@@ -9,7 +9,7 @@ from aiohttp import web
 
 from dspark_stream.errors import AuthenticationError, InvalidRequestError, PermissionDeniedError
 from dspark_stream.server.cors import is_preflight
-from dspark_stream.server.keys import Key, KeyRing, digest_of
+from dspark_stream.server.keys import KeyRing, digest_of
 from dspark_stream.server.settings import LOOPBACK_NAMES, ServerConfig
 
 KEY_SUBPROTOCOL = "openai-insecure-api-key."
@@ -23,7 +23,7 @@ _HOST = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?P<port>:\d{1
 class Guard:
     """The checks of one bind address."""
 
-    def __init__(self, config: ServerConfig, keys: KeyRing | None = None) -> None:
+    def __init__(self, config: ServerConfig, keys: KeyRing) -> None:
         bind = f"[{config.host}]" if ":" in config.host else config.host
         hosts = {host.lower() for host in config.allowed_hosts}
         # A rebound DNS name reaches only what needs no key, and off loopback everything does. The names under
@@ -32,9 +32,9 @@ class Guard:
         self._hosts = hosts | {*LOOPBACK_NAMES, bind.lower()}
         self._origin_names = {*LOOPBACK_NAMES, bind.lower()}
         self._origins = frozenset(config.allowed_origins)
-        self._keys = keys or KeyRing(config.api_key, config.api_key_file)
+        self._keys = keys
         self._open_metrics = config.open_metrics
-        self._metrics_key = Key("metrics", digest_of(config.metrics_key.encode())) if config.metrics_key else None
+        self._metrics_digest = digest_of(config.metrics_key.encode()) if config.metrics_key else None
 
     def check(self, request: web.Request, port: int) -> str:
         """Raise if the request must not be served; ``port`` is the one that the service listens on.
@@ -109,9 +109,9 @@ class Guard:
         """A key of its own opens the figures and nothing else."""
         if self._open_metrics:
             return ""
-        if self._metrics_key is not None and self._metrics_key.is_one_of(map(digest_of, _shown_keys(request))):
-            return self._metrics_key.label
-        if self._metrics_key is not None and not self._keys.asked_for:
+        if any(digest_of(key) == self._metrics_digest for key in _shown_keys(request)):
+            return "metrics"
+        if self._metrics_digest is not None and not self._keys.asked_for:
             raise AuthenticationError("the key of the metrics is needed: `Authorization: Bearer KEY`")
         return self._check_key(request)
 

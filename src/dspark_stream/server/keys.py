@@ -1,13 +1,13 @@
 """Who holds which key: the one of the settings, those of a file that is read again when it changes, and the metrics'.
 
-A key is kept as its digest alone. What is told of it, in logs and metrics, is its label.
+A key is kept as its digest alone, and looked up by it: how far a wrong one's digest agrees says nothing about a key.
+What is told of it, in logs and metrics, is its label.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import logging
 import os
 import re
@@ -36,11 +36,6 @@ class Key(msgspec.Struct, frozen=True):
     max_streams: int | None = None
     """Streams at once; None: as many as the settings say."""
 
-    def is_one_of(self, digests: Iterable[bytes]) -> bool:
-        """Whether it was shown. All are compared in full: the time says nothing about them."""
-        matches = [hmac.compare_digest(self.digest, shown) for shown in digests]
-        return any(matches)
-
 
 def digest_of(key: bytes) -> bytes:
     """What is compared: neither a length nor a prefix of a key shows in the time that it takes."""
@@ -57,12 +52,12 @@ class KeyRing:
     def __init__(self, api_key: str = "", file: Path | None = None) -> None:
         self._own = [Key("" if file is None else "default", digest_of(api_key.encode()))] if api_key else []
         self._file = file
-        self._keys = self._own
+        self._keys = _by_digest(self._own)
         self._seen: object = None
         self._complained: object = None
         if file is not None:
             self._seen = _mark(file)
-            self._keys = self._own + _checked(self._own, read_keys(file))
+            self._keys = _by_digest(self._own + _checked(self._own, read_keys(file)))
 
     @property
     def asked_for(self) -> bool:
@@ -72,17 +67,12 @@ class KeyRing:
     @property
     def limits(self) -> Mapping[str, int]:
         """Label → streams at once, where a key has a limit of its own."""
-        return {key.label: key.max_streams for key in self._keys if key.max_streams is not None}
-
-    @property
-    def labels(self) -> frozenset[str]:
-        """Of all keys."""
-        return frozenset(key.label for key in self._keys)
+        return {key.label: key.max_streams for key in self._keys.values() if key.max_streams is not None}
 
     def find(self, shown: Iterable[bytes]) -> Key | None:
-        """The first key that is among those shown; every key is compared with each of them."""
-        digests = [digest_of(key) for key in shown]
-        return next(iter([key for key in self._keys if key.is_one_of(digests)]), None)
+        """The first of those shown that is one."""
+        known = (self._keys.get(digest_of(key)) for key in shown)
+        return next((key for key in known if key is not None), None)
 
     def reload(self) -> frozenset[str] | None:
         """Read the file again if it has changed; a broken one is told of once, and leaves the keys as they were.
@@ -92,7 +82,7 @@ class KeyRing:
         if self._file is None or (mark := _mark(self._file)) == self._seen:
             return None
         try:
-            keys = self._own + _checked(self._own, read_keys(self._file))
+            keys = _by_digest(self._own + _checked(self._own, read_keys(self._file)))
         except ConfigError as error:
             if self._complained != mark:
                 self._complained = mark
@@ -100,8 +90,8 @@ class KeyRing:
             return None
         before, self._keys, self._seen = self._keys, keys, mark
         log.info("the key file was read again: %d keys", len(keys))
-        held = {(key.label, key.digest) for key in keys}
-        return frozenset(key.label for key in before if (key.label, key.digest) not in held)
+        held = {(key.label, key.digest) for key in keys.values()}
+        return frozenset(key.label for key in before.values() if (key.label, key.digest) not in held)
 
     async def watch(self, changed: Callable[[frozenset[str]], None], poll_s: float) -> None:
         """Reload whenever the file has changed, for ever; ``changed`` hears which labels' keys are gone."""
@@ -114,6 +104,8 @@ class KeyRing:
 
 def read_keys(file: Path) -> list[Key]:
     """The keys of a file: ``key`` or ``label:key`` a line, ``max_streams=N`` behind it; ``#`` begins a comment.
+
+    A key without a label is called ``key-`` and the first 8 digits of its SHA-256, wherever its line is.
 
     Raises:
         ConfigError: unreadable, too long, or a line that cannot be a key. It names the line, and never what is on it.
@@ -136,7 +128,7 @@ def read_keys(file: Path) -> list[Key]:
         text = line.decode("utf-8", "replace").strip()
         if not text or text.startswith("#"):
             continue
-        keys.append(_read_line(text, f"{file}, line {number}", number))
+        keys.append(_read_line(text, f"{file}, line {number}"))
         if len(keys) > MAX_KEYS:
             raise _bad(f"{file} has more than {MAX_KEYS} keys")
     if not keys:
@@ -147,11 +139,11 @@ def read_keys(file: Path) -> list[Key]:
     return keys
 
 
-def _read_line(text: str, where: str, number: int) -> Key:
+def _read_line(text: str, where: str) -> Key:
     words = text.split()
     label, colon, key = words[0].partition(":")
     if not colon:
-        label, key = f"key-{number}", words[0]
+        label, key = f"key-{digest_of(words[0].encode()).hex()[:8]}", words[0]
     if not _LABEL.fullmatch(label):
         raise _bad(f"{where}: a label is 1 to 64 letters, digits, dots, dashes and underscores")
     if not _KEY.fullmatch(key):
@@ -163,6 +155,10 @@ def _read_line(text: str, where: str, number: int) -> Key:
             raise _bad(f"{where}: behind the key only max_streams=N may stand, once, with N from 1 to 9999999")
         most = int(found[1])
     return Key(label, digest_of(key.encode()), most)
+
+
+def _by_digest(keys: Iterable[Key]) -> dict[bytes, Key]:
+    return {key.digest: key for key in keys}
 
 
 def _checked(own: list[Key], keys: list[Key]) -> list[Key]:

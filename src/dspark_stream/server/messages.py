@@ -15,7 +15,7 @@ from dspark_stream.types import Message, Text
 
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 MAX_MESSAGES = 2048
-"""As many as OpenAI takes; each costs time on the loop, whatever is in it."""
+"""As many as OpenAI takes, counted by their parts: each costs time on the loop, whatever is in it."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNSAID = ("reasoning", "thinking", "redacted_thinking")
 """Parts and items of an earlier answer that chat templates leave out again."""
@@ -68,9 +68,13 @@ def chat_messages(value: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
     return _not_empty(messages, "messages")
 
 
-def _not_too_many(messages: Sequence[object], param: str) -> None:
+def _not_too_many(messages: Sequence[dict[str, Any]], param: str) -> None:
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequestError(f"`{param}` has {len(messages)} messages; at most {MAX_MESSAGES}", param=param)
+    contents = [message.get("content") for message in messages]
+    parts = sum(max(1, len(content)) if isinstance(content, list) else 1 for content in contents)
+    if parts > MAX_MESSAGES:
+        raise InvalidRequestError(f"`{param}` has {parts} parts of messages; at most {MAX_MESSAGES}", param=param)
 
 
 def _role(item: dict[str, Any], path: str) -> str:

@@ -259,6 +259,8 @@ class Planner:
                 "`prompt` is empty; it needs some text, or token ids", param="prompt", code="empty_input"
             )
         if not isinstance(value, str):
+            if len(value) >= self.info.max_model_len:
+                raise self.too_long(f"your `prompt` has {len(value)} tokens, and the answer needs one", "prompt")
             return values.token_ids(value, "prompt", self.info.vocab_size)
         return value
 

@@ -23,6 +23,10 @@ _TOKENS_ARE_TEXT = "answers leave as text without special tokens, and token ids 
 _NOTHING_STORED = "nothing but responses is stored here"
 
 
+MAX_NAMES = 64
+"""Of what is looked at one by one: more than any client has reason to send."""
+
+
 def shorten(text: str, most: int = 300) -> str:
     """An error repeats what the client wrote, but not a megabyte of it."""
     return text if len(text) <= most else text[: most - 3] + "..."
@@ -52,6 +56,7 @@ def _plain_text(value: Any) -> bool:
     """``text`` that asks for nothing but text."""
     return (
         isinstance(value, dict)
+        and len(value) <= MAX_NAMES
         and set(value) <= {"format", "verbosity"}
         and value.get("format") in (None, {"type": "text"})
         and value.get("verbosity") in (None, "medium")
@@ -59,11 +64,13 @@ def _plain_text(value: Any) -> bool:
 
 
 def _no_reasoning(value: Any) -> bool:
-    return isinstance(value, dict) and all(v in (None, "none") for v in value.values())
+    return isinstance(value, dict) and len(value) <= MAX_NAMES and all(v in (None, "none") for v in value.values())
 
 
 def _of_items_that_never_come(value: Any) -> bool:
     """``include`` of what would belong to items that no answer here has."""
+    if isinstance(value, list) and len(value) > MAX_NAMES:
+        raise InvalidRequestError(f"`include` has {len(value)} names; at most {MAX_NAMES}", param="include")
     return isinstance(value, list) and all(
         isinstance(name, str) and not name.startswith("message.output_text") for name in value
     )

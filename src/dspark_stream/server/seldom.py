@@ -23,5 +23,6 @@ class Seldom:
         self._count += 1
         now = time.monotonic()
         if now >= self._next:
-            self._log.warning(self._message, self._count)
+            # Not limited once more by `logs.Repeats`, which would lose the count.
+            self._log.warning(self._message, self._count, extra={"counted": True})
             self._count, self._next = 0, now + PERIOD_S

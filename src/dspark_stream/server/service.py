@@ -94,21 +94,28 @@ class Service:
             self.admission.check()
             limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
             stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived, owner)
-            entry = stream.entry
-            entry.submitted(plan.response_id, len(prompt_ids))
             self.hub.subscribe(plan.response_id, stream.receive)
+            taken = None
             try:
-                listener.started(self._submit(plan, prompt_ids, limit, client))
+                taken = self._submit(plan, prompt_ids, limit, client)
+                stream.entry.submitted(plan.response_id, len(prompt_ids))
+                listener.started(taken)
                 await stream.over.wait()
             finally:
                 self.hub.unsubscribe(plan.response_id)
-                if not stream.over.is_set():
-                    # The client has gone, and nobody will hear the engine's answer to this.
-                    self.engine.cancel(plan.response_id)
-                    self.metrics.finished["cancelled"] += 1
-                    entry.reason = "cancelled"
-                if entry.key_label:
-                    self.metrics.of_client(entry.key_label, entry.input_tokens, entry.output_tokens)
+                if taken is not None:
+                    self._account(plan.response_id, stream)
+
+    def _account(self, response_id: str, stream: _Stream) -> None:
+        """Book a stream that the engine had, and take it back if it is not over."""
+        entry = stream.entry
+        if not stream.over.is_set():
+            # The client has gone, and nobody will hear the engine's answer to this.
+            self.engine.cancel(response_id)
+            self.metrics.finished["cancelled"] += 1
+            entry.reason = "cancelled"
+        if entry.key_label:
+            self.metrics.of_client(entry.key_label, entry.input_tokens, entry.output_tokens)
 
     def keep(self, plan: Plan, messages: list[Message], owner: object) -> None:
         """Store a conversation for everybody who knows its id, or for its owner alone, or not at all."""
@@ -116,7 +123,8 @@ class Service:
             self.store.put(plan.response_id, messages, None if plan.store else owner)
 
     def _submit(self, plan: Plan, prompt_ids: list[int], limit: int, client: str) -> GenerationRequest:
-        request = msgspec.structs.replace(plan.request(prompt_ids, limit), client=_digest(client))
+        whose = _digest(client) if self.admission.shared else ""
+        request = msgspec.structs.replace(plan.request(prompt_ids, limit), client=whose)
         try:
             self.engine.submit(request)
         except InvalidRequestError as error:
