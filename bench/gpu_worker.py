@@ -23,15 +23,15 @@ from torch import nn
 import gpu_models
 from dspark_kernels.sequential_head import cuda, full_walk, prepare, walk
 from dspark_stream.config import Config
+from dspark_stream.console import SILENT, Progress
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.gpu.graphs import Size
 from dspark_stream.engine.gpu.runner import CANDIDATES, GraphRounds
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.step import Models
 from dspark_stream.load.schedule import parse_schedule
-from dspark_stream.local import LocalEngine
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.torch.quant import Quant, quantise_linears
-from dspark_stream.progress import SILENT, Progress
 from dspark_stream.types import GenerationRequest, Mode, SamplingParams, TokensEvent
 from gpu_models import (
     CONTEXT,

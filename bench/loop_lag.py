@@ -24,8 +24,8 @@ import uvloop
 
 from dspark_stream.client.connection import DsparkClient
 from dspark_stream.config import Config
+from dspark_stream.console import Progress
 from dspark_stream.engine.build import build_engine
-from dspark_stream.progress import Progress
 from dspark_stream.server.app import Server
 from dspark_stream.server.settings import ServerConfig
 

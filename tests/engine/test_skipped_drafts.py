@@ -9,9 +9,9 @@ import torch
 
 from dspark_stream.engine import backlog as backlogs
 from dspark_stream.engine.backlog import PIECE, ROOM, TOGETHER, Backlog, hand_over, room
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Fixed, Lagged
-from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.types import TokensEvent
 from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target

@@ -46,11 +46,11 @@ from dspark_kernels.cpu.reference import (
     rms_norm,
     walk,
 )
+from dspark_stream.decoding.accept import rejection
+from dspark_stream.decoding.draft import Block
+from dspark_stream.decoding.noise import RoundUniforms, token_exponentials
 from dspark_stream.models.native.distributions import NativeDistributions
 from dspark_stream.models.torch.distributions import Dense, distributions
-from dspark_stream.spec.accept import rejection
-from dspark_stream.spec.draft import Block
-from dspark_stream.spec.noise import RoundUniforms, token_exponentials
 from dspark_stream.types import SamplingParams
 
 SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"

@@ -15,6 +15,9 @@ import torch
 from dspark_kernels.cpu import Context, Kind, NoCompilerError, best_isa, supported_isas
 from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
+from dspark_stream.console import Progress
+from dspark_stream.decoding.calibration import Calibration, load_calibration
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.memory import check_kv_memory, foretold, memory_bytes, refused_by_the_system
 from dspark_stream.engine.profile import curve_key, load_or_measure
@@ -35,9 +38,6 @@ from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.models.torch.drafter import Drafter as TorchDrafter
 from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, quantise_linears
 from dspark_stream.models.torch.target import Target as TorchTarget
-from dspark_stream.progress import Progress
-from dspark_stream.spec.calibration import Calibration, load_calibration
-from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import ModelInfo
 
 if TYPE_CHECKING:

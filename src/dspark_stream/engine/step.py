@@ -15,6 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from dspark_stream.decoding.accept import Outcome, accept
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.draft import Block, acceptance_of, draft, is_greedy
+from dspark_stream.decoding.survival import AcceptanceHistory
+from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.backlog import ROOM, hand_over, room
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.acceptance import Past
@@ -23,11 +28,6 @@ from dspark_stream.load.costs import Shape
 from dspark_stream.load.curve import CapacityCurve, Company
 from dspark_stream.load.schedule import Candidate, Schedule
 from dspark_stream.models.protocols import Drafter, Rows, Store, Target
-from dspark_stream.spec.accept import Outcome, accept
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.draft import Block, acceptance_of, draft, is_greedy
-from dspark_stream.spec.survival import AcceptanceHistory
-from dspark_stream.spec.verify import verify
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 
 if TYPE_CHECKING:

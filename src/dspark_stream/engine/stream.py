@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from enum import Enum
 from math import inf
 
+from dspark_stream.decoding.draft import acceptance_of
+from dspark_stream.decoding.noise import NoiseCache
 from dspark_stream.engine.backlog import Backlog
 from dspark_stream.engine.text import TextStream
 from dspark_stream.load.acceptance import Past
 from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.tokenizer import TokenBytes
-from dspark_stream.spec.draft import acceptance_of
-from dspark_stream.spec.noise import NoiseCache
 from dspark_stream.types import (
     ErrorInfo,
     FinishedEvent,

@@ -13,12 +13,12 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
+from dspark_stream.console import SILENT
 from dspark_stream.engine.boundary import Tokenizer
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.errors import ContextLengthError
-from dspark_stream.evaluate import Message, Plan, Prompt, Tally, run_prompts
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import SILENT
-from dspark_stream.report.prompts import PROMPTS
+from dspark_stream.measure.evaluate import Message, Plan, Prompt, Tally, run_prompts
+from dspark_stream.measure.prompts import PROMPTS
 from dspark_stream.types import SamplingParams, Verification
 
 PLAIN = "plain"

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.noise import RoundUniforms
+from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.distributions import Distributions
 from dspark_stream.models.protocols import Drafted, Drafter, Draw, Noise, Race, Store
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.noise import RoundUniforms
-from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.types import Acceptance, SamplingParams, Verification
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_stream.spec.calibration import LARGEST_LOGIT, Scaling
+from dspark_stream.decoding.calibration import LARGEST_LOGIT, Scaling
 
 SEARCHED = [2.0 ** (i / 16) for i in range(-32, 33)]
 """Temperatures that are tried: 1/4 … 4, each 4 % above the one before."""

@@ -2,7 +2,8 @@
 
 c_k = σ(logit_k / T_k + b_k). The paper's Sequential Temperature Scaling (design/algorithm.md, "Calibration") is the
 case b = 0; a temperature alone cannot mend a head that promises too much everywhere. Greedy decoding, rejection and
-coupled verification accept with different probabilities, so each has a calibration of its own. `spec.platt` fits it.
+coupled verification accept with different probabilities, so each has a calibration of its own. `decoding.platt`
+fits it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.report.plot import Series, line_chart
+from dspark_stream.measure.plot import Series, line_chart
 
 
 def table(curve: CapacityCurve) -> str:

@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 from dspark_kernels.cpu import cpu_name
 from dspark_stream import __version__
+from dspark_stream.console import Progress
 from dspark_stream.engine.boundary import Tokenizer
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.worker import EngineThread
-from dspark_stream.evaluate import Prompt
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import Progress
-from dspark_stream.report.plot import Series, line_chart
-from dspark_stream.report.profile import plot as capacity_plot
-from dspark_stream.report.sweep import (
+from dspark_stream.measure.evaluate import Prompt
+from dspark_stream.measure.plot import Series, line_chart
+from dspark_stream.measure.profile import plot as capacity_plot
+from dspark_stream.measure.sweep import (
     PLAIN,
     Point,
     curve,

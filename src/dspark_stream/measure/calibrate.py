@@ -1,8 +1,8 @@
 """``dspark-stream calibrate``: fit a drafter's confidence to what its rounds really accept.
 
 The engine runs prompts with every draft verified and every confidence as the head gives it; to these rounds
-`spec.platt` fits a temperature and a bias for each position. It works for any drafter with a confidence head, trained
-here or not.
+`decoding.platt` fits a temperature and a bias for each position. It works for any drafter with a confidence head,
+trained here or not.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import msgspec
 import numpy as np
 
 from dspark_stream.config import MAX_FIXED, Config
-from dspark_stream.errors import InternalError
-from dspark_stream.load.acceptance import WAYS
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import Progress
-from dspark_stream.spec.calibration import (
+from dspark_stream.console import Progress
+from dspark_stream.decoding.calibration import (
     Calibration,
     expected_calibration_error,
     logit,
 )
-from dspark_stream.spec.platt import Observed, fit_scaling
-from dspark_stream.spec.survival import prefix_survival
+from dspark_stream.decoding.platt import Observed, fit_scaling
+from dspark_stream.decoding.survival import prefix_survival
+from dspark_stream.engine.local import LocalEngine
+from dspark_stream.errors import InternalError
+from dspark_stream.load.acceptance import WAYS
 from dspark_stream.types import (
     MAX_SEED,
     Acceptance,

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 
+from dspark_stream.console import Progress
+from dspark_stream.decoding.calibration import Bin, expected_calibration_error, reliability
 from dspark_stream.engine.boundary import Tokenizer
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.errors import ConfigError, ContextLengthError, InternalError
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import Progress
-from dspark_stream.spec.calibration import Bin, expected_calibration_error, reliability
 from dspark_stream.types import (
     MAX_SEED,
     FinishedEvent,

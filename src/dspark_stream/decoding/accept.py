@@ -11,10 +11,10 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from dspark_stream.decoding.draft import Block, StreamView, acceptance_of
+from dspark_stream.decoding.noise import RoundUniforms
 from dspark_stream.models.distributions import Distributions, Judged
 from dspark_stream.models.protocols import AdjustedBlock, Race, Verified
-from dspark_stream.spec.draft import Block, StreamView, acceptance_of
-from dspark_stream.spec.noise import RoundUniforms
 from dspark_stream.types import Acceptance
 
 Outcome = Judged

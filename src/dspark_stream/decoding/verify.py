@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dspark_stream.decoding.draft import Block, StreamView, is_greedy
 from dspark_stream.models.protocols import Rows, Store, Target, Verified
-from dspark_stream.spec.draft import Block, StreamView, is_greedy
 
 
 def verify(
