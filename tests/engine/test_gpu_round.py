@@ -84,6 +84,8 @@ def mixed_requests(n: int = 9) -> list[GenerationRequest]:
 class OfWholeBlocks(Fixed):
     """Drafts whole blocks however many tokens it verifies, as captured rounds do."""
 
+    looks_up = False
+
     def slots(self, gamma):
         return gamma if self.length else 0
 

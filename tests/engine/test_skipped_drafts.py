@@ -38,6 +38,8 @@ class EveryNth:
     def __init__(self, n):
         self.n, self.round, self.drafts = n, 0, 0
 
+    looks_up = False
+
     def slots(self, gamma):
         self.round += 1
         return (
@@ -97,6 +99,8 @@ class EveryRound(EveryNth):
 
     def __init__(self, slots):
         self._slots = slots
+
+    looks_up = False
 
     def slots(self, gamma):
         return self._slots

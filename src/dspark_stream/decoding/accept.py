@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from dspark_stream.decoding.draft import Block, StreamView, acceptance_of
+from dspark_stream.decoding.lookup import LONGEST
 from dspark_stream.decoding.noise import RoundUniforms
 from dspark_stream.models.distributions import Distributions, Judged
 from dspark_stream.models.protocols import AdjustedBlock, Race, Verified
@@ -85,9 +87,27 @@ def rejection(
     draft_ids: Tensor | None,
 ) -> Outcome:
     """Block verification by this round's uniforms; what it does and why: `Distributions.judge`."""
-    uniforms = block.uniforms or RoundUniforms(stream.round_key, stream.position, 0)
+    uniforms = block.uniforms or RoundUniforms(stream.round_key, stream.position, 2 * LONGEST)
     if not length or block.q is None:
-        return Outcome(0, p.draw(first, uniforms.bonus))
+        return certain(p, first, block.tokens[:length], uniforms)
     return p.judge(
         first, block.tokens[:length], block.q, block.indices[:length], draft_ids, uniforms.accept, uniforms.bonus
     )
+
+
+_ONE = torch.ones(1)
+
+
+def certain(p: Distributions, first: int, tokens: Sequence[int], uniforms: RoundUniforms) -> Outcome:
+    """Rejection of drafts that were not drawn but known beforehand, q = 1: x_k stands with probability p_t(x_k).
+
+    ``uniforms``: of so wide a round that none of those that stand here is one that a drafter draws by: a stream of the
+    same key may be drafted for meanwhile, and what its drafts promise decides about these.
+
+    The bonus token is from p_t without x_k there, after the last draft from the next p_t. Judged as a whole such a
+    block stands exactly as often (every share w_k is the product of these probabilities).
+    """
+    for k, token in enumerate(tokens):
+        if not uniforms.accept[k] < p.probability(first + k, token):  # NaN refuses
+            return Outcome(k, p.draw_rest(first + k, uniforms.bonus, 1.0, _ONE, torch.tensor([token])))
+    return Outcome(len(tokens), p.draw(first + len(tokens), uniforms.bonus))

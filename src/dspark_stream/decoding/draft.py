@@ -16,7 +16,7 @@ from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.distributions import Distributions
 from dspark_stream.models.protocols import Drafted, Drafter, Draw, Noise, Race, Store
-from dspark_stream.types import Acceptance, SamplingParams, Verification
+from dspark_stream.types import Acceptance, SamplingParams, Source, Verification
 
 
 class StreamView(Protocol):
@@ -76,7 +76,7 @@ class Block:
     """One stream's draft block."""
 
     tokens: list[int] = field(default_factory=list)
-    """x_1 … x_g as target ids, g ≤ γ; empty for a stream that did not draft."""
+    """x_1 … x_g as target ids; empty for a stream that did not draft."""
     confidence: list[float] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)
     indices: Sequence[int] = ()
@@ -85,6 +85,8 @@ class Block:
     """Rejection only: g rows over the draft vocabulary that x_k were drawn from. Valid until the next draft."""
     uniforms: RoundUniforms | None = None
     """Rejection only: the randomness of this round."""
+    source: Source = "model"
+    """Where the tokens come from. What is looked up was not drawn: it has no q, and no confidence but its survival."""
 
 
 def draft(
