@@ -19,12 +19,14 @@ from dspark_kernels.cpu import (
     Context,
     Head,
     Kind,
+    LayerWeights,
     Llama,
     PackedMatrix,
     Pass,
     Room,
     Rope,
     Source,
+    Store,
     Table,
     Weights,
     noise_rows,
@@ -34,7 +36,6 @@ from dspark_kernels.cpu import (
     supported_isas,
 )
 from dspark_kernels.cpu import build as building
-from dspark_kernels.cpu.library import LayerWeights, Store
 from dspark_kernels.cpu.reference import (
     LayerReference,
     LlamaReference,

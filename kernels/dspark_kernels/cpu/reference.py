@@ -1,7 +1,7 @@
 """What the CPU kernels compute, in plain torch: the contract that every instruction set's path is tested against.
 
 Weights are taken dequantised (`PackedMatrix.rows` gives them back exactly); activations are rounded here as there, so
-results agree but for the order of additions. Symbols as in `library.py`.
+results agree but for the order of additions. Symbols as in `llama.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class LayerReference(NamedTuple):
-    """One layer's weights, dequantised; see `LayerWeights` in library.py."""
+    """One layer's weights, dequantised; see `LayerWeights` in llama.py."""
 
     q: Tensor
     k: Tensor
