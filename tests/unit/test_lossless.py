@@ -20,6 +20,7 @@ import dspark_stream.decoding.accept as accept_module
 import dspark_stream.decoding.draft as draft_module
 from dspark_kernels.cpu import Context, best_isa
 from dspark_kernels.cpu.build import compiler
+from dspark_kernels.drawing.reference import race
 from dspark_stream.decoding.accept import accept
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.draft import draft
@@ -32,7 +33,6 @@ from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.native.distributions import NativeDistributions
 from dspark_stream.models.native.target import NativeOutput
-from dspark_stream.models.torch.distributions import race
 from dspark_stream.models.torch.target import TargetOutput
 from dspark_stream.models.torch.walk import walk
 from dspark_stream.types import GenerationRequest, SamplingParams

@@ -117,7 +117,7 @@ def _redraw(p: Tensor, share: Tensor, accepted: Tensor, length: Tensor, drafts: 
 def thresholds(scaled: Tensor, sampling: Sampling) -> Tensor:
     """The least logit that top-k, then top-p, then min-p leave, [R, n] of ``scaled`` [R, n, V] (temperature applied).
 
-    Each cut is a threshold, as in `models/torch/distributions.py`: equal logits stay or go together. Greedy rows keep
+    The cuts of `drawing/reference.py` as thresholds of many rows at once, nothing asked of the host. Greedy rows keep
     everything.
     """
     vocab = scaled.shape[-1]

@@ -11,10 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUND, TOKEN, DRAFT = 0, 1, 2
-"""What a draw is for: uniforms of a rejection round, exponentials of an output position (`decoding.noise.Purpose`),
-and the races that draw x_1 … x_γ over the whole vocabulary under rejection, keyed like the uniforms by an anchor
-position."""
+ROUND, TOKEN = 0, 1
+"""What a draw is for, of those that share a seed and a position.
+
+ROUND: uniforms of one rejection round, keyed by its anchor position; a position may be drafted for again later, an
+anchor position never comes back, so no uniform is ever used twice. TOKEN: exponentials of one output position for
+coupled verification, shared by drafter and target.
+"""
 
 MULTIPLIER = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)

@@ -1,29 +1,19 @@
 """Randomness as an argument: everything random in a round comes from here, by counter, never from a global state.
 
 Philox 4x64 keyed by (the stream's seed or key, position, purpose): any token's noise can be made again at any time,
-in any order, alone or in company, on any machine.
+in any order, alone or in company, on any machine. By numpy, whose generator makes a vocabulary's words many times as
+fast as the contract's torch (`dspark_kernels/noise/reference.py`); tests hold the two to the same bits.
 """
 
 from __future__ import annotations
 
 import threading
-from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_kernels.noise.reference import SMALLEST
-
-
-class Purpose(IntEnum):
-    """Separates draws that share a seed and a position."""
-
-    ROUND = 0
-    """Uniforms of one rejection round, keyed by its anchor position: a position may be drafted for again later, an
-    anchor position never comes back, so no uniform is ever used twice."""
-    TOKEN = 1
-    """Exponentials of one output position for coupled verification, shared by drafter and target."""
+from dspark_kernels.noise.reference import ROUND, SMALLEST, TOKEN
 
 
 class _Philox(threading.local):
@@ -34,7 +24,7 @@ class _Philox(threading.local):
         self._fresh = self._bits.state
         self._generator = np.random.Generator(self._bits)
 
-    def __call__(self, seed: int, position: int, purpose: Purpose) -> np.random.Generator:
+    def __call__(self, seed: int, position: int, purpose: int) -> np.random.Generator:
         self._fresh["state"]["key"][:] = seed & 0xFFFF_FFFF_FFFF_FFFF, (position << 8) | purpose
         self._bits.state = self._fresh
         return self._generator
@@ -51,7 +41,7 @@ class RoundUniforms:
     """
 
     def __init__(self, key: int, start: int, gamma: int) -> None:
-        u = _generator(key, start, Purpose.ROUND).random(2 * gamma + 1).tolist()
+        u = _generator(key, start, ROUND).random(2 * gamma + 1).tolist()
         self.bonus: float = u[0]
         self.draft: list[float] = u[1 : gamma + 1]
         self.accept: list[float] = u[gamma + 1 :]
@@ -62,7 +52,7 @@ def token_exponentials(seed: int, position: int, vocab: int) -> Tensor:
 
     argmin E/p is distributed as p: the Gumbel-max trick with -log E for the Gumbel noise, without the logarithm of p.
     """
-    u = np.maximum(_generator(seed, position, Purpose.TOKEN).random(vocab), SMALLEST)
+    u = np.maximum(_generator(seed, position, TOKEN).random(vocab), SMALLEST)
     return torch.log1p(torch.from_numpy(u).neg_()).neg_()
 
 
