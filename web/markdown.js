@@ -68,26 +68,30 @@ const LONG = 1500;
 export function render(text, from = 0, to = text.length, runs = [], open = false) {
   const html = /** @type {string} */ (marked.parse(text.slice(from, to)));
   const root = /** @type {DocumentFragment} */ (/** @type {unknown} */ (DOMPurify.sanitize(html, ALLOWED)));
-  const codes = [...root.querySelectorAll("pre > code")];
-  codes.forEach((code, i) => dress(/** @type {HTMLElement} */ (code), open && i === codes.length - 1));
+  const codes = /** @type {HTMLElement[]} */ ([...root.querySelectorAll("pre > code")]);
+  const languages = codes.map((code, i) => {
+    const language = code.className.replace("language-", "").toLowerCase();
+    code.removeAttribute("class");
+    if (language && !(open && i === codes.length - 1)) colour(code, language);
+    return language;
+  });
   mark(root, text, from, to, runs);
+  codes.forEach((code, i) => frame(code, languages[i])); // last: what it adds is not the model's
   return root;
 }
 
 /**
- * A piece of code gets its colours, its language's name and a way to copy it.
+ * A piece of code gets its language's name and a way to copy it.
  * @param {HTMLElement} code
- * @param {boolean} open
+ * @param {string} language
  */
-function dress(code, open) {
+function frame(code, language) {
   const pre = /** @type {HTMLElement} */ (code.parentElement);
-  const language = code.className.replace("language-", "").toLowerCase();
-  code.removeAttribute("class");
-  if (!open && language) colour(code, language);
   pre.setAttribute("tabindex", "0"); // what scrolls sideways is reached with the keyboard
   const block = h("div", { class: "code" });
   pre.replaceWith(block);
-  block.append(h("div", { class: "code-head" }, h("span", {}, language || "code"), copyButton(() => code.textContent ?? "", "Copy the code")), pre);
+  block.append(h("div", { class: "code-head" }, h("span", {}, language || "code"),
+    copyButton(() => code.textContent ?? "", "Copy the code")), pre);
 }
 
 /**
@@ -116,6 +120,11 @@ export class GrowingMarkdown {
     const tokens = marked.lexer(text.slice(this.#settled));
     let last = tokens.length - 1;
     while (last > 0 && tokens[last].type === "space") last -= 1;
+    // "2" after a list may be its next item's number.
+    if (/^\s*(?:\d{1,9}[.)]?|[-*+])?\s*$/.test(tokens[last]?.raw ?? "")) {
+      const before = tokens.findLastIndex((token, i) => i < last && token.type !== "space");
+      if (tokens[before]?.type === "list") last = before;
+    }
     const settled = tokens.slice(0, Math.max(0, last)).reduce((sum, token) => sum + token.raw.length, 0);
     if (settled > 0) {
       this.#replaceTail(text, this.#settled + settled, runs, false);

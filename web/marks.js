@@ -60,6 +60,7 @@ export function mark(root, text, from, to, runs) {
     const { data } = node;
     /** @type {{from: number, to: number, run: number}[]} */
     const parts = [];
+    let line = 0;
     for (let i = 0; i < data.length; i++) {
       const found = find(data[i], text, at, to);
       if (found < 0) continue;
@@ -67,8 +68,9 @@ export function mark(root, text, from, to, runs) {
       while (next < runs.length && runs[next].end <= found) next++;
       if (next === runs.length) break;
       if (runs[next].start > found) continue;
+      if (data[i] === "\n") line = i; // what a line is set in by has no tint either
       const part = parts.at(-1);
-      if (part?.run === next) part.to = i + 1;
+      if (part?.run === next && part.from >= line) part.to = i + 1;
       else if (data[i].trim()) parts.push({ from: i, to: i + 1, run: next }); // space around a run has no tint
     }
     if (parts.length === 0) continue;

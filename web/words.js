@@ -61,7 +61,7 @@ export const times = (ratio) => ratio.toFixed(ratio < 9.95 ? 1 : 0);
  */
 export function roundWords(step, round) {
   const sure = step.survival?.[step.accepted - 1];
-  const what = step.accepted === 1 ? "it" : `all ${step.accepted}`;
+  const what = step.accepted === 1 ? "it" : step.accepted === 2 ? "both" : `all ${step.accepted}`;
   return [
     `Round ${round + 1}: ${count(step.accepted, "guess", "guesses")} accepted at once`,
     `${step.drafted} drafted, ${step.scheduled} verified, ${step.accepted} accepted.` +
