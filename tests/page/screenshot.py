@@ -37,7 +37,8 @@ ENCODE = """async ({shots, width, height}) => {
   const pictures = await Promise.all(shots.map(async ([at, data]) =>
     [at, await createImageBitmap(await (await fetch("data:image/jpeg;base64," + data)).blob())]));
   brush.drawImage(pictures[0][1], 0, 0, width, height);
-  const recorder = new MediaRecorder(canvas.captureStream(25), {mimeType: "video/webm;codecs=vp9", videoBitsPerSecond: 900000});
+  const recorder = new MediaRecorder(
+    canvas.captureStream(25), {mimeType: "video/webm;codecs=vp9", videoBitsPerSecond: 900000});
   const parts = [];
   recorder.ondataavailable = event => parts.push(event.data);
   const stopped = new Promise(done => { recorder.onstop = done; });
