@@ -77,7 +77,7 @@ async def film(page: Page, browser: Browser, options: argparse.Namespace) -> Non
     encoder = await browser.new_page()
     size = {"width": options.width, "height": options.height}
     data = await encoder.evaluate(ENCODE, {"shots": shots, **size})
-    Path(options.film).write_bytes(base64.b64decode(data))
+    await asyncio.to_thread(Path(options.film).write_bytes, base64.b64decode(data))
 
 
 async def take(options: argparse.Namespace) -> None:
