@@ -177,6 +177,15 @@ style: $(DEV_STAMP) ## Check the style
 types: $(DEV_STAMP) ## Check the types
 	@$(PY) -m mypy
 
+# What is built is then run from another folder, as somebody who installed it does.
+.PHONY: dist
+dist: $(DEV_STAMP) ## Build the wheel and the source archive into dist/, and run what is in the wheel
+	@rm -rf dist build/installed
+	@$(PY) -m build --outdir dist . >/dev/null
+	@$(PY) $(PIP_INSTALL) --no-deps --target build/installed dist/*.whl
+	@cd build && PYTHONPATH=installed PYTHONSAFEPATH=1 ../$(PY) -m dspark_stream --version
+	@ls -l dist
+
 BENCHES := edge scheduling pareto regret sockets
 
 .PHONY: bench

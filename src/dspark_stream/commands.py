@@ -168,8 +168,8 @@ def _server_config(config: Config) -> ServerConfig:
 
 
 def _web_dir() -> Path | None:
-    """The demo page, which lies beside ``src/`` in a checkout; None where only the package is installed."""
-    folder = Path(__file__).resolve().parents[2] / "web"
+    """The demo page: in a checkout ``web/`` is a link to the folder beside ``src/``; None where it was left out."""
+    folder = Path(__file__).parent / "web"
     return folder if (folder / "index.html").is_file() else None
 
 

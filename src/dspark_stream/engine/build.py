@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dspark_kernels.cpu import Context, Kind, NoCompilerError, best_isa, supported_isas
+from dspark_kernels.cpu.build import compiler, library_path
 from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
 from dspark_stream.console import Progress
@@ -245,8 +246,11 @@ def open_kernels(config: Config, progress: Progress) -> Context | None:
     isa = best_isa() if config.cpu_kernels == "auto" else config.cpu_kernels
     if isa not in supported_isas():
         raise ConfigError(f"this CPU cannot run {isa} kernels: {', '.join(supported_isas())}", param="cpu_kernels")
+    first = compiler() is not None and not library_path(isa).exists()
+    told = progress.stage(f"compiling the {isa} kernels, once for this machine")
     try:
-        return Context(config.threads or CPU_THREADS, isa)
+        with told if first else contextlib.nullcontext():
+            return Context(config.threads or CPU_THREADS, isa)
     except NoCompilerError as error:
         if config.cpu_kernels != "auto":
             raise ConfigError(str(error), param="cpu_kernels") from error
