@@ -11,10 +11,10 @@ EXIT_INTERRUPTED = 130
 
 
 def main() -> int:
-    """Run the program; returns its exit code (`cli.main`)."""
+    """Run the program; returns its exit code (`program.main`)."""
     # Until its modules are there, nothing needs clearing up, and an exception would be told in ten lines of imports.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(EXIT_INTERRUPTED))
-    from dspark_stream.cli import main as run
+    from dspark_stream.commands.program import main as run
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dspark_stream import cli, commands
+from dspark_stream.commands import common, serve
+from dspark_stream.commands.program import main
 from dspark_stream.config import Config
 from dspark_stream.decoding.calibration import load_calibration
 from dspark_stream.errors import InternalError, ModelLoadError
@@ -33,7 +34,7 @@ def loaded(monkeypatch):
         engine = FakeEngine(SEVEN_WORDS, info=model_info(draft_quant=config.draft_quant))
         return engine, FakeTokenizer()
 
-    monkeypatch.setattr(commands, "_load", load)
+    monkeypatch.setattr(common, "load", load)
     for name in [name for name in os.environ if name.startswith("DSPARK_")]:
         monkeypatch.delenv(name)
     return configs
@@ -81,7 +82,7 @@ def write_prompts(path: Path, count: int) -> Path:
 )
 def test_a_mistake_is_one_line_and_code_2(argv, words, loaded, capsys):
     try:
-        code = cli.main(argv)
+        code = main(argv)
     except SystemExit as stopped:
         code = stopped.code
     said = capsys.readouterr()
@@ -96,13 +97,13 @@ def test_a_mistake_is_one_line_and_code_2(argv, words, loaded, capsys):
 def test_an_ipv6_address_may_stand_in_brackets(monkeypatch):
     """Guards against the form that URLs have, which no socket takes."""
     asked = []
-    monkeypatch.setattr(commands, "_check_port", lambda host, port: asked.append(host))
+    monkeypatch.setattr(serve, "check_port", lambda host, port: asked.append(host))
 
     def load(*_, **__):
         raise ModelLoadError("far enough")
 
-    monkeypatch.setattr(commands, "_load", load)
-    assert cli.main(["serve", "--host", "[::1]", "--port", "0"]) == 2
+    monkeypatch.setattr(common, "load", load)
+    assert main(["serve", "--host", "[::1]", "--port", "0"]) == 2
     assert asked == ["::1"]
 
 
@@ -113,7 +114,7 @@ def test_a_port_that_is_taken_is_told_before_loading(loaded, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert cli.main(["serve", "--port", port]) == 2
+        assert main(["serve", "--port", port]) == 2
     assert f"port {port}: Address already in use" in capsys.readouterr().err
     assert loaded == []
 
@@ -123,8 +124,8 @@ def test_whose_fault_it_is_shows_in_the_code(error, code, loaded, monkeypatch, c
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(commands, "_load", fail)
-    assert cli.main(["generate", "--prompt", "a"]) == code
+    monkeypatch.setattr(common, "load", fail)
+    assert main(["generate", "--prompt", "a"]) == code
     assert capsys.readouterr().err == f"dspark-stream: error: {error}\n"
 
 
@@ -133,7 +134,7 @@ def test_whose_fault_it_is_shows_in_the_code(error, code, loaded, monkeypatch, c
 )
 def test_help_is_there_and_instant(command):
     script = (
-        "import sys\nfrom dspark_stream.cli import main\n"
+        "import sys\nfrom dspark_stream.commands.program import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as stopped: assert stopped.code == 0\n"
         "heavy = {'torch', 'transformers', 'aiohttp', 'websockets', 'numpy'} & set(sys.modules)\n"
@@ -151,7 +152,7 @@ def test_help_is_there_and_instant(command):
 
 
 def test_generate_prints_text_on_stdout_and_figures_on_stderr(loaded, capsys):
-    assert cli.main(["generate", "--prompt", "hello"]) == 0
+    assert main(["generate", "--prompt", "hello"]) == 0
     said = capsys.readouterr()
     assert said.out == "w0 w1 w2 w3 w4 w5 w6 \n"
     assert "7 tokens in 3 rounds" in said.err
@@ -159,7 +160,7 @@ def test_generate_prints_text_on_stdout_and_figures_on_stderr(loaded, capsys):
 
 
 def test_generate_json_is_one_object_with_these_fields(loaded, capsys):
-    assert cli.main(["generate", "--prompt", "hello", "--max-tokens", "5", "--json"]) == 0
+    assert main(["generate", "--prompt", "hello", "--max-tokens", "5", "--json"]) == 0
     said = capsys.readouterr()
     answer = json.loads(said.out)
     assert set(answer) == {
@@ -179,10 +180,10 @@ def test_generate_json_is_one_object_with_these_fields(loaded, capsys):
 
 def test_generate_passes_everything_on(loaded, monkeypatch, capsys):
     engine = FakeEngine(SEVEN_WORDS)
-    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, None))
+    monkeypatch.setattr(common, "load", lambda *_, **__: (engine, None))
     argv = "generate --input-ids 5,6,7 --mode plain --verification coupled --temperature 0.5 --top-p 0.9"
     argv += " --top-k 3 --min-p 0.1 --seed 9 --stop x --stop y --ignore-eos --max-tokens 2 --json"
-    assert cli.main(argv.split()) == 0
+    assert main(argv.split()) == 0
     (request,) = engine.submitted
     assert request.prompt_ids == (5, 6, 7)
     assert (request.mode, request.verification, request.record_rounds) == ("plain", "coupled", True)
@@ -203,23 +204,23 @@ def test_generate_passes_everything_on(loaded, monkeypatch, capsys):
 )
 def test_generate_takes_what_is_recommended_where_nothing_is_said(argv, recommended, expected, loaded, monkeypatch):
     engine = FakeEngine(SEVEN_WORDS, info=model_info(sampling=RecommendedSampling(**recommended)))
-    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, FakeTokenizer()))
-    assert cli.main(["generate", "--prompt", "hello", "--json", *argv.split()]) == 0
+    monkeypatch.setattr(common, "load", lambda *_, **__: (engine, FakeTokenizer()))
+    assert main(["generate", "--prompt", "hello", "--json", *argv.split()]) == 0
     sampling = engine.submitted[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == expected
 
 
 def test_eval_goes_by_its_own_temperature(loaded, monkeypatch, tmp_path, capsys):
     engine = FakeEngine(SEVEN_WORDS, info=model_info(sampling=RecommendedSampling(temperature=0.7, top_k=20)))
-    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, FakeTokenizer()))
-    assert cli.main(["eval", "--prompts", str(write_prompts(tmp_path / "p.jsonl", 2)), "--json"]) == 0
+    monkeypatch.setattr(common, "load", lambda *_, **__: (engine, FakeTokenizer()))
+    assert main(["eval", "--prompts", str(write_prompts(tmp_path / "p.jsonl", 2)), "--json"]) == 0
     assert {(r.sampling.temperature, r.sampling.top_p, r.sampling.top_k) for r in engine.submitted} == {(0.0, 1.0, 0)}
 
 
 @pytest.mark.parametrize("command", ["generate --prompt a", "eval --prompts x", "chat"])
 def test_people_have_one_range_of_temperatures(command, loaded, capsys):
     with pytest.raises(SystemExit):
-        cli.main([*command.split(), "--temperature", "2.1"])
+        main([*command.split(), "--temperature", "2.1"])
     assert "--temperature: 2.1 is out of range: it must be from 0 to 2" in capsys.readouterr().err
 
 
@@ -234,7 +235,7 @@ def test_models_lists_what_has_a_name_and_where_it_is(tmp_path, monkeypatch, cap
     for name, size in ((small.file_name, small.size), (f"{big.file_name}.parts", 178_257_920)):
         with (tmp_path / "models" / name).open("wb") as file:
             file.truncate(size)
-    assert cli.main(["models", "--json"]) == 0
+    assert main(["models", "--json"]) == 0
     listed = {one["name"]: one for one in json.loads(capsys.readouterr().out)["models"]}
     assert list(listed) == list(MODELS)
     assert [name for name, one in listed.items() if one["default"]] == ["qwen2.5-coder-0.5b"]
@@ -244,7 +245,7 @@ def test_models_lists_what_has_a_name_and_where_it_is(tmp_path, monkeypatch, cap
     assert one["sampling"] == {"temperature": 0.2, "top_p": 0.9, "top_k": None}
     assert (listed[big.name]["path"], listed[big.name]["arrived_bytes"]) == (None, 178_257_920)
 
-    assert cli.main(["models"]) == 0
+    assert main(["models"]) == 0
     said = capsys.readouterr().out
     assert "qwen2.5-coder-0.5b  491 MB (default)" in said
     assert "fetched   178 MB of it" in said
@@ -255,15 +256,15 @@ def test_models_lists_what_has_a_name_and_where_it_is(tmp_path, monkeypatch, cap
 
 
 def test_a_prompt_for_a_model_without_a_tokenizer(loaded, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "_load", lambda *_, **__: (FakeEngine(), None))
-    assert cli.main(["generate", "--prompt", "hello"]) == 2
+    monkeypatch.setattr(common, "load", lambda *_, **__: (FakeEngine(), None))
+    assert main(["generate", "--prompt", "hello"]) == 2
     assert "--input-ids" in capsys.readouterr().err
 
 
 def test_a_stream_that_fails_is_our_fault(loaded, monkeypatch, capsys):
     engine = FakeEngine(Script(fail_after_rounds=1))
-    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, FakeTokenizer()))
-    assert cli.main(["generate", "--prompt", "hello"]) == 1
+    monkeypatch.setattr(common, "load", lambda *_, **__: (engine, FakeTokenizer()))
+    assert main(["generate", "--prompt", "hello"]) == 1
     assert "failed on purpose" in capsys.readouterr().err
 
 
@@ -281,22 +282,22 @@ def test_profile_prints_what_rounds_cost_and_draws_it(loaded, monkeypatch, tmp_p
         )
         return engine, FakeTokenizer()
 
-    monkeypatch.setattr(commands, "_load", load)
+    monkeypatch.setattr(common, "load", load)
     picture = tmp_path / "new" / "curve.svg"
-    assert cli.main(["profile", "--again", "--plot", str(picture)]) == 0
+    assert main(["profile", "--again", "--plot", str(picture)]) == 0
     assert "5.25" in capsys.readouterr().out  # a plain round
     assert picture.read_text().startswith("<svg")
-    assert cli.main(["profile", "--json"]) == 0
+    assert main(["profile", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verify_ms"] == [5.0, 8.0]
     assert asked == [True, False]
-    assert cli.main(["profile", "--plot", str(tmp_path)]) == 2  # a folder
+    assert main(["profile", "--plot", str(tmp_path)]) == 2  # a folder
     assert "cannot be written" in capsys.readouterr().err
 
 
 def test_reproduce_without_a_drafter_says_so(loaded, monkeypatch, capsys):
     engine = FakeEngine(info=model_info(gamma=0, drafter=None))
-    monkeypatch.setattr(commands, "_load", lambda *_, **__: (engine, FakeTokenizer()))
-    assert cli.main(["reproduce", "--quick"]) == 2
+    monkeypatch.setattr(common, "load", lambda *_, **__: (engine, FakeTokenizer()))
+    assert main(["reproduce", "--quick"]) == 2
     assert "no drafter" in capsys.readouterr().err
 
 
@@ -305,7 +306,7 @@ def test_reproduce_without_a_drafter_says_so(loaded, monkeypatch, capsys):
 
 def test_eval_json_has_each_file_and_all(loaded, tmp_path, capsys):
     one, two = write_prompts(tmp_path / "one.jsonl", 3), write_prompts(tmp_path / "two.jsonl", 5)
-    assert cli.main(["eval", "--prompts", str(one), str(two), "--limit", "4", "--streams", "2", "--json"]) == 0
+    assert main(["eval", "--prompts", str(one), str(two), "--limit", "4", "--streams", "2", "--json"]) == 0
     said = capsys.readouterr()
     report = json.loads(said.out)
     assert said.err == ""
@@ -324,7 +325,7 @@ def test_eval_json_has_each_file_and_all(loaded, tmp_path, capsys):
 
 def test_eval_prints_a_table(loaded, tmp_path, capsys):
     one, two = write_prompts(tmp_path / "one.jsonl", 2), write_prompts(tmp_path / "two.jsonl", 1)
-    assert cli.main(["eval", "--prompts", str(one), str(two)]) == 0
+    assert main(["eval", "--prompts", str(one), str(two)]) == 0
     said = capsys.readouterr()
     header, *rows = said.out.splitlines()
     assert "accepted length" in header
@@ -337,7 +338,7 @@ def test_eval_tells_files_of_one_name_apart(loaded, tmp_path, capsys):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         paths.append(str(write_prompts(tmp_path / folder / "one.jsonl", 2)))
-    assert cli.main(["eval", "--prompts", *paths]) == 0
+    assert main(["eval", "--prompts", *paths]) == 0
     assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]] == [*paths, "all"]
 
 
@@ -345,7 +346,7 @@ def test_eval_goes_on_with_follow_ups(loaded, tmp_path, capsys):
     path = tmp_path / "chat.jsonl"
     turn = {"messages": [{"role": "user", "content": "one"}]}
     path.write_text(json.dumps(turn | {"follow_ups": ["two", "three"]}) + "\n" + json.dumps(turn) + "\n")
-    assert cli.main(["eval", "--prompts", str(path), "--turns", "2", "--json"]) == 0
+    assert main(["eval", "--prompts", str(path), "--turns", "2", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)["all"]
     assert figures["prompts"] == 3
     assert {turn: part["rounds"] for turn, part in figures["by_turn"].items()} == {"1": 6, "2": 3}
@@ -354,42 +355,42 @@ def test_eval_goes_on_with_follow_ups(loaded, tmp_path, capsys):
 def test_eval_passes_over_a_turn_that_is_too_long(monkeypatch, tmp_path, capsys):
     """One conversation grows past the model's positions; the others, and the rest of the run, go on."""
     engines = (FakeEngine(SEVEN_WORDS, info=model_info(max_model_len=100)), FakeTokenizer())
-    monkeypatch.setattr(commands, "_load", lambda config, *, quiet=False: engines)
+    monkeypatch.setattr(common, "load", lambda config, *, quiet=False: engines)
     path = tmp_path / "chat.jsonl"
     turns = [["short", "short"], ["x" * 60, "never asked"], ["short", "y" * 60]]
     lines = [{"messages": [{"role": "user", "content": "one"}], "follow_ups": f} for f in turns]
     lines.append({"messages": [{"role": "user", "content": "z" * 80}]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = ["eval", "--prompts", str(path), "--turns", "3", "--max-tokens", "20"]
-    assert cli.main([*argv, "--json"]) == 0
+    assert main([*argv, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)["all"]
     assert figures["prompts"] == 3 + 2 + 1
     assert figures["passed_over"] == 3
     assert list(figures["by_turn"]) == ["1", "2", "3"]
     engines = (FakeEngine(SEVEN_WORDS, info=model_info(max_model_len=100)), FakeTokenizer())
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     said = capsys.readouterr().err
     assert "1 conversations end after turn 1" in said
     assert "1 conversations end after turn 2" in said
     assert "1 prompts are passed over, the first of them prompt 4" in said
     engines = (FakeEngine(SEVEN_WORDS, info=model_info(max_model_len=100)), FakeTokenizer())
-    assert cli.main([*argv[:-1], "100"]) == 2
+    assert main([*argv[:-1], "100"]) == 2
     assert "max_model_len is 100" in capsys.readouterr().err
 
 
 def test_eval_of_a_quantised_drafter_tells_what_it_costs(loaded, tmp_path, capsys):
     path = write_prompts(tmp_path / "one.jsonl", 2)
-    assert cli.main(["eval", "--prompts", str(path), "--draft-quant", "int8"]) == 0
+    assert main(["eval", "--prompts", str(path), "--draft-quant", "int8"]) == 0
     assert [config.draft_quant for config in loaded] == ["int8", "none"]
     assert "quantisation: accepted length" in capsys.readouterr().out
-    assert cli.main(["eval", "--prompts", str(path), "--draft-quant", "int8", "--no-quant-cost"]) == 0
+    assert main(["eval", "--prompts", str(path), "--draft-quant", "int8", "--no-quant-cost"]) == 0
     assert len(loaded) == 3
 
 
 def test_eval_makes_room_for_its_streams(loaded, tmp_path):
     path = write_prompts(tmp_path / "one.jsonl", 1)
-    cli.main(["eval", "--prompts", str(path), "--streams", "40"])
-    cli.main(["eval", "--prompts", str(path), "--streams", "4"])
+    main(["eval", "--prompts", str(path), "--streams", "40"])
+    main(["eval", "--prompts", str(path), "--streams", "4"])
     assert [config.max_num_seqs for config in loaded] == [40, 32]
 
 
@@ -407,12 +408,12 @@ def test_eval_makes_room_for_its_streams(loaded, tmp_path):
 def test_eval_names_the_line_that_cannot_be_read(line, words, loaded, tmp_path, capsys):
     path = write_prompts(tmp_path / "bad.jsonl", 2)
     path.write_text(path.read_text() + "\n" + line + "\n")
-    assert cli.main(["eval", "--prompts", str(path)]) == 2
+    assert main(["eval", "--prompts", str(path)]) == 2
     said = capsys.readouterr().err
     assert "bad.jsonl:4: " in said
     assert words in said
     # Lines past the limit are not read.
-    assert cli.main(["eval", "--prompts", str(path), "--limit", "2"]) == 0
+    assert main(["eval", "--prompts", str(path), "--limit", "2"]) == 0
 
 
 # --- calibrate -----------------------------------------------------------------------------------------------
@@ -430,7 +431,7 @@ def confident(monkeypatch):
 def test_calibrate_verifies_everything_three_ways_and_writes_beside_the_drafter(loaded, confident, tmp_path, capsys):
     path = write_prompts(tmp_path / "one.jsonl", 4)
     argv = ["calibrate", "--prompts", str(path), "--drafter", str(tmp_path), "--limit", "3"]
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     said = capsys.readouterr().out
     (config,) = loaded
     assert (config.calibration, config.schedule) == ("none", "fixed:64")
@@ -440,28 +441,28 @@ def test_calibrate_verifies_everything_three_ways_and_writes_beside_the_drafter(
     assert calibration.greedy[0] > 1.2
     assert calibration.greedy_bias[0] < -0.1
     assert said.count("9 rounds, accepted length 2.33") == 3
-    assert cli.main([*argv, "--json", "--out", str(tmp_path / "nowhere")]) == 2
+    assert main([*argv, "--json", "--out", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
 def test_calibrate_leaves_out_what_the_drafter_was_trained_on(monkeypatch, confident, tmp_path, capsys):
     engine, tokenizer = FakeEngine(SEVEN_WORDS), FakeTokenizer()
-    monkeypatch.setattr(commands, "_load", lambda config, *, quiet=False: (engine, tokenizer))
+    monkeypatch.setattr(common, "load", lambda config, *, quiet=False: (engine, tokenizer))
     path = write_prompts(tmp_path / "one.jsonl", 6)
     asked = [tokenizer.encode_chat([("user", f"question {i}")]) for i in range(6)]
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps({"prompt_ids": asked[i], "answer_ids": [1]}) + "\n" for i in (0, 2)))
     argv = ["calibrate", "--prompts", str(path), "--drafter", str(tmp_path), "--limit", "3"]
-    assert cli.main([*argv, "--unseen-by", str(answers)]) == 0
+    assert main([*argv, "--unseen-by", str(answers)]) == 0
     assert [list(r.prompt_ids) for r in engine.submitted] == [asked[1], asked[3], asked[4]] * 3
     answers.write_text("no answers\n")
-    assert cli.main([*argv, "--unseen-by", str(answers)]) == 2
+    assert main([*argv, "--unseen-by", str(answers)]) == 2
     assert "line 1" in capsys.readouterr().err
 
 
 def test_calibrate_leaves_alone_what_it_has_seen_too_little_of(loaded, confident, tmp_path, capsys):
     path = write_prompts(tmp_path / "one.jsonl", 2)
-    assert cli.main(["calibrate", "--prompts", str(path), "--drafter", str(tmp_path)]) == 2
+    assert main(["calibrate", "--prompts", str(path), "--drafter", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "6 rounds are too few" in said
     assert "nothing was written" in said
@@ -471,13 +472,13 @@ def test_calibrate_leaves_alone_what_it_has_seen_too_little_of(loaded, confident
 def test_calibrate_needs_a_confidence_head(loaded, confident, tmp_path, capsys):
     confident.enable_confidence_head = False
     path = write_prompts(tmp_path / "one.jsonl", 1)
-    assert cli.main(["calibrate", "--prompts", str(path), "--drafter", str(tmp_path)]) == 2
+    assert main(["calibrate", "--prompts", str(path), "--drafter", str(tmp_path)]) == 2
     assert "no confidence head" in capsys.readouterr().err
 
 
 def test_calibrate_needs_a_drafter(loaded, tmp_path, capsys):
     path = write_prompts(tmp_path / "one.jsonl", 1)
-    assert cli.main(["calibrate", "--prompts", str(path), "--drafter", "none"]) == 2
+    assert main(["calibrate", "--prompts", str(path), "--drafter", "none"]) == 2
     assert "--drafter" in capsys.readouterr().err
 
 
@@ -487,13 +488,13 @@ def test_calibrate_needs_a_drafter(loaded, tmp_path, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_serve_can_be_stopped_while_it_loads(number, code, tmp_path):
     script = (
-        "import signal, sys, time\nfrom dspark_stream import cli, commands\n"
+        "import signal, sys, time\nfrom dspark_stream.commands import common, program\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "def load(config, **_):\n"
         "    try:\n        print('loading', flush=True); time.sleep(60)\n"
         "    finally: print('cleared up', flush=True)\n"
-        "commands._load = load\n"
-        "sys.exit(cli.main(['serve', '--port', '0']))"
+        "common.load = load\n"
+        "sys.exit(program.main(['serve', '--port', '0']))"
     )
     argv = [sys.executable, "-c", script]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -92,8 +92,9 @@ def test_a_program_that_outlives_its_terminal_keeps_doing_so():
 def test_ctrl_c_while_the_flags_are_made_is_quiet():
     code = """
 import os, signal, sys
-from dspark_stream import __main__, cli
-cli._build_parser = lambda argv: os.kill(os.getpid(), signal.SIGINT)
+from dspark_stream import __main__
+from dspark_stream.commands import program
+program._build_parser = lambda: os.kill(os.getpid(), signal.SIGINT)
 sys.exit(__main__.main())
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)

@@ -162,7 +162,7 @@ def test_a_killed_run_ends_at_the_same_weights(target_folder, run_folder, tmp_pa
 def test_a_process_that_is_killed_outright_ends_at_the_same_weights(target_folder, run_folder, tmp_path):
     """The command itself, ended by SIGKILL while it trains and given again."""
     answers = ["--answers", str(run_folder / "answers.jsonl"), "--steps", "60", "--checkpoint-minutes", "0.0001"]
-    argv = [sys.executable, "-m", "dspark_stream.training.command", "--target", str(target_folder), *answers]
+    argv = [sys.executable, "-m", "dspark_stream", "train", "--target", str(target_folder), *answers]
     argv += [*SHAPE, *TRAINING, "--threads", "1", "--run-dir"]
     state = tmp_path / "killed" / "state.pt"
     with subprocess.Popen([*argv, str(tmp_path / "killed")], stderr=subprocess.DEVNULL) as process:

@@ -108,7 +108,10 @@ class TrainPlan:
         if self.answers and (self.prompts or self.own_prompts):
             raise ConfigError("--answers stands instead of --prompts and --own-prompts", param="answers")
         if not self.steps and not self.minutes:
-            raise ConfigError("no end: give --steps or --minutes", param="minutes")
+            raise ConfigError(
+                "how long to train is not said: give --minutes or --steps, as in: dspark-stream train --minutes 60",
+                param="minutes",
+            )
         for name in ("lr", "checkpoint_minutes", *(("minutes",) if self.minutes is not None else ())):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} {getattr(self, name)} is not above 0", param=name)

@@ -1,25 +1,28 @@
-"""`dspark-stream train`: a drafter for a target, from prompts or from answers that exist.
-
-Light to import: the command line reads `add_arguments` for its help.
-"""
+"""``dspark-stream train``: a drafter for a target, from prompts or from answers that exist."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from dspark_stream.commands import common
 from dspark_stream.config import parse_bytes
 from dspark_stream.console import Progress
-from dspark_stream.errors import ConfigError, DsparkError
+from dspark_stream.errors import ConfigError
 from dspark_stream.training.plan import HEADS, STARTS, TrainPlan, alone, anew, settle, shaped
 
-EXIT_INTERRUPTED = 130
+_EPILOG = """\
+examples:
+  dspark-stream train --target ./my-model --minutes 60      # the target writes prompts and answers itself
+  dspark-stream serve ./my-model --drafter runs/my-model/drafter
+
+  dspark-stream train --prompts math.jsonl code.jsonl --run-dir runs/mine --minutes 30 --out ./my-drafter
+  dspark-stream serve --drafter ./my-drafter
+"""
 
 Option = tuple[str, str, dict[str, Any]]
 """Field of the plan, help, and what else argparse is told."""
@@ -118,8 +121,11 @@ TRAINING: list[Option] = [
 ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `train`."""
+def add(into: common.Subparsers) -> None:
+    """Add ``train`` and its flags."""
+    parser = common.add_command(
+        into, "train", run, "train a drafter for a target, from prompt files or with none", _EPILOG
+    )
     defaults = {f.name: f.default for f in fields(TrainPlan) if f.default is not MISSING}
     for title, options in (("data", DATA), ("drafter", SHAPE), ("training", TRAINING)):
         group = parser.add_argument_group(title)
@@ -200,7 +206,7 @@ def _run_in(folder: Path, out: Path, plan: TrainPlan) -> int:
         finished = False
     if not finished:
         progress.say(f"stopped; the same command goes on from {folder}")
-        return EXIT_INTERRUPTED
+        return common.EXIT_INTERRUPTED
     return 0
 
 
@@ -208,18 +214,3 @@ def run_name(target: str) -> str:
     """A folder's name for a target's."""
     name = Path(target).name.removesuffix(".gguf").lower()
     return re.sub(r"[^a-z0-9._-]+", "-", name) or "target"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m dspark_stream.training.command`."""
-    parser = argparse.ArgumentParser(prog="dspark-stream train", allow_abbrev=False)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except DsparkError as error:
-        print(f"dspark-stream train: error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

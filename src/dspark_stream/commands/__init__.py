@@ -1,0 +1,1 @@
+"""The commands: one file for each, with its flags and what it does."""

@@ -1,0 +1,76 @@
+"""``dspark-stream chat``: talk to a running service; the flags become the client's options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from dspark_stream.commands import common
+from dspark_stream.types import MAX_SEED, MAX_TEMPERATURE
+
+_EPILOG = """\
+commands in the chat:
+  /plain, /dspark   decode the next answers one token a pass, or with speculation
+  /new              forget the conversation
+  /stats            figures of the session so far
+  /quit             leave (so does Ctrl-D)
+Ctrl-C stops an answer, not the program.
+
+examples:
+  dspark-stream chat
+  dspark-stream chat --origin --seed 7 --temperature 0.8
+  echo "Why is the sky blue?" | dspark-stream chat
+  DSPARK_API_KEY=... dspark-stream chat --url wss://chat.example.org
+"""
+
+
+def add(into: common.Subparsers) -> None:
+    """Add ``chat`` and its flags."""
+    parser = common.add_command(into, "chat", run, "talk to a running service in the terminal", _EPILOG)
+    parser.add_argument(
+        "--url", default="ws://127.0.0.1:8000", help="where the service is (default: ws://127.0.0.1:8000)"
+    )
+    parser.add_argument(
+        "--api-key", default=os.environ.get("DSPARK_API_KEY", ""), metavar="KEY", help="[DSPARK_API_KEY]"
+    )
+    parser.add_argument("--instructions", default="", metavar="TEXT", help="system message of the conversation")
+    parser.add_argument("--plain", action="store_true", help="begin without speculation")
+    parser.add_argument("--verification", choices=("rejection", "coupled"), default="rejection")
+    parser.add_argument(
+        "--origin", action="store_true", help="underline the tokens that the drafter proposed (on a terminal)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=common.number(int, 1, 1 << 24),
+        default=None,
+        metavar="N",
+        help="most tokens of an answer",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=common.number(float, 0, MAX_TEMPERATURE),
+        default=None,
+        metavar="T",
+        help=f"0 takes the likeliest token; at most {MAX_TEMPERATURE} (default: what is recommended for the model)",
+    )
+    parser.add_argument("--seed", type=common.number(int, 0, MAX_SEED), default=None, metavar="S")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk to a service; the flags become the client's options."""
+    from dspark_stream.client.terminal import ChatOptions
+    from dspark_stream.client.terminal import chat as talk
+
+    return talk(
+        ChatOptions(
+            url=args.url,
+            api_key=args.api_key,
+            instructions=args.instructions,
+            mode="plain" if args.plain else "dspark",
+            verification=args.verification,
+            origin=args.origin,
+            max_output_tokens=args.max_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+        )
+    )
