@@ -19,7 +19,7 @@ from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.gpu.graphs import Round
 from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.runner import GraphRounds
-from dspark_stream.engine.step import Models
+from dspark_stream.engine.parts import Models
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import parse_schedule

@@ -28,7 +28,7 @@ from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.gpu.graphs import Size
 from dspark_stream.engine.gpu.runner import CANDIDATES, GraphRounds
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.engine.step import Models
+from dspark_stream.engine.parts import Models
 from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.torch.quant import Quant, quantise_linears

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.survival import AcceptanceHistory
-from dspark_stream.engine.step import Models
+from dspark_stream.engine.parts import Models
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Schedule

@@ -14,7 +14,7 @@ from dspark_stream.decoding.draft import draft
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.gpu.runner import GraphRounds
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.engine.step import Models
+from dspark_stream.engine.parts import Models
 from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent

@@ -21,7 +21,7 @@ from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.runner import MOST_SEATS, GraphRounds
 from dspark_stream.engine.gpu.state import RoundState, Seat
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.engine.step import Models
+from dspark_stream.engine.parts import Models
 from dspark_stream.errors import ConfigError
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Threshold
 from dspark_stream.models.torch.head_weights import head_weights

@@ -23,7 +23,7 @@ from dspark_stream.decoding.noise import NoiseCache
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.build import build_engine, open_kernels
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.engine.step import Models
+from dspark_stream.engine.parts import Models
 from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.load.schedule import Adaptive, Fixed, parse_schedule
 from dspark_stream.measure.evaluate import read_prompts

@@ -21,8 +21,8 @@ from dspark_stream.decoding.calibration import Calibration, load_calibration
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.memory import check_kv_memory, foretold, memory_bytes, refused_by_the_system
+from dspark_stream.engine.parts import Models
 from dspark_stream.engine.profile import curve_key, load_or_measure
-from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.errors import ConfigError, InvalidRequestError, ModelLoadError
 from dspark_stream.load.schedule import parse_schedule

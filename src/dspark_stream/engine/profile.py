@@ -22,7 +22,8 @@ from dspark_stream.decoding.draft import Block
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.backlog import PIECE
-from dspark_stream.engine.step import Models, decode_round
+from dspark_stream.engine.parts import Models
+from dspark_stream.engine.step import decode_round
 from dspark_stream.engine.stream import Stream
 from dspark_stream.files import write_whole
 from dspark_stream.load.costs import CostTable, RoundCost

@@ -8,88 +8,30 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from dspark_stream.decoding.accept import Outcome, accept
-from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.draft import Block, acceptance_of, draft, is_greedy
-from dspark_stream.decoding.lookup import LONGEST, Found
-from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
+from dspark_stream.decoding.lookup import Found
+from dspark_stream.decoding.survival import prefix_survival
 from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.backlog import ROOM, hand_over, room
+from dspark_stream.engine.parts import Committed, Models
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.acceptance import Past
-from dspark_stream.load.controller import Controller, Plan
+from dspark_stream.load.controller import Plan
 from dspark_stream.load.costs import Shape
-from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.curve import Company
 from dspark_stream.load.repeats import confidence
-from dspark_stream.load.schedule import Candidate, Schedule
-from dspark_stream.models.protocols import Drafter, Rows, Store, Target
-from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
-
-if TYPE_CHECKING:
-    from dspark_stream.engine.gpu.runner import GraphRounds
-
+from dspark_stream.load.schedule import Candidate
+from dspark_stream.models.protocols import Rows
+from dspark_stream.types import RoundRecord
 
 HANDED_A_ROUND = 512
 """Positions whose context features a round hands over for want of room; the rest waits for the next round."""
-
-
-@dataclass
-class Models:
-    """What a step works with; made once (build.py)."""
-
-    target: Target
-    target_kv: Store
-    drafter: Drafter | None
-    drafter_kv: Store | None
-    calibration: Calibration
-    history: AcceptanceHistory
-    schedule: Schedule
-    capacity: CapacityCurve
-    """As measured; the controller's cost table follows what rounds take."""
-    rounds: GraphRounds | None = None
-    """Captured rounds, on a GPU; they take the place of `decode_round`'s own steps."""
-
-    lookup: bool = True
-    """Whether drafts may be looked up in streams' own texts."""
-
-    late_ms: float = 0.0
-    """Of this round's time, what was spent on context features of earlier ones."""
-
-    def __post_init__(self) -> None:
-        self.controller = Controller(self.gamma, self.capacity)
-
-    @property
-    def gamma(self) -> int:
-        """Draft block size; 0 without a drafter."""
-        return self.drafter.gamma if self.drafter else 0
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether drafts are looked up at all; captured rounds know the drafter alone."""
-        return self.lookup and self.rounds is None
-
-    @property
-    def widest(self) -> int:
-        """Draft tokens of a stream and round at most."""
-        return max(self.gamma, LONGEST if self.looks_up else 0)
-
-
-class Committed(NamedTuple):
-    """What a step did for one stream."""
-
-    stream: Stream
-    event: TokensEvent
-    reason: FinishReason | None
-    """Why the stream ends here; None while it goes on."""
-    round: RoundRecord | None
-    """None for the token that ends a prefill."""
 
 
 def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = inf) -> list[Committed]:

@@ -19,8 +19,9 @@ import torch
 
 from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.pacing import SAFE, pace
+from dspark_stream.engine.parts import Committed, Models
 from dspark_stream.engine.sharing import in_turn, shares
-from dspark_stream.engine.step import Committed, Models, company_of, decode_round, prefill, set_aside
+from dspark_stream.engine.step import company_of, decode_round, prefill, set_aside
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import (
     ContextLengthError,
@@ -349,7 +350,7 @@ class EngineThread:
     def _plain_round_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
         """What a round of so many of these takes, with nothing drafted."""
         if self._models.rounds is not None:
-            return self._models.rounds.sizing.plain_ms
+            return self._models.rounds.plain_ms
         costs, company = self._models.controller.costs, company_of(streams)
         return lambda count: costs.pace * costs.plain_ms(company._replace(streams=count))
 

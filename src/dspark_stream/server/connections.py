@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError, RawRequestMessage, WebSocketReader
@@ -21,9 +21,9 @@ from dspark_stream.errors import BusyError, DsparkError, InternalError
 from dspark_stream.server.delivery import bound_buffers
 from dspark_stream.server.frames import FrameCheck, LastWords
 from dspark_stream.server.heads import HeadTooLargeError, RequestTimeoutError, error_response, refusal, whole_answer
-
-if TYPE_CHECKING:
-    from dspark_stream.server.listener import Listener
+from dspark_stream.server.metrics import Metrics
+from dspark_stream.server.seldom import Seldom
+from dspark_stream.server.settings import ServerConfig
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,31 @@ RESERVE_HEAD_TIMEOUT_S = 2.0
 """For connections beyond the limits, which are there for probes."""
 
 
+class Owner(Protocol):
+    """Who counts connections (server/listener.py)."""
+
+    config: ServerConfig
+    manager: web.Server
+    metrics: Metrics
+    refused: Seldom
+
+    def admit(self, connection: Connection, peername: object) -> BusyError | None:
+        """It has come; what it is told if it may only ask for the service's health."""
+
+    def lost(self, connection: Connection) -> None:
+        """It has gone."""
+
+    def busy(self, connection: Connection) -> None:
+        """It has a request in hand."""
+
+    def idle(self, connection: Connection) -> None:
+        """Its requests are answered."""
+
+
 class Connection(web.RequestHandler):
     """One connection and its limits."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Owner) -> None:
         self._listener = listener
         self._limits = limits = listener.config
         super().__init__(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from math import inf
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from dspark_stream.engine.gpu.graphs import Round, RoundLadder, Size
 from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.sizing import Sizing
 from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
+from dspark_stream.engine.parts import Committed, Models
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
@@ -33,9 +34,6 @@ from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
 from dspark_stream.types import RoundRecord
-
-if TYPE_CHECKING:
-    from dspark_stream.engine.step import Committed, Models
 
 MOST_SEATS = 128
 """Streams of one captured round: admission ranks all their drafts in one program."""
@@ -171,6 +169,10 @@ class GraphRounds:
             self._start(slowest_ms)
         return self._read(self._flights.pop(0))
 
+    def plain_ms(self, count: int) -> float:
+        """See `Sizing.plain_ms`."""
+        return self.sizing.plain_ms(count)
+
     def _follow(self, schedule: Schedule) -> None:
         """Go by ``schedule``, and time the sizes that it needs and the one before did not, if sizes are timed at all.
 
@@ -232,8 +234,6 @@ class GraphRounds:
 
     def _read(self, flight: _Flight) -> list[Committed]:
         """Wait for a round and commit what it did for the streams that still go on."""
-        from dspark_stream.engine.step import Committed
-
         if flight.done is not None:
             flight.done.synchronize()
         now = time.perf_counter()
