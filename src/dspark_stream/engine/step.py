@@ -5,6 +5,7 @@ This file is the algorithm's table of contents; the words are design/algorithm.m
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 if TYPE_CHECKING:
     from dspark_stream.engine.gpu.runner import GraphRounds
 
+
+log = logging.getLogger(__name__)
 
 HANDED_A_ROUND = 512
 """Positions whose context features a round hands over for want of room; the rest waits for the next round."""
@@ -70,11 +73,24 @@ class Committed(NamedTuple):
     """What a step did for one stream."""
 
     stream: Stream
-    event: TokensEvent
+    event: TokensEvent | None
+    """None where it failed."""
     reason: FinishReason | None
     """Why the stream ends here; None while it goes on."""
     round: RoundRecord | None
     """None for the token that ends a prefill."""
+    error: Exception | None = None
+    """Why it failed, alone of its batch."""
+
+
+def commit(stream: Stream, tokens: list[int], accepted: int, record: RoundRecord | None) -> Committed:
+    """`Stream.commit`; what goes wrong there is the stream's own affair."""
+    try:
+        event, reason = stream.commit(tokens, accepted, record)
+    except Exception as error:
+        log.exception("tokens could not be committed; their stream ends")
+        return Committed(stream, None, "failed", record, error)
+    return Committed(stream, event, reason, record)
 
 
 def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = inf) -> list[Committed]:
@@ -216,8 +232,7 @@ def _commit(
             streams=len(streams),
         )
         stream.count_round(len(block.tokens), length, accepted)
-        event, reason = stream.commit([*block.tokens[:accepted], bonus], accepted, record)
-        committed.append(Committed(stream, event, reason, record))
+        committed.append(commit(stream, [*block.tokens[:accepted], bonus], accepted, record))
     return committed
 
 
@@ -329,6 +344,5 @@ def prefill(models: Models, shares: Sequence[tuple[Stream, int]], company: Seque
     committed = []
     for stream, outcome in zip(started, outcomes, strict=True):
         stream.started()
-        event, reason = stream.commit([outcome.bonus], 0)
-        committed.append(Committed(stream, event, reason, None))
+        committed.append(commit(stream, [outcome.bonus], 0, None))
     return committed

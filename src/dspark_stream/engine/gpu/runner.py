@@ -171,6 +171,11 @@ class GraphRounds:
             self._start(slowest_ms)
         return self._read(self._flights.pop(0))
 
+    def forget(self) -> None:
+        """Something failed: nobody is seated, and what is under way is read by nobody."""
+        self._flights.clear()
+        self._seated = []
+
     def _follow(self, schedule: Schedule) -> None:
         """Go by ``schedule``, and time the sizes that it needs and the one before did not, if sizes are timed at all.
 
@@ -232,7 +237,7 @@ class GraphRounds:
 
     def _read(self, flight: _Flight) -> list[Committed]:
         """Wait for a round and commit what it did for the streams that still go on."""
-        from dspark_stream.engine.step import Committed
+        from dspark_stream.engine.step import commit
 
         if flight.done is not None:
             flight.done.synchronize()
@@ -269,6 +274,5 @@ class GraphRounds:
             if drafted:
                 self._models.history.record(length, accepted)
                 self.sizing.saw_drafts(stream, survival, length, accepted)
-            event, reason = stream.commit([*drafted[:accepted], bonus], accepted, record)
-            committed.append(Committed(stream, event, reason, record))
+            committed.append(commit(stream, [*drafted[:accepted], bonus], accepted, record))
         return committed
