@@ -15,6 +15,7 @@ from pathlib import Path
 from common import write_csv
 from dspark_kernels.cpu import Context, best_isa
 from dspark_stream.config import Config, default_cache_dir
+from dspark_stream.console import Progress
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter
@@ -24,7 +25,6 @@ from dspark_stream.models.native.drafter import NativeDrafter
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.protocols import Draw, Rows
 from dspark_stream.models.tokenizer import TextCodec
-from dspark_stream.progress import Progress
 from dspark_stream.types import SamplingParams
 
 MODULES = ("argparse", "ast", "configparser", "csv", "dataclasses", "difflib", "enum", "functools", "heapq", "inspect")

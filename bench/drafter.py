@@ -18,16 +18,16 @@ from statistics import fmean
 from typing import get_args
 
 from common import write_csv, write_picture
-from dspark_stream.calibrate import error_floor, errors
 from dspark_stream.config import MAX_FIXED, Config, Quant
+from dspark_stream.console import Progress
+from dspark_stream.decoding.calibration import Bin, Calibration, load_calibration, reliability
+from dspark_stream.decoding.platt import Observed
+from dspark_stream.decoding.survival import prefix_survival
 from dspark_stream.engine.build import build_engine, drafter_folder
-from dspark_stream.evaluate import Plan, Prompt, Tally, acceptance_by_position, read_prompts, run_prompts
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import Progress
-from dspark_stream.report.plot import Series, line_chart
-from dspark_stream.spec.calibration import Bin, Calibration, load_calibration, reliability
-from dspark_stream.spec.platt import Observed
-from dspark_stream.spec.survival import prefix_survival
+from dspark_stream.engine.local import LocalEngine
+from dspark_stream.measure.calibrate import error_floor, errors
+from dspark_stream.measure.evaluate import Plan, Prompt, Tally, acceptance_by_position, read_prompts, run_prompts
+from dspark_stream.measure.plot import Series, line_chart
 from dspark_stream.types import Acceptance, RoundRecord, SamplingParams, Verification
 
 WAYS: dict[Acceptance, tuple[float, Verification]] = {

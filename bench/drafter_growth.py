@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import write_csv, write_picture
 from drafter_shapes import read_lengths
-from dspark_stream.report.plot import Series, line_chart
+from dspark_stream.measure.plot import Series, line_chart
 
 WAYS = ("greedy", "rejection")
 

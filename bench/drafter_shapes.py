@@ -21,11 +21,11 @@ from typing import NamedTuple, get_args
 
 from common import write_csv
 from dspark_stream.config import MAX_FIXED, Config, Quant
+from dspark_stream.console import SILENT, Progress
 from dspark_stream.engine.build import build_engine, drafter_folder
-from dspark_stream.evaluate import Plan, run_prompts
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import SILENT, Progress
-from dspark_stream.report.sweep import shipped_prompts
+from dspark_stream.engine.local import LocalEngine
+from dspark_stream.measure.evaluate import Plan, run_prompts
+from dspark_stream.measure.sweep import shipped_prompts
 from dspark_stream.types import SamplingParams
 
 WARM_UP = 3

@@ -18,11 +18,11 @@ import msgspec
 
 from common import write_csv
 from dspark_stream.config import Config
+from dspark_stream.console import Progress
 from dspark_stream.engine.build import build_engine
-from dspark_stream.evaluate import read_prompts
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import Progress
-from dspark_stream.report.sweep import PLAIN, Point, measure, shipped_prompts
+from dspark_stream.engine.local import LocalEngine
+from dspark_stream.measure.evaluate import read_prompts
+from dspark_stream.measure.sweep import PLAIN, Point, measure, shipped_prompts
 
 
 def main() -> None:

@@ -31,12 +31,12 @@ import msgspec
 
 from common import write_csv
 from dspark_stream.config import DEFAULT_MODEL, default_cache_dir
-from dspark_stream.evaluate import GOLDEN, read_prompts
+from dspark_stream.console import Progress
+from dspark_stream.measure.evaluate import GOLDEN, read_prompts
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.recommended import recommended_sampling
 from dspark_stream.models.tokenizer import codec_from_gguf
-from dspark_stream.progress import Progress
 from dspark_stream.types import RecommendedSampling
 
 HERE = Path(__file__).parent

@@ -53,10 +53,10 @@ class Dspark:
 
     def __init__(self, model: str, threads: int, most: int) -> None:
         from dspark_stream.config import Config
+        from dspark_stream.console import SILENT
         from dspark_stream.engine.build import build_engine
-        from dspark_stream.local import LocalEngine
+        from dspark_stream.engine.local import LocalEngine
         from dspark_stream.models.native.target import NativeTarget
-        from dspark_stream.progress import SILENT
 
         limits: dict[str, int] = {"max_num_seqs": most, "max_model_len": 2048} if most else {}
         self.engine, _ = build_engine(Config(model=model, threads=threads, **limits), SILENT)

@@ -33,7 +33,6 @@ LIMITS_S = {
     "profile": 70,
     "drafts": 100,
     "linears": 60,
-    "persistent": 60,
     "4b": 100,
 }
 """The sections in the order in which they are run, most wanted first, and how long each may take."""

@@ -14,6 +14,8 @@ from dspark_kernels.acceptance import Accepted
 from dspark_kernels.acceptance import accept as real_accept
 from dspark_kernels.noise import uniforms
 from dspark_kernels.sequential_head import walk
+from dspark_stream.decoding.calibration import Calibration, logit
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.gpu.graphs import Round
 from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.runner import GraphRounds
@@ -28,8 +30,6 @@ from dspark_stream.models.torch.fusing import fuse_layers
 from dspark_stream.models.torch.layers import ATTENTION_NAME
 from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, Quant, quantise_linears
 from dspark_stream.models.torch.target import Target
-from dspark_stream.spec.calibration import Calibration, logit
-from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, Mode, SamplingParams
 
 CONTEXT = 512

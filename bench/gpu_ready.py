@@ -21,10 +21,7 @@ WANTED = {
     "pytest_asyncio": "the tests do not run",
     "hypothesis": "some tests do not run",
 }
-TOOLS = {
-    "nvcc": "the persistent walk runs on plain torch, and its figure means nothing",
-    "compute-sanitizer": "kernels are not run under it",
-}
+TOOLS = {"compute-sanitizer": "kernels are not run under it"}
 OLDEST = (8, 0)
 
 

@@ -21,17 +21,17 @@ import torch
 from torch import nn
 
 import gpu_models
-from dspark_kernels.sequential_head import cuda, full_walk, prepare, walk
+from dspark_kernels.sequential_head import prepare, walk
 from dspark_stream.config import Config
+from dspark_stream.console import SILENT, Progress
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.gpu.graphs import Size
 from dspark_stream.engine.gpu.runner import CANDIDATES, GraphRounds
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.step import Models
 from dspark_stream.load.schedule import parse_schedule
-from dspark_stream.local import LocalEngine
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.torch.quant import Quant, quantise_linears
-from dspark_stream.progress import SILENT, Progress
 from dspark_stream.types import GenerationRequest, Mode, SamplingParams, TokensEvent
 from gpu_models import (
     CONTEXT,
@@ -235,37 +235,22 @@ def drafts(bench: Bench, shape: Shape) -> None:
         bench.part(f"draft, {kind}", lambda kind=kind: measure(kind))
 
 
-def walks(bench: Bench, models: Models, rounds: GraphRounds, whole: bool = False) -> None:
-    """The sequential head over candidates, or over the whole vocabulary in the persistent kernel."""
+def walks(bench: Bench, models: Models, rounds: GraphRounds) -> None:
+    """The sequential head over candidates."""
     drafter, head, state = models.drafter, rounds.ladder.models.head, rounds.state
     assert drafter is not None
     assert head is not None
     hidden = torch.randn(1, 7, models.target.hidden_size, dtype=models.target.dtype, device=bench.device)
     with torch.inference_mode():
         base = drafter.base_logits(hidden)
-    if whole and bench.device.type == "cuda" and not cuda.fits(base, head):
-        raise RuntimeError("the persistent kernel cannot be built here; nvcc's or the linker's words are above")
     sampling, anchor = state.sampling(1), state.anchor[:1]
 
     @torch.inference_mode()
     def run() -> Any:
-        if whole:
-            return full_walk(base, hidden, anchor, head, sampling)
         return walk(prepare(base, hidden, head, CANDIDATES), anchor, head, sampling)
 
-    name = "walk over the whole vocabulary, persistent"
-    if not whole:
-        name = f"walk over {CANDIDATES} candidates, selection included"
+    name = f"walk over {CANDIDATES} candidates, selection included"
     bench.add(name, bench.clock.ms(bench.clock.captured(run)) * 1e3, "µs")
-
-
-def persistent(bench: Bench, shape: Shape) -> None:
-    """The CUDA C++ kernel by itself: should its grid barrier hang, only this process has to be ended."""
-    models = random_models(small(shape), bench.device, CONTEXT + 1040, "none")
-    models.schedule = parse_schedule("fixed:7")
-    rounds = GraphRounds(models, seats=1, longest=CONTEXT + 1040)
-    rounds.state.bind([rounds.seat_of(s) for s in seated(models, 1, "dspark", 1000)])
-    walks(bench, models, rounds, whole=True)
 
 
 def smollm2(bench: Bench, shape: Shape) -> None:
@@ -363,7 +348,6 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Shape], None], Shape]] = {
     "profile": (profile, QWEN3_8B),
     "drafts": (drafts, QWEN3_8B),
     "linears": (linears, QWEN3_8B),
-    "persistent": (persistent, QWEN3_8B),
     "4b": (one_stream, QWEN3_4B),
 }
 

@@ -1,8 +1,8 @@
 """What judging a block as a whole is worth: the same drafts judged both ways, on paper.
 
 Of a round's drafts at least x_1 … x_k stand with probability Π min(1, p_t(x_i)/p_d(x_i)) token by token, and with the
-block's share w_k (`spec.accept.rejection`). Both are summed over the rounds of one run at temperature 1, so they differ
-by the judging alone and not by what was drafted. Every draft is verified. Prints a table, writes a line a file.
+block's share w_k (`decoding.accept.rejection`). Both are summed over the rounds of one run at temperature 1, so they
+differ by the judging alone and not by what was drafted. Every draft is verified. Prints a table, writes a line a file.
 
     python bench/judging.py --prompts eval/*.jsonl
 
@@ -26,18 +26,18 @@ from unittest import mock
 import numpy as np
 from torch import Tensor
 
+import dspark_stream.decoding.accept as engine_accept
 import dspark_stream.engine.step as engine_step
-import dspark_stream.spec.accept as engine_accept
 from common import write_csv
 from dspark_stream.config import MAX_FIXED, Config
+from dspark_stream.console import SILENT, Progress
+from dspark_stream.decoding.accept import Outcome, rejection
+from dspark_stream.decoding.draft import Block, StreamView
 from dspark_stream.engine.build import build_engine
-from dspark_stream.evaluate import Plan, Prompt, read_prompts, run_prompts
-from dspark_stream.local import LocalEngine
+from dspark_stream.engine.local import LocalEngine
+from dspark_stream.measure.evaluate import Plan, Prompt, read_prompts, run_prompts
+from dspark_stream.measure.sweep import shipped_prompts
 from dspark_stream.models.distributions import Distributions
-from dspark_stream.progress import SILENT, Progress
-from dspark_stream.report.sweep import shipped_prompts
-from dspark_stream.spec.accept import Outcome, rejection
-from dspark_stream.spec.draft import Block, StreamView
 from dspark_stream.types import Acceptance, SamplingParams, Verification
 
 
@@ -53,7 +53,7 @@ class Watch:
     def __call__(
         self, p: Distributions, first: int, stream: StreamView, block: Block, length: int, draft_ids: Tensor | None
     ) -> Outcome:
-        """See `spec.accept.rejection`."""
+        """See `decoding.accept.rejection`."""
         outcome = rejection(p, first, stream, block, length, draft_ids)
         if length == self.gamma:
             assert block.q is not None

@@ -26,12 +26,12 @@ from typing import Any
 
 from common import write_csv
 from dspark_stream.config import Config
+from dspark_stream.console import Progress
 from dspark_stream.engine import step, worker
 from dspark_stream.engine.build import build_engine
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.controller import Plan
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import Progress
-from dspark_stream.report.sweep import measure, shipped_prompts
+from dspark_stream.measure.sweep import measure, shipped_prompts
 
 EIGHT, ENOUGH = 8, 4
 """Rounds by turns, and those of them that must be of as many streams as were asked for."""

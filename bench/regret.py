@@ -39,19 +39,19 @@ import msgspec
 
 from common import Stored, write_csv, write_picture
 from dspark_stream.config import Config
+from dspark_stream.console import Progress
+from dspark_stream.decoding.calibration import BINS
 from dspark_stream.engine.build import build_engine
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.step import HANDED_A_ROUND
-from dspark_stream.evaluate import Prompt, read_prompts
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Controller, Plan
 from dspark_stream.load.costs import CostTable, RoundCost, Shape
 from dspark_stream.load.curve import CapacityCurve, Company
 from dspark_stream.load.schedule import Candidate, Schedule, admit_mixed, parse_schedule
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import Progress
-from dspark_stream.report.plot import Series, line_chart
-from dspark_stream.report.sweep import shipped_prompts
-from dspark_stream.spec.calibration import BINS
+from dspark_stream.measure.evaluate import Prompt, read_prompts
+from dspark_stream.measure.plot import Series, line_chart
+from dspark_stream.measure.sweep import shipped_prompts
 from dspark_stream.types import Acceptance, GenerationRequest, SamplingParams, TokensEvent
 
 

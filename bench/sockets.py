@@ -30,8 +30,8 @@ import msgspec
 
 from common import write_csv, write_picture
 from dspark_stream.client.connection import ClientError, DsparkClient
-from dspark_stream.report.plot import Series, line_chart
-from dspark_stream.report.sweep import shipped_prompts
+from dspark_stream.measure.plot import Series, line_chart
+from dspark_stream.measure.sweep import shipped_prompts
 
 QUESTIONS = [p.messages[0].content for p in shipped_prompts()]
 

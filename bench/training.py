@@ -21,9 +21,9 @@ import torch
 
 from common import write_csv
 from dspark_stream.config import default_cache_dir
+from dspark_stream.console import Progress
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.loading import DType, load_target
-from dspark_stream.progress import Progress
 from dspark_stream.training.answers import read_answers, split_answers
 from dspark_stream.training.loop import Trainer
 from dspark_stream.training.pipeline import new_trainer

@@ -9,7 +9,7 @@ import torch
 from dspark_kernels.noise.reference import signed
 from dspark_kernels.sequential_head.reference import HeadWeights, Prepared, prepare
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Drafts, Sampling
-from dspark_stream.spec.noise import NoiseCache
+from dspark_stream.decoding.noise import NoiseCache
 from dspark_stream.types import SamplingParams, Verification
 
 GAMMA = 4
@@ -18,7 +18,7 @@ MODES = {GREEDY: "rejection", REJECTION: "rejection", COUPLED: "coupled"}
 
 @dataclass
 class View:
-    """A stream as spec/ reads it."""
+    """A stream as decoding/ reads it."""
 
     sampling: SamplingParams
     verification: Verification

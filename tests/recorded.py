@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.worker import EngineThread
-from dspark_stream.local import LocalEngine
 from dspark_stream.types import GenerationRequest, RoundRecord, SamplingParams, TokensEvent
 
 

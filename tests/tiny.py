@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.step import Models
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.load.curve import CapacityCurve
@@ -18,8 +20,6 @@ from dspark_stream.models.torch.drafter import Drafter, backbone_config
 from dspark_stream.models.torch.layers import ATTENTION_NAME
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
 
 VOCAB = 48

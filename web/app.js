@@ -1,6 +1,7 @@
 /** Wires the page: the connection, the chat, the race, the keys. */
 
-import { AnswerView } from "./answer-view.js";
+import { Chat } from "./chat.js";
+import { loadColours } from "./code.js";
 import { Conversation } from "./conversation.js";
 import { byId, h } from "./dom.js";
 import { figure } from "./metrics.js";
@@ -10,37 +11,35 @@ import { SettingsForm, keep, newSeed, recall } from "./settings.js";
 import { Connection } from "./socket.js";
 
 /** @typedef {import("./protocol.js").End} End */
+/** @typedef {import("./answer-view.js").AnswerView} AnswerView */
 
 const KEY = "dspark-stream.key";
-const SHOW = "dspark-stream.show";
+const MARKS = "dspark-stream.marks";
 
 const page = {
   scroller: byId("main"), chat: byId("chat"), intro: byId("intro"), turns: byId("turns"),
   race: byId("race"), raceIntro: byId("race-intro"), raceStage: byId("race-stage"),
-  form: byId("composer"), question: byId("question"), send: byId("send"), stop: byId("stop"),
+  form: byId("composer"), question: byId("question"), send: byId("send"), stop: byId("stop"), hint: byId("hint"),
   settings: byId("settings"), settingsToggle: byId("settings-toggle"), settingsDigest: byId("settings-digest"),
-  modeSwitch: byId("mode-switch"), together: byId("together"), togetherOption: byId("together-option"),
-  newChat: byId("new-chat"), latest: byId("latest"),
-  connection: byId("connection"), connectionText: byId("connection-text"), retryNow: byId("retry-now"),
-  model: byId("model"), keyForm: byId("key-form"), key: byId("key"), keyError: byId("key-error"),
-  notice: byId("notice"), status: byId("status"),
+  modeSwitch: byId("mode-switch"), marks: byId("marks"), newChat: byId("new-chat"), exported: byId("export"),
+  latest: byId("latest"), connection: byId("connection"), connectionText: byId("connection-text"),
+  retryNow: byId("retry-now"), model: byId("model"), keyForm: byId("key-form"), key: byId("key"),
+  keyError: byId("key-error"), notice: byId("notice"), toast: byId("toast"), status: byId("status"),
 };
 
 const settings = new SettingsForm(page.settings);
 const conversation = new Conversation();
-/** @type {AnswerView[]} the answers of the chat, and of the race */
-let answers = [];
-/** @type {RaceView|null} */
-let race = null;
 /** @type {{cancel: () => void}|null} what Stop stops */
 let running = null;
-let gamma = 0;
+let drafting = { gamma: 0, schedule: "adaptive" };
+let modelName = "the model";
+let greeted = false;
 
 /** @param {string} text read out by screen readers, once */
 const announce = (text) => (page.status.textContent = text);
 
-/** @param {string} name @returns {string} the chosen one of a radio group */
-const chosen = (name) => page.form.ownerDocument.querySelector(`input[name="${name}"]:checked`).value;
+/** @param {string} name @returns {any} the chosen one of a radio group */
+const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
 
 // --- connection --------------------------------------------------------------------------------------------------
 
@@ -62,12 +61,17 @@ const connection = new Connection({
   onHello: showHello,
   onStray: (event) => {
     const { title, detail } = explain(wireError(event));
-    page.notice.textContent = `${title} ${detail}`;
-    page.notice.hidden = false;
+    notice(`${title} ${detail}`);
   },
 });
 
 let countdown = 0;
+
+/** @param {string} text */
+function notice(text) {
+  page.notice.textContent = text;
+  page.notice.hidden = false;
+}
 
 /** @param {import("./socket.js").State} state */
 function showConnection(state) {
@@ -75,16 +79,18 @@ function showConnection(state) {
   page.connection.dataset.phase = state.phase;
   page.retryNow.hidden = state.phase !== "waiting";
   page.keyForm.hidden = state.phase !== "key";
-  if (state.phase === "open") page.notice.hidden = true;
+  if (state.phase === "open") {
+    page.notice.hidden = true;
+    hint("");
+  }
   showRunning();
 
   if (state.phase === "connecting") page.connectionText.textContent = "Connecting";
   if (state.phase === "open") page.connectionText.textContent = "Connected";
   if (state.phase === "forbidden") {
     page.connectionText.textContent = "Refused";
-    page.notice.textContent = "The server does not accept connections from this page’s address. " +
-      "Open the page at an address that the server allows.";
-    page.notice.hidden = false;
+    notice("The server does not accept connections from this page’s address. " +
+      "Open the page at an address that the server allows.");
   }
   if (state.phase === "key") {
     page.connectionText.textContent = "Key needed";
@@ -104,17 +110,18 @@ function showConnection(state) {
 
 /** @param {any} hello */
 function showHello(hello) {
-  gamma = hello.gamma ?? 0;
+  drafting = { gamma: hello.gamma ?? 0, schedule: hello.schedule ?? "adaptive" };
   settings.limit(hello.limits ?? {});
   settings.recommend(hello.sampling ?? {});
   digest();
   const name = (/** @type {string} */ path) => path.replace(/[/\\]+$/, "").split(/[/\\]/).pop() ?? path;
-  page.model.replaceChildren(
-    h("span", { class: "model-name" }, name(hello.model)),
-    h("span", { class: "drafter-name" }, hello.drafter ? `γ ${gamma}` : "no drafter"));
-  page.model.title = `Target ${hello.model}` + (hello.drafter ? `\nDrafter ${hello.drafter}` : "") +
+  modelName = name(hello.model);
+  page.model.textContent = modelName;
+  page.model.title = `Model ${hello.model}\n${hello.drafter ? `Drafter ${hello.drafter}` : "No drafter"}` +
     `\ndspark-stream ${hello.version}`;
-  announce(`Connected to ${name(hello.model)}`);
+  announce(`Connected to ${modelName}`);
+  if (!greeted) chat.draw(); // what is kept can be worked with now
+  greeted = true;
 }
 
 page.retryNow.addEventListener("click", () => connection.open());
@@ -134,16 +141,11 @@ page.keyForm.addEventListener("submit", (/** @type {SubmitEvent} */ event) => {
 
 // --- asking ------------------------------------------------------------------------------------------------------
 
-/**
- * @param {{lane: string, input: import("./protocol.js").Item[], mode: "dspark"|"plain", seed: number,
- *          settings?: import("./protocol.js").Settings, verification?: "rejection"|"coupled", view: AnswerView}} question
- * @returns {{ended: Promise<End>, cancel: () => void}}
- */
-function ask({ view, settings: now = settings.read(), ...question }) {
+/** @param {any} question with the `view` that shows its answer */
+function ask({ view, ...question }) {
   let cancel = () => {};
-  view.sent();
   const ended = /** @type {Promise<End>} */ (new Promise((resolve) => {
-    ({ cancel } = connection.ask({ ...question, settings: now }, {
+    ({ cancel } = connection.ask({ ...question, settings: settings.read() }, {
       created: () => view.created(),
       delta: (text) => view.delta(text),
       step: (step) => view.step(step),
@@ -154,47 +156,38 @@ function ask({ view, settings: now = settings.read(), ...question }) {
       },
     }));
   }));
-  return {
-    ended,
-    cancel: () => {
-      view.stopping();
-      cancel();
-    },
-  };
+  return { ended, cancel: () => {
+    view.stopping();
+    cancel();
+  } };
 }
 
-/** @param {string} question */
-async function chat(question) {
-  const { seed: fixed } = settings.read();
-  const seed = fixed ?? newSeed();
-  const mode = /** @type {"dspark"|"plain"} */ (chosen("mode"));
-  const view = new AnswerView({ mode, seed, gamma: mode === "plain" ? 0 : gamma, show: show(), title: "Answer", onPaint: follow });
-  const turn = h("li", { class: "turn" },
-    h("div", { class: "question" }, h("p", {}, question)), view.element);
-  page.intro.hidden = true;
-  page.turns.append(turn);
-  answers.push(view);
-  sticking = true;
-  follow();
+const chat = new Chat({
+  list: page.turns, conversation, drafting: () => drafting, settings: () => settings.read(), mode: () => chosen("mode"),
+  free: mayAsk, ask, undo, onPaint: follow,
+  running: (what, ended, view) => {
+    page.intro.hidden = true;
+    sticking = true;
+    follow();
+    return whileRunning(what, ended.then((end) => endSentence(end, view)));
+  },
+  changed: save,
+});
 
-  const asked = ask({ lane: "chat", input: conversation.withQuestion(question), mode, seed, view });
-  await whileRunning(asked, asked.ended.then((end) => {
-    if (!turn.isConnected) return ""; // a new chat was begun meanwhile
-    conversation.commit(question, view.text);
-    view.notifyEnd(end, () => {
-      if (running) return;
-      conversation.forget(question, view.text);
-      turn.remove();
-      answers = answers.filter((each) => each !== view);
-      chat(question);
-    });
-    return endSentence(end, view);
-  }));
+let full = false;
+
+function save() {
+  if (conversation.keep() || full) return;
+  full = true;
+  toast("This browser keeps no more: the conversation will not survive a reload. Export it to keep it.");
 }
+
+// What is half written is kept too.
+addEventListener("pagehide", () => conversation.keep());
 
 /** @param {End} end @param {AnswerView} view */
 function endSentence(end, view) {
-  const { tokens, tokens_per_s } = view.snapshot();
+  const { tokens, tokens_per_s } = view.answer.snapshot();
   const size = `${tokens} tokens` + (tokens_per_s ? `, ${figure(tokens_per_s)} a second` : "");
   return {
     completed: `Answer complete: ${size}.`, incomplete: `Answer cut at the token limit: ${size}.`,
@@ -203,24 +196,25 @@ function endSentence(end, view) {
 }
 
 /** @param {string} question */
-async function startRace(question) {
+function startRace(question) {
   const now = settings.readForRace();
   const seed = now.seed ?? newSeed();
   page.raceIntro.hidden = true;
-  race = new RaceView(page.raceStage, { question, settings: now, seed, together: page.together.checked, gamma,
-    show: show(), onPaint: () => {} });
-  page.scroller.scrollTop = 0;
-  const current = race;
-  await whileRunning(current, current.run({
-    ask: (lane, mode, verification, view) => {
-      const asked = ask({ lane, mode, verification, seed, view, settings: now, input: [{ role: "user", content: question }] });
-      asked.ended.then((end) => view.notifyEnd(end, () => {
-        if (!running) startRace(question);
-      }));
-      return asked;
-    },
-  }));
-  if (race === current) page.scroller.scrollTop = 0; // where the verdict is
+  const race = new RaceView(page.raceStage, { question, settings: now, seed, gamma: drafting.gamma });
+  const input = /** @type {const} */ ([{ role: "user", content: question }]);
+  whileRunning(race, race.run(
+    (mode, verification, handlers) =>
+      connection.ask({ lane: `race-${mode}`, mode, verification, seed, settings: now, input: [...input] }, handlers),
+    (lane, end) => {
+      const retry = () => {
+        if (mayAsk()) startRace(question);
+      };
+      if (end.status === "lost") lane.notify("The connection was lost before the answer ended.", "", retry);
+      if (end.status === "cancelled") lane.notify("The server stopped this answer before its end.", "", retry);
+      if (end.status !== "failed") return;
+      const { title, detail, retry: helps } = explain(end.error);
+      lane.notify(title, detail, helps ? retry : undefined);
+    }));
 }
 
 /**
@@ -234,6 +228,7 @@ async function whileRunning(what, ended) {
   const sentence = await ended;
   if (running !== what) return;
   running = null;
+  hint("");
   showRunning();
   announce(sentence);
 }
@@ -247,6 +242,19 @@ function showRunning() {
   if (focused) (running ? page.stop : page.send).focus(); // one button replaces the other: keep the place
 }
 
+/** Beside the question box: why nothing was sent. @param {string} text */
+function hint(text) {
+  page.hint.textContent = text;
+}
+
+/** @returns {boolean} whether a question can be sent now; if not, the page says why */
+function mayAsk() {
+  const why = running ? "An answer is still being written. Escape stops it."
+    : connection.state.phase !== "open" ? "Not sent: the page is not connected. Your text stays here." : "";
+  hint(why);
+  return why === "";
+}
+
 function stop() {
   if (!running) return;
   running.cancel();
@@ -255,7 +263,7 @@ function stop() {
 
 function submit() {
   const question = page.question.value.trim();
-  if (running || connection.state.phase !== "open" || question === "") return;
+  if (question === "" || !mayAsk()) return;
   const invalid = settings.firstInvalid();
   if (invalid) {
     openSettings(true);
@@ -265,7 +273,7 @@ function submit() {
   page.question.value = "";
   fit();
   if (chosen("view") === "race") startRace(question);
-  else chat(question);
+  else chat.ask(question);
 }
 
 page.form.addEventListener("submit", (/** @type {SubmitEvent} */ event) => {
@@ -294,16 +302,23 @@ document.addEventListener("keydown", (event) => {
 page.newChat.addEventListener("click", () => {
   running?.cancel();
   if (chosen("view") === "race") {
-    race = null;
     page.raceStage.replaceChildren();
     page.raceIntro.hidden = false;
-  } else {
-    conversation.clear();
-    answers = [];
-    page.turns.replaceChildren();
-    page.intro.hidden = false;
+  } else if (conversation.turns.length) {
+    const before = conversation.snapshot();
+    conversation.turns = [];
+    redraw();
+    undo("A new chat was begun.", before);
   }
   page.question.focus();
+});
+
+page.exported.addEventListener("click", () => {
+  if (conversation.turns.length === 0) return toast("There is nothing to export yet.");
+  const url = URL.createObjectURL(new Blob([conversation.markdown(modelName, settings.read().system)], { type: "text/markdown" }));
+  h("a", { href: url, download: "conversation.md" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+  toast("Exported as conversation.md.");
 });
 
 for (const example of document.querySelectorAll("[data-ask]")) {
@@ -320,27 +335,56 @@ function fit() {
   page.question.style.height = "auto";
   page.question.style.height = `${page.question.scrollHeight + 2}px`;
 }
-page.question.addEventListener("input", fit);
+page.question.addEventListener("input", () => {
+  fit();
+  hint("");
+});
+
+// --- what was taken away can be had back --------------------------------------------------------------------------
+
+let toastTimer = 0;
+
+/** @param {string} text @param {() => void} [back] */
+function toast(text, back) {
+  clearTimeout(toastTimer);
+  page.toast.replaceChildren(h("span", {}, text), ...(back ? [h("button", { type: "button", class: "quiet small", onclick: () => {
+    page.toast.hidden = true;
+    back();
+  } }, "Undo")] : []));
+  page.toast.hidden = false;
+  toastTimer = window.setTimeout(() => (page.toast.hidden = true), back ? 10_000 : 4000);
+}
+
+/** @param {string} what @param {string} before */
+function undo(what, before) {
+  toast(what, () => {
+    running?.cancel();
+    conversation.restore(before);
+    redraw();
+  });
+}
+
+function redraw() {
+  chat.draw();
+  page.intro.hidden = conversation.turns.length > 0;
+  save();
+}
 
 // --- switches ----------------------------------------------------------------------------------------------------
 
-/** @returns {"tokens"|"formatted"} */
-function show() {
-  return /** @type {any} */ (chosen("show"));
-}
-
-function applyShow() {
-  for (const view of [...answers, ...(race?.views ?? [])]) view.show(show());
-  document.documentElement.dataset.show = show();
-  keep(SHOW, show());
+function applyMarks() {
+  const on = page.marks.checked ? "on" : "off";
+  document.documentElement.dataset.marks = on;
+  keep(MARKS, on);
 }
 
 function applyView() {
   const racing = chosen("view") === "race";
+  document.documentElement.dataset.view = chosen("view");
   page.chat.hidden = racing;
   page.race.hidden = !racing;
   page.modeSwitch.hidden = racing;
-  page.togetherOption.hidden = !racing;
+  page.exported.hidden = racing;
   page.newChat.textContent = racing ? "Clear" : "New chat";
   page.send.firstElementChild.textContent = racing ? "Race" : "Send";
   page.question.placeholder = racing ? "A question for both" : "Ask something";
@@ -355,13 +399,14 @@ function openSettings(open) {
 
 function digest() {
   const now = settings.read();
-  page.settingsDigest.textContent = `T ${now.temperature} · ${now.max_output_tokens} tokens` +
-    (now.seed === null ? "" : ` · seed ${now.seed}`) + (now.verification === "coupled" ? " · coupled" : "");
+  page.settingsDigest.textContent = [`temperature ${now.temperature}`, `${now.max_output_tokens} tokens`,
+    ...(now.seed === null ? [] : [`seed ${now.seed}`]), ...(now.verification === "coupled" ? ["coupled"] : []),
+    ...(now.system ? ["system prompt"] : [])].join(" · ");
 }
 
 page.settingsToggle.addEventListener("click", () => openSettings(page.settings.hidden));
 page.settings.addEventListener("input", digest);
-for (const input of document.querySelectorAll('input[name="show"]')) input.addEventListener("change", applyShow);
+page.marks.addEventListener("change", applyMarks);
 for (const input of document.querySelectorAll('input[name="view"]')) input.addEventListener("change", applyView);
 
 // --- following the text ------------------------------------------------------------------------------------------
@@ -371,7 +416,7 @@ let sticking = true;
 
 function follow() {
   if (sticking) page.scroller.scrollTop = page.scroller.scrollHeight;
-  else page.latest.hidden = chosen("view") === "race";
+  else page.latest.hidden = chosen("view") === "race" || !running;
 }
 
 page.scroller.addEventListener("scroll", () => {
@@ -387,9 +432,14 @@ page.latest.addEventListener("click", () => {
 
 // --- start -------------------------------------------------------------------------------------------------------
 
-if (recall(SHOW) === "formatted") byId("show-formatted").checked = true;
-applyShow();
+page.marks.checked = recall(MARKS) !== "off";
+applyMarks();
+conversation.recall();
+chat.draw();
+page.intro.hidden = conversation.turns.length > 0;
 applyView();
 digest();
 connection.open();
+loadColours().then(() => chat.views.forEach((view) => view.text.repaint()),
+  () => toast("The colours for code could not be loaded; code is shown without."));
 page.question.focus();

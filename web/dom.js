@@ -55,25 +55,67 @@ export function byId(id) {
   return element;
 }
 
+/** Text is painted at most this often: oftener nobody reads it, and each time costs a layout. */
+const PAINT_MS = 33;
+
 /** @type {Set<() => void>} */
 const due = new Set();
 let planned = false;
+let painted = 0;
 
 /**
- * Run `paint` once before the next frame, however often it is asked for. A hidden page has no frames; there a timer
+ * Run `paint` once soon, before a frame, however often it is asked for. A hidden page has no frames; there a timer
  * stands in.
  * @param {() => void} paint
  */
-export function beforeNextFrame(paint) {
+export function paintSoon(paint) {
   due.add(paint);
   if (planned) return;
   planned = true;
   const run = () => {
     planned = false;
+    painted = performance.now();
     const now = [...due];
     due.clear();
     for (const each of now) each();
   };
-  if (document.hidden) setTimeout(run, 100);
+  const wait = painted + PAINT_MS - performance.now();
+  if (document.hidden) setTimeout(run, 200);
+  else if (wait > 8) setTimeout(() => requestAnimationFrame(run), wait - 8);
   else requestAnimationFrame(run);
+}
+
+/**
+ * @param {string} text
+ * @returns {Promise<boolean>} whether it is in the clipboard
+ */
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    // Off localhost without TLS there is no clipboard; the old way asks for none.
+    const box = h("textarea", { class: "unseen", readonly: true });
+    box.value = text;
+    const focused = /** @type {HTMLElement|null} */ (document.activeElement);
+    document.body.append(box);
+    box.select();
+    const done = document.execCommand("copy");
+    box.remove();
+    focused?.focus();
+    return done;
+  }
+}
+
+/**
+ * @param {() => string} text
+ * @param {string} label for readers
+ */
+export function copyButton(text, label) {
+  const button = h("button", { type: "button", class: "quiet small", "aria-label": label, onclick: async () => {
+    button.textContent = (await copy(text())) ? "Copied" : "Not copied";
+    byId("status").textContent = button.textContent === "Copied" ? "Copied." : "The browser did not allow copying.";
+    setTimeout(() => (button.textContent = "Copy"), 1500);
+  } }, "Copy");
+  return button;
 }

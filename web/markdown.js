@@ -4,20 +4,32 @@
  * the fence behind that.
  */
 
+import { colour } from "./code.js";
+import { copyButton, h } from "./dom.js";
+import { mark } from "./marks.js";
 import DOMPurify from "./vendor/dompurify-3.4.18/purify.es.js";
 import { Marked } from "./vendor/marked-18.2.1/marked.esm.js";
+
+/** @typedef {import("./marks.js").Run} Run */
 
 const ALLOWED = {
   ALLOWED_TAGS: [
     "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre",
     "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
   ],
-  ALLOWED_ATTR: ["align", "href", "rel", "start", "target", "title"],
+  ALLOWED_ATTR: ["align", "class", "href", "rel", "start", "target", "title"],
   ALLOW_ARIA_ATTR: false,
   ALLOW_DATA_ATTR: false,
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
   RETURN_DOM_FRAGMENT: true,
 };
+
+DOMPurify.addHook("uponSanitizeAttribute", (node, data) => {
+  // The one class that the formatting makes: what language a piece of code is in.
+  if (data.attrName === "class" && node.nodeName !== "SPAN" && !/^language-[\w+#.-]{1,30}$/.test(data.attrValue)) {
+    data.keepAttr = false;
+  }
+});
 
 DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   if (node.nodeName !== "A") return;
@@ -42,55 +54,155 @@ const marked = new Marked({
   },
 });
 
-/** @param {string} html */
-const purified = (html) => /** @type {DocumentFragment} */ (/** @type {unknown} */ (DOMPurify.sanitize(html, ALLOWED)));
+/** A last block longer than this is no longer rendered anew: what comes is appended to it until it ends. */
+const LONG = 1500;
 
 /**
- * @param {string} markdown
+ * @param {string} text
+ * @param {number} [from]
+ * @param {number} [to]
+ * @param {Run[]} [runs]
+ * @param {boolean} [open] the last block is still being written
  * @returns {DocumentFragment}
  */
-export function render(markdown) {
-  return purified(/** @type {string} */ (marked.parse(markdown)));
+export function render(text, from = 0, to = text.length, runs = [], open = false) {
+  const html = /** @type {string} */ (marked.parse(text.slice(from, to)));
+  const root = /** @type {DocumentFragment} */ (/** @type {unknown} */ (DOMPurify.sanitize(html, ALLOWED)));
+  const codes = /** @type {HTMLElement[]} */ ([...root.querySelectorAll("pre > code")]);
+  const languages = codes.map((code, i) => {
+    const language = code.className.replace("language-", "").toLowerCase();
+    code.removeAttribute("class");
+    if (language && !(open && i === codes.length - 1)) colour(code, language);
+    return language;
+  });
+  mark(root, text, from, to, runs);
+  codes.forEach((code, i) => frame(code, languages[i])); // last: what it adds is not the model's
+  return root;
+}
+
+/**
+ * A piece of code gets its language's name and a way to copy it.
+ * @param {HTMLElement} code
+ * @param {string} language
+ */
+function frame(code, language) {
+  const pre = /** @type {HTMLElement} */ (code.parentElement);
+  pre.setAttribute("tabindex", "0"); // what scrolls sideways is reached with the keyboard
+  const block = h("div", { class: "code" });
+  pre.replaceWith(block);
+  block.append(h("div", { class: "code-head" }, h("span", {}, language || "code"),
+    copyButton(() => code.textContent ?? "", "Copy the code")), pre);
 }
 
 /**
  * Renders a growing text. A finished block is never touched again: only the last one, which may still change its
- * meaning, is rendered anew, so a long answer costs no more a frame than a short one.
+ * meaning, is rendered anew, and a long one not even that, so a long answer costs no more a frame than a short one.
  */
 export class GrowingMarkdown {
   #settled = 0;
   /** @type {ChildNode[]} nodes of the last block */
   #tail = [];
+  /** @type {{into: HTMLElement, at: number, ends: RegExp}|null} where the last block is appended to */
+  #grows = null;
 
   /** @param {HTMLElement} root */
   constructor(root) {
     this.root = root;
   }
 
-  /** @param {string} text all of it, so far */
-  update(text) {
+  /**
+   * @param {string} text all of it, so far
+   * @param {Run[]} [runs] of all of it
+   */
+  update(text, runs = []) {
+    if (this.#grows && this.#append(text, runs)) return;
+    this.#grows = null;
     const tokens = marked.lexer(text.slice(this.#settled));
     let last = tokens.length - 1;
     while (last > 0 && tokens[last].type === "space") last -= 1;
-    const settled = tokens.slice(0, Math.max(0, last)).map((token) => token.raw).join("");
-    this.#replaceTail(settled);
-    this.#tail = [];
-    this.#settled += settled.length;
-    this.#replaceTail(text.slice(this.#settled));
+    // "2" after a list may be its next item's number.
+    if (/^\s*(?:\d{1,9}[.)]?|[-*+])?\s*$/.test(tokens[last]?.raw ?? "")) {
+      const before = tokens.findLastIndex((token, i) => i < last && token.type !== "space");
+      if (tokens[before]?.type === "list") last = before;
+    }
+    const settled = tokens.slice(0, Math.max(0, last)).reduce((sum, token) => sum + token.raw.length, 0);
+    if (settled > 0) {
+      this.#replaceTail(text, this.#settled + settled, runs, false);
+      this.#tail = [];
+      this.#settled += settled;
+    }
+    this.#replaceTail(text, text.length, runs, isOpen(tokens[last]));
+    this.#grow(text, tokens[last]);
   }
 
-  /** @param {string} text the whole; links may be defined after their use, so the end renders once from the start */
-  finish(text) {
-    this.root.replaceChildren(render(text));
-    this.#settled = text.length;
-    this.#tail = [];
+  /**
+   * @param {string} text the whole
+   * @param {Run[]} [runs]
+   */
+  finish(text, runs = []) {
+    this.#grows = null;
+    if (/^ {0,3}\[[^\]\n]+\]:/m.test(text)) { // links may be defined after their use
+      this.#settled = 0;
+      this.root.replaceChildren();
+      this.#tail = [];
+    }
+    this.#replaceTail(text, text.length, runs, false);
   }
 
-  /** @param {string} markdown */
-  #replaceTail(markdown) {
+  /**
+   * @param {string} text
+   * @param {any} token the last block
+   */
+  #grow(text, token) {
+    const at = text.length;
+    const parent = /** @type {HTMLElement|undefined} */ (this.#tail.findLast((node) => node instanceof HTMLElement));
+    if (isOpen(token) && parent?.matches(".code")) {
+      const into = /** @type {HTMLElement} */ (parent.querySelector("code"));
+      // The page ends code with a line break that the model has yet to write.
+      const end = into.lastChild;
+      if (end instanceof Text && end.data.endsWith("\n") && !text.endsWith("\n")) end.data = end.data.slice(0, -1);
+      this.#grows = { into, at, ends: /^ {0,3}(`|~)/m };
+    } else if (token?.type === "paragraph" && token.raw.length > LONG && parent?.localName === "p") {
+      this.#grows = { into: parent, at, ends: /\n/ };
+    }
+  }
+
+  /**
+   * @param {string} text
+   * @param {Run[]} runs
+   * @returns {boolean} whether that is all it takes
+   */
+  #append(text, runs) {
+    const { into, at, ends } = /** @type {NonNullable<typeof this.grows>} */ (this.#grows);
+    // A fence is seen only at the start of its line.
+    const line = text.lastIndexOf("\n", at - 1) + 1;
+    if (ends.test(text.slice(ends.source === "\\n" ? at : Math.min(line, at)))) return false;
+    const added = document.createDocumentFragment();
+    const holder = h("div", {}, h("span", {}, text.slice(at)));
+    mark(holder, text, at, text.length, runs);
+    added.append(.../** @type {HTMLElement} */ (holder.firstChild).childNodes);
+    into.append(added);
+    /** @type {any} */ (this.#grows).at = text.length;
+    return true;
+  }
+
+  /**
+   * @param {string} text
+   * @param {number} to
+   * @param {Run[]} runs
+   * @param {boolean} open
+   */
+  #replaceTail(text, to, runs, open) {
     for (const node of this.#tail) node.remove();
-    const fragment = render(markdown);
+    const fragment = render(text, this.#settled, to, runs, open);
     this.#tail = [...fragment.childNodes];
     this.root.append(fragment);
   }
+}
+
+/** @param {any} token a fenced piece of code whose end is still to come */
+function isOpen(token) {
+  if (token?.type !== "code" || token.codeBlockStyle === "indented") return false;
+  const fence = /^ {0,3}(`{3,}|~{3,})/.exec(token.raw)?.[1];
+  return fence !== undefined && !new RegExp(`\\n {0,3}${fence[0]}{${fence.length},}[ \\t]*\\n*$`).test(token.raw);
 }

@@ -7,6 +7,7 @@
 /**
  * @typedef {Object} Snapshot
  * @property {number} tokens
+ * @property {number} guessed         of these, drafted ahead and accepted
  * @property {number} rounds
  * @property {number|null} tokens_per_s  while decoding: the first text and the wait for it do not count
  * @property {number|null} tau           accepted length τ, the bonus token included
@@ -22,6 +23,7 @@ export class Figures {
   #scheduled = 0;
   #tokens = 0;
   #tokensOfFirst = 0;
+  #cut = 0;
   #streams = 0;
   #sentAt = 0;
   /** @type {number|null} */
@@ -64,7 +66,10 @@ export class Figures {
 
   /** @param {Record<string, any>|null} usage of the terminal event; it knows where a stop cut the last round */
   end(usage) {
-    if (typeof usage?.output_tokens === "number") this.#tokens = usage.output_tokens;
+    if (typeof usage?.output_tokens !== "number") return;
+    // What a stop cut off the last round was its own token first, then accepted ones.
+    this.#cut = Math.max(0, this.#tokens - usage.output_tokens - 1);
+    this.#tokens = usage.output_tokens;
   }
 
   /** @returns {Snapshot} */
@@ -74,6 +79,7 @@ export class Figures {
     const later = this.#tokens - this.#tokensOfFirst;
     return {
       tokens: this.#tokens,
+      guessed: this.#accepted - this.#cut,
       rounds,
       tokens_per_s: decode_ms > 0 && later > 0 ? (later / decode_ms) * 1000 : null,
       tau: rounds ? 1 + this.#accepted / rounds : null,

@@ -12,6 +12,7 @@
  * @property {number} max_output_tokens
  * @property {number|null} seed            null: a new one for every answer
  * @property {"rejection"|"coupled"} verification
+ * @property {string} system               what the model is told before everything else; empty: nothing
  */
 
 /**
@@ -42,6 +43,7 @@
  * @property {Record<string, any>|null} usage
  * @property {string|null} reason          for `incomplete`
  * @property {WireError|null} error        for `failed`
+ * @property {Record<string, any>|null} [stats]  what the server says of its rounds and queue
  */
 
 /**
@@ -71,6 +73,7 @@ export function createEvent({ lane, eventId, input, settings, seed, mode, verifi
     event_id: eventId,
     stream_id: lane,
     input,
+    ...(settings.system ? { instructions: settings.system } : {}),
     temperature: settings.temperature,
     top_p: settings.top_p,
     max_output_tokens: settings.max_output_tokens,
@@ -109,6 +112,7 @@ export class ResponseState {
       this.finish({
         status: /** @type {End["status"]} */ (status),
         usage: response.usage ?? null,
+        stats: response.dspark ?? null,
         reason: response.incomplete_details?.reason ?? null,
         error: response.error ?? null,
       });

@@ -1,129 +1,197 @@
-/** The race on the page: two lanes, a timeline, a verdict. */
+/** The race on the page: recorded one after the other, replayed in step, judged. */
 
-import { AnswerView } from "./answer-view.js";
-import { h, svg } from "./dom.js";
+import { AnswerText } from "./answer-text.js";
+import { h, paintSoon, svg } from "./dom.js";
 import { duration } from "./metrics.js";
-import { judge, raceVerification, speedSentence, whyDifferent } from "./race.js";
+import { Recording, judge, raceVerification } from "./race.js";
+import { count, headline, others, verdictTimes } from "./words.js";
 
 /** @typedef {import("./protocol.js").Settings} Settings */
 /** @typedef {import("./protocol.js").End} End */
 
-/**
- * @typedef {Object} Runner
- * @property {(lane: string, mode: "plain"|"dspark", verification: "rejection"|"coupled", view: AnswerView)
- *            => {ended: Promise<End>, cancel: () => void}} ask
- */
+/** One side: a clock, a bar, the text, which scrolls by itself. */
+class Lane {
+  /** @param {"plain"|"dspark"} mode @param {number} seed */
+  constructor(mode, seed) {
+    this.name = mode === "plain" ? "Plain" : "DSpark";
+    this.recording = new Recording(mode, seed);
+    this.state = h("span", { class: "answer-state" }, "not started");
+    this.clock = h("span", { class: "clock" });
+    this.value = svg("rect", { class: "value", width: "0%" });
+    this.text = new AnswerText();
+    this.scroller = h("div", { class: "lane-text", tabindex: 0, role: "region", "aria-label": `${this.name} answer` },
+      this.text.element);
+    this.notice = h("div", { class: "notice", role: "alert", hidden: true });
+    this.element = h("article", { class: "lane answer", "data-mode": mode, "aria-label": `${this.name}’s lane` },
+      h("p", { class: "lane-head" }, h("b", {}, this.name), this.state, this.clock),
+      svg("svg", { class: "track", "aria-hidden": "true" }, svg("rect", { class: "road", width: "100%" }), this.value),
+      this.notice, this.scroller);
+  }
+
+  /** To the start line. */
+  begin() {
+    this.play = this.recording.play();
+    this.text.element.remove();
+    this.text = new AnswerText();
+    this.scroller.append(this.text.element);
+    this.state.textContent = "";
+    delete this.element.dataset.done;
+  }
+
+  /** @param {number} elapsed_ms @returns {boolean} whether there is more */
+  show(elapsed_ms) {
+    const answer = /** @type {NonNullable<typeof this.play>} */ (this.play)(elapsed_ms);
+    const more = this.text.paint(answer);
+    const all = this.recording.answer.text.length || 1;
+    const { length_ms } = this.recording;
+    this.value.setAttribute("width", `${(100 * answer.text.length) / all}%`);
+    this.clock.textContent = duration(Math.min(elapsed_ms, length_ms));
+    this.scroller.scrollTop = this.scroller.scrollHeight;
+    if (answer.end) this.element.dataset.done = "";
+    return more || !answer.end;
+  }
+
+  /** @param {string} title @param {string} [detail] @param {() => void} [retry] */
+  notify(title, detail, retry) {
+    this.notice.replaceChildren(h("p", {}, title), ...(detail ? [h("p", { class: "detail" }, detail)] : []),
+      ...(retry ? [h("button", { type: "button", class: "quiet", onclick: retry }, "Try again")] : []));
+    this.notice.hidden = false;
+  }
+}
 
 export class RaceView {
-  /** @type {AnswerView[]} */
-  views = [];
   #cancelled = false;
-  /** @type {{cancel: () => void}[]} */
-  #running = [];
+  #skipped = false;
+  /** @type {{cancel: () => void}|null} */
+  #running = null;
 
   /**
    * @param {HTMLElement} root emptied first
-   * @param {{question: string, settings: Settings, seed: number, together: boolean, gamma: number,
-   *          show: "tokens"|"formatted", onPaint: () => void}} options
+   * @param {{question: string, settings: Settings, seed: number, gamma: number}} options
    */
   constructor(root, options) {
     this.options = options;
-    const { question, seed, gamma, show, onPaint, settings, together } = options;
-    const view = (/** @type {"plain"|"dspark"} */ mode, /** @type {string} */ title) =>
-      new AnswerView({ mode, seed: null, gamma, show, title, onPaint });
-    this.plain = view("plain", "Plain answer");
-    this.dspark = view("dspark", "DSpark answer");
-    this.views = [this.plain, this.dspark];
-
-    const how = [together
-      ? "Both at once: they share the machine, so each is slower than alone."
-      : "One after the other, so that neither slows the other."];
-    if (settings.temperature > 0) {
-      how.push("Coupled verification, under which the same seed gives the same text at any temperature.");
-    } else {
-      how.push("Greedy: each time the likeliest token.");
-    }
+    const { question, seed, gamma, settings } = options;
+    this.lanes = { plain: new Lane("plain", seed), dspark: new Lane("dspark", seed) };
+    const how = [settings.temperature > 0
+      ? "Coupled verification, under which a seed gives the same text at any temperature." : "Greedy: each time the likeliest token."];
     if (gamma === 0) how.push("This server has no drafter, so both decode plainly.");
     how.push(`Seed ${seed}.`);
-    this.verdict = h("section", { class: "verdict", "aria-label": "Verdict", hidden: true });
-    root.replaceChildren(
-      h("div", { class: "question" }, h("p", {}, question)),
-      h("p", { class: "how" }, how.join(" ")),
-      this.verdict,
-      h("div", { class: "lanes" }, this.plain.element, this.dspark.element));
+    this.title = h("h2", { class: "headline" });
+    this.detail = h("p", { class: "detail" });
+    this.again = h("button", { type: "button", class: "quiet", disabled: true, onclick: () => this.replay() }, "Play again");
+    this.verdict = h("div", { class: "race-line" }, this.title, this.detail);
+    root.replaceChildren(h("p", { class: "race-question" }, question), this.verdict,
+      h("div", { class: "lanes" }, this.lanes.plain.element, this.lanes.dspark.element),
+      h("p", { class: "how" }, h("span", {}, how.join(" ")), this.again));
   }
 
   /**
-   * @param {Runner} runner
+   * @param {(mode: "plain"|"dspark", verification: "rejection"|"coupled", handlers: import("./protocol.js").Handlers)
+   *         => {cancel: () => void}} ask
+   * @param {(lane: Lane, end: End) => void} explainEnd
    * @returns {Promise<string>} the verdict in one sentence
    */
-  async run({ ask }) {
+  async run(ask, explainEnd) {
     const verification = raceVerification(this.options.settings);
-    const start = (/** @type {"plain"|"dspark"} */ mode) => {
-      const running = ask(`race-${mode}`, mode, verification, this[mode]);
-      this.#running.push(running);
-      return running.ended;
-    };
-    if (this.options.together) {
-      await Promise.all([start("plain"), start("dspark")]);
-    } else {
-      const { status } = await start("plain");
-      if (this.#cancelled || status === "failed" || status === "lost") {
-        this.dspark.finish({ status: "cancelled", usage: null, reason: null, error: null });
-      } else {
-        await start("dspark");
-      }
+    for (const mode of /** @type {const} */ (["plain", "dspark"])) {
+      if (this.#cancelled) break;
+      const lane = this.lanes[mode];
+      this.#say(`${lane.name} runs, alone.`, "Each side is recorded on its own; then both are replayed from the same start.");
+      const end = await this.#record(lane, mode, verification, ask);
+      if (end.status === "failed" || end.status === "lost") this.#cancelled = true;
+      lane.state.textContent = { failed: "failed", lost: "connection lost", cancelled: "stopped" }[end.status] ??
+        `recorded, ${count(lane.recording.answer.snapshot().tokens, "token")}`;
+      if (!this.#cancelled || end.status !== "cancelled") explainEnd(lane, end);
     }
-    return this.#judge();
+    const verdict = judge(this.lanes.plain.recording, this.lanes.dspark.recording);
+    this.judged = verdict;
+    if (verdict.same === null) {
+      this.#say("No verdict", "Both sides have to finish for that.");
+      return "No verdict: both sides have to finish.";
+    }
+    this.again.disabled = false;
+    return this.replay();
   }
 
+  /** @returns {Promise<string>} */
+  replay() {
+    this.#skipped = false;
+    this.again.disabled = true;
+    delete this.verdict.dataset.same;
+    this.#say("Both, from the same start.", "Replayed in step, at the speed at which each was recorded.");
+    for (const lane of Object.values(this.lanes)) lane.begin();
+    const start = performance.now();
+    return new Promise((resolve) => {
+      const tick = () => {
+        const elapsed = this.#skipped ? Infinity : performance.now() - start;
+        const more = Object.values(this.lanes).map((lane) => lane.show(elapsed));
+        if (more.includes(true)) paintSoon(tick);
+        else resolve(this.#judge());
+      };
+      tick();
+    });
+  }
+
+  /** What is recorded ends without a verdict; what is replayed goes to its end. */
   cancel() {
+    this.#skipped = true;
+    if (this.judged) return;
     this.#cancelled = true;
-    for (const running of this.#running) running.cancel();
+    if (this.#running) for (const lane of Object.values(this.lanes)) if (lane.state.dataset.runs) lane.state.textContent = "stopping";
+    this.#running?.cancel();
+  }
+
+  /**
+   * @param {Lane} lane
+   * @param {"plain"|"dspark"} mode
+   * @param {"rejection"|"coupled"} verification
+   * @param {any} ask
+   * @returns {Promise<End>}
+   */
+  #record(lane, mode, verification, ask) {
+    const { recording, state } = lane;
+    state.dataset.runs = "yes";
+    state.textContent = "runs now";
+    recording.answer.sent(performance.now());
+    const tell = () => (state.textContent = this.#cancelled ? "stopping" : `runs now, ${count(recording.answer.snapshot().tokens, "token")}`);
+    return new Promise((resolve) => {
+      this.#running = ask(mode, verification, {
+        delta: (/** @type {string} */ text) => recording.delta(text, performance.now()),
+        step: (/** @type {any} */ step) => {
+          recording.step(step, performance.now());
+          paintSoon(tell);
+        },
+        end: (/** @type {End} */ end) => {
+          recording.answer.finish(end);
+          delete state.dataset.runs;
+          setTimeout(() => resolve(end), 50); // after the last count
+        },
+      });
+    });
   }
 
   #judge() {
-    const finish = (/** @type {AnswerView} */ view) => ({
-      text: view.text, status: view.end?.status ?? "lost", ...view.snapshot() });
-    const [plain, dspark] = [finish(this.plain), finish(this.dspark)];
-    const verdict = judge(plain, dspark);
-    if (verdict.same === null) {
-      this.verdict.replaceChildren(h("p", { class: "headline" }, "No verdict"),
-        h("p", {}, "Both sides have to finish for that."));
-      this.verdict.hidden = false;
-      return "No verdict: both sides have to finish.";
-    }
-    const headline = verdict.same ? "Same text" : "Texts differ";
+    const verdict = /** @type {import("./race.js").Verdict} */ (this.judged);
+    const [plain, dspark] = [this.lanes.plain.recording.answer, this.lanes.dspark.recording.answer];
     // Without a drafter a ratio would only measure the machine's mood.
-    const sentence = this.options.gamma === 0 ? "" : speedSentence(verdict.ratio);
-    const longest = Math.max(plain.decode_ms, dspark.decode_ms, 1);
-    const bar = (/** @type {string} */ name, /** @type {number} */ ms) => h("div", { class: "bar" },
-      h("span", {}, name),
-      svg("svg", { "aria-hidden": "true" }, svg("rect", { class: "track", width: "100%" }),
-        svg("rect", { class: "value", width: `${(100 * ms) / longest}%` })),
-      h("span", { class: "num" }, duration(ms)));
+    const title = headline(this.options.gamma === 0 ? { ...verdict, sooner: null } : verdict);
+    const how = others([plain, dspark]) || " Each ran alone, once.";
+    const where = verdict.same ? `${count(Array.from(plain.text).length, "character")}, all alike.`
+      : `The first difference is at character ${verdict.at}: plain ${quote(verdict.around[0])}, DSpark ${quote(verdict.around[1])}. ` +
+        "Where two tokens are almost equally likely, rounding can tip the choice.";
+    this.#say(title, `${where} ${verdictTimes(plain, dspark)}${how}`);
     this.verdict.dataset.same = String(verdict.same);
-    this.verdict.replaceChildren(
-      h("p", { class: "headline" }, headline),
-      h("p", {}, verdict.same
-        ? `Character for character, over ${Array.from(plain.text).length} characters and ${plain.tokens} tokens. `
-        : `The first difference is at character ${verdict.at}. `, sentence),
-      h("div", { class: "bars" }, bar("Plain", plain.decode_ms), bar("DSpark", dspark.decode_ms)));
-    if (!verdict.same) {
-      this.verdict.append(
-        h("dl", { class: "diff" },
-          h("dt", {}, "Plain"), h("dd", {}, quote(verdict.around[0])),
-          h("dt", {}, "DSpark"), h("dd", {}, quote(verdict.around[1]))),
-        h("p", { class: "detail" }, whyDifferent(this.options.settings)));
-    }
-    if (this.options.together) {
-      this.verdict.append(h("p", { class: "detail" },
-        "Run at once, so the speeds are not what each has alone."));
-    }
-    this.verdict.hidden = false;
-    return `${headline}. ${sentence}`;
+    this.again.disabled = false;
+    return `${title} ${where}`;
+  }
+
+  /** @param {string} title @param {string} detail */
+  #say(title, detail) {
+    this.title.textContent = title;
+    this.detail.textContent = detail;
   }
 }
 
 /** @param {string} text */
-const quote = (text) => (text === "" ? "(ends here)" : h("q", {}, text));
+const quote = (text) => (text === "" ? "ends there" : `“${text}”`);

@@ -30,7 +30,7 @@ export function newSeed() {
 export class SettingsForm {
   /** @param {HTMLElement} panel with the inputs, by name */
   constructor(panel) {
-    this.inputs = /** @type {(HTMLInputElement|HTMLSelectElement)[]} */ ([...panel.querySelectorAll("[name]")]);
+    this.inputs = /** @type {(HTMLInputElement|HTMLSelectElement|HTMLTextAreaElement)[]} */ ([...panel.querySelectorAll("[name]")]);
     /** @type {Record<string, string>} values that somebody chose */
     this.chosen = JSON.parse(recall(KEPT) ?? "{}");
     /** @type {Record<string, string>} what an input starts at where nothing is recommended */
@@ -80,6 +80,7 @@ export class SettingsForm {
       max_output_tokens: Number(value.max_output_tokens),
       seed: value.seed === "" ? null : Number(value.seed),
       verification: value.verification === "coupled" ? "coupled" : "rejection",
+      system: value.system,
     };
   }
 
@@ -92,7 +93,7 @@ export class SettingsForm {
     return "temperature" in this.chosen ? chosen : { ...chosen, temperature: 0 };
   }
 
-  /** @param {HTMLInputElement|HTMLSelectElement} input */
+  /** @param {HTMLInputElement|HTMLSelectElement|HTMLTextAreaElement} input */
   #choose(input) {
     if (input.value === "") delete this.chosen[input.name];
     else this.chosen[input.name] = input.value;
@@ -100,7 +101,7 @@ export class SettingsForm {
   }
 }
 
-/** @param {HTMLInputElement|HTMLSelectElement} input */
+/** @param {HTMLInputElement|HTMLSelectElement|HTMLTextAreaElement} input */
 function mark(input) {
   input.setAttribute("aria-invalid", String(!input.checkValidity()));
 }

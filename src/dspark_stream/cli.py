@@ -17,7 +17,7 @@ from dspark_stream import __version__, commands
 from dspark_stream import config as settings
 from dspark_stream.commands import PROGRAM
 from dspark_stream.errors import DsparkError, EngineFailedError, InternalError
-from dspark_stream.evaluate import DEFINITIONS
+from dspark_stream.measure.evaluate import DEFINITIONS
 from dspark_stream.types import MAX_SEED, MAX_TEMPERATURE
 
 EXIT_INTERNAL = 1

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dspark_stream.config import Config
     from dspark_stream.engine.boundary import Tokenizer
     from dspark_stream.engine.worker import EngineThread
-    from dspark_stream.evaluate import Figures, Plan, Prompt
+    from dspark_stream.measure.evaluate import Figures, Plan, Prompt
     from dspark_stream.server.app import Server
     from dspark_stream.server.settings import ServerConfig
 
@@ -68,7 +68,7 @@ def _load(
     config: Config, *, quiet: bool = False, measure_again: bool = False, stream: TextIO | None = None
 ) -> tuple[EngineThread, Tokenizer | None]:
     """Load the models and measure the machine, showing on ``stream`` (stderr) how it goes."""
-    from dspark_stream.progress import Progress
+    from dspark_stream.console import Progress
 
     progress = Progress(stream, enabled=not quiet)
     # Libraries print to stdout as they load; what goes there is ours (text, JSON).
@@ -168,8 +168,8 @@ def _server_config(config: Config) -> ServerConfig:
 
 
 def _web_dir() -> Path | None:
-    """The demo page, which lies beside ``src/`` in a checkout; None where only the package is installed."""
-    folder = Path(__file__).resolve().parents[2] / "web"
+    """The demo page: in a checkout ``web/`` is a link to the folder beside ``src/``; None where it was left out."""
+    folder = Path(__file__).parent / "web"
     return folder if (folder / "index.html").is_file() else None
 
 
@@ -214,8 +214,8 @@ def chat(args: argparse.Namespace) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     """Answer one prompt; text or JSON on stdout, figures on stderr."""
+    from dspark_stream.engine.local import LocalEngine
     from dspark_stream.generate import generate as run
-    from dspark_stream.local import LocalEngine
 
     if "" in args.stop:
         raise ConfigError("--stop: an empty text would end every answer at once")
@@ -313,7 +313,7 @@ def _shown_model(one: dict[str, Any]) -> str:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a pair on prompt files; a table or JSON on stdout."""
-    from dspark_stream.evaluate import Plan, labels, parts_table, quantisation_cost, read_prompts, table
+    from dspark_stream.measure.evaluate import Plan, labels, parts_table, quantisation_cost, read_prompts, table
 
     config = settings.resolve(vars(args)).config
     if args.streams > config.max_num_seqs:
@@ -353,9 +353,9 @@ def _measure(
     config: Config, files: dict[str, list[Prompt]], plan: Plan, *, quiet: bool
 ) -> tuple[dict[str, Figures], Figures, ModelInfo]:
     """Load the pair, run all files, and give its memory back."""
-    from dspark_stream.evaluate import evaluate as run
-    from dspark_stream.local import LocalEngine
-    from dspark_stream.progress import Progress
+    from dspark_stream.console import Progress
+    from dspark_stream.engine.local import LocalEngine
+    from dspark_stream.measure.evaluate import evaluate as run
 
     engine, tokenizer = _load(config, quiet=quiet)
     if tokenizer is None:
@@ -370,14 +370,14 @@ def _measure(
 
 def calibrate(args: argparse.Namespace) -> int:
     """Fit a calibration, write it beside the drafter, and show what it does."""
-    from dspark_stream.calibrate import calibrate as run
-    from dspark_stream.calibrate import calibration_config, table
+    from dspark_stream.console import Progress
+    from dspark_stream.decoding.calibration import save_calibration
     from dspark_stream.engine.build import drafter_folder
-    from dspark_stream.evaluate import read_prompts
-    from dspark_stream.local import LocalEngine
+    from dspark_stream.engine.local import LocalEngine
+    from dspark_stream.measure.calibrate import calibrate as run
+    from dspark_stream.measure.calibrate import calibration_config, table
+    from dspark_stream.measure.evaluate import read_prompts
     from dspark_stream.models.checkpoint import read_config
-    from dspark_stream.progress import Progress
-    from dspark_stream.spec.calibration import save_calibration
     from dspark_stream.training.answers import read_answers
 
     files = [read_prompts(path, None if args.unseen_by else args.limit) for path in args.prompts]
@@ -433,7 +433,7 @@ def calibrate(args: argparse.Namespace) -> int:
 
 def profile(args: argparse.Namespace) -> int:
     """Print the capacity curve, measured now or before, and draw it."""
-    from dspark_stream.report.profile import plot, table
+    from dspark_stream.measure.profile import plot, table
 
     engine, _ = _load(settings.resolve(vars(args)).config, quiet=_quiet(args), measure_again=args.again)
     curve = engine.capacity
@@ -456,10 +456,10 @@ def _write(path: Path, text: str) -> None:
 
 def reproduce(args: argparse.Namespace) -> int:
     """Measure loads and schedules against each other, and write a report with a verdict."""
-    from dspark_stream.local import LocalEngine
-    from dspark_stream.progress import Progress
-    from dspark_stream.report.reproduce import FULL, QUICK, report, run, verdict
-    from dspark_stream.report.sweep import shipped_prompts
+    from dspark_stream.console import Progress
+    from dspark_stream.engine.local import LocalEngine
+    from dspark_stream.measure.reproduce import FULL, QUICK, report, run, verdict
+    from dspark_stream.measure.sweep import shipped_prompts
 
     config = settings.resolve(vars(args)).config
     plan = QUICK if args.quick else FULL

@@ -193,6 +193,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             parse=parse_schedule,
         ),
     ] = "adaptive"
+    lookup: Annotated[
+        Literal["on", "off"],
+        Setting(
+            "drafts that are looked up in a stream's own prompt and text where it repeats itself, beside the drafter's "
+            "or without one; under the adaptive schedule, not in captured rounds",
+            "engine",
+        ),
+    ] = "on"
     kv_memory: Annotated[
         int,
         Setting(

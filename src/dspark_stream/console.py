@@ -1,10 +1,29 @@
-"""Text on a terminal. A leaf."""
+"""Text for people on a terminal, and progress of long work: a moving bar there, a line now and then elsewhere. A leaf.
+
+Progress goes to stderr, so that stdout stays for results::
+
+    progress = Progress()
+    with progress.stage("loading the target"):
+        ...
+    with progress.bar("profiling", total=len(sizes)) as bar:
+        for size in sizes:
+            ...
+            bar.advance()
+"""
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 _SHOWN = {"\n", "\t"}
+_TERMINAL_EVERY_S = 0.1
+_LOG_EVERY_S = 5.0
+_STAGE_WORTH_A_TIME_S = 0.5
 
 
 def printable(text: str) -> str:
@@ -15,3 +34,120 @@ def printable(text: str) -> str:
 def paint(text: str, code: str, stream: TextIO) -> str:
     """Colour ``text`` where ``stream`` is a terminal; ``code`` is an SGR code: 2 dims, 4 underlines."""
     return f"\x1b[{code}m{text}\x1b[0m" if text and stream.isatty() else text
+
+
+class Progress:
+    """Makes bars and stages on one stream. ``enabled=False`` shows nothing (for ``--json``, tests, tools)."""
+
+    def __init__(self, stream: TextIO | None = None, *, enabled: bool = True) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._terminal = self._stream.isatty()
+        self._enabled = enabled
+        self._lock = threading.Lock()
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        if self._enabled:
+            with self._lock:
+                self._stream.write(f"{text}\n")
+                self._stream.flush()
+
+    @contextmanager
+    def stage(self, label: str) -> Iterator[None]:
+        """Announce work whose length nobody knows, and say how long it took when it took a while."""
+        self.say(f"{label} …")
+        begun = time.monotonic()
+        yield
+        took_s = time.monotonic() - begun
+        if took_s >= _STAGE_WORTH_A_TIME_S:
+            self.say(f"{label}: done in {took_s:.1f} s")
+
+    @contextmanager
+    def bar(self, label: str, total: int | None, unit: str = "it", *, initial: int = 0) -> Iterator[Bar]:
+        """Show work of a known length; ``unit`` "B" counts bytes, "s" seconds. Advance it from any one thread.
+
+        ``initial``: how much was done before, which says nothing about the speed.
+        """
+        bar = Bar(self, label, total, unit, initial)
+        try:
+            yield bar
+        finally:
+            bar.finish()
+
+    def _draw(self, meter: str, *, last: bool) -> None:
+        if not self._enabled:
+            return
+        with self._lock:
+            if self._terminal:
+                self._stream.write("\r" + meter + "\x1b[K" + ("\n" if last else ""))
+            else:
+                self._stream.write(meter + "\n")
+            self._stream.flush()
+
+
+class Bar:
+    """One bar; made by `Progress.bar`."""
+
+    def __init__(self, owner: Progress, label: str, total: int | None, unit: str, initial: int = 0) -> None:
+        self._owner = owner
+        self._label = label
+        self._total = total
+        self._unit = unit
+        self._initial = initial
+        self._note = ""
+        self._begun = time.monotonic()
+        self._every_s = _TERMINAL_EVERY_S if owner._terminal else _LOG_EVERY_S
+        self._drawn_at = self._begun
+        self._drawn_done = -1
+        self.done = initial
+        if owner._enabled and owner._terminal:
+            self._draw(last=False)
+
+    def advance(self, amount: int = 1, note: str | None = None) -> None:
+        """Count ``amount`` more as done; ``note`` replaces the words after the bar."""
+        self.reach(self.done + amount, note)
+
+    def reach(self, done: int, note: str | None = None) -> None:
+        """Set how much is done."""
+        self.done = done
+        if note is not None:
+            self._note = note
+        if time.monotonic() - self._drawn_at >= self._every_s:
+            self._draw(last=False)
+
+    def finish(self) -> None:
+        """Draw the bar a last time, as it stands (a failure leaves it where it was)."""
+        if self._owner._terminal or self._drawn_done != self.done:
+            self._draw(last=True)
+
+    def _draw(self, *, last: bool) -> None:
+        if not self._owner._enabled or (self._total == 0 and not self.done):  # no work, no bar
+            return
+        from tqdm import tqdm
+
+        self._drawn_at, self._drawn_done = time.monotonic(), self.done
+        meter = tqdm.format_meter(
+            n=self.done,
+            total=self._total,
+            initial=min(self._initial, self.done),
+            elapsed=self._drawn_at - self._begun,
+            ncols=100 if self._owner._terminal else None,
+            prefix=self._label,
+            ascii=None if self._owner._terminal else True,
+            unit=self._unit,
+            unit_scale=self._unit == "B",
+            postfix=self._note or None,
+            bar_format=_FORMATS[self._owner._terminal, self._unit == "s"],
+        )
+        self._owner._draw(meter, last=last)
+
+
+_FORMATS = {
+    (True, False): None,
+    (True, True): "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]",
+    (False, False): "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+    (False, True): "{desc}: {percentage:3.0f}% [{elapsed}<{remaining}{postfix}]",
+}
+"""By whether it is a terminal, and whether the work is counted in seconds, which have no rate."""
+SILENT = Progress(enabled=False)
+"""Shows nothing."""

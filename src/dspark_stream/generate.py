@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.errors import InternalError
-from dspark_stream.local import LocalEngine
 from dspark_stream.types import FinishReason, GenerationRequest, RoundRecord, TokensEvent, Usage
 
 

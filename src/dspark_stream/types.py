@@ -13,6 +13,8 @@ Mode = Literal["dspark", "plain"]
 Verification = Literal["rejection", "coupled"]
 Acceptance = Literal["greedy", "rejection", "coupled"]
 """How a stream's drafts are accepted: at temperature 0 both verifications are one comparison."""
+Source = Literal["model", "lookup"]
+"""Where drafts come from: the drafter, or what a stream's own text went on with before."""
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 Text = str | tuple[str, ...]
@@ -96,7 +98,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Position of the anchor token."""
     anchor: int
     draft_tokens: list[int]
-    """Proposed tokens, at most γ; empty where the stream did not draft."""
+    """Proposed tokens: of the drafter at most γ; empty where the stream did not draft."""
     scheduled: int
     """Verification length ℓ."""
     accepted: int
@@ -109,6 +111,8 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     """a_1, a_2, … = running products of ``confidence``."""
     t_draft_ms: float
     t_verify_ms: float
+    source: Source = "model"
+    """Who proposed ``draft_tokens``: the drafter, or lookup in the stream's own prompt and text."""
     batch_tokens: int
     """B, the target tokens of the whole batch in this round."""
     streams: int

@@ -41,10 +41,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     from dspark_stream.config import Config
+    from dspark_stream.console import Progress
     from dspark_stream.models.fetch import model_path
     from dspark_stream.models.gguf import GgufFile
     from dspark_stream.models.tokenizer import codec_from_gguf
-    from dspark_stream.progress import Progress
 
     path = Path(model_path(MODEL, Config().cache_dir, Progress(enabled=False)))
     codec = codec_from_gguf(GgufFile(path).fields)

@@ -9,18 +9,18 @@ import torch
 
 from dspark_kernels.cpu import Context, Kind, best_isa
 from dspark_kernels.cpu.build import compiler
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.draft import draft
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.gpu.runner import GraphRounds
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.step import Models
 from dspark_stream.load.schedule import Adaptive, Fixed
-from dspark_stream.local import LocalEngine
 from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.models.native.target import NativeTarget
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.draft import draft
-from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import FinishedEvent, SamplingParams, TokensEvent
 from tiny import FLAT, GAMMA, letters, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
 

@@ -8,12 +8,12 @@ import pytest
 
 from dspark_kernels.cpu import build as building
 from dspark_stream.config import DEFAULT_MODEL, Config, default_cache_dir
+from dspark_stream.console import SILENT
 from dspark_stream.engine.build import build_engine
-from dspark_stream.evaluate import read_prompts
-from dspark_stream.local import LocalEngine
+from dspark_stream.engine.local import LocalEngine
+from dspark_stream.measure.evaluate import read_prompts
 from dspark_stream.models.fetch import find_model
 from dspark_stream.models.names import MODELS
-from dspark_stream.progress import SILENT
 from dspark_stream.types import GenerationRequest, RecommendedSampling, SamplingParams, TokensEvent
 
 MODEL = MODELS[DEFAULT_MODEL]

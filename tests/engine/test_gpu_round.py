@@ -13,19 +13,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dspark_stream.config import Config
+from dspark_stream.console import SILENT
+from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.gpu.graphs import RoundLadder, Size, row_ladder, seat_ladder
 from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.runner import MOST_SEATS, GraphRounds
 from dspark_stream.engine.gpu.state import RoundState, Seat
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.step import Models
 from dspark_stream.errors import ConfigError
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Threshold
-from dspark_stream.local import LocalEngine
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.target import Target
-from dspark_stream.progress import SILENT
-from dspark_stream.spec.calibration import Calibration
 from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from recorded import run_cases
 from shared_data import shared
@@ -83,6 +83,8 @@ def mixed_requests(n: int = 9) -> list[GenerationRequest]:
 
 class OfWholeBlocks(Fixed):
     """Drafts whole blocks however many tokens it verifies, as captured rounds do."""
+
+    looks_up = False
 
     def slots(self, gamma):
         return gamma if self.length else 0

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.gpu.graphs import Size, row_ladder
 from dspark_stream.engine.gpu.sizing import FIRST_WAIT, Sizing
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Schedule, Threshold
-from dspark_stream.spec.survival import AcceptanceHistory
 from tiny import request
 
 GAMMA = 4

@@ -15,12 +15,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from dspark_kernels.cpu import Context, Kind, Source, best_isa
 from dspark_kernels.cpu import build as building
 from dspark_stream.config import Config
+from dspark_stream.console import SILENT
+from dspark_stream.decoding.accept import accept
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.draft import draft
+from dspark_stream.decoding.noise import NoiseCache
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.build import build_engine, open_kernels
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.step import Models
 from dspark_stream.errors import ConfigError, ModelLoadError
-from dspark_stream.evaluate import read_prompts
 from dspark_stream.load.schedule import Adaptive, Fixed, parse_schedule
-from dspark_stream.local import LocalEngine
+from dspark_stream.measure.evaluate import read_prompts
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter, quantise_checkpoint, save_drafter
 from dspark_stream.models.loading import load_target
@@ -29,12 +35,6 @@ from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.protocols import Rows
 from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.models.torch.target import TargetOutput
-from dspark_stream.progress import SILENT
-from dspark_stream.spec.accept import accept
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.draft import draft
-from dspark_stream.spec.noise import NoiseCache
-from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from ggufs import split
 from shared_data import shared

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from dspark_stream.config import Config
+from dspark_stream.console import SILENT
+from dspark_stream.decoding.noise import token_exponentials
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.build import build_engine
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.schedule import parse_schedule
-from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import read_config
 from dspark_stream.models.names import MODELS
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.protocols import Rows
-from dspark_stream.progress import SILENT
-from dspark_stream.spec.noise import token_exponentials
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 
 QUESTIONS = (

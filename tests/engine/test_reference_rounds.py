@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from dspark_stream.config import Config
+from dspark_stream.console import SILENT
 from dspark_stream.engine.build import build_engine
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.models.protocols import Rows
 from dspark_stream.models.torch.store import KVStore
-from dspark_stream.progress import SILENT
 from recorded import run_cases
 from shared_data import shared
 

@@ -9,9 +9,9 @@ import torch
 
 from dspark_stream.engine import backlog as backlogs
 from dspark_stream.engine.backlog import PIECE, ROOM, TOGETHER, Backlog, hand_over, room
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Fixed, Lagged
-from dspark_stream.local import LocalEngine
 from dspark_stream.models.cache import Extent
 from dspark_stream.types import TokensEvent
 from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
@@ -37,6 +37,8 @@ class EveryNth:
 
     def __init__(self, n):
         self.n, self.round, self.drafts = n, 0, 0
+
+    looks_up = False
 
     def slots(self, gamma):
         self.round += 1
@@ -97,6 +99,8 @@ class EveryRound(EveryNth):
 
     def __init__(self, slots):
         self._slots = slots
+
+    looks_up = False
 
     def slots(self, gamma):
         return self._slots

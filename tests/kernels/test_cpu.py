@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -19,39 +21,31 @@ from dspark_kernels.cpu import (
     Context,
     Head,
     Kind,
+    LayerWeights,
     Llama,
     PackedMatrix,
     Pass,
     Room,
     Rope,
     Source,
+    Store,
     Table,
     Weights,
     noise_rows,
     race,
-    reference,
     sampling_rows,
     supported_isas,
 )
 from dspark_kernels.cpu import build as building
-from dspark_kernels.cpu.library import LayerWeights, Store
-from dspark_kernels.cpu.reference import (
-    LayerReference,
-    LlamaReference,
-    Sampling,
-    distribution,
-    draw,
-    product,
-    rest,
-    rms_norm,
-    walk,
-)
+from dspark_kernels.cpu.reference import LayerReference, LlamaReference, product, rms_norm
+from dspark_kernels.drawing.reference import distributions, draw, residual
+from dspark_stream.decoding.accept import rejection
+from dspark_stream.decoding.draft import Block
+from dspark_stream.decoding.noise import RoundUniforms, token_exponentials
 from dspark_stream.models.native.distributions import NativeDistributions
-from dspark_stream.models.torch.distributions import Dense, distributions
-from dspark_stream.spec.accept import rejection
-from dspark_stream.spec.draft import Block
-from dspark_stream.spec.noise import RoundUniforms, token_exponentials
-from dspark_stream.types import SamplingParams
+from dspark_stream.models.protocols import Draw
+from dspark_stream.models.torch.distributions import Dense
+from dspark_stream.models.torch.walk import walk
 
 SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
@@ -305,6 +299,15 @@ def test_sizes_that_do_not_fit_are_refused(context):
         matrix.rows([4])
     with pytest.raises(ValueError, match="shape"):
         matrix.product(np.zeros((2, 64), dtype=np.float32))
+
+
+class Sampling(NamedTuple):
+    """As `sampling_rows` takes it; temperature 0 takes the greatest."""
+
+    temperature: float
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
 
 
 def some_sampling(generator, rows, sampled, cuts=True):
@@ -746,16 +749,18 @@ def test_the_walk(context, streams, reduced, sampled):
     uniforms = generator.random((streams, gamma))
     head = Head(w1, w2, confidence, 0.25, ids if reduced else None, vocabulary=vocabulary, hidden_size=hidden)
     draft_ids = torch.from_numpy(ids).long() if reduced else None
-    table = torch.from_numpy(w1).float()
-    want, q = walk(
-        torch.from_numpy(base.copy()),
-        table,
-        dequantised(w2),
-        draft_ids,
-        torch.from_numpy(anchors),
-        sampling,
-        torch.from_numpy(uniforms),
+    table, rows = torch.from_numpy(w1).float(), dequantised(w2)
+    markov = SimpleNamespace(
+        initial_state=lambda _: None,
+        embed=lambda tokens: table[tokens],
+        step=lambda e, *_: (e, None),
+        bias=lambda e: product(e, rows),
     )
+    logits = torch.from_numpy(base.copy())
+    heads = SimpleNamespace(markov_head=markov, confidence_head=None, draft_ids=draft_ids, base_logits=lambda _: logits)
+    draws = [Draw(by, u if by.temperature else ()) for by, u in zip(sampling, uniforms.tolist(), strict=True)]
+    drafted = walk(heads, torch.from_numpy(h), anchors.tolist(), draws)
+    want = torch.tensor(drafted.tokens)
     got = head.walk(context, base, h, anchors, rows_of(sampling), uniforms)
     np.testing.assert_array_equal(got.tokens, want)
     np.testing.assert_array_equal(ids[got.indices] if reduced else got.indices, want)
@@ -765,8 +770,8 @@ def test_the_walk(context, streams, reduced, sampled):
     assert (got.weights is None) == (not any(by.temperature for by in sampling))
     for r, by in enumerate(sampling):
         for k in range(gamma if by.temperature else 0):
-            row = got.weights.probabilities(r * gamma + k)
-            np.testing.assert_allclose(row, q[r, k], rtol=0.05, atol=1e-4)  # an activation may round the other way
+            row, q = got.weights.probabilities(r * gamma + k), drafted.q(r).probabilities(k)
+            np.testing.assert_allclose(row, q, rtol=0.05, atol=1e-4)  # an activation may round the other way
 
 
 @pytest.mark.parametrize("sampled", [0, 1], ids=["greedy", "sampled"])
@@ -861,9 +866,8 @@ def test_weights_are_the_distribution_and_draws_go_by_it(context, width, rows):
 
 
 def torch_distribution(scores, by):
-    """What torch's runner would draw from (models/torch/distributions.py)."""
-    fields = {"temperature": by.temperature, "top_p": by.top_p, "min_p": by.min_p, "top_k": by.top_k}
-    return distributions(torch.from_numpy(scores.copy()).unsqueeze(0), [SamplingParams(max_tokens=1, **fields)])[0]
+    """What the contract draws from."""
+    return distributions(torch.from_numpy(scores.copy()).unsqueeze(0), [by])[0]
 
 
 def same_but_for_the_border(p, want, mass=3e-5):
@@ -904,7 +908,6 @@ def test_cuts_are_those_of_torch(context, width, shape):
     for r, by in enumerate(CUTS):
         p = weights.probabilities(r)
         same_but_for_the_border(p, torch_distribution(scores[0], by))
-        same_but_for_the_border(p, distribution(torch.from_numpy(scores[0]), by))
         kept = p > 0
         if by.top_k:
             least = np.sort(scores[0])[-min(by.top_k, width)]
@@ -938,7 +941,7 @@ def test_what_is_left_after_a_rejection(context, reduced, share):
     weights = Weights.of(context, 3 * random(1, width), at(0.8))
     q = torch.softmax(3 * torch.from_numpy(random(371 if reduced else width, seed=1)), 0)
     p = torch.from_numpy(weights.probabilities(0))
-    left = rest(share * p, q, None if ids is None else torch.from_numpy(ids).long())
+    left = residual(p, share, q, None if ids is None else torch.from_numpy(ids).long())
     assert weights.overlap(0, share, q.numpy(), ids) == pytest.approx(share - float(left.sum()), abs=1e-6)
     uniforms = np.linspace(0, 1, 4001)[:-1]
     drawn = [weights.draw_rest(0, u, share, q.numpy(), ids) for u in uniforms]
@@ -1039,7 +1042,7 @@ def test_races_are_won_as_the_reference_says(context, width, shape):
     p = Weights.of(context, rows.copy(), rows_of(RACES))
     got = race(context, rows.copy(), rows_of(RACES), noise_rows(noise))
     for i, (by, (seed, position)) in enumerate(zip(RACES, noise, strict=True)):
-        e = token_exponentials(seed, position, width)  # quicker than `reference.race`, entry by entry the same
+        e = token_exponentials(seed, position, width)
         assert got[i] == int((e / torch.from_numpy(p.values[i]).double()).argmin())
         by_torch = torch_distribution(scores[0], by)
         if got[i] != int((e / by_torch.double()).argmin()):  # two were as good as equal, or one was just in or just out
@@ -1130,7 +1133,8 @@ def test_drafts_race_under_the_targets_noise(context, reduced, threads):
             continue
         for k in range(gamma):
             q = torch.from_numpy(got.weights.values[r * gamma + k])
-            assert got.indices[r, k] == reference.race(q, own[0], own[1] + k, order)
+            e = token_exponentials(own[0], own[1] + k, tokens)
+            assert got.indices[r, k] == int(((e if order is None else e[order]) / q.double()).argmin())
             raced += 1
     assert raced >= 20
     assert (got.tokens == ids[got.indices] if reduced else got.tokens == got.indices).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -54,44 +54,89 @@ def seconds(duration: str) -> float:
 
 
 async def figures(answer: Locator) -> dict[str, str]:
-    rows = await answer.locator(".figures dl > div").all()
-    return {await row.locator("dt").inner_text(): await row.locator("dd").inner_text() for row in rows}
+    """Of the panel for the curious, which this opens."""
+    if await answer.locator(".curious").get_attribute("open") is None:
+        await answer.locator(".curious summary").click()
+    await expect(answer.locator(".curious dl > div")).not_to_have_count(0)
+    rows = await answer.locator(".curious dl > div").all()
+    return {await row.locator("dt").inner_text(): await row.locator("dd b").inner_text() for row in rows}
 
 
 # --- the chat ---------------------------------------------------------------------------------------------------
 
 
-async def test_an_answer_streams_and_its_tokens_are_marked_by_origin(site: Site) -> None:
-    """Text or a figure that the rounds do not say, or origins that only colour tells apart."""
+async def test_an_answer_streams_and_accepted_runs_are_marked(site: Site) -> None:
+    """Text or a figure that the rounds do not say, a run that is cut or joined, or one that only colour tells."""
     page = await site.connected()
     await expect(page.locator("#model")).to_contain_text("fake-135m")
     answer = await ask(page, "Hello?")
     await ended(page)
 
-    assert await answer.locator(".tokens").inner_text() == WORDS
-    # Rounds of 3, 1, 2, 3 and 1 tokens; the last of each is the target's own.
-    assert await answer.locator(".tokens .drafted").all_inner_texts() == ["w0 ", "w1 ", "w4 ", "w6 ", "w7 "]
-    assert await answer.locator(".tokens .own").all_inner_texts() == ["w2 ", "w3 ", "w5 ", "w8 ", "w9 "]
-    assert await answer.locator(".round").count() == 5
-    # Two origins differ by more than colour, and the legend shows both.
-    looks = await answer.evaluate(
-        """a => [".drafted", ".own"].map(s => {
-             const c = getComputedStyle(a.querySelector(s)); return [c.textDecorationStyle, c.fontWeight] })"""
-    )
-    assert looks[0][0] == "solid"
-    assert looks[1][0] == "dotted"
-    assert int(looks[1][1]) > int(looks[0][1])
-    await expect(page.locator(".legend .drafted")).to_be_visible()
-    await expect(page.locator(".legend .own")).to_be_visible()
+    assert await answer.locator(".prose").inner_text() == WORDS.strip()
+    # Rounds of 3, 1, 2, 3 and 1 tokens; the last of each is the target's own, and plain text.
+    assert await answer.locator("mark").all_inner_texts() == ["w0 w1", "w4", "w6 w7"]
+    assert await answer.locator("mark.starts.ends").count() == 3
+    # A run has a tint and a start; what is the target's own has the page's ink and nothing else.
+    shadow = await answer.locator("mark").first.evaluate("m => getComputedStyle(m).boxShadow")
+    assert "-2px 0px" in shadow
+    await expect(answer.locator(".line")).to_contain_text("50\u00a0% of this answer was guessed ahead.")
+    await expect(answer.locator(".line")).not_to_contain_text("without")  # nothing was measured
+    assert re.search(r"\d tokens a second", await answer.locator(".speed").inner_text())
 
     shown = await figures(answer)
-    assert {k: shown[k] for k in ("accepted τ", "verified ℓ", "rounds", "tokens", "batch")} == {
-        "accepted τ": "2.00", "verified ℓ": "4.00", "rounds": "5", "tokens": "10", "batch": "1",
+    assert {k: shown[k] for k in ("Block γ", "Verified ℓ", "Accepted τ", "Tokens", "Streams")} == {
+        "Block γ": "4", "Verified ℓ": "4.00", "Accepted τ": "2.00", "Tokens": "10", "Streams": "1",
     }  # fmt: skip
-    assert re.fullmatch(r"\d+(\.\d+)? tokens/s", await answer.locator(".speed").inner_text())
     assert await answer.locator(".rounds .accepted").count() == 5
     assert await answer.locator(".rounds .rejected").count() == 5 * 4 - 5
     await expect(page.locator("#status")).to_contain_text("Answer complete: 10 tokens")
+    # No Greek before somebody was curious.
+    await answer.locator(".curious summary").click()
+    assert not re.search("[γℓτ]", await page.locator("body").inner_text())
+    # Marks can be put away.
+    await page.locator("#marks").uncheck()
+    assert await answer.locator("mark").first.evaluate("m => getComputedStyle(m).boxShadow") == "none"
+
+
+async def test_a_run_tells_its_round_to_pointer_and_keyboard(site: Site) -> None:
+    """A round that only a mouse can ask for, or that says something else than the wire."""
+    page = await site.connected()
+    answer = await ask(page, "Hello?")
+    await ended(page)
+    await answer.locator("mark").nth(1).hover()
+    tip = page.locator("#tip")
+    await expect(tip).to_contain_text("Round 3: 1 guess accepted at once")
+    await expect(tip).to_contain_text(
+        "4 drafted, 4 verified, 1 accepted. Before the check the drafter gave it a chance of 90\u00a0%"
+    )
+    await page.mouse.move(1, 1)
+    await expect(tip).to_be_hidden()
+    await answer.locator("mark").first.focus()
+    await expect(tip).to_contain_text("both a chance of 81\u00a0%")
+    await page.keyboard.press("ArrowRight")
+    await expect(answer.locator("mark.lit")).to_have_text("w4")
+    await expect(answer.locator("mark.lit")).to_have_attribute("aria-describedby", "tip")
+
+
+async def test_nothing_drafted_is_explained(launch: Launch) -> None:
+    """An answer without runs that does not say why."""
+
+    class Paused(FakeEngine):
+        def _round(self, stream: Any, count: int) -> Any:
+            event = super()._round(stream, 1)
+            none = msgspec.structs.replace(event.round, draft_tokens=[], scheduled=0, confidence=[], survival=[])
+            return msgspec.structs.replace(event, round=none)
+
+    for engine, why in [
+        (Paused(), "Drafting is paused: at this load it would not pay."),
+        (Paused(info=model_info(schedule="none")), "Drafting is switched off on this server."),
+        (Paused(info=model_info(drafter=None, gamma=0)), "This server has no drafter"),
+    ]:
+        page = await (await launch(engine)).connected()
+        answer = await ask(page, "Hello?")
+        await ended(page)
+        await expect(answer.locator(".line")).to_contain_text(why)
+        assert await answer.locator("mark").count() == 0
 
 
 class PrefillEngine(FakeEngine):
@@ -112,32 +157,34 @@ async def test_the_token_that_the_prompt_gives_is_the_targets_own(launch: Launch
     answer = await ask(page, "Hello?")
     await ended(page)
     # Rounds of "a" and "b a c" follow the prompt's "a", which is in neither.
-    assert await answer.locator(".tokens .own").all_inner_texts() == ["a ", "a ", "c "]
-    assert await answer.locator(".tokens .drafted").all_inner_texts() == ["b ", "a "]
-    assert await answer.locator(".round").all_inner_texts() == ["a ", "b a c "]
+    assert await answer.locator("mark").all_inner_texts() == ["b a"]
     shown = await figures(answer)
-    assert (shown["rounds"], shown["tokens"], shown["accepted τ"]) == ("2", "5", "2.00")
+    assert (shown["Tokens"], shown["Accepted τ"]) == ("5", "2.00")
 
     await setting(page, "max_output_tokens", "1")
     answer = await ask(page, "Shortly")
     await ended(page)
-    assert await answer.locator(".tokens .own").all_inner_texts() == ["a "]
-    assert (await figures(answer))["tokens"] == "1"
+    assert await answer.locator("mark").count() == 0
+    assert (await figures(answer))["Tokens"] == "1"
 
 
 async def test_text_shows_while_it_streams_and_what_stands_is_not_touched_again(launch: Launch) -> None:
     """Text that only shows at the end, or a page that draws everything anew each frame."""
-    site = await launch(LONG)
+    site = await launch(
+        Script(tokens=[f"word{i}{sep}" for i in range(4000) for sep in [" " if i % 50 else "\n\n"]], rounds=(3, 1, 2))
+    )
     page = await site.connected()
     await setting(page, "max_output_tokens", "600")
     answer = await ask(page, "A long one")
-    first = answer.locator(".round").first
+    first = answer.locator("mark").first
     await first.wait_for()
+    await page.wait_for_function("document.querySelectorAll('.prose > p').length > 1")  # the first block is settled
     await first.evaluate("e => { window.first = e }")
     assert await answer.get_attribute("aria-busy") == "true"
     await ended(page)
     assert await page.evaluate("window.first.isConnected")
-    assert await answer.locator(".tokens").inner_text() == "".join(LONG.tokens[:600])
+    said = re.findall(r"word\d+", await answer.locator(".prose").text_content() or "")
+    assert said == [f"word{i}" for i in range(600)]
     await expect(answer.locator(".answer-state")).to_have_text("cut at the token limit")
 
 
@@ -147,7 +194,7 @@ async def test_stop(launch: Launch, how: str) -> None:
     site = await launch(LONG)
     page = await site.connected()
     answer = await ask(page, "Go on for ever")
-    await answer.locator(".round").nth(3).wait_for()
+    await answer.locator("mark").nth(3).wait_for()
     if how == "button":
         await page.locator("#stop").click()
     else:
@@ -155,7 +202,7 @@ async def test_stop(launch: Launch, how: str) -> None:
     await ended(page)
     await expect(answer.locator(".answer-state")).to_have_text("stopped")
     await expect(answer).to_have_attribute("data-status", "cancelled")
-    assert await answer.locator(".tokens").inner_text() != ""
+    assert await answer.locator(".prose").inner_text() != ""
     assert list(site.engine.finished.values()) == ["cancelled"]
     assert site.engine.live == 0
     await expect(page.locator("#status")).to_contain_text("Stopped after")
@@ -177,7 +224,7 @@ async def test_stop_before_anything_has_come(launch: Launch) -> None:
     site.engine.script = Script()
     answer = await ask(page, "Usable")
     await ended(page)
-    assert await answer.locator(".tokens").inner_text() == WORDS
+    assert await answer.locator(".prose").inner_text() == WORDS.strip()
 
 
 async def test_a_stop_that_comes_too_late_is_no_error(site: Site) -> None:
@@ -200,7 +247,7 @@ async def test_a_stop_that_comes_too_late_is_no_error(site: Site) -> None:
     await page.keyboard.press("Escape")
     site.engine.gate.set()
     await ended(page)
-    assert await answer.locator(".tokens").inner_text() == WORDS
+    assert await answer.locator(".prose").inner_text() == WORDS.strip()
     await eventually(lambda: any("not_found" in frame for frame in heard))
     await ask(page, "More")
     await ended(page)
@@ -215,7 +262,7 @@ async def test_turns_follow_each_other_and_a_new_chat_forgets_them(site: Site) -
     await ask(page, "Two")
     await ended(page)
     assert site.tokenizer.chats[-1] == [("user", "One"), ("assistant", WORDS), ("user", "Two")]
-    await expect(page.locator("#turns .question")).to_have_text(["One", "Two"])
+    await expect(page.locator("#turns .question p")).to_have_text(["One", "Two"])
 
     await page.locator("#new-chat").click()
     await expect(page.locator("#turns .answer")).to_have_count(0)
@@ -233,10 +280,10 @@ async def test_plain_decoding_is_a_switch(launch: Launch) -> None:
     answer = await ask(page, "Plainly")
     await ended(page)
     assert site.engine.submitted[-1].mode == "plain"
-    assert await answer.locator(".drafted").count() == 0
-    assert await answer.locator(".tokens").inner_text() == WORDS
-    shown = await figures(answer)
-    assert (shown["accepted τ"], shown["verified ℓ"], shown["rounds"]) == ("1.00", "0.00", "10")
+    assert await answer.locator("mark").count() == 0
+    await expect(answer.locator(".line")).to_contain_text("Written without drafting")
+    assert await answer.locator(".prose").inner_text() == WORDS.strip()
+    assert "Accepted τ" not in await figures(answer)
 
     await choose(page, "mode-dspark")
     await ask(page, "Again")
@@ -251,6 +298,7 @@ async def test_settings_reach_the_engine_and_last(site: Site) -> None:
     await setting(page, "top_p", "0.9")
     await setting(page, "max_output_tokens", "6")
     await setting(page, "seed", "42")
+    await setting(page, "system", "Be brief.")
     await page.locator('[name="verification"]').select_option("coupled")
     answer = await ask(page, "With settings")
     await ended(page)
@@ -258,7 +306,8 @@ async def test_settings_reach_the_engine_and_last(site: Site) -> None:
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.seed) == (0.7, 0.9, 6, 42)
     assert request.verification == "coupled"
-    assert (await figures(answer))["seed"] == "42"
+    assert site.tokenizer.chats[-1] == [("system", "Be brief."), ("user", "With settings")]
+    assert (await figures(answer))["Seed"] == "42"
 
     await page.reload()
     await page.locator("#settings-toggle").click()
@@ -279,7 +328,7 @@ async def test_settings_start_where_the_model_is_recommended(launch: Launch) -> 
     site = await launch(FakeEngine(Script(), info=model_info(sampling=recommended)))
     page = await site.connected()
     await expect(page.locator('[name="temperature"]')).to_have_value("0.7")
-    await expect(page.locator("#settings-digest")).to_contain_text("T 0.7")
+    await expect(page.locator("#settings-digest")).to_contain_text("temperature 0.7")
     await ask(page, "As it comes")
     await ended(page)
     sampling = site.engine.submitted[-1].sampling
@@ -340,8 +389,6 @@ async def test_a_model_cannot_inject_anything(launch: Launch) -> None:
     page.on("request", lambda request: asked.append(request.url))
     await setting(page, "max_output_tokens", "1000")
     answer = await ask(page, "Attack")
-    await answer.locator(".round").first.wait_for()
-    await choose(page, "show-formatted")
     await ended(page)
     prose = answer.locator(".prose")
     await expect(prose.locator("pre")).to_have_text("<b>not bold</b>")
@@ -358,12 +405,11 @@ async def test_a_model_cannot_inject_anything(launch: Launch) -> None:
     attributes = await prose.evaluate(
         "p => [...new Set([...p.querySelectorAll('*')].flatMap(e => e.getAttributeNames()))]"
     )
-    assert set(attributes) <= {"href", "title", "rel", "target", "align", "start"}
+    own = {"class", "tabindex", "type", "data-round", "aria-label"}  # of runs, code and its button
+    assert set(attributes) <= {"href", "title", "rel", "target", "align", "start"} | own
     links = await prose.evaluate("p => [...p.querySelectorAll('a')].map(a => a.getAttribute('href'))")
     assert all(href is None or href.startswith("https://") for href in links)
 
-    await choose(page, "show-tokens")
-    assert await answer.locator(".tokens").inner_text() == NASTY
     assert await page.evaluate("window.pwned") is None
     assert asked == []
 
@@ -371,7 +417,11 @@ async def test_a_model_cannot_inject_anything(launch: Launch) -> None:
 async def test_growing_markdown_ends_like_markdown_rendered_at_once(site: Site) -> None:
     """Formatting that depends on how the text was cut into rounds."""
     page = await site.connected()
-    text = NASTY + "\n1. one\n\n   still one\n2. two\n   - deep\n\nend\n===\n\n> quote\nlazy\n\nlast *words"
+    text = (
+        NASTY
+        + "\n1. one\n\n   still one\n2. two\n   - deep\n\n"
+        + "3. three\n\n```py\nx = 1\n\n```\n\n4. four\n\nend\n===\n\n> quote\nlazy\n\nlast *words"
+    )
     growing, whole = await page.evaluate(
         """async text => {
           const { GrowingMarkdown, render } = await import("/markdown.js");
@@ -399,52 +449,80 @@ def by_mode(plain: str, dspark: str) -> Any:
 
 
 async def race(page: Page, question: str = "Who is faster?") -> Locator:
+    """Run one to its verdict."""
     await choose(page, "view-race")
     await page.locator("#question").fill(question)
     await page.locator("#question").press("Enter")
-    verdict = page.locator(".verdict")
+    verdict = page.locator(".race-line[data-same]")
     await expect(verdict).to_be_visible()
     return verdict
 
 
 async def test_race_same_text(launch: Launch) -> None:
-    """A race without its verdict, of unlike requests, or with times that count the other answer's."""
-    text = " ".join(f"w{i}" for i in range(40))
-    site = await launch(by_mode(text, text), step_s=0.01)
+    """A race of unlike requests, both at once, out of step in the replay, or without its verdict."""
+    text = " ".join(f"w{i}" for i in range(60))
+    site = await launch(by_mode(text, text), step_s=0.02)
     page = await site.connected()
-    verdict = await race(page)
-    await expect(verdict.locator(".headline")).to_have_text("Same text")
-    await expect(verdict).to_contain_text(re.compile(r"DSpark was \d\.\d\d times as fast"))
+    await choose(page, "view-race")
+    await page.locator("#question").fill("Who is faster?")
+    await page.locator("#question").press("Enter")
+    line = page.locator(".race-line")
+    await expect(line.locator(".headline")).to_have_text("Plain runs, alone.")
+    box = await page.locator(".lanes").bounding_box()
+    assert len(site.engine.submitted) == 1
+    await expect(line.locator(".headline")).to_have_text("DSpark runs, alone.")
+    assert site.engine.live <= 1
+    # Both are replayed from the same start: DSpark is ahead all the while.
+    await expect(line.locator(".headline")).to_have_text("Both, from the same start.")
+    width = "e => parseFloat(e.getAttribute('width'))"
+    values = page.locator(".lanes .track .value")
+    await page.wait_for_function("parseFloat(document.querySelectorAll('.track .value')[1].getAttribute('width')) > 30")
+    plain_at, dspark_at = await values.evaluate_all(f"bars => bars.map({width})")
+    assert plain_at < dspark_at
+    await expect(page.locator(".lane[data-done]")).to_have_count(1)
+    await expect(page.locator(".race-line[data-same='true']")).to_be_visible()
+    await expect(line.locator(".headline")).to_have_text(re.compile(r"^Same text, \d\.\d\u00a0× sooner\.$"))
     plain, dspark = site.engine.submitted
     assert (plain.mode, dspark.mode) == ("plain", "dspark")
     assert plain.sampling == dspark.sampling
     assert plain.verification == "rejection"  # at temperature 0 there is nothing to couple
-    await expect(page.locator(".how")).to_contain_text("One after the other")
-    # Each answer's times begin with its own request, not with the race.
-    first_text = await page.locator('.lanes [data-mode="dspark"] dt:text-is("first text") + dd').inner_text()
-    decoding = await verdict.locator(".bar .num").first.inner_text()
-    assert seconds(first_text) < seconds(decoding)
-    assert (
-        await page.locator(".lanes .answer").evaluate_all(
-            "lanes => lanes.map(l => l.querySelector('.tokens').textContent)"
-        )
-        == [text] * 2
-    )
+    clocks = [seconds(clock) for clock in await page.locator(".lane .clock").all_inner_texts()]
+    sooner = float(re.findall(r"[\d.]+", await line.locator(".headline").inner_text())[0])
+    assert abs(clocks[0] / clocks[1] - sooner) < 0.15
+    assert await page.locator(".lane .prose").all_inner_texts() == [text] * 2
+    assert await page.locator('.lane[data-mode="plain"] mark').count() == 0
+    assert await page.locator('.lane[data-mode="dspark"] mark').count() > 0
+    assert await page.locator(".lanes").bounding_box() == box  # the verdict pushed nothing
+    # Once more, to its end at once.
+    await page.get_by_role("button", name="Play again").click()
+    await expect(line.locator(".headline")).to_have_text("Both, from the same start.")
+    await expect(page.locator(".race-line[data-same='true']")).to_be_visible()
+    assert len(site.engine.submitted) == 2
 
 
-async def test_race_with_temperature_is_coupled_and_can_run_at_once(launch: Launch) -> None:
+async def test_both_lanes_are_on_a_phone_s_screen(launch: Launch) -> None:
+    """A race of which a phone shows one side."""
+    text = " ".join(f"word{i}" for i in range(60))
+    site = await launch(by_mode(text, text))
+    for width, height in [(390, 844), (844, 390)]:
+        page = await site.connected(width=width, height=height, has_touch=True, is_mobile=True)
+        await race(page)
+        for lane in await page.locator(".lane-text").all():
+            await expect(lane).to_be_in_viewport(ratio=0.99)
+            box = await lane.bounding_box()
+            assert box is not None
+            assert box["height"] > 120
+
+
+async def test_race_with_temperature_is_coupled(launch: Launch) -> None:
     """A race of two samples that had no reason to be the same text."""
-    text = " ".join(f"w{i}" for i in range(30))
-    site = await launch(by_mode(text, text), step_s=0.01)
+    site = await launch(by_mode("a b c d", "a b c d"))
     page = await site.connected()
     await setting(page, "temperature", "0.8")
-    await choose(page, "view-race")
-    await page.locator("#together").check()
     verdict = await race(page)
-    await expect(verdict.locator(".headline")).to_have_text("Same text")
+    await expect(verdict.locator(".headline")).to_contain_text("Same text")
     assert {request.verification for request in site.engine.submitted} == {"coupled"}
     await expect(page.locator(".how")).to_contain_text("Coupled verification")
-    await expect(page.locator(".how")).to_contain_text("Both at once")
 
 
 async def test_race_is_greedy_unless_a_temperature_was_chosen(launch: Launch) -> None:
@@ -452,15 +530,10 @@ async def test_race_is_greedy_unless_a_temperature_was_chosen(launch: Launch) ->
     recommended = RecommendedSampling(temperature=0.7, top_p=0.8, top_k=20)
     site = await launch(FakeEngine(Script(), info=model_info(sampling=recommended)))
     page = await site.connected()
-    verdict = await race(page)
-    await expect(verdict.locator(".headline")).to_have_text("Same text")
+    await race(page)
     assert [r.sampling.temperature for r in site.engine.submitted] == [0.0, 0.0]
     assert {r.verification for r in site.engine.submitted} == {"rejection"}
     await expect(page.locator(".how")).to_contain_text("Greedy")
-    await setting(page, "temperature", "0.9")
-    await race(page)
-    await expect(page.locator(".how")).to_contain_text("Coupled")
-    assert site.engine.submitted[-1].sampling.temperature == 0.9
 
 
 async def test_race_texts_differ(launch: Launch) -> None:
@@ -468,10 +541,10 @@ async def test_race_texts_differ(launch: Launch) -> None:
     site = await launch(by_mode("The cat sat on the mat", "The cat lay on the mat"))
     page = await site.connected()
     verdict = await race(page)
-    await expect(verdict.locator(".headline")).to_have_text("Texts differ")
+    await expect(verdict.locator(".headline")).to_contain_text("Texts differ")
     await expect(verdict).to_contain_text("first difference is at character 9")
-    await expect(verdict.locator("q")).to_have_text(["sat on the mat", "lay on the mat"])
-    await expect(verdict).to_contain_text("floating-point")
+    await expect(verdict).to_contain_text("plain “sat on the mat”, DSpark “lay on the mat”")
+    await expect(verdict).to_contain_text("rounding")
 
 
 async def test_a_stopped_race_has_no_verdict(launch: Launch) -> None:
@@ -481,11 +554,156 @@ async def test_a_stopped_race_has_no_verdict(launch: Launch) -> None:
     await choose(page, "view-race")
     await page.locator("#question").fill("For ever")
     await page.locator("#question").press("Enter")
-    await page.locator(".lanes .round").nth(3).wait_for()
+    await expect(page.locator(".lane .answer-state").first).to_contain_text(re.compile(r"\d tokens"))
     await page.keyboard.press("Escape")
-    await expect(page.locator(".verdict .headline")).to_have_text("No verdict")
+    await expect(page.locator(".race-line .headline")).to_have_text("No verdict")
     assert len(site.engine.submitted) == 1  # the second was not begun
-    await expect(page.locator(".lanes .answer-state")).to_have_text(["stopped", "not started"])
+    await expect(page.locator(".lane .answer-state")).to_have_text(["stopped", "not started"])
+
+
+# --- what is kept, and what can be done again -----------------------------------------------------------------------
+
+
+async def test_a_conversation_survives_a_reload(site: Site) -> None:
+    """Turns, runs or figures that a reload takes away, or that outlive the tab."""
+    page = await site.connected()
+    answer = await ask(page, "One")
+    await ended(page)
+    line = await answer.locator(".line").inner_text()
+    await page.reload()
+    answer = page.locator("#turns .answer")
+    await expect(answer.locator(".prose")).to_have_text(WORDS.strip())
+    assert await answer.locator("mark").all_inner_texts() == ["w0 w1", "w4", "w6 w7"]
+    await expect(answer.locator(".line")).to_have_text(line)
+    assert (await figures(answer))["Accepted τ"] == "2.00"
+    await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
+    await ask(page, "Two")
+    await ended(page)
+    assert site.tokenizer.chats[-1] == [("user", "One"), ("assistant", WORDS), ("user", "Two")]
+    assert "One" not in await page.evaluate("JSON.stringify(localStorage)")
+    # A new chat takes it away, with a way back.
+    await page.locator("#new-chat").click()
+    await expect(page.locator("#turns .answer")).to_have_count(0)
+    await page.locator("#toast button").click()
+    await expect(page.locator("#turns .question p")).to_have_text(["One", "Two"])
+
+
+async def test_regenerate_edit_and_export(site: Site) -> None:
+    """An answer that cannot be had anew, or turns that vanish without a word."""
+    page = await site.connected()
+    await ask(page, "One")
+    await ended(page)
+    await ask(page, "Two")
+    await ended(page)
+    await page.get_by_role("button", name="Regenerate").click()
+    await ended(page)
+    assert site.tokenizer.chats[-1] == site.tokenizer.chats[-2]
+    assert site.engine.submitted[-1].sampling.seed != site.engine.submitted[-2].sampling.seed
+    await page.get_by_role("button", name="Edit").first.click()
+    await page.locator(".question textarea").fill("Uno")
+    await page.locator(".question textarea").press("Enter")
+    await ended(page)
+    assert site.tokenizer.chats[-1] == [("user", "Uno")]
+    await expect(page.locator("#turns .question p")).to_have_text(["Uno"])
+    await expect(page.locator("#toast")).to_contain_text("the turns after it were taken back")
+    async with page.expect_download() as downloading:
+        await page.locator("#export").click()
+    download = await downloading.value
+    text = (await download.path()).read_text()
+    assert "Uno" in text
+    assert WORDS.strip() in text
+
+
+async def test_copy(site: Site) -> None:
+    """A button that says that it copied, and did not."""
+    page = await site.connected()
+    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    answer = await ask(page, "One")
+    await ended(page)
+    await answer.get_by_role("button", name="Copy the answer").click()
+    await expect(answer.get_by_role("button", name="Copy the answer")).to_have_text("Copied")
+    assert await page.evaluate("navigator.clipboard.readText()") == WORDS
+
+
+async def test_the_same_without_drafting(launch: Launch) -> None:
+    """A speed-up that was not measured, or of another request."""
+    text = " ".join(f"w{i}" for i in range(60))
+    site = await launch(by_mode(text, text), step_s=0.01)
+    page = await site.connected()
+    answer = page.locator("#turns > li > .answer")
+    await ask(page, "One")
+    await ended(page)
+    await expect(answer.locator(".line").first).not_to_contain_text("as fast")
+    await page.get_by_role("button", name="The same without drafting").click()
+    await ended(page)
+    await expect(answer.locator(".line").first).to_contain_text(re.compile(r"\d\.\d\u00a0× as fast as without\."))
+    await expect(page.locator(".outcome")).to_contain_text("The same text.")
+    first, second = site.engine.submitted
+    assert (second.mode, second.sampling, second.prompt_ids) == ("plain", first.sampling, first.prompt_ids)
+    assert len(site.tokenizer.chats[-1]) == 1
+
+
+async def test_code_is_coloured_and_its_runs_are_where_they_were(launch: Launch) -> None:
+    """Marks that slip by what the formatting leaves out, or colours that are no spans of ours."""
+    tokens = [
+        "A **",
+        "bold",
+        "** [",
+        "li",
+        "nk](https://x.example/a.b) and",
+        " code",
+        ":\n\n",
+        "```python\n",
+        "def f",
+        "(a):\n",
+        "    return",
+        " a + 1\n",
+        "```",
+        "\n\n- one",
+        "\n- two",
+    ]
+    site = await launch(Script(tokens=tokens, rounds=(2,)))
+    page = await site.connected()
+    answer = await ask(page, "Code")
+    await ended(page)
+    await expect(answer.locator(".hljs-keyword")).to_have_text(["def", "return"])
+    rounds = await answer.evaluate(
+        """a => { const by = {}; for (const m of a.querySelectorAll("mark"))
+                     (by[m.dataset.round] ??= []).push(m.textContent);
+                   return by }"""
+    )
+    said = {number: "".join(parts).replace(" ", "") for number, parts in rounds.items()}
+    # Every second token was drafted; of each what the page shows of it.
+    assert said == {"0": "A", "2": "nkand", "3": ":", "4": "deff", "5": "return"}
+
+
+async def test_nothing_is_sent_silently_or_not_sent_silently(launch: Launch) -> None:
+    """A question that Enter swallows."""
+    site = await launch(LONG)
+    page = await site.connected()
+    await ask(page, "One")
+    await page.locator("#question").fill("Two")
+    await page.locator("#question").press("Enter")
+    await expect(page.locator("#hint")).to_contain_text("still being written")
+    await expect(page.locator("#question")).to_have_value("Two")
+    await page.keyboard.press("Escape")
+    await ended(page)
+    await site.server.stop()
+    await expect(page.locator("#connection")).to_have_attribute("data-phase", "waiting")
+    await page.locator("#question").press("Enter")
+    await expect(page.locator("#hint")).to_contain_text("not connected")
+    site.problems.clear()
+
+
+async def test_a_wait_is_explained(launch: Launch) -> None:
+    """A queue that looks like a page that hangs."""
+    site = await launch(Script())
+    page = await site.connected()
+    site.engine.gate.clear()
+    answer = await ask(page, "One")
+    await expect(answer.locator(".answer-state")).to_contain_text("waiting for the first text: 2 s")
+    site.engine.gate.set()
+    await ended(page)
 
 
 # --- when things go wrong -------------------------------------------------------------------------------------------
@@ -515,7 +733,7 @@ async def test_a_refusal_is_explained(launch: Launch, error: DsparkError, words:
         site.engine.script = Script()
         await retry.click()
         await ended(page)
-        await expect(page.locator("#turns .tokens")).to_have_text([WORDS])
+        await expect(page.locator("#turns .prose")).to_have_text([WORDS.strip()])
         assert site.tokenizer.chats[-1] == [("user", "Please")]
 
 
@@ -524,7 +742,7 @@ async def test_a_client_at_its_limit_tries_again(launch: Launch) -> None:
     site = await launch(LONG, max_streams_per_client=1)
     first, second = await site.connected(), await site.connected()
     running = await ask(first, "I came first")
-    await running.locator(".round").first.wait_for()
+    await running.locator("mark").first.wait_for()
     refused = await ask(second, "Me too")
     words = re.compile(r"limit for one client\. Give it \d seconds, then try again\.")
     await expect(refused.locator(".notice")).to_contain_text(words)
@@ -534,7 +752,7 @@ async def test_a_client_at_its_limit_tries_again(launch: Launch) -> None:
     site.engine.script = Script()
     await second.get_by_role("button", name="Try again").click()
     await ended(second)
-    await expect(second.locator("#turns .tokens")).to_have_text([WORDS])
+    await expect(second.locator("#turns .prose")).to_have_text([WORDS.strip()])
 
 
 async def test_limits_that_the_server_told_are_kept(launch: Launch) -> None:
@@ -551,7 +769,7 @@ async def test_limits_that_the_server_told_are_kept(launch: Launch) -> None:
     await setting(page, "max_output_tokens", "100")
     answer = await ask(page, "Short")
     await ended(page)
-    assert await answer.locator(".tokens").inner_text() == WORDS
+    assert await answer.locator(".prose").inner_text() == WORDS.strip()
 
 
 async def test_a_failure_in_the_middle_keeps_the_text(launch: Launch) -> None:
@@ -561,7 +779,7 @@ async def test_a_failure_in_the_middle_keeps_the_text(launch: Launch) -> None:
     answer = await ask(page, "Fail")
     await expect(answer.locator(".notice")).to_contain_text("The server failed while answering")
     await ended(page)
-    assert await answer.locator(".tokens").inner_text() == "w0 w1 w2 w3 "
+    assert await answer.locator(".prose").inner_text() == "w0 w1 w2 w3"
     await expect(answer.locator(".answer-state")).to_have_text("failed")
 
 
@@ -573,7 +791,7 @@ async def test_a_restart_of_the_server_is_survived(site: Site, by_hand: bool) ->
     await ended(page)
     site.engine.script = LONG
     answer = await ask(page, "Meanwhile")
-    await answer.locator(".round").nth(3).wait_for()
+    await answer.locator("mark").nth(3).wait_for()
 
     await site.server.stop()
     connection = page.locator("#connection")
@@ -641,7 +859,7 @@ async def test_keyboard_alone(launch: Launch) -> None:
     await page.keyboard.type("second line")
     await page.keyboard.press("Enter")
     answer = page.locator("#turns .answer").first
-    await answer.locator(".round").nth(5).wait_for()
+    await answer.locator("mark").nth(5).wait_for()
     await page.keyboard.press("Escape")
     await ended(page)
     assert site.tokenizer.chats[-1] == [("user", "first line\nsecond line")]
@@ -650,10 +868,6 @@ async def test_keyboard_alone(launch: Launch) -> None:
     await expect(page.locator("#mode-dspark")).to_be_focused()
     await page.keyboard.press("ArrowRight")
     await expect(page.locator("#mode-plain")).to_be_checked()
-    await page.keyboard.press("Tab")
-    await page.keyboard.press("ArrowRight")
-    await expect(answer.locator(".prose")).to_be_visible()
-    await page.keyboard.press("ArrowLeft")
     await page.keyboard.press("Tab")
     await expect(page.locator("#settings-toggle")).to_be_focused()
     await page.keyboard.press("Enter")
@@ -665,14 +879,15 @@ async def test_keyboard_alone(launch: Launch) -> None:
     await expect(page.locator("#send")).to_be_focused()
 
     # The rounds are a slider: it says what the columns show, and marks the round's text.
+    await answer.locator(".curious summary").click()
     strip = answer.get_by_role("slider", name="Rounds of this answer")
     await expect(strip).to_have_attribute("aria-valuetext", re.compile(r"^\d+ rounds; in the mean 4\.0 draft tokens"))
     await strip.focus()
     await page.keyboard.press("Home")
     await expect(strip).to_have_attribute("aria-valuetext", re.compile("^Round 1 of .*: 4 drafted, 4 checked, 2 acc"))
-    await expect(answer.locator(".round.lit")).to_have_text("word0 word1 word2 ")
+    await expect(answer.locator("mark.lit")).to_have_text("word0 word1")
     await page.keyboard.press("ArrowRight")
-    await expect(answer.locator(".round.lit")).to_have_text("word3 ")
+    await expect(answer.locator("mark.lit")).to_have_count(0)  # it had no run
     await expect(answer.locator(".round-line")).to_contain_text("Round 2: 0 of 4 accepted")
 
     # Every stop of the tab key is visible while it has the focus.
@@ -698,10 +913,11 @@ CONTRAST = """() => {
   };
   const ratio = (a, b) => {
     const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05) };
-  const papers = ["--paper", "--sheet"], out = {};
+  const papers = ["--paper", "--sheet", "--run"], out = {};
   for (const paper of papers) {
-    for (const ink of ["--ink", "--soft", "--drafted", "--own", "--ok"]) out[ink + paper] = ratio(ink, paper) / 4.5;
-    out["--edge" + paper] = ratio("--edge", paper) / 3;
+    const inks = ["--ink", "--soft", "--drafted", "--ok", "--code-word", "--code-text", "--code-number"];
+    for (const ink of inks) out[ink + paper] = ratio(ink, paper) / 4.5;
+    if (paper !== "--run") out["--edge" + paper] = ratio("--edge", paper) / 3;
   }
   out.lit = ratio("--ink", "--lit") / 4.5;
   out.primary = ratio("--on-primary", "--primary") / 4.5;
@@ -732,8 +948,6 @@ async def test_a_phone_needs_no_sideways_scrolling(launch: Launch) -> None:
     answer = await ask(page, "long" * 60)
     await ended(page)
     assert await page.evaluate(sideways) == [0, 0]
-    await choose(page, "show-formatted")
-    assert await page.evaluate(sideways) == [0, 0]
     await race(page)
     assert await page.evaluate(sideways) == [0, 0]
     small = await page.evaluate(
@@ -751,7 +965,7 @@ async def test_the_page_follows_the_text_only_for_a_reader_at_its_end(launch: La
     await setting(page, "max_output_tokens", "1900")
     await page.locator("#settings-toggle").click()
     answer = await ask(page, "Long")
-    await answer.locator(".round").nth(150).wait_for()
+    await answer.locator("mark").nth(150).wait_for()
     left = "(e => e.scrollHeight - e.scrollTop - e.clientHeight)(document.getElementById('main'))"
     assert await page.evaluate(left) < 60
     await page.evaluate("document.getElementById('main').scrollTop = 0")
@@ -765,22 +979,74 @@ async def test_the_page_follows_the_text_only_for_a_reader_at_its_end(launch: La
     await ended(page)
 
 
+PROSE = [
+    *(f"word{i}{'. ' if i % 12 == 11 else ' '}" for i in range(59)), "end.\n\n",
+    *(f"- **item {i}**\n" if i % 4 == 3 else f"part{i} " for i in range(40)), "\n",
+    "```python\n", *(f"value_{i} = " if i % 2 else f"call({i})  # {i}\n" for i in range(98)), "```\n\n",
+]  # fmt: skip
+FRAMES = """() => { window.gaps = []; let last = performance.now();
+  const tick = now => { gaps.push(now - last); last = now; window.frames_on = requestAnimationFrame(tick) };
+  requestAnimationFrame(tick);
+  window.tasks = []; new PerformanceObserver(list => tasks.push(...list.getEntries().map(e => Math.round(e.duration))))
+    .observe({ type: "longtask" }) }"""
+
+
 async def test_a_long_answer_does_not_slow_the_page(launch: Launch) -> None:
-    """Work each frame that grows with the length of the answer."""
-    site = await launch(LONG, step_s=0.001)
-    page = await site.connected()
-    await setting(page, "max_output_tokens", "1900")
-    await page.evaluate(
-        """() => { window.longest = 0; let last = performance.now();
-                   const tick = now => {
-                     longest = Math.max(longest, now - last); last = now; requestAnimationFrame(tick) };
-                   requestAnimationFrame(tick) }"""
+    """Work that grows with the answer: 4,000 tokens at 300 a second never keep the page busy for long.
+
+    The aim is 50 ms at a time; on two cores shared with the server it is missed by a few.
+    """
+    tokens = (PROSE * 21)[:4000]
+    engine = FakeEngine(Script(tokens=tokens, rounds=(3,)), step_s=0.0095, info=model_info(max_model_len=8192))
+    page = await (await launch(engine)).connected()
+    await setting(page, "max_output_tokens", "4000")
+    await page.locator("#settings-toggle").click()
+    for _ in range(2):  # others work on this machine too: what is the page's own fault is there both times
+        await page.evaluate(FRAMES)
+        await ask(page, "Long")
+        await expect(page.locator("#send")).to_be_visible(timeout=40_000)
+        await expect(page.locator("#turns .answer")).to_have_attribute("data-status", "completed")
+        assert await page.locator("#turns mark").count() > 1300
+        busy, worst = await page.evaluate("[Math.max(0, ...tasks), Math.max(...gaps)]")
+        if busy <= 50 and worst < 100:
+            break
+        await page.locator("#new-chat").click()
+        await page.reload()
+        await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
+    assert busy < 100
+    assert worst < 150  # frames are drawn by other processes, which share the cores too
+
+
+AXE = Path(__file__).parent / "vendor" / "axe-core-4.14.1" / "axe.min.js"
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+async def test_axe_finds_nothing_serious(launch: Launch, scheme: str, width: int) -> None:
+    """What a checker of accessibility finds in any state of the page."""
+    site = await launch(
+        pieces("Some **bold** and\n\n```python\ndef f(): return 1  # one\n```\n\n| a | b |\n| - | - |\n| 1 | 2 |\n")
     )
-    started = time.monotonic()
-    await ask(page, "Long")
+    page = await site.connected(width=width, height=844, color_scheme=scheme, bypass_csp=True)
+    source = AXE.read_text()
+
+    async def check(where: str) -> None:
+        await page.evaluate(source)
+        found = await page.evaluate("axe.run().then(r => r.violations.map(v => [v.impact, v.id, v.nodes[0].html]))")
+        assert [v for v in found if v[0] in ("serious", "critical")] == [], where
+
+    await check("intro")
+    await page.locator("#settings-toggle").click()
+    answer = await ask(page, "One")
     await ended(page)
-    assert time.monotonic() - started < 20
-    assert await page.evaluate("window.longest") < 1000  # milliseconds, on a shared machine
+    await figures(answer)
+    await page.get_by_role("button", name="The same without drafting").click()
+    await ended(page)
+    await answer.first.locator("mark").first.focus()
+    await check("chat")
+    await race(page)
+    await check("race")
+    await page.goto(f"{site.server.url}help.html")
+    await check("help")
 
 
 # --- the modules without a page -------------------------------------------------------------------------------------
@@ -878,4 +1144,4 @@ async def test_the_headers_let_nothing_foreign_in(site: Site) -> None:
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
     assert "base-uri 'none'" in policy
-    assert await page.evaluate("document.querySelectorAll('[style]:not(#question), style').length") == 0
+    assert await page.evaluate("document.querySelectorAll('[style]:not(#question, #tip), style').length") == 0

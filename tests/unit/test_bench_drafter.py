@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dspark_stream.decoding.draft import Block
+from dspark_stream.decoding.noise import RoundUniforms
 from dspark_stream.models.torch.distributions import Dense
-from dspark_stream.spec.draft import Block
-from dspark_stream.spec.noise import RoundUniforms
 
 BENCH = Path(__file__).parents[2] / "bench"
 

@@ -44,7 +44,7 @@ def test_every_section_runs_over_tiny_shapes(tmp_path):
     rows = list(csv.DictReader(out.open()))
     figures = {r["what"] for r in rows}
     assert {"copy bandwidth", "tiny shape: host gap between rounds", "draft of the tiny shape, w4a16"} <= figures
-    assert any("walk over the whole vocabulary" in what for what in figures)
+    assert any("walk over" in what for what in figures)
     assert any("adaptive / plain, 2 streams" in what for what in figures)
     assert "launches" in (tmp_path / "gpu-profile.md").read_text()
 

@@ -4,9 +4,7 @@ import random
 
 import pytest
 
-from dspark_stream.calibrate import error_floor, errors
-from dspark_stream.errors import ConfigError, ModelLoadError
-from dspark_stream.spec.calibration import (
+from dspark_stream.decoding.calibration import (
     Calibration,
     expected_calibration_error,
     load_calibration,
@@ -15,7 +13,9 @@ from dspark_stream.spec.calibration import (
     save_calibration,
     sigmoid,
 )
-from dspark_stream.spec.platt import Observed, fit_scaling
+from dspark_stream.decoding.platt import Observed, fit_scaling
+from dspark_stream.errors import ConfigError, ModelLoadError
+from dspark_stream.measure.calibrate import error_floor, errors
 
 
 def rounds_of(temperatures, biases, count=6000, seed=0):

@@ -13,10 +13,10 @@ import pytest
 
 from dspark_stream import cli, commands
 from dspark_stream.config import Config
+from dspark_stream.decoding.calibration import load_calibration
 from dspark_stream.errors import InternalError, ModelLoadError
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.models.names import MODELS
-from dspark_stream.spec.calibration import load_calibration
 from dspark_stream.types import RecommendedSampling
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 
@@ -423,7 +423,7 @@ def confident(monkeypatch):
     """A drafter's config without a file, and few rounds are enough."""
     config = SimpleNamespace(enable_confidence_head=True)
     monkeypatch.setattr("dspark_stream.models.checkpoint.read_config", lambda folder: config)
-    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 9)
+    monkeypatch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 9)
     return config
 
 

@@ -7,9 +7,9 @@ import io
 import msgspec
 import pytest
 
+from dspark_stream.console import Progress
 from dspark_stream.engine.profile import _Stored, _stored
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.progress import Progress
 
 KEY = ["a machine"]
 CURVE = CapacityCurve(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dspark_stream.evaluate import (
+from dspark_stream.measure.evaluate import (
     Figures,
     Part,
     Tally,

@@ -21,12 +21,12 @@ from huggingface_hub import constants
 
 from disk import files_no_larger_than
 from dspark_stream.config import DEFAULT_MODEL, Config
+from dspark_stream.console import SILENT, Progress
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.errors import DownloadError, ModelLoadError
 from dspark_stream.models import fetch, sources
 from dspark_stream.models.fetch import arrived_bytes, ensure_model, find_model, model_path
 from dspark_stream.models.names import MODELS, Hub, NamedModel, Part, PypiParts, recognise
-from dspark_stream.progress import SILENT, Progress
 from dspark_stream.types import MAX_TEMPERATURE, RecommendedSampling
 
 CONTENT = b"GGUF" + os.urandom(150_000)
@@ -375,7 +375,7 @@ from pathlib import Path
 import msgspec
 from dspark_stream.models.fetch import ensure_model
 from dspark_stream.models.names import Hub, NamedModel, Part, PypiParts
-from dspark_stream.progress import Progress
+from dspark_stream.console import Progress
 from dspark_stream.types import RecommendedSampling
 
 cache, python, model = sys.argv[1:]

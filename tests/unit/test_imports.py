@@ -8,30 +8,26 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "dspark_stream"
 KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "dspark_kernels"
 
-LEAVES = {"config", "errors", "files", "types", "progress", "console", "logs", "stopping"}
-ENGINE_AND_BELOW = {"engine", "load", "spec", "models", "kernels", *LEAVES}
-TOOLS = {"local", "generate", "evaluate", "calibrate", "report"}  # the engine used in this process
+LEAVES = {"config", "errors", "files", "types", "console", "logs", "stopping"}
+ENGINE_AND_BELOW = {"engine", "load", "decoding", "models", "kernels", *LEAVES}
+TOOLS = {"generate", "measure"}  # the engine used in this process
 MAY_IMPORT = {
     "__main__": {"cli"},
-    "cli": {"commands", "training", "evaluate", *LEAVES},
+    "cli": {"commands", "training", "measure", *LEAVES},
     "commands": {"server", "client", "training", "drafters", *TOOLS, *ENGINE_AND_BELOW},
-    "server": ENGINE_AND_BELOW - {"kernels", "models", "spec", "load"},
+    "server": ENGINE_AND_BELOW - {"kernels", "models", "decoding", "load"},
     "client": set(LEAVES) - {"config"},
-    "evaluate": {"local", *ENGINE_AND_BELOW},
-    "calibrate": {"local", *ENGINE_AND_BELOW},
-    "generate": {"local", *ENGINE_AND_BELOW},
-    "report": {"evaluate", "local", *ENGINE_AND_BELOW},
-    "local": ENGINE_AND_BELOW,
-    "training": {"calibrate", "evaluate", "local", *ENGINE_AND_BELOW},
+    "generate": ENGINE_AND_BELOW,
+    "measure": ENGINE_AND_BELOW,
+    "training": {"measure", *ENGINE_AND_BELOW},
     "engine": {"drafters", *ENGINE_AND_BELOW},
-    "load": {"spec", *LEAVES},
-    "spec": {"models", "kernels", *LEAVES},
+    "load": {"decoding", *LEAVES},
+    "decoding": {"models", "kernels", *LEAVES},
     "models": {"kernels", *LEAVES},
     "config": {"errors"},
     "errors": set(),
     "files": set(),
     "types": set(),
-    "progress": set(),
     "console": set(),
     "stopping": set(),
     "logs": set(),

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.load.acceptance import Acceptance, Past
 from dspark_stream.load.controller import Controller, Plan
 from dspark_stream.load.costs import CostTable, Shape
 from dspark_stream.load.curve import CapacityCurve, Company
 from dspark_stream.load.schedule import Adaptive, Candidate
-from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
 
 GAMMA = 4
 GOOD, BAD = [0.9, 0.8, 0.7, 0.6], [0.1, 0.02, 0.01, 0.01]

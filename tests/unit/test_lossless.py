@@ -16,10 +16,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import dspark_stream.spec.accept as accept_module
-import dspark_stream.spec.draft as draft_module
+import dspark_stream.decoding.accept as accept_module
+import dspark_stream.decoding.draft as draft_module
 from dspark_kernels.cpu import Context, best_isa
 from dspark_kernels.cpu.build import compiler
+from dspark_kernels.drawing.reference import race
+from dspark_stream.decoding.accept import accept
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.draft import draft
+from dspark_stream.decoding.noise import NoiseCache
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.stream import round_key
 from dspark_stream.load.costs import RoundCost
 from dspark_stream.load.schedule import Adaptive, Candidate, EarlyStop, Fixed, Lagged, Threshold, admit
@@ -27,14 +33,8 @@ from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.native.distributions import NativeDistributions
 from dspark_stream.models.native.target import NativeOutput
-from dspark_stream.models.torch.distributions import race
 from dspark_stream.models.torch.target import TargetOutput
 from dspark_stream.models.torch.walk import walk
-from dspark_stream.spec.accept import accept
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.draft import draft
-from dspark_stream.spec.noise import NoiseCache
-from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import GenerationRequest, SamplingParams
 
 EDGE = 1e-5

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma4TextConfig, LlamaForCausalLM, Qwen3Config
 
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.draft import draft
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter, read_config, save_drafter
@@ -20,9 +23,6 @@ from dspark_stream.models.protocols import Rows
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
 from dspark_stream.models.torch.quant import quantise_linears
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.draft import draft
-from dspark_stream.spec.survival import AcceptanceHistory
 from tiny import tiny_drafter, tiny_models, tiny_target
 
 

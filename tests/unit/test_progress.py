@@ -3,7 +3,7 @@
 import io
 from contextlib import suppress
 
-from dspark_stream.progress import Progress
+from dspark_stream.console import Progress
 
 
 class Terminal(io.StringIO):

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_stream.models.torch.distributions import distributions, race, residual, sample, truncate
-from dspark_stream.spec.accept import matched
-from dspark_stream.spec.noise import NoiseCache, RoundUniforms, token_exponentials
-from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
+from dspark_kernels.drawing.reference import distributions, race, residual, sample, truncate
+from dspark_stream.decoding.accept import matched
+from dspark_stream.decoding.noise import NoiseCache, RoundUniforms, token_exponentials
+from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.types import SamplingParams
 
 

@@ -7,13 +7,13 @@ import xml.etree.ElementTree as ET
 import msgspec
 import pytest
 
+from dspark_stream.console import SILENT
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import SILENT
-from dspark_stream.report.plot import Series, line_chart, ticks
-from dspark_stream.report.profile import plot, table
-from dspark_stream.report.reproduce import QUICK, Findings, Plan, report, run, swings, verdict
-from dspark_stream.report.sweep import (
+from dspark_stream.measure.plot import Series, line_chart, ticks
+from dspark_stream.measure.profile import plot, table
+from dspark_stream.measure.reproduce import QUICK, Findings, Plan, report, run, swings, verdict
+from dspark_stream.measure.sweep import (
     Point,
     curve,
     gain_at_matched_throughput,

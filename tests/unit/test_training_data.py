@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from disk import files_no_larger_than
+from dspark_stream.console import SILENT, Progress
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.errors import ConfigError, InternalError, InvalidRequestError
-from dspark_stream.local import LocalEngine
-from dspark_stream.progress import SILENT, Progress
 from dspark_stream.training.answering import (
     OWN_DOMAIN,
     OWN_TEMPERATURE,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dspark_stream.console import SILENT
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
-from dspark_stream.progress import SILENT
 from dspark_stream.training import pipeline
 from dspark_stream.training.answers import Answer, Split
 from dspark_stream.training.blocks import BlockAttend, make_batch, visible_context

@@ -22,13 +22,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from disk import files_no_larger_than
+from dspark_stream.console import SILENT, Progress
+from dspark_stream.decoding.calibration import load_calibration
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.errors import ConfigError
-from dspark_stream.local import LocalEngine
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.models.torch.target import Target
-from dspark_stream.progress import SILENT, Progress
-from dspark_stream.spec.calibration import load_calibration
 from dspark_stream.training import command, loop, pipeline
 from dspark_stream.training.answers import read_answers, split_answers
 from dspark_stream.training.plan import TrainPlan, settle
@@ -73,7 +73,7 @@ def run_folder(target_folder, prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     argv = ["--target", str(target_folder), "--prompts", str(prompts), "--run-dir", str(folder), *SHAPE, *TRAINING]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+        patch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 20)
         assert command.main([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0"]) == 0
     return folder
 
@@ -348,7 +348,7 @@ def again(target_folder, prompts, run_folder, *more):
 def test_a_kill_while_calibrating_costs_the_calibration_alone(
     target_folder, prompts, run_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    monkeypatch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 20)
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     finished = {name: (folder / "drafter" / name).read_bytes() for name in ("calibration.json", "card.md")}
@@ -378,7 +378,7 @@ def test_a_kill_while_calibrating_costs_the_calibration_alone(
 def test_a_full_disk_while_calibrating_is_said_and_made_good(
     target_folder, prompts, run_folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    monkeypatch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 20)
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     (folder / "finished.json").unlink()
@@ -481,7 +481,7 @@ def test_the_same_command_again_has_nothing_left_to_do(run_folder, target_folder
 
 
 def test_what_is_finished_is_this_run_in_this_place(target_folder, prompts, run_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    monkeypatch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 20)
     folder = tmp_path / "run"
     finished_in(folder, run_folder)
     weights = folder / "drafter" / "model.safetensors"
@@ -498,7 +498,7 @@ def test_what_is_finished_is_this_run_in_this_place(target_folder, prompts, run_
 
 def test_a_target_is_held_once(target_folder, prompts, tmp_path, monkeypatch):
     """By whatever needs one: the rehearsal, the writer, the training, the calibration."""
-    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    monkeypatch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 20)
     targets, alive = weakref.WeakSet(), []
     real = Target.__init__
 
@@ -521,7 +521,7 @@ def test_going_on_from_a_drafter_begins_where_it_ended(target_folder, run_folder
     answers = ["--answers", str(run_folder / "answers.jsonl")]
     argv = ["--target", str(target_folder), *answers, *TRAINING, "--steps", "1", "--run-dir", str(tmp_path / "on")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+        patch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 20)
         assert command.main([*argv, "--init", str(run_folder / "drafter")]) == 0
     before, after = held_out_lengths(run_folder)[-1], held_out_lengths(tmp_path / "on")[-1]
     assert after == pytest.approx(before, abs=0.25)
@@ -532,7 +532,7 @@ def test_going_on_from_a_drafter_begins_where_it_ended(target_folder, run_folder
 
 
 def test_a_drafter_can_be_made_deeper(target_folder, run_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dspark_stream.calibrate.LEAST_ROUNDS", 20)
+    monkeypatch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 20)
     answers = ["--answers", str(run_folder / "answers.jsonl")]
     argv = ["--target", str(target_folder), *answers, *TRAINING, "--steps", "1", "--add-layers", "1"]
     again = [*argv, "--init", str(run_folder / "drafter"), "--run-dir", str(tmp_path / "on")]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
+from dspark_stream.console import SILENT
 from dspark_stream.errors import ConfigError
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import save_drafter
@@ -12,7 +13,6 @@ from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.layers import ATTENTION_NAME
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
-from dspark_stream.progress import SILENT
 from dspark_stream.training import pipeline
 from dspark_stream.training.answers import Answer, Split
 from dspark_stream.training.blocks import BlockAttend, make_batch

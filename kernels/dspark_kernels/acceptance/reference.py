@@ -1,7 +1,7 @@
 """The contract of acceptance, in plain torch: greedy, rejection and coupled in one call, nothing read on the host.
 
-It agrees with `spec/accept.py`, which the engine runs on a CPU; here streams are columns, and the draft distribution
-is spread over candidates. Symbols: R streams, γ block size, B rows, V vocabulary, C candidates a slot.
+It agrees with `decoding/accept.py`, which the engine runs on a CPU; here streams are columns, and the draft
+distribution is spread over candidates. Symbols: R streams, γ block size, B rows, V vocabulary, C candidates a slot.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _shares(p: Tensor, drafts: Drafts) -> Tensor:
 
 
 def _block_stands(p: Tensor, share: Tensor, length: Tensor, drafts: Drafts, u: Tensor) -> Tensor:
-    """Whether x_1 … x_k would stand if no longer prefix did, [R, γ] (`spec/accept.py`); ``u`` [R, γ] decides."""
+    """Whether x_1 … x_k would stand if no longer prefix did, [R, γ] (`decoding/accept.py`); ``u`` [R, γ] decides."""
     k = torch.arange(1, share.shape[1], device=p.device)
     p_next = p[:, :-1].gather(2, drafts.candidates.long())  # what the next slot's candidates have [R, γ, C]
     longer = torch.minimum(share[:, :-1, None].float() * p_next, drafts.q).sum(-1)
@@ -117,7 +117,7 @@ def _redraw(p: Tensor, share: Tensor, accepted: Tensor, length: Tensor, drafts: 
 def thresholds(scaled: Tensor, sampling: Sampling) -> Tensor:
     """The least logit that top-k, then top-p, then min-p leave, [R, n] of ``scaled`` [R, n, V] (temperature applied).
 
-    Each cut is a threshold, as in `models/torch/distributions.py`: equal logits stay or go together. Greedy rows keep
+    The cuts of `drawing/reference.py` as thresholds of many rows at once, nothing asked of the host. Greedy rows keep
     everything.
     """
     vocab = scaled.shape[-1]

@@ -1,34 +1,25 @@
 """Integer kernels for CPUs: whole Llama-like layers over weights of 4 to 8 bits, in C++ built on the machine."""
 
+from dspark_kernels.cpu.binding import Context, Room
 from dspark_kernels.cpu.build import Isa, NoCompilerError, best_isa, supported_isas
-from dspark_kernels.cpu.library import (
-    Context,
-    EditedBlock,
-    Head,
-    Kind,
-    Llama,
-    PackedMatrix,
-    Pass,
-    Room,
-    Rope,
-    Source,
-    Table,
-    Walked,
-    Weights,
-    best_tokens,
-    edit_rows,
-    noise_rows,
-    race,
-    sampling_rows,
-)
+from dspark_kernels.cpu.head import LARGEST_RANK, Head, Walked
+from dspark_kernels.cpu.llama import LayerWeights, Llama, Pass, Rope
 from dspark_kernels.cpu.machine import cpu_name
+from dspark_kernels.cpu.matrix import GROUP, Kind, PackedMatrix, Source, Table
+from dspark_kernels.cpu.sampling import EditedBlock, Weights, best_tokens, edit_rows, noise_rows, race, sampling_rows
+from dspark_kernels.cpu.store import LANES, RING_GRAIN, Store
 
 __all__ = [
+    "GROUP",
+    "LANES",
+    "LARGEST_RANK",
+    "RING_GRAIN",
     "Context",
     "EditedBlock",
     "Head",
     "Isa",
     "Kind",
+    "LayerWeights",
     "Llama",
     "NoCompilerError",
     "PackedMatrix",
@@ -36,6 +27,7 @@ __all__ = [
     "Room",
     "Rope",
     "Source",
+    "Store",
     "Table",
     "Walked",
     "Weights",

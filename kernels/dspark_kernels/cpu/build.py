@@ -2,7 +2,7 @@
 
 The libraries go to the user's cache, named by a hash of source and flags, so a changed source is built anew and two
 processes never see half a file; one that is there needs no compiler any more. `python -m dspark_kernels.cpu` builds the
-one for this machine.
+one for this machine; with ``--bundle`` those for all machines, into the package: for images without a compiler.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dspark_kernels.cpu.machine import cpu_flags
 Isa = Literal["amx", "avx512", "avx2", "portable"]
 
 SOURCE = Path(__file__).parent / "csrc"
+BUNDLED = Path(__file__).parent / "built"
+"""Libraries that came with the installation; looked at before the cache."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fvisibility=hidden")
 AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd", "vnni"))
 COMMON = ("-mfma", "-mf16c", "-mbmi2")
@@ -67,20 +69,23 @@ def compiler() -> list[str] | None:
 
 def library_path(isa: Isa, *, sanitize: bool = False) -> Path:
     """Where the library for ``isa`` lies once it is built."""
-    return folder() / f"dspark-{isa}-{digest(SOURCE, _flags(isa, sanitize), platform.machine())}.so"
+    name = f"dspark-{isa}-{digest(SOURCE, _flags(isa, sanitize), platform.machine())}.so"
+    return bundled if (bundled := BUNDLED / name).exists() else folder() / name
 
 
 def _flags(isa: Isa, sanitize: bool) -> tuple[str, ...]:
     return (*FLAGS, *ISA_FLAGS[isa], *(SANITIZERS if sanitize else ()))
 
 
-def build(isa: Isa, *, sanitize: bool = False) -> Path:
-    """The library for ``isa``, built if it is not there yet.
+def build(isa: Isa, *, sanitize: bool = False, into: Path | None = None) -> Path:
+    """The library for ``isa``, built if it is not there yet; ``into``: a folder other than the cache.
 
     Raises:
         NoCompilerError: there is no compiler, or it failed; the message has its words.
     """
     library = library_path(isa, sanitize=sanitize)
+    if into is not None:
+        library = into / library.name
     if library.exists():
         return library
     found = compiler()

@@ -1,7 +1,9 @@
-"""What the CPU kernels compute, in plain torch: the contract that every instruction set's path is tested against.
+"""What layers on the CPU kernels compute, in plain torch: what every instruction set's path is tested against.
+
+Tokens are drawn as `dspark_kernels/drawing/reference.py` says, and walks are the engine's own (models/torch/walk.py).
 
 Weights are taken dequantised (`PackedMatrix.rows` gives them back exactly); activations are rounded here as there, so
-results agree but for the order of additions. Symbols as in `library.py`.
+results agree but for the order of additions. Symbols as in `llama.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from dspark_kernels.noise.reference import exponentials, signed
 
 GROUP = 32
 
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class LayerReference(NamedTuple):
-    """One layer's weights, dequantised; see `LayerWeights` in library.py."""
+    """One layer's weights, dequantised; see `LayerWeights` in llama.py."""
 
     q: Tensor
     k: Tensor
@@ -147,78 +147,3 @@ class LlamaReference:
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))
         total = weights.sum(-1, keepdim=True)
         return ((self._round(weights) if self.bfloat else weights) @ values / total).flatten()
-
-
-class Sampling(NamedTuple):
-    """What a row is drawn by, as `sampling_rows` takes it; temperature 0 takes the greatest."""
-
-    temperature: float
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-
-
-def distribution(scores: Tensor, by: Sampling) -> Tensor:
-    """What scores [V] are drawn from, temperature above 0, [V] in double precision.
-
-    Every cut is a threshold: of equal scores all stay, or none. Top-p counts what top-k leaves.
-    """
-    p = torch.softmax(scores.double() / by.temperature, -1)
-    if 0 < by.top_k < len(p):
-        p = p * (scores >= scores.topk(by.top_k).values[-1])
-    if by.top_p < 1.0:
-        falling = p.sort(descending=True).values
-        nucleus = int((falling.cumsum(0) < by.top_p * p.sum()).sum())
-        p = p * (p >= falling[min(nucleus, len(p) - 1)])
-    p = p * (p >= by.min_p * p.max())
-    return p / p.sum()
-
-
-def draw(weights: Tensor, uniform: float) -> int:
-    """The first index of weights [V] at which their running sum lies above ``uniform`` of the whole."""
-    sums = weights.double().cumsum(0)
-    return int(torch.searchsorted(sums, uniform * sums[-1], right=True).clamp(max=len(weights) - 1))
-
-
-def race(p: Tensor, seed: int, position: int, tokens: Tensor | None = None) -> int:
-    """The index of least E/p in p [V], of equal ones the first; E of ``tokens`` [V] (None: all, in order) at one output
-    position of a stream. Never one of probability 0, so long as there is another."""
-    tokens = torch.arange(len(p)) if tokens is None else tokens
-    return int((exponentials(torch.tensor(signed(seed)), torch.tensor(position), tokens) / p.double()).argmin())
-
-
-def rest(p: Tensor, q: Tensor, draft_ids: Tensor | None) -> Tensor:
-    """max(p - q, 0) [V]; q [Vd] stands at ``draft_ids``, None: everywhere."""
-    wide = q if draft_ids is None else torch.zeros_like(p).scatter(0, draft_ids, q)
-    return (p - wide).clamp(min=0)
-
-
-def walk(
-    base: Tensor,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    draft_ids: Tensor | None,
-    anchors: Tensor,
-    sampling: Sequence[Sampling],
-    uniforms: Tensor,
-    noise: Sequence[tuple[int, int] | None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Drafts [R, γ], target ids, of base logits [R, γ, Vd] under bias w2 [Vd, r] · w1 [V, r], and what they were drawn
-    from [R, γ, Vd], where they were. Sampling [R]; uniforms [R, γ]; noise [R], for those that race: seed and the first
-    slot's position.
-    """
-    previous, tokens, drawn_from = anchors.long(), [], []
-    for k in range(base.shape[1]):
-        scores = base[:, k]
-        if w1 is not None and w2 is not None:
-            scores = scores + product(w1[previous], w2)
-        index, q = scores.argmax(-1), torch.zeros(scores.shape, dtype=torch.float64)
-        for r, by in enumerate(sampling):
-            if by.temperature > 0:
-                q[r] = distribution(scores[r], by)
-                own = noise[r] if noise else None
-                index[r] = race(q[r], own[0], own[1] + k, draft_ids) if own else draw(q[r], float(uniforms[r, k]))
-        previous = index if draft_ids is None else draft_ids[index]
-        tokens.append(previous)
-        drawn_from.append(q)
-    return torch.stack(tokens, 1), torch.stack(drawn_from, 1)

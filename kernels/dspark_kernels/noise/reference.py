@@ -2,8 +2,8 @@
 
 Word i of the generator with key (k0, k1) is word i mod 4 of the block with counter i div 4 + 1, and a uniform is its
 upper 53 bits: exactly `numpy.random.Generator(Philox(key=...)).random()`, of which the engine takes its noise
-(`spec/noise.py`, docs/decisions/006). So a kernel makes any entry alone, without the ones before it, and a text does
-not depend on the device that drew its noise. 64-bit words are held as int64 of the same bits.
+(`decoding/noise.py`, docs/decisions/006). So a kernel makes any entry alone, without the ones before it, and a text
+does not depend on the device that drew its noise. 64-bit words are held as int64 of the same bits.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUND, TOKEN, DRAFT = 0, 1, 2
-"""What a draw is for: uniforms of a rejection round, exponentials of an output position (`spec.noise.Purpose`), and the
-races that draw x_1 … x_γ over the whole vocabulary under rejection, keyed like the uniforms by an anchor position."""
+ROUND, TOKEN = 0, 1
+"""What a draw is for, of those that share a seed and a position.
+
+ROUND: uniforms of one rejection round, keyed by its anchor position; a position may be drafted for again later, an
+anchor position never comes back, so no uniform is ever used twice. TOKEN: exponentials of one output position for
+coupled verification, shared by drafter and target.
+"""
 
 MULTIPLIER = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
@@ -61,7 +65,7 @@ def uniforms(key: Tensor, position: Tensor, purpose: int, index: Tensor) -> Tens
 
 
 def exponentials(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
-    """E ~ Exp(1) of tokens at output positions, float64: `spec.noise.token_exponentials`, entry by entry."""
+    """E ~ Exp(1) of tokens at output positions, float64: `decoding.noise.token_exponentials`, entry by entry."""
     return -torch.log1p(-uniforms(seed, position, TOKEN, token).clamp(min=SMALLEST))
 
 

@@ -9,7 +9,7 @@ from dspark_kernels.sequential_head import reference
 from dspark_kernels.sequential_head.reference import HeadWeights, Prepared, Walk, prepare
 from dspark_kernels.streams import Sampling
 
-__all__ = ["HeadWeights", "Prepared", "Walk", "full_walk", "prepare", "walk"]
+__all__ = ["HeadWeights", "Prepared", "Walk", "prepare", "walk"]
 
 
 def walk(prepared: Prepared, anchor: Tensor, weights: HeadWeights, sampling: Sampling) -> Walk:
@@ -19,13 +19,3 @@ def walk(prepared: Prepared, anchor: Tensor, weights: HeadWeights, sampling: Sam
 
         return triton.walk(prepared, anchor, weights, sampling)
     return reference.walk(prepared, anchor, weights, sampling)
-
-
-def full_walk(base: Tensor, hidden: Tensor, anchor: Tensor, weights: HeadWeights, sampling: Sampling) -> Walk:
-    """See `reference.full_walk`; on a GPU the persistent CUDA kernel, where nvcc is and the kernel knows the sizes."""
-    if anchor.device.type == "cuda":
-        from dspark_kernels.sequential_head import cuda
-
-        if cuda.fits(base, weights):
-            return cuda.full_walk(base, hidden, anchor, weights, sampling)
-    return reference.full_walk(base, hidden, anchor, weights, sampling)

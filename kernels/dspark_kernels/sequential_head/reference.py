@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dspark_kernels.acceptance.reference import thresholds
-from dspark_kernels.noise import DRAFT, ROUND, race_noise, uniforms
+from dspark_kernels.noise import ROUND, race_noise, uniforms
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Drafts, Sampling
 
 HeadKind = Literal["none", "vanilla", "gated", "rnn"]
@@ -141,51 +141,6 @@ def walk(prepared: Prepared, anchor: Tensor, weights: HeadWeights, sampling: Sam
         q_xs.append(q.gather(1, at).squeeze(1))
     drafts = Drafts(torch.stack(tokens, 1).int(), prepared.ids, torch.stack(qs, 1), torch.stack(q_xs, 1))
     return Walk(drafts, torch.stack(logits, 1) if logits else None, torch.stack(proved, 1))
-
-
-def full_walk(base: Tensor, hidden: Tensor, anchor: Tensor, weights: HeadWeights, sampling: Sampling) -> Walk:
-    """The walk over the whole draft vocabulary, for vanilla heads: q is spread over everything and truncates nothing.
-
-    base [R, γ, Vd], hidden [R, γ, H], anchor [R]. Under rejection x_k is drawn by a race with noise of its own, keyed
-    by the round's anchor position like the round's uniforms: never used twice.
-    """
-    assert weights.w1 is not None
-    assert weights.w2 is not None
-    gamma, vocab = base.shape[1:]
-    shared = prepare(base, hidden, weights, vocab)
-    ids = (torch.arange(vocab, device=base.device) if weights.draft_ids is None else weights.draft_ids).long()
-    greedy, coupled = sampling.mode == GREEDY, sampling.mode == COUPLED
-    temperature = torch.where(greedy, 1.0, sampling.temperature).unsqueeze(1)
-    previous = anchor.long()
-    tokens, scores, logits = [], [], []
-    for k in range(gamma):
-        e = weights.w1[previous].float()
-        if shared.confidence is not None:
-            extra = 0.0 if weights.confidence_e is None else e @ weights.confidence_e.float()
-            logits.append(shared.confidence[:, k] + extra)
-        score = (base[:, k].float() + e @ weights.w2.float().T) / temperature
-        token_noise = race_noise(sampling.seed.unsqueeze(1), (sampling.position + 1 + k).unsqueeze(1), ids)
-        word = k * vocab + torch.arange(vocab, device=base.device)
-        own_noise = race_noise(sampling.round_key.unsqueeze(1), sampling.position.unsqueeze(1), word, DRAFT)
-        noise = torch.where(coupled.unsqueeze(1), token_noise, own_noise).masked_fill(greedy.unsqueeze(1), 0.0)
-        raced = score + noise
-        at = (raced == raced.amax(-1, keepdim=True)).int().argmax(-1)  # the lowest of equal ones
-        previous = ids[at]
-        tokens.append(at)
-        scores.append(score)
-    return walked_whole(
-        torch.stack(tokens, 1), torch.stack(scores, 1), torch.stack(logits, 1) if logits else None, weights
-    )
-
-
-def walked_whole(index: Tensor, scores: Tensor, confidence: Tensor | None, weights: HeadWeights) -> Walk:
-    """A full walk's result from draft vocabulary indices [R, γ] and scores [R, γ, Vd], temperature applied."""
-    vocab = scores.shape[-1]
-    ids = (torch.arange(vocab, device=index.device) if weights.draft_ids is None else weights.draft_ids).int()
-    q = scores.softmax(-1)
-    q_x = q.gather(2, index.long().unsqueeze(-1)).squeeze(-1)
-    drafts = Drafts(ids[index.long()], ids.expand(*scores.shape), q, q_x)
-    return Walk(drafts, confidence, torch.ones_like(index, dtype=torch.bool))
 
 
 def _features(

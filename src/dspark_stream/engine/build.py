@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from dspark_kernels.cpu import Context, Kind, NoCompilerError, best_isa, supported_isas
+from dspark_kernels.cpu.build import compiler, library_path
 from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
+from dspark_stream.console import Progress
+from dspark_stream.decoding.calibration import Calibration, load_calibration
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.memory import check_kv_memory, foretold, memory_bytes, refused_by_the_system
 from dspark_stream.engine.profile import curve_key, load_or_measure
@@ -35,9 +39,6 @@ from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.models.torch.drafter import Drafter as TorchDrafter
 from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, quantise_linears
 from dspark_stream.models.torch.target import Target as TorchTarget
-from dspark_stream.progress import Progress
-from dspark_stream.spec.calibration import Calibration, load_calibration
-from dspark_stream.spec.survival import AcceptanceHistory
 from dspark_stream.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def build_engine(
         history=AcceptanceHistory(gamma),
         schedule=parse_schedule(config.schedule),
         capacity=curve,
+        lookup=config.lookup == "on",
     )
     if target.device.type == "cuda" and config.cuda_graphs == "auto":
         models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
@@ -244,8 +246,11 @@ def open_kernels(config: Config, progress: Progress) -> Context | None:
     isa = best_isa() if config.cpu_kernels == "auto" else config.cpu_kernels
     if isa not in supported_isas():
         raise ConfigError(f"this CPU cannot run {isa} kernels: {', '.join(supported_isas())}", param="cpu_kernels")
+    first = compiler() is not None and not library_path(isa).exists()
+    told = progress.stage(f"compiling the {isa} kernels, once for this machine")
     try:
-        return Context(config.threads or CPU_THREADS, isa)
+        with told if first else contextlib.nullcontext():
+            return Context(config.threads or CPU_THREADS, isa)
     except NoCompilerError as error:
         if config.cpu_kernels != "auto":
             raise ConfigError(str(error), param="cpu_kernels") from error

@@ -8,13 +8,19 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import msgspec
 import torch
 
 from dspark_kernels.cpu import cpu_name
 from dspark_stream import __version__
+from dspark_stream.console import Progress
+from dspark_stream.decoding.accept import accept
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.draft import Block
+from dspark_stream.decoding.survival import AcceptanceHistory
+from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.backlog import PIECE
 from dspark_stream.engine.step import Models, decode_round
 from dspark_stream.engine.stream import Stream
@@ -24,12 +30,6 @@ from dspark_stream.load.curve import CapacityCurve, Company, ladder, monotone
 from dspark_stream.load.schedule import Candidate
 from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator
 from dspark_stream.models.protocols import Drafter, Store, Target
-from dspark_stream.progress import Progress
-from dspark_stream.spec.accept import accept
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.draft import Block
-from dspark_stream.spec.survival import AcceptanceHistory
-from dspark_stream.spec.verify import verify
 from dspark_stream.types import GenerationRequest, SamplingParams
 
 CONTEXT, LONG_CONTEXT, LONG_STREAMS = 256, 1024, 4
@@ -432,6 +432,8 @@ class _Bench:
 
 class _DraftOnly:
     """Drafts so many tokens for everybody and verifies none."""
+
+    looks_up: ClassVar[bool] = False
 
     def __init__(self, slots: int) -> None:
         self._slots = slots

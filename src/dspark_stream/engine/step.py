@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from dspark_stream.decoding.accept import Outcome, accept
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.draft import Block, acceptance_of, draft, is_greedy
+from dspark_stream.decoding.lookup import LONGEST, Found
+from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
+from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.backlog import ROOM, hand_over, room
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Controller, Plan
 from dspark_stream.load.costs import Shape
 from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.repeats import confidence
 from dspark_stream.load.schedule import Candidate, Schedule
 from dspark_stream.models.protocols import Drafter, Rows, Store, Target
-from dspark_stream.spec.accept import Outcome, accept
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.draft import Block, acceptance_of, draft, is_greedy
-from dspark_stream.spec.survival import AcceptanceHistory
-from dspark_stream.spec.verify import verify
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ class Models:
     rounds: GraphRounds | None = None
     """Captured rounds, on a GPU; they take the place of `decode_round`'s own steps."""
 
+    lookup: bool = True
+    """Whether drafts may be looked up in streams' own texts."""
+
     late_ms: float = 0.0
     """Of this round's time, what was spent on context features of earlier ones."""
 
@@ -67,6 +72,16 @@ class Models:
     def gamma(self) -> int:
         """Draft block size; 0 without a drafter."""
         return self.drafter.gamma if self.drafter else 0
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether drafts are looked up at all; captured rounds know the drafter alone."""
+        return self.lookup and self.rounds is None
+
+    @property
+    def widest(self) -> int:
+        """Draft tokens of a stream and round at most."""
+        return max(self.gamma, LONGEST if self.looks_up else 0)
 
 
 class Committed(NamedTuple):
@@ -105,18 +120,20 @@ def decode_round(models: Models, streams: Sequence[Stream], slowest_ms: float = 
     company = company_of(streams)
     plan = _plan(models, streams, company, slowest_ms)
     clock.append(time.perf_counter())
-    blocks = _draft(models, streams, plan)
+    found = _look_up(models, streams, plan)
+    blocks, plan = _draft(models, streams, plan, found)
     clock.append(time.perf_counter())
     lengths = _schedule(models, streams, plan, blocks, company, slowest_ms)
+    # what was looked up and is not worth verifying cost nothing and is no draft
+    blocks = [b if n or b.source == "model" else Block() for b, n in zip(blocks, lengths, strict=True)]
     clock.append(time.perf_counter())
     output = verify(models.target, models.target_kv, streams, blocks, lengths)
     outcomes = accept(output, streams, blocks, lengths, models.drafter.draft_ids if models.drafter else None)
     clock.append(time.perf_counter())
     committed = _commit(models, streams, blocks, lengths, outcomes, output.taps, clock, slowest_ms < inf)
     round_ms = 1e3 * (time.perf_counter() - clock[0]) - models.late_ms
-    _learn(
-        models, streams, blocks, lengths, outcomes, Shape(company, *plan.size, len(streams) + sum(lengths)), round_ms
-    )
+    shape = Shape(company, *plan.size, len(streams) + sum(lengths))
+    _learn(models, streams, found, blocks, lengths, outcomes, shape, round_ms)
     return committed
 
 
@@ -129,7 +146,7 @@ def company_of(streams: Sequence[Stream]) -> Company:
 
 def _plan(models: Models, streams: Sequence[Stream], company: Company, slowest_ms: float) -> Plan:
     """Who is drafted for, from the past alone: everybody under a static schedule, else whoever it pays for."""
-    slots = models.schedule.slots(models.gamma) if models.drafter else 0
+    slots = models.schedule.slots(models.gamma)
     if slots is None:
         plan = models.controller.plan([s.past for s in streams], company, looks=slowest_ms == inf)
     else:
@@ -143,18 +160,39 @@ def _plan(models: Models, streams: Sequence[Stream], company: Company, slowest_m
     return plan if costs.pace * ms <= slowest_ms else plan._replace(drafting=[False] * len(streams))
 
 
-def _draft(models: Models, streams: Sequence[Stream], plan: Plan) -> list[Block]:
-    """A block for every stream that drafts; an empty one for the others."""
+def _look_up(models: Models, streams: Sequence[Stream], plan: Plan) -> list[Found | None]:
+    """What every stream's own text went on with before."""
+    if not models.schedule.looks_up:
+        return [None] * len(streams)
+    return [s.look_up() for s in streams]
+
+
+def _draft(
+    models: Models, streams: Sequence[Stream], plan: Plan, found: Sequence[Found | None]
+) -> tuple[list[Block], Plan]:
+    """A block for every stream that drafts or has looked one up that promises more; an empty one for the others.
+
+    Also the plan, less those that need not be drafted for.
+    """
+    blocks = [Block()] * len(streams)
+    for r, (stream, own) in enumerate(zip(streams, found, strict=True)):
+        if own is None or not plan.promised:
+            continue
+        sure = confidence(stream.repeats, models.controller.acceptance.repeats, own)
+        block = Block(own.tokens, sure, prefix_survival(sure), source="lookup")
+        if sum(block.survival) >= plan.promised[r]:
+            blocks[r] = block
+    plan = plan._replace(drafting=[d and not b.tokens for d, b in zip(plan.drafting, blocks, strict=True)])
     drafting = [s for s, drafts in zip(streams, plan.drafting, strict=True) if drafts]
     if not drafting or models.drafter is None or models.drafter_kv is None:
-        return [Block() for _ in streams]
+        return blocks, plan
     owed = [s.backlog.count for s in drafting]
     begun = time.perf_counter()
     _hand_over(models, drafting)
     late = sum(max(0, count - 1 - models.gamma) for count in owed)  # more than the last round can have left
     models.late_ms += (time.perf_counter() - begun) * 1e3 * late / max(1, sum(owed))
     drafted = iter(draft(models.drafter, models.drafter_kv, drafting, models.calibration, models.history, plan.slots))
-    return [next(drafted) if drafts else Block() for drafts in plan.drafting]
+    return [next(drafted) if drafts else block for drafts, block in zip(plan.drafting, blocks, strict=True)], plan
 
 
 def _schedule(
@@ -166,16 +204,20 @@ def _schedule(
     slowest_ms: float,
 ) -> list[int]:
     """ℓ of every stream, by prefix survival and what a round of this company costs."""
-    if not any(plan.drafting):
+    looked_up = sum(len(b.tokens) for b in blocks if b.source == "lookup")
+    if not any(plan.drafting) and not looked_up:
         return [0] * len(streams)
     controller = models.controller
-    cost = controller.costs.round_cost(company, *plan.size).within(
+    cost = controller.costs.round_cost(company, *plan.size, looked_up).within(
         (slowest_ms - models.late_ms) / controller.costs.pace
     )
     static = models.schedule.slots(models.gamma) is not None  # goes by promises as they are
     candidates = []
     same: dict[int, Past] = {}  # streams that draw the same x_1 have to be judged alike, or one decides about the other
     for stream, block in zip(streams, blocks, strict=True):
+        if block.source == "lookup":  # a function of the past, so whatever is made of it is exact
+            candidates.append(Candidate(block.survival, exact=True))
+            continue
         if stream.past is None:
             candidates.append(Candidate(()))
             continue
@@ -188,6 +230,7 @@ def _schedule(
 def _learn(
     models: Models,
     streams: Sequence[Stream],
+    found: Sequence[Found | None],
     blocks: Sequence[Block],
     lengths: Sequence[int],
     outcomes: Sequence[Outcome],
@@ -195,11 +238,15 @@ def _learn(
     round_ms: float,
 ) -> None:
     """What this round took and what its drafts were worth goes into the decisions of later ones."""
-    survivals, accepted = [b.survival for b in blocks], [o.accepted for o in outcomes]
+    survivals = [b.survival if b.source == "model" else () for b in blocks]
+    accepted = [o.accepted for o in outcomes]
     models.controller.learn([s.past for s in streams], survivals, lengths, accepted, shape, round_ms)
-    for block, length, outcome in zip(blocks, lengths, outcomes, strict=True):
-        if block.tokens:
+    for stream, own, block, length, outcome in zip(streams, found, blocks, lengths, outcomes, strict=True):
+        if block.tokens and block.source == "model":
             models.history.record(length, outcome.accepted)
+        if own is not None:
+            for repeats in (stream.repeats, models.controller.acceptance.repeats):
+                repeats.learn(own, [*block.tokens[: outcome.accepted], outcome.bonus])
 
 
 def _commit(
@@ -226,6 +273,7 @@ def _commit(
             bonus=bonus,
             confidence=block.confidence,
             survival=block.survival,
+            source=block.source,
             t_draft_ms=(clock[2] - clock[1]) * 1e3,
             t_verify_ms=(clock[4] - clock[3]) * 1e3,
             batch_tokens=batch_tokens,
@@ -253,7 +301,7 @@ def _keep_context(
     if models.drafter is None or models.drafter_kv is None:
         return
     kept = [
-        (s, row, 1 + o.accepted, bool(b.tokens))
+        (s, row, 1 + o.accepted, bool(b.tokens) and b.source == "model")
         for s, row, o, b in zip(streams, first_rows, outcomes, blocks, strict=True)
         if s.drafts
     ]
@@ -336,7 +384,7 @@ def prefill(models: Models, shares: Sequence[tuple[Stream, int]], company: Seque
     output = models.target.forward(batch, models.target_kv, [last for _, last in completed])
     _keep_prompt(models, output.taps, chunks, company)
     for stream, _, _, count in chunks:
-        stream.prefilled += count
+        stream.read(count)
     if not completed:
         return []
     started = [stream for stream, _ in completed]

@@ -9,14 +9,16 @@ from enum import Enum
 from math import inf
 from typing import NamedTuple
 
+from dspark_stream.decoding.draft import acceptance_of
+from dspark_stream.decoding.lookup import LONGEST, Found, Lookup
+from dspark_stream.decoding.noise import NoiseCache
 from dspark_stream.engine.backlog import Backlog
 from dspark_stream.engine.text import TextStream
 from dspark_stream.load.acceptance import Past
+from dspark_stream.load.repeats import Repeats
 from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.tokenizer import TokenBytes
-from dspark_stream.spec.draft import acceptance_of
-from dspark_stream.spec.noise import NoiseCache
 from dspark_stream.types import (
     ErrorInfo,
     FinishedEvent,
@@ -77,6 +79,7 @@ class Stream:
         stop_ids: tokens that end it.
         text: what tokens stand for; None for token ids only.
         eos_ids: the model's own stop tokens, which ``min_tokens`` holds off whether or not they end the stream.
+        lookup: whether drafts may be looked up in its own prompt and text.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Stream:
         stop_ids: frozenset[int],
         text: TokenBytes | None,
         eos_ids: Sequence[int] = (),
+        lookup: bool = False,
     ) -> None:
         self.request = request
         self.sampling: SamplingParams = request.sampling
@@ -97,6 +101,9 @@ class Stream:
         self.noise = NoiseCache(request.sampling.seed, vocab)
         self.past = Past(self.gamma, acceptance_of(self)) if self.gamma else None
         """What its drafts have been like; None in plain mode."""
+        self.lookup = Lookup() if lookup and request.mode == "dspark" else None
+        self.repeats = Repeats()
+        """What its looked-up drafts have been worth."""
         self.backlog = Backlog()
         self.phase = Phase.WAITING
         self.held = False
@@ -118,7 +125,7 @@ class Stream:
         self._drafted = 0
         self._scheduled = 0
         self._accepted = 0
-        self._per_position = [0] * self.gamma
+        self._per_position = [0] * self.widest
         self._t_submit = time.perf_counter()
         self._t_admit = self._t_first = self._t_submit
 
@@ -126,6 +133,11 @@ class Stream:
     def drafts(self) -> bool:
         """Whether it takes part in drafting."""
         return self.gamma > 0
+
+    @property
+    def widest(self) -> int:
+        """Draft tokens of a round at most, whoever proposes them."""
+        return max(self.gamma, LONGEST if self.lookup is not None else 0)
 
     @property
     def adjustment(self) -> Adjustment | None:
@@ -157,11 +169,25 @@ class Stream:
         """
         if (self.phase, self.output_tokens) != mark[:2]:
             return False
+        if self.lookup is not None and self.prefilled > mark.prefilled:  # its prompt is all that is in there yet
+            self.lookup = Lookup()
+            self.lookup.extend(self.request.prompt_ids[: mark.prefilled])
         self.prefilled = mark.prefilled
         self.backlog.cut(mark.owed_end)
         if self.past is not None:
             self.past.owed = self.backlog.count
         return True
+
+    def read(self, count: int) -> None:
+        """So many more prompt tokens are in the store."""
+        if self.lookup is not None:
+            self.lookup.extend(self.request.prompt_ids[self.prefilled : self.prefilled + count])
+        self.prefilled += count
+
+    def look_up(self) -> Found | None:
+        """What its own text went on with before, no further than it may go itself; None: nothing."""
+        left = self.sampling.max_tokens - self.output_tokens - 1  # what the bonus token leaves
+        return self.lookup.find(left) if self.lookup is not None and left > 0 else None
 
     def started(self) -> None:
         """The whole prompt is in the store; rounds begin with the next token."""
@@ -210,6 +236,8 @@ class Stream:
         self.anchor = kept[-1]
         if self._adjustment is not None:
             self._adjustment.generated(kept)
+        if self.lookup is not None:
+            self.lookup.extend(kept)
         if reason:
             pieces += self._text.finish()
         return self._tokens_event(kept, pieces, record), reason

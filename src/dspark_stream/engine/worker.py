@@ -129,7 +129,7 @@ class EngineThread:
         self._sound_until = 0.0
         self._deadline = float("inf")
         self._events: list[EngineEvent] = []  # of the step under way
-        self._counters = Counters(per_position=[0] * models.gamma)
+        self._counters = Counters(per_position=[0] * models.widest)
         self._beat = time.perf_counter()
         self._resting = True  # nothing to do but wait for commands
         self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
@@ -157,7 +157,15 @@ class EngineThread:
         if not request.max_chunk_gap_ms:
             request = msgspec.structs.replace(request, max_chunk_gap_ms=self._max_chunk_gap_ms)
         target = self._models.target
-        stream = Stream(request, target.vocab_size, self._models.gamma, stops, self._text, eos_ids=target.eos_token_ids)
+        stream = Stream(
+            request,
+            target.vocab_size,
+            self._models.gamma,
+            stops,
+            self._text,
+            eos_ids=target.eos_token_ids,
+            lookup=self._models.looks_up,
+        )
         if stream.slots_needed > self._allocator.total:
             raise ContextLengthError(
                 f"prompt and max_output_tokens need {stream.slots_needed} token slots; the server's kv_memory holds "

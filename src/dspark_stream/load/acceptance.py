@@ -14,6 +14,7 @@ from typing import get_args
 import numpy as np
 
 from dspark_stream.load.curve import Array
+from dspark_stream.load.repeats import FADE, Repeats
 from dspark_stream.types import Acceptance as Way
 
 THRESHOLDS: Array = np.array([0.0, 0.05, 0.12, 0.22, 0.35, 0.5, 0.7])
@@ -74,6 +75,8 @@ class Acceptance:
         """Mean survivals of the pool's blocks when they were last asked for."""
         for pool in self._pools.values():
             pool.add(hope, 0, 0)
+        self.repeats = Repeats(FADE)
+        """What looked-up drafts have been worth, of all streams."""
 
     def learn(self, past: Past, survival: Sequence[float], verified: int, accepted: int) -> None:
         """What a stream's draft promised, empty where it had none, and what came of it."""

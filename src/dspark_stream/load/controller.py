@@ -38,6 +38,9 @@ class Plan(NamedTuple):
     """Draft tokens of each of them."""
     price: float
     """Tokens that a millisecond of the cost table is worth at this load: what verification has to bring."""
+    promised: Sequence[float] = ()
+    """Accepted tokens expected of each stream's drafts, less what drafting them costs; empty where nobody is drafted
+    for, and in looks, which are not to be run another way."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -90,7 +93,10 @@ class Controller:
         if present != self._for and self._left >= 0 and (self._looking or len(present) > HOLD):
             # who stays is what was decided about; among many somebody comes or goes in nearly every round
             chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
-            self._plan = self._plan._replace(drafting=[past in chosen for past in present])
+            drafting = [past in chosen for past in present]
+            worth = dict(zip(self._for, self._plan.promised, strict=False))
+            promised = [worth.get(past, 0.0) for past in present] if worth else ()
+            self._plan = self._plan._replace(drafting=drafting, promised=promised)
         elif present != self._for or self._left < 0:
             self._plan, self._left = self._decide(pasts, company, looks)
         self._for = present
@@ -101,7 +107,7 @@ class Controller:
         self._looking = False
         self.costs.settle()
         streams, plain_ms = len(pasts), self.costs.plain_ms(company)
-        nobody = _Choice(Plan([False] * streams, 0, streams / plain_ms), streams / plain_ms, plain_ms)
+        nobody = _Choice(Plan([False] * streams, 0, streams / plain_ms, [0.0] * streams), streams / plain_ms, plain_ms)
         may = [r for r, past in enumerate(pasts) if past is not None]
         if not may:
             return nobody.plan, HOLD - 1
@@ -114,13 +120,14 @@ class Controller:
         if look is not None:
             self._looking = True
             # of whole blocks everything is verified: at such a price anything is worth its time
-            return look.plan._replace(price=best.rate * (1e-3 if look is whole else 1.0)), COMPARED - 1
+            price = best.rate * (1e-3 if look is whole else 1.0)
+            return look.plan._replace(price=price, promised=()), COMPARED - 1
         return best.plan._replace(price=best.rate), HOLD - 1
 
     def _drafts(self, pasts: Sequence[Past], may: Sequence[int], company: Company) -> tuple[_Choice, _Choice]:
         """The best set of streams and block length; and whole blocks for everybody, all verified."""
-        accepted, verified = expected = self.acceptance.expected(pasts)  # [m, T, γ]
-        order = (THRESHOLDS[:, None] * verified - accepted).argsort(axis=0)
+        alone, verified = expected = self.acceptance.expected(pasts)  # [m, T, γ]
+        order = (THRESHOLDS[:, None] * verified - alone).argsort(axis=0)
         accepted, verified = np.take_along_axis(expected, order[None], axis=1).cumsum(axis=1)
         tokens = company.streams + accepted
         drafting = np.arange(1.0, len(may) + 1)[:, None, None]
@@ -129,9 +136,11 @@ class Controller:
         rate: Array = tokens / ms
 
         def choice(n: int, t: int, g: int) -> _Choice:
-            chosen = {may[i] for i in order[: n + 1, t, g]}
-            plan = Plan([r in chosen for r in range(company.streams)], g + 1, 0.0)
-            return _Choice(plan, float(rate[n, t, g]), float(ms[n, t, g]))
+            chosen = {may[i]: i for i in order[: n + 1, t, g]}
+            drafting = [r in chosen for r in range(company.streams)]
+            spent = float(rate[n, t, g] * self.costs.curve.drafting_ms(n + 1, g + 1, company)) / (n + 1)
+            promised = [float(alone[chosen[r], t, g]) - spent if r in chosen else 0.0 for r in range(company.streams)]
+            return _Choice(Plan(drafting, g + 1, 0.0, promised), float(rate[n, t, g]), float(ms[n, t, g]))
 
         n, t, g = (int(i) for i in np.unravel_index(int(rate.argmax()), rate.shape))
         return choice(n, t, g), choice(len(may) - 1, 0, self._gamma - 1)

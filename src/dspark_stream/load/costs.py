@@ -26,6 +26,8 @@ COMPARED = 3
 """Rounds of a run, the first left out, that are held against what was before it."""
 MOST = 0.5
 """No change says more than this, as a logarithm: an interrupted round says nothing of rounds."""
+STEP = 16
+"""Looked-up tokens are counted by so many, so that answers can be kept."""
 NEAR = 0.7
 """Numbers of tokens, or of streams drafted for, that are this far apart, as a logarithm, are alike: what is learnt of
 one is, by half, so of the other."""
@@ -121,23 +123,23 @@ class CostTable:
         """A round without drafts."""
         return self._plain(_near(company))
 
-    def round_cost(self, company: Company, drafting: int, slots: int) -> RoundCost:
-        """What a round costs, for every B that it could have."""
-        return self._costs(_near(company), drafting, slots)
+    def round_cost(self, company: Company, drafting: int, slots: int, looked_up: int = 0) -> RoundCost:
+        """What a round costs, for every B that it could have; ``looked_up``: tokens that may be verified besides."""
+        return self._costs(_near(company), drafting, slots, -(-looked_up // STEP) * STEP)
 
     def ms(self, shape: Shape) -> float:
         """One round."""
         company, drafting, slots, batch_tokens = shape
-        return self.round_cost(company, drafting, slots)(batch_tokens)
+        return self.round_cost(company, drafting, slots, batch_tokens - company.streams)(batch_tokens)
 
     def _correction(self, batch_tokens: Array) -> Array:
         return np.interp(np.log(batch_tokens), self._sizes, self._by_size)
 
     def _plain_ms(self, company: Company) -> float:
-        return self._cost(company, 0, 0).ms[0]
+        return self._cost(company, 0, 0, 0).ms[0]
 
-    def _cost(self, company: Company, drafting: int, slots: int) -> RoundCost:
-        tokens = np.arange(company.streams, company.streams + drafting * slots + 1, dtype=float)
+    def _cost(self, company: Company, drafting: int, slots: int, looked_up: int) -> RoundCost:
+        tokens = np.arange(company.streams, company.streams + drafting * slots + looked_up + 1, dtype=float)
         if drafting:
             ms = self.round_ms(company, tokens, np.array(drafting), np.array(slots))
         else:

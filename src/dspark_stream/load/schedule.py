@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from dspark_stream.load.costs import RoundCost
 
@@ -31,6 +31,9 @@ class Candidate(NamedTuple):
 
 class Schedule(Protocol):
     """Chooses the verification length ℓ of every stream together."""
+
+    looks_up: ClassVar[bool]
+    """Whether drafts are also looked up in the streams' own texts: the paper's schedules know the drafter alone."""
 
     def slots(self, gamma: int) -> int | None:
         """Draft tokens that every stream proposes in every round; None: only where it pays (load/controller.py)."""
@@ -118,6 +121,8 @@ class Adaptive:
     the others, on a cost without staircases.
     """
 
+    looks_up: ClassVar[bool] = True
+
     def slots(self, gamma: int) -> int | None:
         """See `Schedule`."""
         return None
@@ -130,6 +135,8 @@ class Adaptive:
 @dataclass(frozen=True)
 class EarlyStop:
     """The paper's Algorithm 1 as it is printed: Θ = τ·SPS(B) of this round, early stop, for every stream."""
+
+    looks_up: ClassVar[bool] = False
 
     def slots(self, gamma: int) -> int | None:
         """See `Schedule`."""
@@ -145,6 +152,8 @@ class Lagged:
     """The paper's production variant: a budget K of draft tokens from an unconstrained search over survivals two
     rounds old, then the K likeliest of those at hand.
     """
+
+    looks_up: ClassVar[bool] = False
 
     def slots(self, gamma: int) -> int | None:
         """See `Schedule`."""
@@ -167,6 +176,8 @@ class Threshold:
 
     least: float
 
+    looks_up: ClassVar[bool] = False
+
     def slots(self, gamma: int) -> int | None:
         """See `Schedule`."""
         return gamma
@@ -181,6 +192,8 @@ class Fixed:
     """Always ``length`` draft tokens, or the whole block where it is shorter; 0 is plain decoding."""
 
     length: int
+
+    looks_up: ClassVar[bool] = False
 
     def slots(self, gamma: int) -> int | None:
         """See `Schedule`."""

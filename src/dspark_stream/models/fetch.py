@@ -19,10 +19,10 @@ from pathlib import Path
 
 import msgspec
 
+from dspark_stream.console import Progress
 from dspark_stream.errors import DownloadError, DsparkError, ModelLoadError
 from dspark_stream.models.names import MODELS, Hub, NamedModel, PypiParts
 from dspark_stream.models.sources import Delivery, digest_of, installed_part, kept_file, no_place, size_of
-from dspark_stream.progress import Progress
 
 _POLL_S = 0.1
 

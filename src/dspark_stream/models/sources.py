@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from dspark_stream.console import Bar, Progress
 from dspark_stream.errors import DownloadError
 from dspark_stream.models.names import Hub, NamedModel, Part, PypiParts
-from dspark_stream.progress import Bar, Progress
 
 ANSWER_S = 3.0
 """A hub that does not answer for so long is passed over."""

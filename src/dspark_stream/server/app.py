@@ -247,6 +247,7 @@ def build_app(config: ServerConfig, engine: Engine, tokenizer: Tokenizer) -> web
     get("/ready", pages.ready)
     get("/props", pages.props)
     get("/metrics", pages.metrics)
+    get("/openapi.json", pages.openapi)
     app.router.add_route("*", elsewhere.PATTERN, anything_else, expect_handler=elsewhere.continue_later)
     app.on_response_prepare.append(_stamp)
     app.on_response_prepare.append(access.name_answer)

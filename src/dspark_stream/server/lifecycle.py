@@ -294,6 +294,7 @@ class ResponseMachine:
             scheduled=record.scheduled,
             accepted=record.accepted,
             bonus=record.bonus,
+            source=record.source,
             confidence=record.confidence,
             survival=record.survival,
             text=event.text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from aiohttp import web
 
 from dspark_stream import __version__
 from dspark_stream.errors import NotFoundError
-from dspark_stream.server import access, wire
+from dspark_stream.server import access, openapi, wire
 from dspark_stream.server.exposition import OPEN_METRICS, TEXT
 from dspark_stream.server.http import json_response
 from dspark_stream.server.service import Service
@@ -103,6 +104,10 @@ class Pages:
             service.engine.snapshot(), service.info, service.admission.in_flight, open_metrics=modern
         )
         return web.Response(body=text.encode(), headers={"Content-Type": OPEN_METRICS if modern else TEXT})
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """``GET /openapi.json``: what can be asked for, in OpenAPI's words."""
+        return web.Response(body=await asyncio.to_thread(openapi.document), content_type="application/json")
 
     async def file(self, request: web.Request) -> web.StreamResponse:
         """The demo page and what it is made of; nothing outside its folder."""

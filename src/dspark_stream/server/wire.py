@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from dspark_stream.errors import BusyError, DsparkError, EngineFailedError, InternalError, ShutdownError
 from dspark_stream.server.bodies import Encoding
-from dspark_stream.types import ErrorInfo, RecommendedSampling, Usage
+from dspark_stream.types import ErrorInfo, RecommendedSampling, Source, Usage
 
 JSON_PROTOCOL = "dspark.v1+json"
 MSGPACK_PROTOCOL = "dspark.v1+msgpack"
@@ -247,6 +247,7 @@ class Step(msgspec.Struct, tag="dspark:step", tag_field="type", kw_only=True):
     scheduled: int
     accepted: int
     bonus: int
+    source: Source
     confidence: list[float]
     survival: list[float]
     text: str

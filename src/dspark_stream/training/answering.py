@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dspark_stream.console import SILENT, Progress
 from dspark_stream.errors import ConfigError, InvalidRequestError
-from dspark_stream.evaluate import read_prompts
 from dspark_stream.files import write_whole
+from dspark_stream.measure.evaluate import read_prompts
 from dspark_stream.models.tokenizer import TextCodec
-from dspark_stream.progress import SILENT, Progress
 from dspark_stream.training.answers import Answer, answer_line
 from dspark_stream.training.plan import ANSWERS, OWN_PROMPTS, TrainPlan
 from dspark_stream.training.writers import Ask, Writer

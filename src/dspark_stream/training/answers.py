@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from dspark_stream.console import SILENT, Progress
 from dspark_stream.errors import ConfigError
-from dspark_stream.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)

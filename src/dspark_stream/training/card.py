@@ -12,7 +12,7 @@ import torch
 
 from dspark_kernels.cpu import cpu_name
 from dspark_stream import __version__
-from dspark_stream.calibrate import Fit
+from dspark_stream.measure.calibrate import Fit
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.training.answers import Answer, Split
 from dspark_stream.training.log import last_figures

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dspark_stream.config import parse_bytes
+from dspark_stream.console import Progress
 from dspark_stream.errors import ConfigError, DsparkError
-from dspark_stream.progress import Progress
 from dspark_stream.training.plan import HEADS, STARTS, TrainPlan, alone, anew, settle, shaped
 
 EXIT_INTERRUPTED = 130

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from dspark_kernels.ragged_attention import Segment, ragged_attention
+from dspark_stream.console import SILENT, Progress
 from dspark_stream.errors import ConfigError
 from dspark_stream.files import write_whole
 from dspark_stream.models.torch.attention import int_tensor
 from dspark_stream.models.torch.target import Target
-from dspark_stream.progress import SILENT, Progress
 from dspark_stream.training.answers import Answer
 
 PASS_TOKENS = 4096

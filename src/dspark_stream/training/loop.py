@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_stream.console import SILENT, Progress
 from dspark_stream.errors import ConfigError
 from dspark_stream.models.torch.drafter import Drafter
-from dspark_stream.progress import SILENT, Progress
 from dspark_stream.training.answers import Answer
 from dspark_stream.training.blocks import make_batch, sample_anchors
 from dspark_stream.training.features import FeatureSource

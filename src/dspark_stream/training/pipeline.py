@@ -32,19 +32,19 @@ import torch
 from safetensors import SafetensorError
 
 from dspark_kernels.linear import can_pack, pack_linears
-from dspark_stream.calibrate import Fit, calibrate, calibration_config
 from dspark_stream.config import Config, default_cache_dir
+from dspark_stream.console import SILENT, Progress
+from dspark_stream.decoding.calibration import CALIBRATION_FILE, save_calibration
 from dspark_stream.engine.build import build_engine
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.errors import ConfigError
 from dspark_stream.files import write_whole
-from dspark_stream.local import LocalEngine
+from dspark_stream.measure.calibrate import Fit, calibrate, calibration_config
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
-from dspark_stream.progress import SILENT, Progress
-from dspark_stream.spec.calibration import CALIBRATION_FILE, save_calibration
 from dspark_stream.training.answering import Scribe, given_prompts
 from dspark_stream.training.answers import Answer, Split, draft_vocabulary, read_answers, split_answers
 from dspark_stream.training.card import CARD, Trained, write_card

@@ -11,8 +11,8 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
+from dspark_stream.engine.local import LocalEngine
 from dspark_stream.errors import ConfigError, InternalError
-from dspark_stream.local import LocalEngine
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 
 WriterName = Literal["auto", "engine", "openvino"]

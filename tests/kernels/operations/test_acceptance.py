@@ -1,4 +1,4 @@
-"""Acceptance: the reference against the engine's own (spec/accept.py), the kernels against the reference."""
+"""Acceptance: the reference against the engine's own (decoding/accept.py), the kernels against the reference."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch
 
 from dspark_kernels.acceptance import reference
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Drafts
+from dspark_stream.decoding.accept import accept as engine_accept
+from dspark_stream.decoding.draft import Block
+from dspark_stream.decoding.noise import RoundUniforms
 from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.models.torch.target import TargetOutput
-from dspark_stream.spec.accept import accept as engine_accept
-from dspark_stream.spec.draft import Block
-from dspark_stream.spec.noise import RoundUniforms
 from kernel_cases import GAMMA, Case, make, sampling_of
 
 
 def by_the_engine(case: Case) -> list[tuple[int, int]]:
-    """What spec/accept.py makes of the streams that have rows."""
+    """What decoding/accept.py makes of the streams that have rows."""
     views, vocab = case.views(), case.logits.shape[1]
     live = [r for r, length in enumerate(case.length.tolist()) if length >= 0]
     blocks, rows = [], []

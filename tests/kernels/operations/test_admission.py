@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dspark_kernels.admission.reference import BUDGET, EARLY_STOP, FIXED, THRESHOLD, Admitted, pack
-from dspark_stream.spec.calibration import Calibration
-from dspark_stream.spec.survival import prefix_survival
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.survival import prefix_survival
 
 
 def algorithm_1(survival: list[list[float]], sps) -> list[int]:

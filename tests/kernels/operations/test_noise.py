@@ -9,7 +9,7 @@ import torch
 from dspark_kernels.dispatch import interpreted
 from dspark_kernels.noise import ROUND, TOKEN, exponentials, race_noise, uniforms
 from dspark_kernels.noise.reference import signed
-from dspark_stream.spec.noise import RoundUniforms, token_exponentials
+from dspark_stream.decoding.noise import RoundUniforms, token_exponentials
 
 SEEDS = [0, 1, 2**31, 2**63 - 1, 0xFFFF_FFFF_FFFF_FFFF, 0xD2E7470EE14C6C93]
 POSITIONS = [0, 1, 4095, 2**24 - 1]
@@ -31,7 +31,7 @@ def test_words_are_numpys(seed, position):
 
 
 def test_the_engines_draws():
-    """Uniforms of a round and exponentials of a position, as spec/noise.py deals them."""
+    """Uniforms of a round and exponentials of a position, as decoding/noise.py deals them."""
     key, start, gamma = 0x9E37_79B9_7F4A_7C15, 77, 7
     u = RoundUniforms(key, start, gamma)
     got = uniforms(scalar(key), torch.tensor(start), ROUND, torch.arange(2 * gamma + 1)).tolist()

@@ -8,10 +8,10 @@ import torch
 from dspark_kernels.sequential_head import reference
 from dspark_kernels.sequential_head.reference import prepare
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Sampling
+from dspark_stream.decoding.calibration import Calibration, logit
+from dspark_stream.decoding.draft import draft
+from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.models.torch.head_weights import head_weights
-from dspark_stream.spec.calibration import Calibration, logit
-from dspark_stream.spec.draft import draft
-from dspark_stream.spec.survival import AcceptanceHistory
 from kernel_cases import HEADS, Case, prepared_on, random_case, sampling_of, sampling_on, weights_on
 from tiny import tiny_drafter, tiny_target
 

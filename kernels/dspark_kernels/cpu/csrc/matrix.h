@@ -35,7 +35,7 @@ namespace dspark {
 constexpr int ROWS = 16;          // activations that one reading of the weights serves
 
 // How weights are kept: the bits of a quant, _M with an m of its own, _K as GGUF's blocks with scales of scales (of six bits
-// there is no other). Numbers are known to library.py.
+// there is no other). Numbers are known to matrix.py.
 enum Kind : int { FOUR = 0, FOUR_M = 1, FOUR_K = 2, FIVE = 3, FIVE_M = 4, SIX_K = 5, EIGHT = 6 };
 constexpr int bits_of(Kind kind) { return kind == EIGHT ? 8 : kind == SIX_K ? 6 : kind >= FIVE ? 5 : 4; }
 constexpr bool has_m(Kind kind) { return kind == FOUR_M || kind == FIVE_M || kind == FOUR_K; }

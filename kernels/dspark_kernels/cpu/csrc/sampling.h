@@ -99,7 +99,7 @@ inline double weigh(float* row, int first, int last, float most, float temperatu
 }
 
 // What top-p and min-p leave of weights row[count], whose greatest is 1: the others become nothing; the sum of the rest.
-// Tokens of one weight stay or go together, as in `truncate` (models/torch/distributions.py).
+// Tokens of one weight stay or go together, as in `truncate` (drawing/reference.py).
 inline double cut(float* row, int count, double total, const Sampling& s, std::vector<float>& room) {
     float least = s.min_p;
     if (s.top_p < 1.0f) {

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from dspark_kernels.admission import BUDGET, EARLY_STOP, FIXED, THRESHOLD
+from dspark_stream.decoding.calibration import logit
+from dspark_stream.decoding.draft import acceptance_of
 from dspark_stream.engine.gpu.graphs import Round, RoundLadder, Size
 from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.sizing import Sizing
@@ -30,8 +32,6 @@ from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
-from dspark_stream.spec.calibration import logit
-from dspark_stream.spec.draft import acceptance_of
 from dspark_stream.types import RoundRecord
 
 if TYPE_CHECKING:

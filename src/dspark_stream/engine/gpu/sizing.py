@@ -16,10 +16,10 @@ from math import inf
 from statistics import median
 from typing import Protocol
 
+from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.engine.gpu.graphs import RoundLadder, Size
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.schedule import EarlyStop, Fixed, Schedule, Threshold
-from dspark_stream.spec.survival import AcceptanceHistory, prefix_survival
 
 WORTHWHILE = 1.02
 """Drafting must promise so many times the throughput of leaving it out."""

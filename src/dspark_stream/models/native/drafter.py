@@ -13,8 +13,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, Head, Kind, Llama, PackedMatrix, Pass, Room, Rope, Source
-from dspark_kernels.cpu.library import GROUP, LANES, LARGEST_RANK, RING_GRAIN, LayerWeights
+from dspark_kernels.cpu import (
+    GROUP,
+    LANES,
+    LARGEST_RANK,
+    RING_GRAIN,
+    Context,
+    Head,
+    Kind,
+    LayerWeights,
+    Llama,
+    PackedMatrix,
+    Pass,
+    Room,
+    Rope,
+    Source,
+)
 from dspark_stream.models.blocks import Blocks, as_floats
 from dspark_stream.models.cache import Extent, KVShape
 from dspark_stream.models.drafter_config import DrafterConfig

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from dspark_kernels.cpu import Context, Kind, Llama, PackedMatrix, Rope, Source, Table
-from dspark_kernels.cpu.library import LayerWeights
+from dspark_kernels.cpu import Context, Kind, LayerWeights, Llama, PackedMatrix, Rope, Source, Table
 from dspark_stream.errors import ModelLoadError
 from dspark_stream.files import read_json
 from dspark_stream.models.families import Family

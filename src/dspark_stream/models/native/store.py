@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspark_kernels.cpu.library import Store
+from dspark_kernels.cpu import Store
 from dspark_stream.models.cache import Extent, KVShape
 
 

@@ -1,17 +1,12 @@
-"""From logits to the distribution a token is really drawn from; the same function for target and drafter.
-
-Shapes: N rows, V vocabulary.
-"""
+"""Distributions as torch's tensors."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dspark_kernels.drawing.reference import draw, residual
 from dspark_stream.models.distributions import Distributions
-from dspark_stream.types import SamplingParams
 
 
 class Dense(Distributions):
@@ -30,7 +25,7 @@ class Dense(Distributions):
 
     def draw(self, row: int, uniform: float) -> int:
         """See `Distributions.draw`."""
-        return _draw(self._rows[row], uniform)
+        return draw(self._rows[row], uniform)
 
     def overlap(self, row: int, share: float, q: Tensor, draft_ids: Tensor | None) -> float:
         """See `Distributions.overlap`."""
@@ -39,83 +34,4 @@ class Dense(Distributions):
 
     def draw_rest(self, row: int, uniform: float, share: float, q: Tensor, draft_ids: Tensor | None) -> int:
         """See `Distributions.draw_rest`."""
-        return _draw(residual(self._rows[row], share, q, draft_ids), uniform)
-
-
-def _draw(weights: Tensor, uniform: float) -> int:
-    return int(sample(weights.unsqueeze(0), torch.tensor([uniform], dtype=torch.float64))[0])
-
-
-def is_cut(params: SamplingParams) -> bool:
-    """Whether some tokens are left out of the distribution, and not only its temperature set."""
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-
-
-def distributions(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Temperature, then top-k, top-p and min-p: logits [N, V] → probabilities [N, V] float32.
-
-    A row's result depends on that row alone. Every cut is a threshold on the probability, so tokens of equal
-    probability are kept or dropped together and no order of equal values matters. Temperature 0 has no place
-    here: greedy is an argmax, not a distribution.
-    """
-    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=logits.device)
-    probs = torch.softmax(logits.float() / temperature.unsqueeze(1), -1)
-    for row, p in enumerate(params):
-        if is_cut(p):
-            probs[row] = truncate(probs[row], p)
-    return probs
-
-
-def truncate(probs: Tensor, params: SamplingParams) -> Tensor:
-    """One row [V] with what top-k, top-p and min-p leave of it, summing to one again."""
-    vocab = probs.shape[0]
-    if 0 < params.top_k < vocab:
-        probs = _keep(probs, probs.topk(params.top_k).values[-1])
-    if params.top_p < 1.0:
-        probs = _keep(probs, _nucleus_threshold(probs, params.top_p))
-    if params.min_p > 0.0:
-        probs = _keep(probs, probs.max() * params.min_p)
-    return probs
-
-
-def _keep(probs: Tensor, threshold: Tensor) -> Tensor:
-    kept = torch.where(probs >= threshold, probs, 0.0)
-    return kept / kept.sum()
-
-
-def _nucleus_threshold(probs: Tensor, top_p: float) -> Tensor:
-    """The probability of the last token of the smallest set that holds at least ``top_p`` of the mass."""
-    count = min(128, probs.shape[0])
-    while True:  # nearly always the first few tokens suffice; a full sort of the vocabulary costs milliseconds
-        top = probs.topk(count).values
-        reached = (top.cumsum(0) >= top_p).nonzero()
-        if len(reached):
-            return top[reached[0, 0]]
-        if count == probs.shape[0]:
-            return top[-1]
-        count = min(count * 8, probs.shape[0])
-
-
-def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse transform: one token a row from weights [N, V] ≥ 0 (any positive sum) and uniforms [N] in [0, 1)."""
-    cdf = weights.double().cumsum(-1)
-    at = uniforms.to(cdf).unsqueeze(1) * cdf[:, -1:]
-    # the first token whose cdf lies above: one of positive weight, since the cdf rises there
-    return torch.searchsorted(cdf, at, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
-
-
-def race(probs: Tensor, exponentials: Tensor) -> Tensor:
-    """argmin E/p: one token a row from probabilities [N, V] and exponentials [N, V]; never one of probability 0."""
-    return (exponentials / probs.double()).argmin(-1)
-
-
-def residual(p: Tensor, share: float, q: Tensor, draft_ids: Tensor | None) -> Tensor:
-    """max(share · p_t - p_d, 0), unnormalised, [V]; q [Vd] is widened with zeros to the target's vocabulary."""
-    rest = p * share
-    if draft_ids is None:
-        rest -= q
-    else:
-        rest[draft_ids] -= q
-    rest.clamp_(min=0.0)
-    # nothing is left but rounding: this had probability zero, and any draw from p is right
-    return rest if bool(rest.sum() > 0) else p
+        return draw(residual(self._rows[row], share, q, draft_ids), uniform)

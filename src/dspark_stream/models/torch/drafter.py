@@ -72,7 +72,7 @@ def full_attention_shape(config: Any) -> dict[str, int]:
 
 
 class Drafter(nn.Module):
-    """Backbone and heads. Inference goes through `draft_hidden` and `append_context`; see spec/draft.py for the walk.
+    """Backbone and heads. Inference goes through `draft_hidden` and `append_context`; see decoding/draft.py.
 
     Args:
         config: what the checkpoint says.

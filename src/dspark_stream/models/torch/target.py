@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dspark_kernels.drawing.reference import distributions, race
 from dspark_kernels.linear import PackedLinear, pack_linears
 from dspark_kernels.ragged_attention import Segment
 from dspark_stream.models.cache import KVShape
 from dspark_stream.models.protocols import AdjustedBlock, Race, Rows, Store
 from dspark_stream.models.taps import checked_taps
 from dspark_stream.models.torch.attention import Attend, ProbeAttend, StoreAttend, int_tensor
-from dspark_stream.models.torch.distributions import Dense, distributions, race
+from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.models.torch.edits import edit_block
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.types import SamplingParams

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dspark_kernels.drawing.reference import distributions, race, sample
 from dspark_stream.models.protocols import Draw
-from dspark_stream.models.torch.distributions import Dense, distributions, race, sample
+from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.models.torch.edits import EditedRows
 
 

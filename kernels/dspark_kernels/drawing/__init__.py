@@ -1,0 +1,1 @@
+"""Distributions of tokens, and draws from them."""

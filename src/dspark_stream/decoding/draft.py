@@ -1,0 +1,141 @@
+"""Draft: one parallel backbone pass, then the sequential walk through the block (design: one round, 1-3).
+
+Symbols: R streams, γ block size, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.noise import RoundUniforms
+from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
+from dspark_stream.models.adjustment import Adjustment
+from dspark_stream.models.cache import Extent
+from dspark_stream.models.distributions import Distributions
+from dspark_stream.models.protocols import Drafted, Drafter, Draw, Noise, Race, Store
+from dspark_stream.types import Acceptance, SamplingParams, Source, Verification
+
+
+class StreamView(Protocol):
+    """What the algorithm reads of a stream."""
+
+    @property
+    def extent(self) -> Extent:
+        """Its token slots."""
+
+    @property
+    def position(self) -> int:
+        """p, the anchor's position."""
+
+    @property
+    def anchor(self) -> int:
+        """The last committed token."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How its tokens are chosen."""
+
+    @property
+    def adjustment(self) -> Adjustment | None:
+        """What its logits are changed by first; None: nothing."""
+
+    @property
+    def verification(self) -> Verification:
+        """Rejection or coupled."""
+
+    @property
+    def round_key(self) -> int:
+        """Keys its uniforms (rejection verification); no other stream of the batch has the same."""
+
+    @property
+    def noise(self) -> Noise:
+        """Its token exponentials (coupled verification)."""
+
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy, as in vLLM."""
+
+
+def is_greedy(stream: StreamView) -> bool:
+    """Temperature 0, or so small that logits would overflow: one-hot distributions, one comparison for both ways."""
+    return stream.sampling.temperature < GREEDY_BELOW
+
+
+def acceptance_of(stream: StreamView) -> Acceptance:
+    """Greedy: one-hot distributions, one comparison. Rejection: drawn by inverse transform, accepted by ratios of
+    probabilities, the block as a whole. Coupled: drawn by shared noise, accepted where it is the target's own draw.
+    """
+    return "greedy" if is_greedy(stream) else stream.verification
+
+
+@dataclass
+class Block:
+    """One stream's draft block."""
+
+    tokens: list[int] = field(default_factory=list)
+    """x_1 … x_g as target ids; empty for a stream that did not draft."""
+    confidence: list[float] = field(default_factory=list)
+    survival: list[float] = field(default_factory=list)
+    indices: Sequence[int] = ()
+    """Rejection only: x_1 … x_g as draft vocabulary indices."""
+    q: Distributions | None = None
+    """Rejection only: g rows over the draft vocabulary that x_k were drawn from. Valid until the next draft."""
+    uniforms: RoundUniforms | None = None
+    """Rejection only: the randomness of this round."""
+    source: Source = "model"
+    """Where the tokens come from. What is looked up was not drawn: it has no q, and no confidence but its survival."""
+
+
+def draft(
+    drafter: Drafter,
+    store: Store,
+    streams: Sequence[StreamView],
+    calibration: Calibration,
+    history: AcceptanceHistory,
+    slots: int | None = None,
+) -> list[Block]:
+    """Propose ``slots`` tokens, None: γ of them, for each of R streams, with their confidences."""
+    slots = slots or drafter.gamma
+    uniforms = _uniforms(drafter.gamma, streams)
+    draws = [_draw(stream, own, slots) for stream, own in zip(streams, uniforms, strict=True)]
+    drafted = drafter.draft([(s.extent, s.position, s.anchor) for s in streams], store, slots, draws)
+    return blocks_of(drafted, streams, uniforms, calibration, history)
+
+
+def _uniforms(gamma: int, streams: Sequence[StreamView]) -> list[RoundUniforms | None]:
+    """What this round's tokens are drawn by; None for streams that are greedy or draw by shared noise."""
+    return [RoundUniforms(s.round_key, s.position, gamma) if acceptance_of(s) == "rejection" else None for s in streams]
+
+
+def _draw(stream: StreamView, uniforms: RoundUniforms | None, slots: int) -> Draw:
+    if uniforms is not None:
+        return Draw(stream.sampling, uniforms.draft[:slots], adjustment=stream.adjustment)
+    if acceptance_of(stream) == "coupled":
+        race = Race(stream.noise, stream.position + 1)
+        return Draw(stream.sampling, race=race, adjustment=stream.adjustment)
+    return Draw(stream.sampling, adjustment=stream.adjustment)
+
+
+def blocks_of(
+    drafted: Drafted,
+    streams: Sequence[StreamView],
+    uniforms: Sequence[RoundUniforms | None],
+    calibration: Calibration,
+    history: AcceptanceHistory,
+) -> list[Block]:
+    """Drafts of R streams with the survival that confidence promises; the past's where there is no such head."""
+    blocks = []
+    for r, (stream, own) in enumerate(zip(streams, uniforms, strict=True)):
+        tokens = drafted.tokens[r]
+        if drafted.logits:
+            confidence = calibration.confidence(drafted.logits[r], acceptance_of(stream))
+        else:
+            confidence = history.confidence()[: len(tokens)]
+        block = Block(tokens=tokens, confidence=confidence, survival=prefix_survival(confidence))
+        if own is not None:
+            block.uniforms, block.indices, block.q = own, drafted.indices(r), drafted.q(r)
+        blocks.append(block)
+    return blocks
