@@ -51,29 +51,57 @@ class Backlog:
         if window and self.count > window:
             self.take(self.count - window)
 
-    def take(self, most: int) -> list[Tensor]:
-        """The first positions that are here, in order, at most so many; the others stay."""
-        taken: list[Tensor] = []
-        while self._parts and most > 0:
-            taps, row, count = self._parts.popleft()
+    @property
+    def end(self) -> int:
+        """The position after the last row."""
+        return self.first + self.count
+
+    def look(self, most: int) -> list[Tensor]:
+        """The first positions that are here, in order, at most so many."""
+        seen: list[Tensor] = []
+        for taps, row, count in self._parts:
+            if most <= 0:
+                break
             some = min(count, most)
+            seen.append(taps[row : row + some])
+            most -= some
+        return seen
+
+    def take(self, most: int) -> list[Tensor]:
+        """The same, and they are here no more; the others stay."""
+        taken = self.look(most)
+        for some in map(len, taken):
+            taps, row, count = self._parts.popleft()
             if some < count:
                 self._parts.appendleft((taps, row + some, count - some))
-            taken.append(taps[row : row + some])
-            most, self.first, self.count = most - some, self.first + some, self.count - some
+            self.first, self.count = self.first + some, self.count - some
         return taken
+
+    def cut(self, end: int) -> None:
+        """Forget the rows of positions from ``end`` on."""
+        while self._parts and self.end > end:
+            taps, row, count = self._parts.pop()
+            kept = max(0, count - (self.end - end))
+            if kept:
+                self._parts.append((taps, row, kept))
+            self.count -= count - kept
 
 
 def hand_over(owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: Store, most: int = sys.maxsize) -> None:
-    """Give the drafter what these streams' backlogs keep, ``most`` positions of it, in as few products as go well."""
+    """Give the drafter what these streams' backlogs keep, ``most`` positions of it, in as few products as go well.
+
+    They keep it where this fails: it can be done again.
+    """
     positions: list[int] = []
     slots: list[int] = []
     parts: list[Tensor] = []
     ring = drafter.ring
+    given: list[tuple[Backlog, int]] = []
     for extent, backlog in owed:
         at = backlog.first
-        parts_of_stream = backlog.take(most)
-        most -= backlog.first - at
+        parts_of_stream = backlog.look(most)
+        given.append((backlog, sum(map(len, parts_of_stream))))
+        most -= given[-1][1]
         for part in parts_of_stream:
             for piece in (part,) if len(part) <= PIECE else part.split(PIECE):
                 if len(positions) + len(piece) > PIECE:
@@ -85,6 +113,8 @@ def hand_over(owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: S
                 at += len(piece)
     if parts:
         drafter.append_context(_joined(parts), positions, slots, store)
+    for backlog, count in given:
+        backlog.take(count)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

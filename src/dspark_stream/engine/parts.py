@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -16,16 +17,31 @@ from dspark_stream.load.schedule import Schedule
 from dspark_stream.models.protocols import Drafter, Store, Target
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 
+log = logging.getLogger(__name__)
+
 
 class Committed(NamedTuple):
     """What a step did for one stream."""
 
     stream: Stream
-    event: TokensEvent
+    event: TokensEvent | None
+    """None where it failed."""
     reason: FinishReason | None
     """Why the stream ends here; None while it goes on."""
     round: RoundRecord | None
     """None for the token that ends a prefill."""
+    error: Exception | None = None
+    """Why it failed, alone of its batch."""
+
+
+def commit(stream: Stream, tokens: list[int], accepted: int, record: RoundRecord | None) -> Committed:
+    """`Stream.commit`; what goes wrong there is the stream's own affair."""
+    try:
+        event, reason = stream.commit(tokens, accepted, record)
+    except Exception as error:
+        log.exception("tokens could not be committed; their stream ends")
+        return Committed(stream, None, "failed", record, error)
+    return Committed(stream, event, reason, record)
 
 
 class Rounds(Protocol):
@@ -36,6 +52,9 @@ class Rounds(Protocol):
 
     def plain_ms(self, count: int) -> float:
         """What a round of so many streams takes with nothing drafted; 0 where nothing was measured."""
+
+    def forget(self) -> None:
+        """Something failed: whatever is under way is read by nobody."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from dspark_stream.decoding.lookup import Found
 from dspark_stream.decoding.survival import prefix_survival
 from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.backlog import ROOM, hand_over, room
-from dspark_stream.engine.parts import Committed, Models
+from dspark_stream.engine.parts import Committed, Models, commit
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Plan
@@ -206,8 +206,7 @@ def _commit(
             streams=len(streams),
         )
         stream.count_round(len(block.tokens), length, accepted)
-        event, reason = stream.commit([*block.tokens[:accepted], bonus], accepted, record)
-        committed.append(Committed(stream, event, reason, record))
+        committed.append(commit(stream, [*block.tokens[:accepted], bonus], accepted, record))
     return committed
 
 
@@ -319,6 +318,5 @@ def prefill(models: Models, shares: Sequence[tuple[Stream, int]], company: Seque
     committed = []
     for stream, outcome in zip(started, outcomes, strict=True):
         stream.started()
-        event, reason = stream.commit([outcome.bonus], 0)
-        committed.append(Committed(stream, event, reason, None))
+        committed.append(commit(stream, [outcome.bonus], 0, None))
     return committed

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from enum import Enum
 from math import inf
+from typing import NamedTuple
 
 from dspark_stream.decoding.draft import acceptance_of
 from dspark_stream.decoding.lookup import LONGEST, Found, Lookup
@@ -57,6 +58,15 @@ class Phase(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     DONE = "done"
+
+
+class Mark(NamedTuple):
+    """How far a stream had come when something was begun: what `Stream.rewind` goes by."""
+
+    phase: Phase
+    output_tokens: int
+    prefilled: int
+    owed_end: int
 
 
 class Stream:
@@ -147,6 +157,26 @@ class Stream:
         if adjustments_of(self.sampling):  # not sooner: it may have waited for long, and prompts are long
             stops = {*self._eos_ids, *self.sampling.stop_token_ids}
             self._adjustment = Adjustment(self.sampling, stops, self.request.prompt_ids, self._vocab)
+
+    def mark(self) -> Mark:
+        """For `rewind`, if what is begun now should fail."""
+        return Mark(self.phase, self.output_tokens, self.prefilled, self.backlog.end)
+
+    def rewind(self, mark: Mark) -> bool:
+        """Undo what was begun at ``mark`` and failed, so that it can be done again; False where tokens were committed.
+
+        Keys and values that it wrote need no undoing: they are written again before anything reads them.
+        """
+        if (self.phase, self.output_tokens) != mark[:2]:
+            return False
+        if self.lookup is not None and self.prefilled > mark.prefilled:  # its prompt is all that is in there yet
+            self.lookup = Lookup()
+            self.lookup.extend(self.request.prompt_ids[: mark.prefilled])
+        self.prefilled = mark.prefilled
+        self.backlog.cut(mark.owed_end)
+        if self.past is not None:
+            self.past.owed = self.backlog.count
+        return True
 
     def read(self, count: int) -> None:
         """So many more prompt tokens are in the store."""

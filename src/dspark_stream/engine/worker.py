@@ -59,7 +59,13 @@ ALONE_MS = 250.0
 PREFILL_LEAST = 16
 """Prompt tokens of a pass, whatever they take."""
 MAX_FAILED_STEPS = 3
-"""Steps in a row that may fail: after so many the fault is not in what they were asked to do."""
+"""Steps in a row that may fail outside of any stream's pass: nobody's request can be at fault there."""
+MOST_DOUBTS = 3
+"""Times in a row that the engine may fail at what it asks itself: then it has failed."""
+LOOK_AGAIN_S = 1.0
+"""How long an answer to itself counts. After a failure it asks itself again then, whether or not anybody else asks."""
+OWN_TOKENS = 4
+"""What it asks itself: an answer of so many tokens."""
 JOIN_PATIENCE_S = 30.0
 """How long `close` waits for the step under way, past its deadline."""
 
@@ -119,6 +125,9 @@ class EngineThread:
         self._closing = False
         self._failure = ""
         self._failed_steps = 0  # since the last one that went well
+        self._doubts = 0  # times in a row that `_works` said no
+        self._next_look = float("inf")
+        self._sound_until = 0.0
         self._deadline = float("inf")
         self._events: list[EngineEvent] = []  # of the step under way
         self._counters = Counters(per_position=[0] * models.widest)
@@ -264,16 +273,21 @@ class EngineThread:
             try:
                 if self._step():
                     self._failed_steps = 0
-            except Exception as error:  # one broken step must not end the service: its streams fail, it goes on
+            except Exception as error:
                 log.exception("engine step failed; its streams end")
-                running = (Phase.PREFILL, Phase.DECODE)
-                self._fail([s for s in self._streams.values() if s.phase in running and not s.held], error)
+                self._fail([*self._active(Phase.PREFILL), *self._active(Phase.DECODE)], error)
                 self._failed_steps += 1
             self._beat = time.perf_counter()
             if events:
                 self._hand_over(events)
+            if time.perf_counter() >= self._next_look:
+                self._look()
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise EngineFailedError(f"the engine has failed: {self._failed_steps} steps in a row went wrong")
+            if self._doubts >= MOST_DOUBTS:
+                raise EngineFailedError(
+                    f"the engine has failed: {self._doubts} times in a row, not even a request of its own went well"
+                )
             if not self._streams and self._deadline < float("inf") and self._inbox.empty():
                 return
 
@@ -301,7 +315,8 @@ class EngineThread:
         """Everything that callers asked for since the last step; waits for it when there is nothing to do."""
         self._admit()
         if not any(s.phase is not Phase.WAITING and not s.held for s in self._streams.values()):
-            timeout = None if self._deadline == float("inf") else max(0.0, self._deadline - time.perf_counter())
+            wake = min(self._deadline, self._next_look)
+            timeout = None if wake == float("inf") else max(0.0, wake - time.perf_counter())
             self._resting = True
             try:
                 command = self._inbox.get(timeout=timeout)
@@ -334,18 +349,108 @@ class EngineThread:
     @torch.inference_mode()
     def _step(self) -> bool:
         """Read prompts and run a round; whether there was anything to do."""
-        active = [s for s in self._streams.values() if not s.held]
-        decoding = [s for s in active if s.phase is Phase.DECODE]
-        joining = [s for s in active if s.phase is Phase.PREFILL]
+        joining, decoding = self._active(Phase.PREFILL), self._active(Phase.DECODE)
         if joining:
-            company = [s for s in self._streams.values() if s.phase is not Phase.WAITING]
-            chunk = self._chunk(decoding, max([s.prefilled for s in joining]))
-            self._publish(prefill(self._models, shares(joining, chunk), company))
+            self._attempt(joining, self._read)
         if decoding:
             self._counters.rounds += 1
-            together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())
-            self._publish(decode_round(self._models, together, slowest_ms))
+            self._attempt(decoding, self._round)
         return bool(joining or decoding)
+
+    def _active(self, phase: Phase) -> list[Stream]:
+        return [s for s in self._streams.values() if s.phase is phase and not s.held]
+
+    def _read(self, joining: Sequence[Stream]) -> list[Committed]:
+        company = [s for s in self._streams.values() if s.phase is not Phase.WAITING] or joining
+        chunk = self._chunk(self._active(Phase.DECODE), max([s.prefilled for s in joining]))
+        return prefill(self._models, shares(joining, chunk), company)
+
+    def _round(self, decoding: Sequence[Stream]) -> list[Committed]:
+        together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())
+        return decode_round(self._models, together, slowest_ms)
+
+    # --- what fails ----------------------------------------------------------------------------------------
+
+    def _attempt(self, streams: list[Stream], work: Callable[[Sequence[Stream]], list[Committed]]) -> None:
+        """Do ``work`` for these streams. Where it fails, whoever it does not fail without goes on.
+
+        It is done again for each half, and so on: whoever it fails for alone ends. Nobody is sought where the engine
+        fails at a request of its own as well: then the fault is not in what was asked, and all of them end.
+        """
+        marks = [s.mark() for s in streams]
+        try:
+            committed = work(streams)
+        except Exception as error:
+            log.exception("a pass for %d streams failed", len(streams))
+            if self._models.rounds is not None:
+                self._models.rounds.forget()
+            kept = [s for s, mark in zip(streams, marks, strict=True) if s.rewind(mark)]
+            self._fail([s for s in streams if s not in kept], error)
+            if len(streams) == 1:
+                self._fail(kept, error)  # and then there is room to look
+                self._doubted()
+            elif self._doubted():
+                self._fail(kept, error)
+            else:
+                half = (len(kept) + 1) // 2
+                for some in filter(None, (kept[:half], kept[half:])):
+                    self._attempt(some, work)
+            return
+        self._publish(committed)
+        if committed and all(done.error is not None for done in committed):
+            self._doubted()
+
+    def _doubted(self) -> bool:
+        """Something failed: whether it may be the engine."""
+        if not self._doubts:
+            if time.perf_counter() >= self._sound_until:
+                self._look()
+            else:
+                self._next_look = self._sound_until
+        return self._doubts > 0
+
+    def _look(self) -> None:
+        """Find out whether the engine does its work. Its failure is what it fails at with a request of its own, and
+        nothing else: whoever sends what cannot be answered ends nobody but himself.
+        """
+        works = self._works()
+        now = time.perf_counter()
+        if works:
+            self._doubts, self._next_look, self._sound_until = 0, float("inf"), now + LOOK_AGAIN_S
+        else:
+            self._doubts += works is False
+            self._next_look = now + LOOK_AGAIN_S
+
+    @torch.inference_mode()
+    def _works(self) -> bool | None:
+        """Whether a request of the engine's own is answered; None: there is no room for it now."""
+        target = self._models.target
+        sampling = SamplingParams(max_tokens=OWN_TOKENS, temperature=0.0, ignore_eos=True)
+        asked = GenerationRequest(request_id="", prompt_ids=(0,), sampling=sampling)
+        stream = Stream(asked, target.vocab_size, self._models.gamma, frozenset(), None)
+        extent = self._allocator.allocate(stream.slots_needed)
+        if extent is None:
+            return None
+        try:
+            stream.admitted(extent)
+            reason = None
+            while reason is None:
+                work = self._read if stream.phase is Phase.PREFILL else self._round
+                for done in work([stream]):
+                    if done.error is not None:
+                        raise done.error
+                    reason = done.reason
+            return True
+        except Exception:
+            log.exception("the engine fails at a request of its own")
+            return False
+        finally:
+            stream.phase = Phase.DONE
+            if self._models.rounds is not None:
+                self._models.rounds.forget()
+            self._allocator.free(extent)
+
+    # --- the next pass -------------------------------------------------------------------------------------
 
     def _plain_round_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
         """What a round of so many of these takes, with nothing drafted."""
@@ -371,7 +476,10 @@ class EngineThread:
 
     def _publish(self, committed: Sequence[Committed]) -> None:
         c = self._counters
-        for stream, event, reason, record in committed:
+        for stream, event, reason, record, error in committed:
+            if event is None:
+                self._fail([stream], error or InternalError("the engine failed on this stream"))
+                continue
             c.generation_tokens += len(event.token_ids)
             c.skipped += record is not None and stream.drafts and not record.draft_tokens
             if record is not None and record.draft_tokens:
@@ -405,7 +513,7 @@ class EngineThread:
             self._fail([stream], error)
 
     def _fail(self, streams: Sequence[Stream], error: Exception) -> None:
-        info = _info(error if isinstance(error, DsparkError) else InternalError("the engine failed on this batch"))
+        info = _info(error if isinstance(error, DsparkError) else InternalError("the engine failed on this request"))
         for stream in streams:
             self._end(stream, "failed", info)
 

@@ -25,7 +25,7 @@ from dspark_stream.engine.gpu.graphs import Round, RoundLadder, Size
 from dspark_stream.engine.gpu.round import RoundModels, run_round
 from dspark_stream.engine.gpu.sizing import Sizing
 from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
-from dspark_stream.engine.parts import Committed, Models
+from dspark_stream.engine.parts import Committed, Models, commit
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
@@ -173,6 +173,11 @@ class GraphRounds:
         """See `Sizing.plain_ms`."""
         return self.sizing.plain_ms(count)
 
+    def forget(self) -> None:
+        """Something failed: nobody is seated, and what is under way is read by nobody."""
+        self._flights.clear()
+        self._seated = []
+
     def _follow(self, schedule: Schedule) -> None:
         """Go by ``schedule``, and time the sizes that it needs and the one before did not, if sizes are timed at all.
 
@@ -269,6 +274,5 @@ class GraphRounds:
             if drafted:
                 self._models.history.record(length, accepted)
                 self.sizing.saw_drafts(stream, survival, length, accepted)
-            event, reason = stream.commit([*drafted[:accepted], bonus], accepted, record)
-            committed.append(Committed(stream, event, reason, record))
+            committed.append(commit(stream, [*drafted[:accepted], bonus], accepted, record))
         return committed
