@@ -22,6 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from disk import files_no_larger_than
+from dspark_stream.commands import program
+from dspark_stream.commands.common import EXIT_INTERRUPTED
 from dspark_stream.console import SILENT, Progress
 from dspark_stream.decoding.calibration import load_calibration
 from dspark_stream.engine.local import LocalEngine
@@ -29,7 +31,7 @@ from dspark_stream.errors import ConfigError
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.models.torch.target import Target
-from dspark_stream.training import command, loop, pipeline
+from dspark_stream.training import loop, pipeline
 from dspark_stream.training.answers import read_answers, split_answers
 from dspark_stream.training.plan import TrainPlan, settle
 from dspark_stream.training.validate import Walked, walk
@@ -40,6 +42,11 @@ from tiny import tiny_target
 VOCAB = 48
 SHAPE = ["--block-size", "4", "--layers", "1", "--rank", "8", "--draft-vocab", "40", "--mask-token-id", "0"]
 TRAINING = ["--batch", "6", "--anchors", "12", "--lr", "0.01", "--held-out", "6", "--answer-tokens", "24"]
+
+
+def trained(argv):
+    """The exit code of the command."""
+    return program.main(["train", *argv])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,7 @@ def run_folder(target_folder, prompts, tmp_path_factory):
     argv = ["--target", str(target_folder), "--prompts", str(prompts), "--run-dir", str(folder), *SHAPE, *TRAINING]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 20)
-        assert command.main([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0"]) == 0
+        assert trained([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0"]) == 0
     return folder
 
 
@@ -342,7 +349,7 @@ def test_features_that_were_cut_short_are_computed_anew(target_folder, run_folde
 def again(target_folder, prompts, run_folder, *more):
     """The command of a finished run, in a copy of its folder."""
     argv = ["--target", str(target_folder), "--prompts", str(prompts), "--run-dir", str(run_folder), *SHAPE, *TRAINING]
-    return command.main([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0", *more])
+    return trained([*argv, "--steps", "80", "--validate-every", "40", "--licence", "words: CC0", *more])
 
 
 def test_a_kill_while_calibrating_costs_the_calibration_alone(
@@ -366,7 +373,7 @@ def test_a_kill_while_calibrating_costs_the_calibration_alone(
     real = LocalEngine.run
     with monkeypatch.context() as patch:
         patch.setattr(LocalEngine, "run", killed)
-        assert again(target_folder, prompts, folder) == command.EXIT_INTERRUPTED
+        assert again(target_folder, prompts, folder) == EXIT_INTERRUPTED
     weights = (folder / "drafter" / "model.safetensors").read_bytes()
     assert not (folder / "drafter" / "calibration.json").exists()
     assert again(target_folder, prompts, folder) == 0
@@ -408,7 +415,7 @@ def test_a_broken_state_is_said(target_folder, run_folder, tmp_path):
 
 def test_the_command_says_what_is_wrong(target_folder, run_folder, tmp_path, capsys):
     def refused(*argv):
-        assert command.main(["--target", str(target_folder), "--run-dir", str(tmp_path / "new"), *argv]) == 2
+        assert trained(["--target", str(target_folder), "--run-dir", str(tmp_path / "new"), *argv]) == 2
         return capsys.readouterr().err
 
     assert "follow_ups 2.0" in refused("--steps", "1", "--follow-ups", "2")
@@ -439,7 +446,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(target_folder, run_fol
         (["--answers", str(few)], f"{few}: too few answers: of 1, 1 are to be trained on and 0 held out"),
     ):
         argv = ["--target", str(target_folder), "--run-dir", str(folder), *TRAINING, "--steps", "1", *wrong]
-        assert command.main(argv) == 2
+        assert trained(argv) == 2
         assert said in capsys.readouterr().err
         assert not folder.exists()
 
@@ -511,7 +518,7 @@ def test_a_target_is_held_once(target_folder, prompts, tmp_path, monkeypatch):
     gc.disable()  # the pipeline has to see to it
     try:
         argv = ["--target", str(target_folder), "--prompts", str(prompts), *SHAPE, *TRAINING, "--steps", "1"]
-        assert command.main([*argv, "--limit", "20", "--held-out", "2", "--run-dir", str(tmp_path / "run")]) == 0
+        assert trained([*argv, "--limit", "20", "--held-out", "2", "--run-dir", str(tmp_path / "run")]) == 0
     finally:
         gc.enable()
     assert alive == [0, 0, 0, 0]
@@ -522,12 +529,12 @@ def test_going_on_from_a_drafter_begins_where_it_ended(target_folder, run_folder
     argv = ["--target", str(target_folder), *answers, *TRAINING, "--steps", "1", "--run-dir", str(tmp_path / "on")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dspark_stream.measure.calibrate.LEAST_ROUNDS", 20)
-        assert command.main([*argv, "--init", str(run_folder / "drafter")]) == 0
+        assert trained([*argv, "--init", str(run_folder / "drafter")]) == 0
     before, after = held_out_lengths(run_folder)[-1], held_out_lengths(tmp_path / "on")[-1]
     assert after == pytest.approx(before, abs=0.25)
     plan = json.loads((tmp_path / "on" / "drafter" / "train.json").read_text())
     assert [plan[name] for name in ("layers", "block_size", "rank", "draft_vocab", "head")] == [1, 4, 8, 40, "markov"]
-    assert command.main([*argv, "--init", str(tmp_path / "nobody")]) == 2
+    assert trained([*argv, "--init", str(tmp_path / "nobody")]) == 2
     assert "no drafter to start from" in capsys.readouterr().err
 
 
@@ -536,18 +543,18 @@ def test_a_drafter_can_be_made_deeper(target_folder, run_folder, tmp_path, monke
     answers = ["--answers", str(run_folder / "answers.jsonl")]
     argv = ["--target", str(target_folder), *answers, *TRAINING, "--steps", "1", "--add-layers", "1"]
     again = [*argv, "--init", str(run_folder / "drafter"), "--run-dir", str(tmp_path / "on")]
-    assert command.main(again) == 0
+    assert trained(again) == 0
     before, after = held_out_lengths(run_folder)[-1], held_out_lengths(tmp_path / "on")[-1]
     assert after == pytest.approx(before, abs=0.25)
     out = tmp_path / "on" / "drafter"
     for file, field in (("train.json", "layers"), ("config.json", "num_hidden_layers")):
         assert json.loads((out / file).read_text())[field] == 2
     assert "1 of them put on top of its own" in (out / "card.md").read_text()
-    assert command.main(again) == 0  # the same command is the same run
+    assert trained(again) == 0  # the same command is the same run
     assert "nothing is left to do" in capsys.readouterr().err
-    assert command.main([*again, "--out", str(run_folder / "drafter")]) == 2
+    assert trained([*again, "--out", str(run_folder / "drafter")]) == 2
     assert "must be another folder" in capsys.readouterr().err
-    assert command.main([*argv, "--run-dir", str(tmp_path / "new")]) == 2
+    assert trained([*argv, "--run-dir", str(tmp_path / "new")]) == 2
     assert "needs --init" in capsys.readouterr().err
 
 
@@ -575,7 +582,7 @@ def test_a_signal_stops_after_the_step_with_its_state_saved(target_folder, run_f
     answers = ["--answers", str(run_folder / "answers.jsonl")]
     argv = ["--target", str(target_folder), *answers, "--run-dir", str(tmp_path), *SHAPE, *TRAINING, "--steps", "30"]
     before = signal.getsignal(signal.SIGTERM)
-    assert command.main(argv) == command.EXIT_INTERRUPTED
+    assert trained(argv) == EXIT_INTERRUPTED
     assert signal.getsignal(signal.SIGTERM) == before
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
     assert "stopping after this step; once more ends it now" in capfd.readouterr().err

@@ -18,7 +18,7 @@ COMPARED = 32
 PLACES = 8
 """Latest places where the last `LEAST` tokens stand that are looked at."""
 LONGEST = 15
-"""Tokens that are proposed at most: sixteen rows a pass (docs/measurements.md, rows of a pass)."""
+"""Tokens that are proposed at most: with the anchor sixteen rows."""
 
 
 class Found(NamedTuple):
