@@ -28,6 +28,9 @@ from own_service import KEYS, TERMINAL, OwnService, events_of, many_descriptors,
 CLIENTS = 12
 EVERY_S = 5.0
 MAX_SLOPE_MB_MIN, MAX_MORE_DESCRIPTORS, MAX_MORE_THREADS = 0.2, 8, 0
+FILLING, FILLING_WORDS = 12, 2500
+"""Prompts that fill the KV memory first, and words of each: its pages come to be as they are written, which is growth
+that is foretold at start and no leak."""
 FLAGS = ["--max-num-seqs", "16", "--max-model-len", "4096", "--kv-memory", "512MiB"]
 
 
@@ -134,12 +137,29 @@ class Client:
                     await answer.read()
 
 
+async def fill(service: OwnService, seed: int) -> None:
+    """Write every page of the KV memory once."""
+    chance = random.Random(seed)
+    label = next(iter(KEYS))
+    async with service.session(label) as http:
+
+        async def ask() -> None:
+            body = {"input": prompt(chance, FILLING_WORDS), "max_output_tokens": 20}
+            async with http.post("/v1/responses", json=body) as answer:
+                if answer.status != 200:
+                    raise RuntimeError(f"a prompt that fills the memory got {answer.status}: {await answer.text()}")
+
+        await asyncio.gather(*(ask() for _ in range(FILLING)))
+    print(f"filled: {service.figures()[0]:.0f} MB resident", flush=True)
+
+
 async def run(
     service: OwnService, minutes: float, seed: int
 ) -> tuple[list[Reading], Counter[str], Counter[str], float]:
     """Readings, what was seen, what was bad, and streams that were left at the end."""
     seen: Counter[str] = Counter()
     bad: Counter[str] = Counter()
+    await fill(service, seed)
     begun = time.monotonic()
     end = begun + 60 * minutes
     clients = [asyncio.create_task(Client(service, seed + i, seen, bad).run(end)) for i in range(CLIENTS)]
