@@ -57,7 +57,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     with ExitStack() as engines:
         built = {}
-        for lookup in ("on", "off"):
+        for lookup in (True, False):
             engine, tokenizer = build_engine(
                 Config(model=args.model, lookup=lookup, max_num_seqs=1, max_model_len=8192), Progress()
             )
@@ -66,7 +66,7 @@ def main() -> None:
         for number, text in enumerate(prompts(args.prompts, args.lines)):
             answers = {}
             for way in WAYS[number % 3 :] + WAYS[: number % 3]:  # nobody always goes first
-                local, tokenizer = built["on" if way == "lookup" else "off"]
+                local, tokenizer = built[way == "lookup"]
                 request = GenerationRequest(
                     request_id=f"{way}-{number}",
                     prompt_ids=tuple(tokenizer.encode_chat([("user", text)])),

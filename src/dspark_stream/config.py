@@ -194,13 +194,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "adaptive"
     lookup: Annotated[
-        Literal["on", "off"],
+        bool,
         Setting(
             "drafts that are looked up in a stream's own prompt and text where it repeats itself, beside the drafter's "
             "or without one; under the adaptive schedule, not in captured rounds",
             "engine",
         ),
-    ] = "on"
+    ] = True
     kv_memory: Annotated[
         int,
         Setting(

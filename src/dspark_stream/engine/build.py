@@ -123,7 +123,7 @@ def build_engine(
         history=AcceptanceHistory(gamma),
         schedule=parse_schedule(config.schedule),
         capacity=curve,
-        lookup=config.lookup == "on",
+        lookup=config.lookup,
     )
     if target.device.type == "cuda" and config.cuda_graphs == "auto":
         models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
