@@ -1,0 +1,44 @@
+"""For all tests, of this process and of those that they start."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+# Before torch reads them. Matrices this small are no faster on two threads, and a hundred times slower while somebody
+# else computes; the tests themselves are what runs side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cheap_starts() -> Iterator[None]:
+    """An engine that starts looks through all of the heap for garbage, and one that ends gives all of it back to the
+    collector: a quarter of a second a test beside torch and transformers. `engine/test_garbage.py` has the real thing.
+    """
+    worker = sys.modules.get("dspark_stream.engine.worker")
+    with pytest.MonkeyPatch.context() as patch:
+        if worker is not None:
+            nothing = dict.fromkeys(("collect", "freeze", "unfreeze", "set_threshold"), lambda *_: None)
+            patch.setattr(worker, "gc", SimpleNamespace(**nothing))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Engines set torch's threads for their whole process: the next test has its one again."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
