@@ -189,7 +189,7 @@ def test_looked_up_drafts_leave_the_text_as_it_is(drafter, how):
 
 def test_rejection_goes_on_with_looked_up_drafts():
     asked = [
-        request(name, REPEATING, max_tokens=60, record_rounds=True, ignore_eos=True, temperature=0.6, seed=i)
+        request(name, REPEATING, max_tokens=60, record_rounds=True, ignore_eos=True, temperature=0.6, seed=i, **LOOPING)
         for i, name in enumerate("ab")
     ]
     texts, rounds = answers(True, asked, drafter=False)  # without looks, which go by time
