@@ -92,7 +92,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What one verification round did for one stream (design/algorithm.md, "Words")."""
+    """What one verification round did for one stream; the words are in ARCHITECTURE.md."""
 
     start: int
     """Position of the anchor token."""

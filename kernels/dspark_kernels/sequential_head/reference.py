@@ -27,7 +27,7 @@ HeadKind = Literal["none", "vanilla", "gated", "rnn"]
 
 
 class HeadWeights(NamedTuple):
-    """A sequential head's tensors and the part of the confidence head that looks at them (design: one round, 2-3)."""
+    """A sequential head's tensors and the part of the confidence head that looks at them."""
 
     kind: HeadKind
     w1: Tensor | None

@@ -1,1 +1,1 @@
-"""The algorithm: draft, schedule, verify, accept. Knows models, never the engine (design: one round)."""
+"""The algorithm: draft, schedule, verify, accept. Knows models, never the engine."""

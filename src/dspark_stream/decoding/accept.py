@@ -1,4 +1,4 @@
-"""Accept: which draft tokens stand, and the bonus token that ends the round (design: one round, 6).
+"""Accept: which draft tokens stand, and the bonus token that ends the round.
 
 Nothing is drawn here: uniforms and noise are arguments. Symbols: R streams, ℓ_r verification lengths,
 B = Σ(1+ℓ_r) rows, V target vocabulary, Vd draft vocabulary.

@@ -1,6 +1,6 @@
 """Calibration of the confidence head: Sequential Platt Scaling (docs/decisions/012).
 
-c_k = σ(logit_k / T_k + b_k). The paper's Sequential Temperature Scaling (design/algorithm.md, "Calibration") is the
+c_k = σ(logit_k / T_k + b_k). The paper's Sequential Temperature Scaling is the
 case b = 0; a temperature alone cannot mend a head that promises too much everywhere. Greedy decoding, rejection and
 coupled verification accept with different probabilities, so each has a calibration of its own. `decoding.platt`
 fits it.

@@ -1,4 +1,4 @@
-"""Draft: one parallel backbone pass, then the sequential walk through the block (design: one round, 1-3).
+"""Draft: one parallel backbone pass, then the sequential walk through the block.
 
 Symbols: R streams, γ block size, Vd draft vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Verify: one target pass over every stream's anchor and its first ℓ draft tokens (design: one round, 5)."""
+"""Verify: one target pass over every stream's anchor and its first ℓ draft tokens."""
 
 from __future__ import annotations
 

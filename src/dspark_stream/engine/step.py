@@ -1,6 +1,6 @@
 """One engine step: draft → schedule → verify → accept → commit, for all streams as one ragged batch.
 
-This file is the algorithm's table of contents; the words are design/algorithm.md's.
+This file is the algorithm's table of contents; its words are in ARCHITECTURE.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drafter checkpoints in DeepSpec's format (design/checkpoints.md, A), read and written.
+"""Drafter checkpoints in DeepSpec's format, read and written.
 
 Ours beside theirs: `draft_vocab_size` in the config with a tensor `d2t` [Vd] of offsets (target id = draft id +
 d2t[draft id], as the speculators format has it), W1 with rows for the draft vocabulary alone where it has as many,

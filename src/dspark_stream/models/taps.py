@@ -1,4 +1,4 @@
-"""Which layers a drafter may tap (design: `target_layer_ids` i is the output of layer i, -1 the embedding's)."""
+"""Which layers a drafter may tap (`target_layer_ids`: i is the output of layer i, -1 the embedding's)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The drafter: parallel backbone, sequential head, confidence head; embedding and LM head are the target's.
 
 The backbone's layers are the library's own for the target's family; what differs is only what they attend to: the
-block sees itself and the context features of the positions before its anchor (design/algorithm.md, "One round", 1).
+block sees itself and the context features of the positions before its anchor.
 
 Symbols: R streams, γ block size, H hidden size, V target vocabulary, Vd draft vocabulary (Vd = V unless reduced).
 """

@@ -1,7 +1,7 @@
 """The sequential heads: what makes a parallel block of drafts depend on its own earlier tokens.
 
 Each adds to slot k's base logits a bias that depends on the token before it (paper, section on semi-autoregressive
-heads; design/algorithm.md, "One round", 2). Symbols: R streams, r rank, H hidden size, V target vocabulary, Vd draft
+heads). Symbols: R streams, r rank, H hidden size, V target vocabulary, Vd draft
 vocabulary. Attribute names are the checkpoint's tensor names.
 """
 

@@ -65,7 +65,7 @@ class Target:
         model: any `transformers` model for causal language modelling whose attention was set to ours
             (`attention.ATTENTION_NAME`), in evaluation mode.
         tap_layers: `target_layer_ids`: i taps the output of layer i, -1 the embedding output
-            (design/checkpoints.md, A). The last layer cannot be tapped: libraries return it after the final norm.
+            (models/taps.py). The last layer cannot be tapped: libraries return it after the final norm.
         eos_token_ids: the model's own stop tokens.
     """
 
