@@ -121,12 +121,31 @@ async def test_a_piped_chat_puts_answers_on_stdout_alone(running: Running, monke
     assert said.out == f"{TEXT}\n" * 3
     assert "accepted length" in said.err
     assert "plain: 1 answers" in said.err
+    assert "/nonsense is no command" in said.err
     assert "/quit" in said.err
     assert "\x1b" not in said.out + said.err
     assert [request.mode for request in running.engine.submitted] == ["dspark", "plain", "plain"]
     turns = [[role for role, _ in chat if role != "system"] for chat in running.tokenizer.chats]
     assert turns == [["user"], ["user", "assistant", "user"], ["user"]]
     assert all(chat[0] == ("system", "be brief") for chat in running.tokenizer.chats)
+
+
+async def test_the_system_message_can_be_changed(running: Running, monkeypatch, capsys):
+    lines = "hello\n/system be long\nhello\n/system\nhello\n"
+    assert await talk(monkeypatch, lines, url=running.url, instructions="be brief") == 0
+    systems = [[text for role, text in chat if role == "system"] for chat in running.tokenizer.chats]
+    assert systems == [["be brief"], ["be long"], []]
+
+
+async def test_one_question_is_asked_and_nothing_is_read(running: Running, monkeypatch, capsys):
+    assert await talk(monkeypatch, "never read\n", url=running.url, question="hello") == 0
+    assert capsys.readouterr().out == f"{TEXT}\n"
+    assert len(running.engine.submitted) == 1
+
+
+async def test_a_question_that_is_refused_is_a_failure(running: Running, monkeypatch, capsys):
+    assert await talk(monkeypatch, "", url=running.url, question="word " * 3000) == 2
+    assert "refused: " in capsys.readouterr().err
 
 
 async def test_quit_leaves_the_rest_unread(running: Running, monkeypatch, capsys):

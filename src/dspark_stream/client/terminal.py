@@ -30,9 +30,12 @@ from dspark_stream.errors import DsparkError
 
 T = TypeVar("T")
 
+EXIT_REFUSED = 2
+
 HELP = """\
 /plain   next answers one token a pass        /new    forget the conversation
 /dspark  next answers with speculation        /stats  figures of this session
+/system  what follows is the system message   /help   this
 /quit    leave (or Ctrl-D)                    Ctrl-C  stop the answer"""
 
 
@@ -41,6 +44,8 @@ class ChatOptions:
     """What the command line says."""
 
     url: str
+    question: str = ""
+    """Asked at once, and nothing else is; empty: questions are read from stdin."""
     api_key: str = ""
     instructions: str = ""
     mode: str = "dspark"
@@ -140,7 +145,8 @@ class _Chat:
 
     def command(self, line: str) -> bool:
         """Do what a /command says; False ends the chat."""
-        match line.split(maxsplit=1)[0]:
+        word, _, rest = line.partition(" ")
+        match word:
             case "/quit" | "/exit":
                 return False
             case "/plain" | "/dspark" as chosen:
@@ -154,12 +160,19 @@ class _Chat:
                     _note(f"{mode}: {totals.answers} answers, {totals}")
                 if not self.totals:
                     _note("no answers yet")
-            case _:
+            case "/system":
+                self.options.instructions = rest.strip()
+                _note("the system message is " + (repr(rest.strip()) if rest.strip() else "none"))
+            case "/help":
                 _note(HELP)
+            case _:
+                _note(f"{word} is no command. These are:\n{HELP}")
         return True
 
-    def ask(self, question: str) -> None:
-        """Ask, show the answer, and remember both; an answer that was refused leaves no trace."""
+    def ask(self, question: str) -> bool:
+        """Ask, show the answer, and remember both; a question that is refused leaves no trace. Whether it was
+        answered.
+        """
         self.history.append({"role": "user", "content": question})
         printer = _Printer(origin=self.options.origin and sys.stdout.isatty())
         try:
@@ -167,7 +180,7 @@ class _Chat:
         except RefusedError as error:
             self.history.pop()
             _note(f"refused: {error}")
-            return
+            return False
         finally:
             printer.finish()
         response = final["response"]
@@ -182,6 +195,7 @@ class _Chat:
             totals.add(response)
         ending = {"response.cancelled": ", stopped", "response.incomplete": ", cut at the limit"}
         _note(f"[{mine}, {self.options.mode}{ending.get(final['type'], '')}]")
+        return not response.get("error")
 
     def _answer(self, printer: _Printer) -> Event:
         events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
@@ -240,7 +254,8 @@ def chat(options: ChatOptions) -> int:
         except UnreachableError as error:
             raise UnreachableError(f"{error}; a service starts with: dspark-stream serve") from None
         try:
-            _talk(_Chat(options, thread, client))
+            if not _talk(_Chat(options, thread, client)):
+                return EXIT_REFUSED
         finally:
             with suppress(ClientError):
                 thread.call(client.close())
@@ -249,7 +264,10 @@ def chat(options: ChatOptions) -> int:
     return 0
 
 
-def _talk(session: _Chat) -> None:
+def _talk(session: _Chat) -> bool:
+    """Until its input ends; whether the one question, where there is one, was answered."""
+    if session.options.question:
+        return session.ask(session.options.question)
     hello = session.client.hello
     interactive = sys.stdin.isatty()
     if interactive:
@@ -262,13 +280,13 @@ def _talk(session: _Chat) -> None:
         except EOFError:
             if interactive:
                 _note("")  # the shell's prompt begins on a line of its own
-            return
+            return True
         except KeyboardInterrupt:
             _note("\n(/quit or Ctrl-D leaves)")
             continue
         if line.startswith("/"):
             if not session.command(line):
-                return
+                return True
         elif line:
             session.ask(line)
 

@@ -12,12 +12,14 @@ _EPILOG = """\
 commands in the chat:
   /plain, /dspark   decode the next answers one token a pass, or with speculation
   /new              forget the conversation
+  /system TEXT      the system message from now on
   /stats            figures of the session so far
   /quit             leave (so does Ctrl-D)
 Ctrl-C stops an answer, not the program.
 
 examples:
   dspark-stream chat
+  dspark-stream chat "Why is the sky blue?"
   dspark-stream chat --origin --seed 7 --temperature 0.8
   echo "Why is the sky blue?" | dspark-stream chat
   DSPARK_API_KEY=... dspark-stream chat --url wss://chat.example.org
@@ -27,6 +29,7 @@ examples:
 def add(into: common.Subparsers) -> None:
     """Add ``chat`` and its flags."""
     parser = common.add_command(into, "chat", run, "talk to a running service in the terminal", _EPILOG)
+    parser.add_argument("question", nargs="?", default="", help="one question; its answer, and no conversation")
     parser.add_argument(
         "--url", default="ws://127.0.0.1:8000", help="where the service is (default: ws://127.0.0.1:8000)"
     )
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     return talk(
         ChatOptions(
             url=args.url,
+            question=args.question,
             api_key=args.api_key,
             instructions=args.instructions,
             mode="plain" if args.plain else "dspark",
