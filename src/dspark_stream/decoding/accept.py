@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from dspark_stream.decoding.draft import Block, StreamView, acceptance_of
-from dspark_stream.decoding.lookup import LONGEST
 from dspark_stream.decoding.noise import RoundUniforms
 from dspark_stream.models.distributions import Distributions, Judged
 from dspark_stream.models.protocols import AdjustedBlock, Race, Verified
 from dspark_stream.types import Acceptance
 
+WIDE = 64
+"""Slots of the round whose uniforms looked-up drafts are judged by: no drafter's block is wider."""
 Outcome = Judged
 """One stream's round: x_1 … x_accepted stand, then ``bonus``."""
 
@@ -87,7 +88,7 @@ def rejection(
     draft_ids: Tensor | None,
 ) -> Outcome:
     """Block verification by this round's uniforms; what it does and why: `Distributions.judge`."""
-    uniforms = block.uniforms or RoundUniforms(stream.round_key, stream.position, 2 * LONGEST)
+    uniforms = block.uniforms or RoundUniforms(stream.round_key, stream.position, WIDE)
     if not length or block.q is None:
         return certain(p, first, block.tokens[:length], uniforms)
     return p.judge(

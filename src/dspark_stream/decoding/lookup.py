@@ -8,6 +8,7 @@ lossless under every verification.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,18 +36,20 @@ class Lookup:
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._places: dict[tuple[int, ...], list[int]] = {}
-        """Positions after every run of `LEAST` tokens, ascending, at most `PLACES`; of the last run not yet."""
+        self._latest: dict[int, int] = {}
+        """Position after the latest place of every run of `LEAST` tokens; of the last run not yet."""
+        self._earlier = array("i", [0] * LEAST)
+        """By such a position, the one after the place before it; 0: none. Numbers and no lists: a prompt has thousands
+        of them, and the collector of garbage would look through all."""
 
     def extend(self, tokens: Sequence[int]) -> None:
         """These were read or committed."""
         text = self._tokens
         for token in tokens:
-            if len(text) >= LEAST:
-                places = self._places.setdefault(tuple(text[-LEAST:]), [])
-                places.append(len(text))
-                if len(places) > PLACES:
-                    del places[0]
+            if (place := len(text)) >= LEAST:
+                run = _packed(text)
+                self._earlier.append(self._latest.get(run, 0))
+                self._latest[run] = place
             text.append(token)
 
     def find(self, most: int) -> Found | None:
@@ -57,7 +60,10 @@ class Lookup:
         text = self._tokens
         end = len(text)
         best, matched = 0, 0
-        for place in reversed(self._places.get(tuple(text[-LEAST:]), ())):
+        place = self._latest.get(_packed(text), 0) if end >= LEAST else 0
+        for _ in range(PLACES):
+            if not place:
+                break
             same, furthest = LEAST, min(COMPARED, place)
             while same < furthest and text[place - 1 - same] == text[end - 1 - same]:
                 same += 1
@@ -65,4 +71,11 @@ class Lookup:
                 best, matched = place, same
                 if same == COMPARED:
                     break
+            place = self._earlier[place]
         return Found(text[best : best + min(most, LONGEST)], matched) if matched else None
+
+
+def _packed(text: Sequence[int]) -> int:
+    """The last `LEAST` tokens as one number."""
+    a, b, c = text[-LEAST:]
+    return (a << 42) | (b << 21) | c

@@ -83,7 +83,10 @@ def _plan(models: Models, streams: Sequence[Stream], company: Company, slowest_m
     owed = sum(s.backlog.count for s, drafts in zip(streams, plan.drafting, strict=True) if drafts)
     ms = costs.round_cost(company, *plan.size).ms[0] + 1e-3 * costs.curve.feature_us * owed
     # where drafting alone would take too long, with nothing verified, nobody is drafted for
-    return plan if costs.pace * ms <= slowest_ms else plan._replace(drafting=[False] * len(streams))
+    if costs.pace * ms <= slowest_ms:
+        return plan
+    nobody = [False] * len(streams)
+    return plan._replace(drafting=nobody, promised=[0.0] * len(streams) if plan.promised else ())
 
 
 def _look_up(models: Models, streams: Sequence[Stream], plan: Plan) -> list[Found | None]:

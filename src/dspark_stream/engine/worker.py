@@ -382,8 +382,7 @@ class EngineThread:
             committed = work(streams)
         except Exception as error:
             log.exception("a pass for %d streams failed", len(streams))
-            if self._models.rounds is not None:
-                self._models.rounds.forget()
+            self._forget()
             kept = [s for s, mark in zip(streams, marks, strict=True) if s.rewind(mark)]
             self._fail([s for s in streams if s not in kept], error)
             if len(streams) == 1:
@@ -395,10 +394,16 @@ class EngineThread:
                 half = (len(kept) + 1) // 2
                 for some in filter(None, (kept[:half], kept[half:])):
                     self._attempt(some, work)
+                    self._forget()  # or the other half would be given, and blamed for, this one's next round
             return
         self._publish(committed)
         if committed and all(done.error is not None for done in committed):
             self._doubted()
+
+    def _forget(self) -> None:
+        """Captured rounds that are under way are for nobody; what they would have done is done again."""
+        if self._models.rounds is not None:
+            self._models.rounds.forget()
 
     def _doubted(self) -> bool:
         """Something failed: whether it may be the engine."""
@@ -418,7 +423,7 @@ class EngineThread:
         if works:
             self._doubts, self._next_look, self._sound_until = 0, float("inf"), now + LOOK_AGAIN_S
         else:
-            self._doubts += works is False
+            self._doubts = self._doubts + 1 if works is False else 0  # without room nothing is known
             self._next_look = now + LOOK_AGAIN_S
 
     @torch.inference_mode()
@@ -431,6 +436,7 @@ class EngineThread:
         extent = self._allocator.allocate(stream.slots_needed)
         if extent is None:
             return None
+        self._forget()  # others' rounds are not to be read here
         try:
             stream.admitted(extent)
             reason = None
@@ -446,8 +452,7 @@ class EngineThread:
             return False
         finally:
             stream.phase = Phase.DONE
-            if self._models.rounds is not None:
-                self._models.rounds.forget()
+            self._forget()
             self._allocator.free(extent)
 
     # --- the next pass -------------------------------------------------------------------------------------

@@ -34,4 +34,6 @@ class Dense(Distributions):
 
     def draw_rest(self, row: int, uniform: float, share: float, q: Tensor, draft_ids: Tensor | None) -> int:
         """See `Distributions.draw_rest`."""
-        return draw(residual(self._rows[row], share, q, draft_ids), uniform)
+        device = self._rows.device
+        ids = None if draft_ids is None else draft_ids.to(device)
+        return draw(residual(self._rows[row], share, q.to(device), ids), uniform)
