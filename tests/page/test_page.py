@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ async def figures(answer: Locator) -> dict[str, str]:
 
 
 # --- the chat ---------------------------------------------------------------------------------------------------
+
+
+async def until(page: Page, expression: str) -> None:
+    """It holds. Asked from outside: what a page polls itself, its security policy takes for code from a string."""
+    async with asyncio.timeout(10):
+        while not await page.evaluate(expression):
+            await asyncio.sleep(0.02)
 
 
 async def test_an_answer_streams_and_accepted_runs_are_marked(site: Site) -> None:
@@ -178,7 +186,7 @@ async def test_text_shows_while_it_streams_and_what_stands_is_not_touched_again(
     answer = await ask(page, "A long one")
     first = answer.locator("mark").first
     await first.wait_for()
-    await page.wait_for_function("document.querySelectorAll('.prose > p').length > 1")  # the first block is settled
+    await until(page, "document.querySelectorAll('.prose > p').length > 1")  # the first block is settled
     await first.evaluate("e => { window.first = e }")
     assert await answer.get_attribute("aria-busy") == "true"
     await ended(page)
@@ -476,7 +484,7 @@ async def test_race_same_text(launch: Launch) -> None:
     await expect(line.locator(".headline")).to_have_text("Both, from the same start.")
     width = "e => parseFloat(e.getAttribute('width'))"
     values = page.locator(".lanes .track .value")
-    await page.wait_for_function("parseFloat(document.querySelectorAll('.track .value')[1].getAttribute('width')) > 30")
+    await until(page, "parseFloat(document.querySelectorAll('.track .value')[1].getAttribute('width')) > 30")
     plain_at, dspark_at = await values.evaluate_all(f"bars => bars.map({width})")
     assert plain_at < dspark_at
     await expect(page.locator(".lane[data-done]")).to_have_count(1)

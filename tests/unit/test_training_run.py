@@ -419,7 +419,7 @@ def test_the_command_says_what_is_wrong(target_folder, run_folder, tmp_path, cap
         return capsys.readouterr().err
 
     assert "follow_ups 2.0" in refused("--steps", "1", "--follow-ups", "2")
-    assert "--steps or --minutes" in refused("--answers", "a.jsonl")
+    assert "--minutes or --steps" in refused("--answers", "a.jsonl")
     assert "a.jsonl" in refused("--answers", str(tmp_path / "a.jsonl"), "--steps", "1")
     given = ["--answers", str(run_folder / "answers.jsonl"), "--steps", "1"]
     other = str(run_folder)
