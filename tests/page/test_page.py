@@ -69,7 +69,7 @@ async def figures(answer: Locator) -> dict[str, str]:
 async def until(page: Page, expression: str) -> None:
     """It holds. Asked from outside: what a page polls itself, its security policy takes for code from a string."""
     async with asyncio.timeout(10):
-        while not await page.evaluate(expression):
+        while not await page.evaluate(expression):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
