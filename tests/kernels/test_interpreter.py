@@ -16,7 +16,7 @@ import pytest
 OPERATIONS = Path(__file__).parent / "operations"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed here (it is on Linux, x86-64)")
 def test_kernels_agree_with_their_references():
     """Guards against kernels that are only ever run where there is a GPU."""
