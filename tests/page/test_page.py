@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -992,37 +993,36 @@ PROSE = [
     *(f"- **item {i}**\n" if i % 4 == 3 else f"part{i} " for i in range(40)), "\n",
     "```python\n", *(f"value_{i} = " if i % 2 else f"call({i})  # {i}\n" for i in range(98)), "```\n\n",
 ]  # fmt: skip
-FRAMES = """() => { window.gaps = []; let last = performance.now();
-  const tick = now => { gaps.push(now - last); last = now; window.frames_on = requestAnimationFrame(tick) };
-  requestAnimationFrame(tick);
-  window.tasks = []; new PerformanceObserver(list => tasks.push(...list.getEntries().map(e => Math.round(e.duration))))
-    .observe({ type: "longtask" }) }"""
+
+
+def longest_task_ms(trace: bytes) -> float:
+    """Of all that the page's process did in one go, the most that a core had to do for it, four times excepted: whoever
+    else computes on the machine makes a task late, but hardly longer.
+    """
+    events = json.loads(trace)["traceEvents"]
+    pages = {e["pid"] for e in events if e["name"] == "thread_name" and e["args"]["name"] == "CrRendererMain"}
+    tasks = [e["tdur"] / 1000 for e in events if e["pid"] in pages and e["name"].endswith("RunTask") and "tdur" in e]
+    assert len(tasks) > 1000
+    return sorted(tasks)[-5]
 
 
 async def test_a_long_answer_does_not_slow_the_page(launch: Launch) -> None:
     """Work that grows with the answer: 4,000 tokens at 300 a second never keep the page busy for long.
 
-    The aim is 50 ms at a time; on two cores shared with the server it is missed by a few.
+    The aim is 50 ms at a time; on cores that are shared it is missed by a few.
     """
     tokens = (PROSE * 21)[:4000]
     engine = FakeEngine(Script(tokens=tokens, rounds=(3,)), step_s=0.0095, info=model_info(max_model_len=8192))
-    page = await (await launch(engine)).connected()
+    site = await launch(engine)
+    page = await site.connected()
     await setting(page, "max_output_tokens", "4000")
     await page.locator("#settings-toggle").click()
-    for _ in range(2):  # others work on this machine too: what is the page's own fault is there both times
-        await page.evaluate(FRAMES)
-        await ask(page, "Long")
-        await expect(page.locator("#send")).to_be_visible(timeout=40_000)
-        await expect(page.locator("#turns .answer")).to_have_attribute("data-status", "completed")
-        assert await page.locator("#turns mark").count() > 1300
-        busy, worst = await page.evaluate("[Math.max(0, ...tasks), Math.max(...gaps)]")
-        if busy <= 50 and worst < 100:
-            break
-        await page.locator("#new-chat").click()
-        await page.reload()
-        await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
-    assert busy < 100
-    assert worst < 150  # frames are drawn by other processes, which share the cores too
+    await site.browser.start_tracing(page=page, categories=["toplevel"])
+    await ask(page, "Long")
+    await expect(page.locator("#send")).to_be_visible(timeout=60_000)
+    await expect(page.locator("#turns .answer")).to_have_attribute("data-status", "completed")
+    assert await page.locator("#turns mark").count() > 1300
+    assert longest_task_ms(await site.browser.stop_tracing()) < 100
 
 
 AXE = Path(__file__).parent / "vendor" / "axe-core-4.14.1" / "axe.min.js"
