@@ -19,11 +19,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 LONGEST = (
     "tests/kernels/test_cpu.py::test_the_sanitizers_find_nothing",
     "tests/page/test_page.py",
-    "tests/engine/test_real_model.py",
-    "tests/unit/test_training_run.py",
     "tests/kernels/test_interpreter.py",
+    "tests/engine/test_real_model.py",
+    "tests/unit/test_bench_gpu.py",
+    "tests/kernels/test_compiles.py",
+    "tests/unit/test_training_run.py",
+    "tests/engine/test_gpu_round.py",
 )
-"""What takes a minute and more; workers that run side by side begin with these, so that none is left with one."""
+"""What takes most of a minute or more: workers begin with these, so that none is left with one at the end."""
 
 
 def part_of(nodeid: str) -> str:
@@ -45,7 +48,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):  # in one process the order is the files'
         places = {part: place for place, part in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(part_of(item.nodeid), len(places)))
 
