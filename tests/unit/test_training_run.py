@@ -166,7 +166,6 @@ def test_a_killed_run_ends_at_the_same_weights(target_folder, run_folder, tmp_pa
     assert not same(weights(whole), weights(other))
 
 
-@pytest.mark.timeout(600)
 def test_a_process_that_is_killed_outright_ends_at_the_same_weights(target_folder, run_folder, tmp_path):
     """The command itself, ended by SIGKILL while it trains and given again."""
     answers = ["--answers", str(run_folder / "answers.jsonl"), "--steps", "60", "--checkpoint-minutes", "0.0001"]
