@@ -1,5 +1,6 @@
 """The command line: what it reads, what it prints where, and how it exits."""
 
+import io
 import json
 import os
 import signal
@@ -22,6 +23,11 @@ from dspark_stream.types import RecommendedSampling
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 
 SEVEN_WORDS = Script(tokens=tuple(f"w{i} " for i in range(7)), rounds=(3, 1))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture
@@ -57,8 +63,12 @@ def write_prompts(path: Path, count: int) -> Path:
     [
         ([], ["COMMAND"]),
         (["sing"], ["sing"]),
-        (["generate"], ["--prompt", "--input-ids"]),
+        (["generate"], ["--prompt", "--input-ids", "stdin"]),
+        (["generate", ""], ["empty", "--prompt"]),
+        (["generate", "a", "--prompt", "b"], ["--prompt", "PROMPT"]),
+        (["generate", "a", "--input-ids", "1"], ["--input-ids", "PROMPT"]),
         (["generate", "--prompt", "a", "--input-ids", "1"], ["--input-ids", "--prompt"]),
+        (["generate", "a", "--color", "red"], ["--color", "auto", "always", "never"]),
         (["generate", "--prompt", "a", "--temp", "1"], ["--temp"]),
         (["generate", "--prompt", "a", "--temperature", "nan"], ["--temperature", "nan", "0 to 2"]),
         (["generate", "--prompt", "a", "--temperature", "-1"], ["--temperature", "-1"]),
@@ -80,7 +90,8 @@ def write_prompts(path: Path, count: int) -> Path:
         (["serve", "--allow-control-tokens", "qwen3-0.6b"], ["--allow-control-tokens", "'qwen3-0.6b'", "on, off"]),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(argv, words, loaded, capsys):
+def test_a_mistake_is_one_line_and_code_2(argv, words, loaded, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Terminal())
     try:
         code = main(argv)
     except SystemExit as stopped:
@@ -152,11 +163,40 @@ def test_help_is_there_and_instant(command):
 
 
 def test_generate_prints_text_on_stdout_and_figures_on_stderr(loaded, capsys):
-    assert main(["generate", "--prompt", "hello"]) == 0
+    assert main(["generate", "hello"]) == 0
     said = capsys.readouterr()
     assert said.out == "w0 w1 w2 w3 w4 w5 w6 \n"
-    assert "7 tokens in 3 rounds" in said.err
-    assert "ended by stop" in said.err
+    assert said.err == "[57 % of 7 tokens guessed ahead, 2.33 tokens a round, 3000.0 tokens a second]\n"
+    assert main(["generate", "hello", "--max-tokens", "2"]) == 0
+    assert ", cut by --max-tokens]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["generate"], ["generate", "-"], ["generate", "--prompt", "-"]])
+def test_generate_reads_a_pipe(argv, loaded, monkeypatch, capsys):
+    engine, tokenizer = FakeEngine(SEVEN_WORDS), FakeTokenizer()
+    monkeypatch.setattr(common, "load", lambda *_, **__: (engine, tokenizer))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    assert main(argv) == 0
+    assert tokenizer.chats == [[("user", "two\nlines")]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(argv) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+
+
+def test_generate_reads_nothing_that_it_needs_not(loaded, monkeypatch, capsys):
+    """Guards against a script that hangs on a stdin which nobody closes."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", "hello"]) == 0
+    assert main(["generate", "--input-ids", "1"]) == 0
+
+
+def test_generate_tints_what_was_guessed_ahead(loaded, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "vt100")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    assert main(["generate", "hello", "--color", "always"]) == 0
+    assert capsys.readouterr().out.startswith("\x1b[4mw0 w1 \x1b[0mw2 w3 \x1b[4mw4 w5 \x1b[0mw6 ")
+    assert main(["generate", "hello"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_generate_json_is_one_object_with_these_fields(loaded, capsys):

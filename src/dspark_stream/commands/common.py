@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO, TypeAlias, TypeVar
 
 from dspark_stream import __version__
+from dspark_stream.console import COLOURS
 from dspark_stream.errors import ConfigError
 from dspark_stream.stopping import stoppable
 from dspark_stream.types import MAX_SEED, MAX_TEMPERATURE, RecommendedSampling, SamplingParams
@@ -77,6 +78,16 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
         return value
 
     return read
+
+
+def add_colour(parser: argparse.ArgumentParser) -> None:
+    """Add whether an answer is tinted."""
+    parser.add_argument(
+        "--color",
+        choices=COLOURS,
+        default="auto",
+        help="tint what was guessed ahead and accepted; auto: on a terminal without NO_COLOR (default: auto)",
+    )
 
 
 def add_decoding(parser: argparse.ArgumentParser, max_tokens: int, *, recommended: bool = False) -> None:
