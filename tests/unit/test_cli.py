@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from dspark_stream.commands import common, serve
 from dspark_stream.commands.program import main
 from dspark_stream.config import Config
 from dspark_stream.decoding.calibration import load_calibration
-from dspark_stream.errors import InternalError, ModelLoadError
+from dspark_stream.errors import ConfigError, InternalError, ModelLoadError
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.models.names import MODELS
 from dspark_stream.types import RecommendedSampling
@@ -80,7 +81,11 @@ def write_prompts(path: Path, count: int) -> Path:
         (["generate", "--input-ids", ","], ["--input-ids"]),
         (["generate", "--prompt", "a", "--schedule", "often"], ["--schedule", "often"]),
         (["eval"], ["--prompts"]),
-        (["eval", "--prompts", "/no/such.jsonl"], ["/no/such.jsonl", "No such file"]),
+        (["eval", "--prompts", "/no/such.jsonl"], ["/no/such.jsonl", "No such file", "--prompts"]),
+        (["profile", "--plot", "curve.jpeg"], ["--plot", "curve.jpeg", ".svg, .png"]),
+        (["train"], ["--minutes", "--steps", "dspark-stream train --target MODEL --minutes 60"]),
+        (["train", "--minutes", "1", "--layers", "99"], ["--layers", "99", "1 … 32"]),
+        (["train", "--minutes", "-1"], ["--minutes", "-1"]),
         (["serve", "a", "--model", "b"], ["'a'", "'b'"]),
         (["serve", "--port", "x"], ["--port", "'x'"]),
         (["serve", "--host", "0.0.0.0"], ["0.0.0.0", "key"]),
@@ -128,6 +133,23 @@ def test_a_port_that_is_taken_is_told_before_loading(loaded, capsys):
         assert main(["serve", "--port", port]) == 2
     assert f"port {port}: Address already in use" in capsys.readouterr().err
     assert loaded == []
+
+
+def test_an_error_names_the_flag_that_mends_it(loaded, monkeypatch, capsys):
+    """Guards against a message in the words of whoever raised it, who knows the setting and no command line."""
+    told = [
+        (ConfigError("kv_memory of 1 MiB is too little", param="kv_memory"), " (--kv-memory)"),
+        (ModelLoadError("there is none; see --model", param="model"), ""),
+        (ConfigError("of no flag", param="architectures"), ""),
+    ]
+    for error, flag in told:
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(common, "load", fail)
+        assert main(["generate", "a"]) == 2
+        assert capsys.readouterr().err == f"dspark-stream: error: {error}{flag}\n"
 
 
 @pytest.mark.parametrize(("error", "code"), [(ModelLoadError("broken"), 2), (InternalError("ours"), 1)])
@@ -327,10 +349,16 @@ def test_profile_prints_what_rounds_cost_and_draws_it(loaded, monkeypatch, tmp_p
     assert main(["profile", "--again", "--plot", str(picture)]) == 0
     assert "5.25" in capsys.readouterr().out  # a plain round
     assert picture.read_text().startswith("<svg")
+    if find_spec("PIL") is not None:
+        assert main(["profile", "--plot", str(picture.with_suffix(".PNG"))]) == 0
+        assert picture.with_suffix(".PNG").read_bytes().startswith(b"\x89PNG")
+        asked.pop()
+        capsys.readouterr()
     assert main(["profile", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verify_ms"] == [5.0, 8.0]
     assert asked == [True, False]
-    assert main(["profile", "--plot", str(tmp_path)]) == 2  # a folder
+    (tmp_path / "folder.svg").mkdir()
+    assert main(["profile", "--plot", str(tmp_path / "folder.svg")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 

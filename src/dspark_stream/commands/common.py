@@ -202,7 +202,7 @@ def quiet(args: argparse.Namespace) -> bool:
     return bool(args.json) and not sys.stderr.isatty()
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a result to ``path``, whose folders are made.
 
     Raises:
@@ -210,6 +210,6 @@ def write(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
