@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -14,6 +16,7 @@ from dspark_stream.server.settings import ServerConfig
 from fakes import FakeEngine, Script
 from wire.harness import Launch, Running, eventually
 
+DASHBOARD = Path(__file__).resolve().parents[2] / "deploy" / "grafana" / "dashboards" / "dspark-stream.json"
 SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)\{(?P<labels>.*)\} (?P<value>\S+)")
 LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"(?:,|$)')
 SUFFIXES = {"gauge": {""}, "counter": {"_total"}, "histogram": {"_bucket", "_sum", "_count"}}
@@ -181,6 +184,28 @@ async def test_a_client_that_leaves_is_one(running: Running) -> None:
     metrics = running.server.service.metrics
     await eventually(lambda: sum(metrics.http.values()) == 1)
     assert metrics.http == {("POST", "/v1/responses", 499): 1}
+
+
+async def test_the_dashboard_asks_for_what_is_there(running: Running) -> None:
+    """Guards against a panel that stays empty: a metric, or a label of one, that the service does not have."""
+    async with running.http() as http:
+        for body in ({"input": "x"}, {"input": ""}):
+            async with http.post("/v1/responses", json=body) as answer:
+                await answer.read()
+    found = samples(await page(running), open_metrics=False)
+    labels: dict[str, set[str]] = {}
+    for name, pairs in found:
+        labels.setdefault(name, set()).update(dict(pairs))
+    dashboard = json.loads(DASHBOARD.read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked += [variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    for query in asked:
+        names = re.findall(r"\bdspark:\w+", query)
+        assert names
+        assert set(names) <= set(labels), query
+        for by in re.findall(r"\bby \((\w+)\)", query):
+            assert any(by in labels[name] for name in names), query
+        assert "model_name" in query  # what a board of several services is sorted by
 
 
 # --- who may read it --------------------------------------------------------------------------------------------
