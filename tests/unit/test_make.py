@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("setup", "serve", "test", "test-all", "style", "types", "bench", "abuse", "soak", "clean", "help")
+TARGETS = ("setup", "serve", "test", "test-all", "style", "types", "docs", "bench", "abuse", "soak", "clean", "help")
 
 
 @pytest.fixture
