@@ -126,6 +126,7 @@ async def test_a_piped_chat_puts_answers_on_stdout_alone(running: Running, monke
     assert said.out == f"{TEXT}\n" * 3
     assert "[50 % of 10 tokens guessed ahead, 2.00 tokens a round, 4500.0 tokens a second]" in said.err
     assert "plain: 1 answer, " in said.err
+    assert "over these answers dspark was 1.00 × as fast as plain" in said.err
     assert "/nonsense is no command" in said.err
     assert "/quit" in said.err
     assert "\x1b" not in said.out + said.err

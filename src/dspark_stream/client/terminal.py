@@ -133,10 +133,7 @@ class _Chat:
             case "/save" | "/save!":
                 self.note(self._save(rest, replace=word == "/save!"))
             case "/stats":
-                for mode, totals in self.totals.items():
-                    self.note(f"{mode}: {totals.answers} answer{'' if totals.answers == 1 else 's'}, {totals.words()}")
-                if not self.totals:
-                    self.note("no answers yet")
+                self.note(words.stats(self.totals))
             case "/system":
                 self.options.instructions = rest
                 self.note("the system message is " + (repr(rest) if rest else "none"))

@@ -76,9 +76,25 @@ class Figures:
             parts.append(f"{1 + self.accepted / self.rounds:.2f} tokens a round")
         else:
             parts = [f"{tokens}, {why_none}" if why_none and self.rounds else tokens]
-        if self.decode_ms > 0 and self.timed_tokens:
-            parts.append(f"{1000 * self.timed_tokens / self.decode_ms:.1f} tokens a second")
+        if self.tokens_per_s is not None:
+            parts.append(f"{self.tokens_per_s:.1f} tokens a second")
         return ", ".join(parts)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """While decoding; None where nothing was timed."""
+        return 1000 * self.timed_tokens / self.decode_ms if self.decode_ms > 0 and self.timed_tokens else None
+
+
+def stats(totals: Mapping[str, Figures]) -> str:
+    """The figures of a session, by mode; and of both modes against each other, where both were asked."""
+    if not totals:
+        return "no answers yet"
+    lines = [f"{mode}: {f.answers} answer{'' if f.answers == 1 else 's'}, {f.words()}" for mode, f in totals.items()]
+    speeds = [totals[mode].tokens_per_s if mode in totals else None for mode in ("dspark", "plain")]
+    if speeds[0] and speeds[1]:
+        lines.append(f"over these answers dspark was {speeds[0] / speeds[1]:.2f} × as fast as plain")
+    return "\n".join(lines)
 
 
 def why_none(mode: str, gamma: int, schedule: str) -> str:
