@@ -440,6 +440,5 @@ page.intro.hidden = conversation.turns.length > 0;
 applyView();
 digest();
 connection.open();
-loadColours().then(() => chat.views.forEach((view) => view.text.repaint()),
-  () => toast("The colours for code could not be loaded; code is shown without."));
+loadColours(() => toast("The colours for code could not be loaded; code is shown without."));
 page.question.focus();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -419,7 +420,27 @@ async def test_a_model_cannot_inject_anything(launch: Launch) -> None:
     assert all(href is None or href.startswith("https://") for href in links)
 
     assert await page.evaluate("window.pwned") is None
-    assert asked == []
+    assert [url for url in asked if "/code-worker.js" not in url and "/vendor/" not in url] == []
+
+
+GROW = r"""async ([text, runs, step]) => {
+  const { GrowingMarkdown, render } = await import("/markdown.js");
+  const root = document.createElement("div"), at_once = document.createElement("div");
+  const growing = new GrowingMarkdown(root);
+  for (let i = runs.length ? 11 : step; i < text.length + step; i += step) {  // no run is cut
+    growing.update(text.slice(0, i), runs.filter(run => run.end <= i));
+  }
+  if (runs.length) growing.finish(text, runs);
+  at_once.append(render(text, 0, text.length, runs));
+  const rounds = e => { const said = {};
+    for (const m of e.querySelectorAll("mark"))
+      said[m.dataset.round] = (said[m.dataset.round] ?? "") + m.textContent.replace(/\s/g, "");
+    return JSON.stringify(said) };
+  const lines = e => { const marks = rounds(e);
+    for (const m of e.querySelectorAll("mark")) m.replaceWith(...m.childNodes);
+    return e.innerHTML.replace(/\n+/g, "\n").trim() + marks };
+  return [lines(root), lines(at_once)];
+}"""
 
 
 async def test_growing_markdown_ends_like_markdown_rendered_at_once(site: Site) -> None:
@@ -430,19 +451,43 @@ async def test_growing_markdown_ends_like_markdown_rendered_at_once(site: Site) 
         + "\n1. one\n\n   still one\n2. two\n   - deep\n\n"
         + "3. three\n\n```py\nx = 1\n\n```\n\n4. four\n\nend\n===\n\n> quote\nlazy\n\nlast *words"
     )
-    growing, whole = await page.evaluate(
-        """async text => {
-          const { GrowingMarkdown, render } = await import("/markdown.js");
-          const root = document.createElement("div"), at_once = document.createElement("div");
-          const growing = new GrowingMarkdown(root);
-          for (let i = 1; i <= text.length; i++) growing.update(text.slice(0, i));
-          at_once.append(render(text));
-          const lines = e => e.innerHTML.replace(/\\n+/g, "\\n").trim();
-          return [lines(root), lines(at_once)];
-        }""",
-        text,
+    long = "".join(
+        [
+            *(f"{i}. **item** {i} of a tight list, long enough to be settled item by item\n" for i in range(1, 40)),
+            "\nSome words.\n\n",
+            *(f"* item {i} of a loose list\n\n  - with `code`\n\n  ~~~sh\n  ls\n  ~~~\n\n" for i in range(30)),
+            "Some words.\n\n````md\n",
+            *(f"- line {i} of a program\n```\n{i}\n```\n``\n`x`\n\n" for i in range(20)),
+            "````\n\n~~~\nopen\n``",
+        ]
     )
-    assert growing == whole
+    runs = [{"start": at, "end": at + 9, "round": at // 12} for at in range(2, len(long) - 9, 12)]
+    for said, step in [(text, 1), (long, 12), (long, 84)]:
+        growing, whole = await page.evaluate(GROW, [said, runs if said is long else [], step])
+        assert growing == whole
+
+
+async def test_code_is_copied_as_it_was_written(launch: Launch) -> None:
+    """Line breaks that the pieces of a long program add or take, in the clipboard or in a selection."""
+    lines = [f'line_{i} = """\n\n{i} < 2 & 3"""\n' for i in range(50)]
+    page = await (await launch(Script(tokens=["```py\n", *lines, "```\n"], rounds=(4, 1, 2)))).connected()
+    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    answer = await ask(page, "Code")
+    await ended(page)
+    program = "".join(lines)
+    await expect(answer.locator(".lines")).to_have_count(7)
+    await expect(answer.locator(".lines").last.locator(".hljs-string")).not_to_have_count(0)
+    selected = await answer.evaluate(
+        "a => { getSelection().selectAllChildren(a.querySelector('pre')); return getSelection().toString() }"
+    )
+    assert selected == program.removesuffix("\n")
+    await answer.get_by_role("button", name="Copy the code").click()
+    await expect(answer.get_by_role("button", name="Copy the code")).to_have_text("Copied")
+    assert await page.evaluate("navigator.clipboard.readText()") == program
+    marked = "".join(await answer.locator("pre mark").all_text_contents())
+    assert (
+        marked.count("line_") == 29
+    )  # of rounds of 4, 1 and 2 tokens all but each last, of which the first is a fence
 
 
 # --- the race -------------------------------------------------------------------------------------------------------
@@ -987,42 +1032,54 @@ async def test_the_page_follows_the_text_only_for_a_reader_at_its_end(launch: La
     await ended(page)
 
 
+PARAGRAPH = [*(f"word{i}{'. ' if i % 12 == 11 else ' '}" for i in range(59)), "end.\n\n"]
 PROSE = [
-    *(f"word{i}{'. ' if i % 12 == 11 else ' '}" for i in range(59)), "end.\n\n",
-    *(f"- **item {i}**\n" if i % 4 == 3 else f"part{i} " for i in range(40)), "\n",
-    "```python\n", *(f"value_{i} = " if i % 2 else f"call({i})  # {i}\n" for i in range(98)), "```\n\n",
+    *PARAGRAPH * 2,
+    *(f"- **item {i // 10}**: " if i % 10 == 0 else "on\n" if i % 10 == 9 else f"part{i} " for i in range(1000)), "\n",
+    *PARAGRAPH,
+    "```python\n", *(f"f({i})  # {i}\n" if i % 2 else f"`{i}` = " if i % 50 < 1 else f"v{i} = " for i in range(2700)),
+    "```\n\n",
+    *PARAGRAPH * 2,
 ]  # fmt: skip
 FRAMES = """() => { window.gaps = []; let last = performance.now();
-  const tick = now => { gaps.push(now - last); last = now; window.frames_on = requestAnimationFrame(tick) };
-  requestAnimationFrame(tick);
-  window.tasks = []; new PerformanceObserver(list => tasks.push(...list.getEntries().map(e => Math.round(e.duration))))
-    .observe({ type: "longtask" }) }"""
+  const tick = now => { gaps.push(now - last); last = now; requestAnimationFrame(tick) };
+  requestAnimationFrame(tick) }"""
+# Not by polling the page, which would be work of its own.
+ANSWERED = """() => new Promise(done => { const stop = document.getElementById("stop");
+  const look = () => document.querySelector("#turns .answer[data-status]") && done(gaps);
+  new MutationObserver(look).observe(stop, { attributes: true }); look() })"""
+
+
+def longest_task_ms(trace: bytes) -> float:
+    """Of a page's main thread, in time of the processor: what others on the machine do is not the page's."""
+    events = json.loads(trace)["traceEvents"]
+    mains = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name" and "RendererMain" in e["args"]["name"]}
+    tasks = [e["tdur"] / 1000 for e in events if (e["pid"], e["tid"]) in mains and "tdur" in e]
+    assert len(tasks) > 1000  # else it was not the page that was traced
+    return max(tasks)
 
 
 async def test_a_long_answer_does_not_slow_the_page(launch: Launch) -> None:
-    """Work that grows with the answer: 4,000 tokens at 300 a second never keep the page busy for long.
+    """Work that grows with the answer: 4,000 tokens at 300 a second never keep the page busy for 50 ms at once.
 
-    The aim is 50 ms at a time; on two cores shared with the server it is missed by a few.
+    Prose, a list of a thousand tokens and a program of 2,700. 50 ms of a shared machine are 30 ms of its processor.
     """
-    tokens = (PROSE * 21)[:4000]
+    tokens = PROSE[:4000]
     engine = FakeEngine(Script(tokens=tokens, rounds=(3,)), step_s=0.0095, info=model_info(max_model_len=8192))
     page = await (await launch(engine)).connected()
+    browser = page.context.browser
+    assert browser is not None
     await setting(page, "max_output_tokens", "4000")
     await page.locator("#settings-toggle").click()
-    for _ in range(2):  # others work on this machine too: what is the page's own fault is there both times
-        await page.evaluate(FRAMES)
-        await ask(page, "Long")
-        await expect(page.locator("#send")).to_be_visible(timeout=40_000)
-        await expect(page.locator("#turns .answer")).to_have_attribute("data-status", "completed")
-        assert await page.locator("#turns mark").count() > 1300
-        busy, worst = await page.evaluate("[Math.max(0, ...tasks), Math.max(...gaps)]")
-        if busy <= 50 and worst < 100:
-            break
-        await page.locator("#new-chat").click()
-        await page.reload()
-        await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
-    assert busy < 100
-    assert worst < 150  # frames are drawn by other processes, which share the cores too
+    await page.evaluate(FRAMES)
+    await browser.start_tracing(page=page, categories=["toplevel"])
+    await ask(page, "Long")
+    gaps = await page.evaluate(ANSWERED)
+    assert longest_task_ms(await browser.stop_tracing()) < 30
+    await expect(page.locator("#turns .answer")).to_have_attribute("data-status", "completed")
+    assert await page.locator("#turns mark").count() > 1300
+    # Frames are drawn by other processes, which share the cores with the server and with others' work.
+    assert sum(gap > 50 for gap in gaps) < len(gaps) / 20
 
 
 AXE = Path(__file__).parent / "vendor" / "axe-core-4.14.1" / "axe.min.js"
