@@ -54,6 +54,21 @@ const marked = new Marked({
   },
 });
 
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
+
+/**
+ * Bold text and code that the last line has begun are ended, so that their signs do not show until the end has come.
+ * @param {string} source
+ */
+function closed(source) {
+  const said = source.trimEnd();
+  const line = said.slice(said.lastIndexOf("\n") + 1);
+  if ((line.match(/`/g)?.length ?? 0) % 2 > 0) return /[^`]$/.test(said) ? `${said}\`` : source;
+  const bold = /(?:^|[\s(>|])\*\*(?=[^\s*])((?:(?!\*\*).)*)$/.exec(line.replace(/`[^`]*`/g, "``"));
+  if (!bold) return source;
+  return bold[1].endsWith("*") ? `${said}*` : `${said}**`;
+}
+
 /** A last block longer than this is no longer rendered anew: what comes is appended to it until it ends. */
 const LONG = 1000;
 
@@ -62,12 +77,13 @@ const LONG = 1000;
  * @param {number} [from]
  * @param {number} [to]
  * @param {Run[]} [runs]
- * @param {{open?: boolean, loose?: boolean}} [how] `open`: the last block is still being written; `loose`: it begins in
- *   the middle of a list whose items are paragraphs
+ * @param {{open?: boolean, loose?: boolean, growing?: boolean}} [how] `growing`: more is to come; `open`: the last block
+ *   is code whose end is to come; `loose`: the text begins in the middle of a list whose items are paragraphs
  * @returns {DocumentFragment}
  */
-export function render(text, from = 0, to = text.length, runs = [], { open = false, loose = false } = {}) {
-  const tokens = marked.lexer(text.slice(from, to));
+export function render(text, from = 0, to = text.length, runs = [], { open = false, loose = false, growing = false } = {}) {
+  const source = text.slice(from, to);
+  const tokens = marked.lexer(growing && !open ? closed(source) : source);
   if (loose && tokens[0]?.type === "list") {
     for (const token of tokens[0].items.flatMap((/** @type {any} */ item) => item.tokens)) {
       if (token.type === "text") token.type = "paragraph";
@@ -77,6 +93,9 @@ export function render(text, from = 0, to = text.length, runs = [], { open = fal
   const root = /** @type {DocumentFragment} */ (/** @type {unknown} */ (DOMPurify.sanitize(html, ALLOWED)));
   const codes = /** @type {HTMLElement[]} */ ([...root.querySelectorAll("pre > code")]);
   mark(root, text, from, to, runs);
+  if (RIGHT_TO_LEFT.test(source)) {
+    for (const block of root.children) block.setAttribute("dir", "auto");
+  }
   codes.forEach((code, i) => { // last: what it adds is not the model's
     const language = code.className.replace("language-", "").toLowerCase();
     code.removeAttribute("class");
@@ -145,7 +164,7 @@ export class GrowingMarkdown {
       this.#list = null;
     }
     this.#settleItems(text, tokens[last], runs);
-    this.#replaceTail(text, text.length, runs, isOpen(tokens[last]));
+    this.#replaceTail(text, text.length, runs, isOpen(tokens[last]), true);
     this.#grow(text, tokens[last]);
   }
 
@@ -240,11 +259,12 @@ export class GrowingMarkdown {
    * @param {number} to
    * @param {Run[]} runs
    * @param {boolean} open
+   * @param {boolean} [growing]
    */
-  #replaceTail(text, to, runs, open) {
+  #replaceTail(text, to, runs, open, growing = false) {
     for (const node of this.#tail) node.remove();
     const list = this.#list;
-    const fragment = render(text, this.#settled, to, runs, { open, loose: list?.loose });
+    const fragment = render(text, this.#settled, to, runs, { open, loose: list?.loose, growing });
     const more = list && fragment.firstElementChild?.localName === list.into.localName ? fragment.firstElementChild : null;
     this.#tail = more ? [...more.childNodes, ...fragment.childNodes].filter((node) => node !== more) : [...fragment.childNodes];
     if (more) {

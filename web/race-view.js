@@ -81,7 +81,7 @@ export class RaceView {
     this.detail = h("p", { class: "detail" });
     this.again = h("button", { type: "button", class: "quiet", disabled: true, onclick: () => this.replay() }, "Play again");
     this.verdict = h("div", { class: "race-line" }, this.title, this.detail);
-    root.replaceChildren(h("p", { class: "race-question" }, question), this.verdict,
+    root.replaceChildren(h("p", { class: "race-question", dir: "auto" }, question), this.verdict,
       h("div", { class: "lanes" }, this.lanes.plain.element, this.lanes.dspark.element),
       h("p", { class: "how" }, h("span", {}, how.join(" ")), this.again));
   }

@@ -35,6 +35,8 @@ export class Connection {
   #attempt = 0;
   #timer = 0;
   #asked = 0;
+  /** @type {string|undefined} */
+  #why;
   /** @type {string|null} */
   #key;
 
@@ -133,7 +135,8 @@ export class Connection {
     }
     const wait_s = backoff(this.#attempt++, Math.random());
     this.#timer = window.setTimeout(() => this.open(), wait_s * 1000);
-    this.#set({ phase: "waiting", retryAt: Date.now() + wait_s * 1000, why: WHY.get(event.code) });
+    this.#why = WHY.get(event.code) ?? (wasOpen ? undefined : this.#why); // a try that fails says less than the close did
+    this.#set({ phase: "waiting", retryAt: Date.now() + wait_s * 1000, why: this.#why });
   }
 
   /** @param {State} state */

@@ -127,6 +127,27 @@ async def test_a_run_tells_its_round_to_pointer_and_keyboard(site: Site) -> None
     await expect(answer.locator("mark.lit")).to_have_attribute("aria-describedby", "tip")
 
 
+async def test_a_run_that_was_found_says_so(launch: Launch) -> None:
+    """A guess that no drafter made, told as the drafter's, before a reload or after it."""
+
+    class Found(FakeEngine):
+        def _round(self, stream: Any, count: int) -> Any:
+            event = super()._round(stream, count)
+            return msgspec.structs.replace(event, round=msgspec.structs.replace(event.round, source="lookup"))
+
+    page = await (await launch(Found(Script()))).connected()
+    answer = await ask(page, "Hello?")
+    await ended(page)
+    tip = page.locator("#tip")
+    for _ in range(2):
+        await answer.locator("mark").first.hover()
+        await expect(tip).to_contain_text("Found earlier in this text: 4 guesses, 4 verified, 2 accepted.")
+        await expect(tip).to_contain_text("both had a chance of 81")
+        assert (await figures(answer))["Found"] == "5"
+        await page.reload()
+        await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
+
+
 async def test_nothing_drafted_is_explained(launch: Launch) -> None:
     """An answer without runs that does not say why."""
 
@@ -490,6 +511,38 @@ async def test_code_is_copied_as_it_was_written(launch: Launch) -> None:
     )  # of rounds of 4, 1 and 2 tokens all but each last, of which the first is a fence
 
 
+async def test_text_from_right_to_left(launch: Launch) -> None:
+    """Arabic or Hebrew that is set from the left, or with the start of a run at its end."""
+    site = await launch(pieces("مرحبا بكم في **هذا النص**.\n\n- عنصر\n\n```py\nx = 1\n```\n\nAnd English.\n"))
+    page = await site.connected()
+    answer = await ask(page, "اكتب")
+    await ended(page)
+    direction = "all => all.map(e => getComputedStyle(e).direction)"
+    assert await page.locator(".question p").evaluate_all(direction) == ["rtl"]
+    assert await answer.locator(".prose > :is(p, ul, .code)").evaluate_all(direction) == ["rtl", "rtl", "ltr", "ltr"]
+    shadow = await answer.locator("mark.starts").first.evaluate("m => getComputedStyle(m).boxShadow")
+    assert " 2px 0px" in shadow
+
+
+async def test_bold_text_is_bold_from_its_first_word_on(site: Site) -> None:
+    """Signs of the formatting that flash up until their end has come."""
+    page = await site.connected()
+    text = "Some **bold words** and `code`, 2 ** 3.\n\n1. **Item**: x\n"
+    seen = await page.evaluate(
+        """async text => {
+          const { GrowingMarkdown } = await import("/markdown.js");
+          const root = document.createElement("div"), seen = [];
+          const growing = new GrowingMarkdown(root);
+          for (const end of [8, 10, 14, 17, 18, 30, 40, 47, 54]) {
+            growing.update(text.slice(0, end)); seen.push(root.textContent.trim()) }
+          return seen;
+        }""",
+        text,
+    )
+    assert seen[1:4] == ["Some bol", "Some bold wo", "Some bold words"]
+    assert all("**" not in said.replace("2 ** 3", "") for said in seen[1:]), seen
+
+
 # --- the race -------------------------------------------------------------------------------------------------------
 
 
@@ -639,6 +692,50 @@ async def test_a_conversation_survives_a_reload(site: Site) -> None:
     await expect(page.locator("#turns .answer")).to_have_count(0)
     await page.locator("#toast button").click()
     await expect(page.locator("#turns .question p")).to_have_text(["One", "Two"])
+
+
+async def test_an_answer_that_a_reload_cut_off_says_so(launch: Launch) -> None:
+    """Half an answer that looks whole, that the server goes on with, or that cannot be asked for again."""
+    site = await launch(LONG)
+    page = await site.connected()
+    answer = await ask(page, "One")
+    await answer.locator("mark").nth(20).wait_for()
+    await page.reload()
+    await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
+    await expect(answer.locator(".answer-state")).to_have_text("cut off")
+    await expect(answer.locator(".notice")).to_contain_text("The page was left before the answer ended.")
+    await expect(answer.locator(".notice")).to_be_in_viewport()
+    await eventually(lambda: site.engine.live == 0)
+    site.engine.script = Script()
+    await answer.get_by_role("button", name="Try again").click()
+    await ended(page)
+    await expect(page.locator("#turns .prose")).to_have_text([WORDS.strip()])
+
+
+KEPT = """kept => sessionStorage.getItem("dspark-stream.conversation").length < 20000 &&
+  sessionStorage.setItem("dspark-stream.conversation", kept)"""
+
+
+async def test_a_long_conversation_is_there_at_once(launch: Launch) -> None:
+    """A page that two hundred turns keep busy when it is opened, or that does not show their end."""
+    text = "Some **bold** words.\n\n```python\ndef f(x):\n    return x + 1\n```\n\n1. one\n2. two\n\nThe end."
+    page = await (await launch(pieces(text))).connected()
+    await ask(page, "One")
+    await ended(page)
+    await page.evaluate("dispatchEvent(new Event('pagehide'))")
+    (turn,) = json.loads(await page.evaluate("sessionStorage.getItem('dspark-stream.conversation')"))
+    kept = json.dumps([{**turn, "question": f"Question {i}"} for i in range(200)])
+    await page.add_init_script(f"({KEPT})({json.dumps(kept)})")
+    browser = page.context.browser
+    assert browser is not None
+    await browser.start_tracing(page=page, categories=["toplevel"])
+    await page.reload()
+    await expect(page.get_by_text("Question 199")).to_be_in_viewport()
+    await expect(page.locator(".answer").last.locator("mark").last).to_be_in_viewport()
+    await until(page, "[...document.querySelectorAll('.prose')].every(prose => prose.querySelector('mark'))")
+    assert longest_task_ms(await browser.stop_tracing()) < 300
+    await page.get_by_text("Question 0").scroll_into_view_if_needed()
+    await expect(page.locator(".answer").first.locator(".hljs-keyword").first).to_be_in_viewport()
 
 
 async def test_regenerate_edit_and_export(site: Site) -> None:
