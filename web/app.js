@@ -434,7 +434,10 @@ page.scroller.addEventListener("scroll", () => {
   const { scrollTop, scrollHeight, clientHeight } = page.scroller;
   // Text that came meanwhile puts the end further off; only who goes up leaves it.
   if (scrollHeight - scrollTop - clientHeight < 48) stick(true);
-  else if (scrollTop < top_) stick(false);
+  else if (scrollTop < top_) {
+    stick(false);
+    follow();
+  }
   top_ = scrollTop;
 }, { passive: true });
 

@@ -14,10 +14,10 @@ import { Lanes, ResponseState, backoff, createEvent, subprotocols } from "./prot
 
 /** Close codes that say more than "gone". */
 const WHY = new Map([
-  [1001, "The server is going away."],
-  [1009, "The message was too large for the server."],
-  [1012, "The server is restarting."],
-  [1013, "The server is too busy."],
+  [1001, "Server going away."],
+  [1009, "Message too large."],
+  [1012, "Server restarting."],
+  [1013, "Server too busy."],
 ]);
 
 /** Begins the `event_id` of every cancel. */

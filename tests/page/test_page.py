@@ -1129,6 +1129,26 @@ async def test_the_page_follows_the_text_only_for_a_reader_at_its_end(launch: La
     await ended(page)
 
 
+async def test_the_end_of_an_answer_moves_no_reader(launch: Launch) -> None:
+    """A page that jumps for somebody who reads in the middle when the last block is rendered for good."""
+    site = await launch(step_s=0.01, script=pieces("**Some** words. " * 40 + "\n\n" + "More `words` here. " * 80))
+    page = await site.connected(height=500)
+    answer = await ask(page, "Long")
+    await answer.locator("mark").nth(100).wait_for()
+    site.engine.gate.clear()
+    main = page.locator("#main")
+    await main.evaluate("m => { m.scrollTop = 200 }")
+    await expect(page.locator("#latest")).to_be_visible()
+    site.engine.gate.set()
+    await ended(page)
+    assert await main.evaluate("m => m.scrollTop") == 200
+    # Who is at the end sees all of it, the buttons too.
+    await main.evaluate("m => { m.scrollTop = m.scrollHeight }")
+    await ask(page, "Once more")
+    await ended(page)
+    await expect(page.locator(".curious summary").last).to_be_in_viewport()
+
+
 PARAGRAPH = [*(f"word{i}{'. ' if i % 12 == 11 else ' '}" for i in range(59)), "end.\n\n"]
 PROSE = [
     *PARAGRAPH * 2,
