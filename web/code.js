@@ -16,9 +16,21 @@ const MOST = 60_000;
 let worker = null;
 /** @type {(() => void)} called when there will be no colours */
 let failed = () => {};
-/** @type {Map<number, HTMLElement>} code whose colours are on their way, by number */
+/** @type {Map<number, {code: HTMLElement, key: string}>} code whose colours are on their way, by number */
 const waiting = new Map();
 let asked = 0;
+/** Code that is still being written is coloured so often, no oftener. */
+const AGAIN_MS = 400;
+/** @type {WeakMap<HTMLElement, number>} when it was coloured last */
+const times = new WeakMap();
+/** So many short pieces of code are remembered with their colours: in a list they are rendered anew with it. */
+const KNOWN = 32;
+/** @type {Map<string, string>} */
+const known = new Map();
+/** @type {WeakMap<Element, string>} what a piece was coloured with */
+const painted = new WeakMap();
+/** @type {WeakMap<HTMLElement, number>} the last colours of a piece of code, by number: what comes after is older */
+const latest = new WeakMap();
 
 /** @param {() => void} onFailure */
 export function loadColours(onFailure) {
@@ -75,27 +87,44 @@ function nth(text, n) {
 export function colour(code, language) {
   const text = code.textContent ?? "";
   if (!language || text.length > MOST) return;
+  const id = ++asked;
+  const key = `${language}\n${text}`;
+  const html = known.get(key);
+  if (html) return paint(code, html, id, (work) => work());
   whenIdle(() => {
     if (!code.isConnected) return; // it was rendered anew meanwhile
     worker ??= start();
-    waiting.set(++asked, code);
-    worker.postMessage({ id: asked, language, text });
+    waiting.set(id, { code, key });
+    worker.postMessage({ id, language, text });
   });
+}
+
+/** Colour what is there of code that is still being written. @param {HTMLElement} code @param {string} language */
+export function colourSoFar(code, language) {
+  const now = performance.now();
+  if (now - (times.get(code) ?? 0) < AGAIN_MS) return;
+  times.set(code, now);
+  colour(code, language);
 }
 
 function start() {
   const made = new Worker(new URL("./code-worker.js", import.meta.url), { type: "module" });
   made.onmessage = ({ data: { id, html } }) => {
-    const code = waiting.get(id);
+    const { code, key } = /** @type {{code: HTMLElement, key: string}} */ (waiting.get(id));
     waiting.delete(id);
-    if (code && html) paint(code, html);
+    if (!html) return;
+    if (key.length < 4000) known.set(key, html);
+    if (known.size > KNOWN) known.delete(/** @type {string} */ (known.keys().next().value));
+    paint(code, html, id, whenIdle);
   };
   made.onerror = () => failed();
   return made;
 }
 
-/** @param {HTMLElement} code @param {string} html */
-function paint(code, html) {
+/** @param {HTMLElement} code @param {string} html @param {number} id @param {(work: () => void) => void} when */
+function paint(code, html, id, when) {
+  if ((latest.get(code) ?? 0) > id) return;
+  latest.set(code, id);
   const lines = html.split(/(?<=\n)/);
   /** @type {string[]} spans that a line leaves open are closed at the end of its piece and go on in the next */
   let open = [];
@@ -104,20 +133,24 @@ function paint(code, html) {
     const before = open.join("");
     for (const [tag] of own.matchAll(/<\/?span[^>]*>/g)) open = tag === "</span>" ? open.slice(0, -1) : [...open, tag];
     const coloured = before + own + "</span>".repeat(open.length);
-    whenIdle(() => recolour(/** @type {HTMLElement} */ (piece), coloured));
+    if (own && painted.get(piece) !== coloured) when(() => {
+      if (latest.get(code) === id) recolour(/** @type {HTMLElement} */ (piece), coloured);
+    });
   });
 }
 
-/** @param {HTMLElement} piece @param {string} html the same text with colours */
+/** @param {HTMLElement} piece @param {string} html its text with colours; more may have come since */
 function recolour(piece, html) {
   const root = /** @type {DocumentFragment} */ (/** @type {unknown} */ (DOMPurify.sanitize(html, {
     ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], ALLOW_ARIA_ATTR: false, ALLOW_DATA_ATTR: false,
     RETURN_DOM_FRAGMENT: true,
   })));
-  const focused = piece.contains(document.activeElement);
-  if (root.textContent !== piece.textContent || focused) return;
+  const [text, said] = [piece.textContent ?? "", root.textContent ?? ""];
+  if (!text.startsWith(said) || piece.contains(document.activeElement)) return;
+  if (text !== said) root.append(text.slice(said.length));
   keepRuns(piece, root);
   piece.replaceChildren(root);
+  painted.set(piece, html);
 }
 
 /**
@@ -129,18 +162,16 @@ function keepRuns(piece, root) {
   /** @type {{from: number, to: number, run: HTMLElement}[]} */
   const runs = [];
   let at = 0;
-  for (const node of piece.childNodes) {
+  for (const text of texts(piece)) {
     const from = at;
-    at += node.textContent?.length ?? 0;
-    if (node.nodeName === "MARK") runs.push({ from, to: at, run: /** @type {HTMLElement} */ (node) });
+    at += text.length;
+    const run = /** @type {HTMLElement} */ (text.parentElement);
+    if (run.localName === "mark") runs.push({ from, to: at, run });
   }
   if (runs.length === 0) return;
-  const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
-  const texts = [];
-  for (let node = walker.nextNode(); node; node = walker.nextNode()) texts.push(/** @type {Text} */ (node));
   at = 0;
   let next = 0;
-  for (let text of texts) {
+  for (let text of texts(root)) {
     const end = at + text.length;
     for (; next < runs.length && runs[next].from < end; next++) {
       const { from, to, run } = runs[next];
@@ -162,4 +193,12 @@ function keepRuns(piece, root) {
     }
     at = end;
   }
+}
+
+/** @param {Node} root @returns {Text[]} */
+function texts(root) {
+  const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+  const found = [];
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) found.push(/** @type {Text} */ (node));
+  return found;
 }

@@ -4,7 +4,7 @@
  * the fence behind that.
  */
 
-import { addLines, colour } from "./code.js";
+import { addLines, colour, colourSoFar } from "./code.js";
 import { copyButton, h } from "./dom.js";
 import { mark } from "./marks.js";
 import DOMPurify from "./vendor/dompurify-3.4.18/purify.es.js";
@@ -248,7 +248,10 @@ export class GrowingMarkdown {
     const to = found ? Math.max(at, line + found.index) : text.length;
     addLines(into, plain(text, at, to, runs));
     grows.at = to;
-    if (!found?.[0].endsWith("\n")) return true;
+    if (!found?.[0].endsWith("\n")) {
+      colourSoFar(into, language);
+      return true;
+    }
     this.#settle(line + found.index + found[0].length - this.#settled);
     colour(into, language);
     return false;

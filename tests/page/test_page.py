@@ -488,6 +488,28 @@ async def test_growing_markdown_ends_like_markdown_rendered_at_once(site: Site) 
         assert growing == whole
 
 
+async def test_code_is_coloured_while_it_is_written(launch: Launch) -> None:
+    """A program in one colour until its end has come, or runs that the colours of the next line take away."""
+    tokens = ["```python\n", *(part for i in range(60) for part in (f"    return {i}", "\n", f"    # {i}", "\n"))]
+    site = await launch(step_s=0.02, script=Script(tokens=tokens, rounds=(2, 3)))
+    page = await site.connected()
+    answer = await ask(page, "Code")
+    await expect(answer.locator(".hljs-comment").nth(20)).to_be_visible()
+    await expect(answer).to_have_attribute("aria-busy", "true")
+    await ended(page)
+    await expect(answer.locator(".hljs-keyword")).to_have_count(60)
+    await expect(answer.locator(".hljs-comment")).to_have_count(60)
+    runs = await answer.evaluate(
+        """a => { const by = {}; for (const m of a.querySelectorAll("mark"))
+                     by[m.dataset.round] = (by[m.dataset.round] ?? "") + m.textContent.replace(/\\s/g, "");
+                   return by }"""
+    )
+    # Rounds of two and three tokens, the last of each the target's own.
+    rounds = {str(2 * i + j): tokens[5 * i + 2 * j : 5 * i + 3 * j + 1] for i in range(48) for j in (0, 1)}
+    drafted = {number: "".join("".join(said).split()) for number, said in rounds.items() if number != "0"}
+    assert runs == {number: said for number, said in drafted.items() if said}
+
+
 async def test_code_is_copied_as_it_was_written(launch: Launch) -> None:
     """Line breaks that the pieces of a long program add or take, in the clipboard or in a selection."""
     lines = [f'line_{i} = """\n\n{i} < 2 & 3"""\n' for i in range(50)]
