@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 LONGEST = (
     "tests/kernels/test_cpu.py::test_the_sanitizers_find_nothing",
     "tests/page/test_page.py",
-    "tests/kernels/test_interpreter.py",
+    "tests/kernels/test_interpreter.py::test_kernels_agree_with_their_references",
     "tests/engine/test_real_model.py",
     "tests/unit/test_bench_gpu.py",
     "tests/kernels/test_compiles.py",
@@ -31,7 +31,7 @@ LONGEST = (
 
 def part_of(nodeid: str) -> str:
     """What one worker runs as a whole: a file, because its tests share models; a test that takes minutes is alone."""
-    return nodeid if nodeid in LONGEST else nodeid.split("::", maxsplit=1)[0]
+    return nodeid if nodeid.split("[", maxsplit=1)[0] in LONGEST else nodeid.split("::", maxsplit=1)[0]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -50,7 +50,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # in one process the order is the files'
         places = {part: place for place, part in enumerate(LONGEST)}
-        items.sort(key=lambda item: places.get(part_of(item.nodeid), len(places)))
+        items.sort(key=lambda item: places.get(part_of(item.nodeid).split("[", maxsplit=1)[0], len(places)))
 
 
 def pytest_collection_finish() -> None:
