@@ -43,8 +43,8 @@ class StreamView(Protocol):
         """What its logits are changed by first; None: nothing."""
 
     @property
-    def verification(self) -> Verification:
-        """Rejection or coupled."""
+    def acceptance(self) -> Acceptance:
+        """What that means for its drafts: `acceptance_of`, asked once."""
 
     @property
     def round_key(self) -> int:
@@ -56,19 +56,14 @@ class StreamView(Protocol):
 
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy, as in vLLM."""
+"""Temperatures below this are greedy, as in vLLM: logits over less would overflow."""
 
 
-def is_greedy(stream: StreamView) -> bool:
-    """Temperature 0, or so small that logits would overflow: one-hot distributions, one comparison for both ways."""
-    return stream.sampling.temperature < GREEDY_BELOW
-
-
-def acceptance_of(stream: StreamView) -> Acceptance:
+def acceptance_of(sampling: SamplingParams, verification: Verification) -> Acceptance:
     """Greedy: one-hot distributions, one comparison. Rejection: drawn by inverse transform, accepted by ratios of
     probabilities, the block as a whole. Coupled: drawn by shared noise, accepted where it is the target's own draw.
     """
-    return "greedy" if is_greedy(stream) else stream.verification
+    return "greedy" if sampling.temperature < GREEDY_BELOW else verification
 
 
 @dataclass
@@ -107,13 +102,13 @@ def draft(
 
 def _uniforms(gamma: int, streams: Sequence[StreamView]) -> list[RoundUniforms | None]:
     """What this round's tokens are drawn by; None for streams that are greedy or draw by shared noise."""
-    return [RoundUniforms(s.round_key, s.position, gamma) if acceptance_of(s) == "rejection" else None for s in streams]
+    return [RoundUniforms(s.round_key, s.position, gamma) if s.acceptance == "rejection" else None for s in streams]
 
 
 def _draw(stream: StreamView, uniforms: RoundUniforms | None, slots: int) -> Draw:
     if uniforms is not None:
         return Draw(stream.sampling, uniforms.draft[:slots], adjustment=stream.adjustment)
-    if acceptance_of(stream) == "coupled":
+    if stream.acceptance == "coupled":
         race = Race(stream.noise, stream.position + 1)
         return Draw(stream.sampling, race=race, adjustment=stream.adjustment)
     return Draw(stream.sampling, adjustment=stream.adjustment)
@@ -131,7 +126,7 @@ def blocks_of(
     for r, (stream, own) in enumerate(zip(streams, uniforms, strict=True)):
         tokens = drafted.tokens[r]
         if drafted.logits:
-            confidence = calibration.confidence(drafted.logits[r], acceptance_of(stream))
+            confidence = calibration.confidence(drafted.logits[r], stream.acceptance)
         else:
             confidence = history.confidence()[: len(tokens)]
         block = Block(tokens=tokens, confidence=confidence, survival=prefix_survival(confidence))

@@ -20,12 +20,14 @@ from dspark_stream.console import Progress
 from dspark_stream.decoding.calibration import Calibration, load_calibration
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.drafters import shipped_drafter
+from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.memory import check_kv_memory, foretold, memory_bytes, refused_by_the_system
-from dspark_stream.engine.parts import Models
 from dspark_stream.engine.profile import curve_key, load_or_measure
+from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.errors import ConfigError, InvalidRequestError, ModelLoadError
-from dspark_stream.load.schedule import parse_schedule
+from dspark_stream.load.controller import Controller
+from dspark_stream.load.schedule import Schedule, parse_schedule
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.fetch import model_path
@@ -42,7 +44,7 @@ from dspark_stream.models.torch.target import Target as TorchTarget
 from dspark_stream.types import ModelInfo
 
 if TYPE_CHECKING:
-    from dspark_stream.engine.gpu.runner import GraphRounds
+    from dspark_stream.engine.captured.runner import CapturedRounds
 
 log = logging.getLogger(__name__)
 
@@ -121,12 +123,12 @@ def build_engine(
         drafter_kv=drafter_kv,
         calibration=calibration,
         history=AcceptanceHistory(gamma),
-        schedule=parse_schedule(config.schedule),
-        capacity=curve,
-        lookup=config.lookup,
+        controller=Controller(gamma, curve),
     )
+    schedule = parse_schedule(config.schedule)
+    rounds: Rounds = EagerRounds(models, schedule, looks_up=config.lookup)
     if target.device.type == "cuda" and config.cuda_graphs == "auto":
-        models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
+        rounds = _captured_rounds(models, schedule, config.max_num_seqs, max_model_len + gamma + 1, progress)
     codec = _set_up(loaded.codec, config)
     info = ModelInfo(
         model=name,
@@ -148,7 +150,7 @@ def build_engine(
         progress.say(told)
     text = codec.token_bytes if codec else None
     engine = EngineThread(
-        models,
+        rounds,
         info,
         allocator,
         text,
@@ -199,11 +201,13 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _captured_rounds(models: Models, config: Config, longest: int, progress: Progress) -> GraphRounds:
+def _captured_rounds(
+    models: Models, schedule: Schedule, seats: int, longest: int, progress: Progress
+) -> CapturedRounds:
     """Every size of a round, captured and timed."""
-    from dspark_stream.engine.gpu.runner import GraphRounds
+    from dspark_stream.engine.captured.runner import CapturedRounds
 
-    rounds = GraphRounds(models, seats=config.max_num_seqs, longest=longest)
+    rounds = CapturedRounds(models, schedule, seats=seats, longest=longest)
     with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
         rounds.ladder.warm(bar.advance)
     return rounds

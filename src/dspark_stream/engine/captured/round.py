@@ -19,8 +19,8 @@ from dspark_kernels.admission import Admitted, Packed, admit, pack
 from dspark_kernels.ragged_attention import SegmentTable
 from dspark_kernels.sequential_head import HeadWeights, prepare, walk
 from dspark_kernels.streams import Drafts
-from dspark_stream.engine.gpu.adjusting import adjusted_drafts, adjusted_rows
-from dspark_stream.engine.gpu.state import RoundState
+from dspark_stream.engine.captured.adjusting import adjusted_drafts, adjusted_rows
+from dspark_stream.engine.captured.state import RoundState
 from dspark_stream.models.torch.attention import TableAttend
 from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.store import KVStore
