@@ -8,7 +8,7 @@ from math import inf
 
 from dspark_stream.engine.context import Context
 from dspark_stream.engine.prompts import prefill
-from dspark_stream.engine.rounds import Committed, RoundCounters, Models, Timings
+from dspark_stream.engine.rounds import Committed, Models, RoundCounters, Timings
 from dspark_stream.engine.step import WORDS, Round
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.controller import Plan

@@ -28,7 +28,7 @@ from dspark_stream.engine.captured.sizing import Sizing
 from dspark_stream.engine.captured.state import ALL_THAT_FITS, RoundState, Seat
 from dspark_stream.engine.context import Context
 from dspark_stream.engine.prompts import prefill
-from dspark_stream.engine.rounds import Committed, RoundCounters, Judged, Models, Timings, settle
+from dspark_stream.engine.rounds import Committed, Judged, Models, RoundCounters, Timings, settle
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
