@@ -32,10 +32,6 @@ WAYS = {
 }
 
 
-def damage_target(target, token: int) -> None:
-    target.embed_tokens.weight.data[token] = torch.nan
-
-
 def damage_drafter(drafter, part: str) -> None:
     for name, weight in drafter.named_parameters():
         if part in name:
@@ -75,7 +71,7 @@ def make(request, tmp_path):
             weight.mul_(0.5 if weight.ndim > 1 else 1.0)
         drafter = tiny_drafter(made, draft_vocab=40, rank=32)
         if token is not None:
-            damage_target(made, token)
+            made.embed_tokens.weight.data[token] = torch.nan
         if part is not None:
             damage_drafter(drafter, part)
         if runner == "kernels":
@@ -155,7 +151,7 @@ def test_a_drafter_that_is_damaged_costs_nobody_an_answer(make, part):
     ids, ends = run(models, asked("dspark"))
     assert {e.reason for e in ends.values()} == {"length"}
     for name, own in ids.items():
-        if not name.startswith(("drawn", "cut")) or models.rounds is None:  # nothing was drafted, so nothing drawn otherwise
+        if not name.startswith(("drawn", "cut")) or models.rounds is None:  # nothing drafted, nothing drawn otherwise
             assert own == want[name], name
 
 

@@ -933,7 +933,7 @@ def test_cuts_are_those_of_torch(context, width, shape):
 
 @pytest.mark.parametrize("by", CUTS, ids=str)
 def test_cuts_of_what_is_no_number(context, by):
-    """Tokens ruled out, and rows of NaN: what is drawn was not ruled out, and where there is nothing, nothing is drawn."""
+    """Tokens ruled out, and rows of NaN: what is drawn was not ruled out, and of nothing nothing is drawn."""
     scores = random(4, 300)
     scores[0, :280] = -np.inf
     scores[1, 7], scores[2], scores[3] = np.nan, np.nan, -np.inf

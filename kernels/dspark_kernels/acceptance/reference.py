@@ -34,8 +34,8 @@ def accept(
     """Judge every stream's rows ``first`` … ``first + length`` of the target's logits.
 
     ``length`` is ℓ, 0 ≤ ℓ ≤ γ, or -1 for a stream that has no rows. Uniforms and noise are made from the streams'
-    keys and positions. Between two equal logits the lower token wins. A row whose largest logit is no finite number has no
-    token: its draft does not stand.
+    keys and positions. Between two equal logits the lower token wins. A row whose largest logit is no finite number has
+    no token: its draft does not stand.
     """
     gamma, device = drafts.tokens.shape[1], logits.device
     j = torch.arange(gamma + 1, device=device)

@@ -135,7 +135,7 @@ def blocks_of(
     blocks = []
     for r, (stream, own) in enumerate(zip(streams, uniforms, strict=True)):
         tokens = drafted.tokens[r]
-        logits = drafted.logits[r] if drafted.logits else ()
+        logits: Sequence[float] = drafted.logits[r] if drafted.logits else ()
         if min(tokens) < 0 or any(map(isnan, logits)):
             tokens = tokens[: _whole(tokens, logits)]
             logits = logits[: len(tokens)]
