@@ -118,7 +118,7 @@ class Crowd:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nobody_waits_while_others_go_on(seed):
-    """Guards against streams that are never admitted, let go or given a turn again: they would hang without an error."""
+    """Guards against streams that are never admitted, let go or given a turn again: they would hang in silence."""
     crowd = Crowd(seed)
     for _ in range(STEPS):
         if len(crowd.watched) < 14 and crowd.chance.random() < 0.6:
