@@ -281,7 +281,7 @@ def _has_more_values(data: str | bytes, encoding: Encoding, most: int) -> bool:
         octets = np.frombuffer(data, np.uint8, min(SMALL, len(data) - start), start)
         strings = np.logical_xor.accumulate(octets == ord('"')) ^ in_string
         before_value = (octets == ord(",")) | (octets == ord("[")) | (octets == ord("{"))
-        found += np.count_nonzero(before_value & ~strings)
+        found += int(np.count_nonzero(before_value & ~strings))
         if found > most:
             return True
         in_string = bool(strings[-1])
