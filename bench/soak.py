@@ -56,11 +56,14 @@ class Client:
         """Until the time is up."""
         ways = (self.converse, self.ask, self.ask, self.chat, self.leave, self.cancel, self.junk, self.look)
         while time.monotonic() < end:
+            way, begun = self._chance.choice(ways), time.monotonic()
             try:
                 async with asyncio.timeout(180):
-                    await self._chance.choice(ways)()
-            except TimeoutError:
-                self._bad["hung for 180 s"] += 1
+                    await way()
+            except TimeoutError:  # its own, or nothing came on a socket for as long as `events_of` waits
+                lasted_s = time.monotonic() - begun
+                self._bad[f"{way.__name__} hung"] += 1
+                print(f"  {way.__name__} hung, {lasted_s:.0f} s after it began", flush=True)
             except (ConnectionError, aiohttp.ClientError, websockets.WebSocketException) as error:
                 self._bad[f"lost: {type(error).__name__}"] += 1
             await asyncio.sleep(self._chance.uniform(0, 0.3))

@@ -29,6 +29,12 @@ class InternalError(DsparkError):
     """Something failed on our side; the request is lost, the service is not."""
 
 
+class NoTokenError(InternalError):
+    """The model has no next token for one stream: nothing that it may write has a score that is a finite number."""
+
+    code = "no_token"
+
+
 # --- what a client did -------------------------------------------------------------------------------------
 
 

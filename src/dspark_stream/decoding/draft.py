@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Protocol
 
 from dspark_stream.decoding.calibration import Calibration
@@ -121,12 +122,20 @@ def blocks_of(
     calibration: Calibration,
     history: AcceptanceHistory,
 ) -> list[Block]:
-    """Drafts of R streams with the survival that confidence promises; the past's where there is no such head."""
+    """Drafts of R streams with the survival that confidence promises; the past's where there is no such head.
+
+    A block ends where its drafter has no token, or no number for how sure it is: nothing comes of that but fewer
+    drafts. It goes by the drafts before alone, so what is verified keeps the target's distribution.
+    """
     blocks = []
     for r, (stream, own) in enumerate(zip(streams, uniforms, strict=True)):
         tokens = drafted.tokens[r]
+        logits: Sequence[float] = drafted.logits[r] if drafted.logits else ()
+        if min(tokens) < 0 or any(map(isnan, logits)):
+            tokens = tokens[: _whole(tokens, logits)]
+            logits = logits[: len(tokens)]
         if drafted.logits:
-            confidence = calibration.confidence(drafted.logits[r], stream.acceptance)
+            confidence = calibration.confidence(logits, stream.acceptance)
         else:
             confidence = history.confidence()[: len(tokens)]
         block = Block(tokens=tokens, confidence=confidence, survival=prefix_survival(confidence))
@@ -134,3 +143,9 @@ def blocks_of(
             block.uniforms, block.indices, block.q = own, drafted.indices(r), drafted.q(r)
         blocks.append(block)
     return blocks
+
+
+def _whole(tokens: Sequence[int], logits: Sequence[float]) -> int:
+    """How many slots there are before the first that lacks something."""
+    lacking = (k for k, token in enumerate(tokens) if token < 0 or (logits and isnan(logits[k])))
+    return next(lacking, len(tokens))

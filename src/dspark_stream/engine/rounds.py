@@ -13,6 +13,7 @@ from dspark_stream.decoding.draft import Block
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.context import Context
 from dspark_stream.engine.stream import Stream
+from dspark_stream.errors import NoTokenError
 from dspark_stream.load.controller import Controller
 from dspark_stream.load.schedule import Schedule
 from dspark_stream.models.protocols import Drafter, Store, Target
@@ -44,7 +45,7 @@ class Committed(NamedTuple):
 
     stream: Stream
     event: TokensEvent | None
-    """None where it failed."""
+    """None where it failed before any token."""
     reason: FinishReason | None
     """Why the stream ends here; None while it goes on."""
     round: RoundRecord | None
@@ -146,10 +147,27 @@ def settle(
 
 
 def commit(stream: Stream, tokens: list[int], accepted: int, record: RoundRecord | None) -> Committed:
-    """`Stream.commit`; what goes wrong there is the stream's own affair."""
+    """`Stream.commit`; what goes wrong there is the stream's own affair.
+
+    So is a last token that is none (-1): what was accepted before it stands, and ends the stream if it would anyway.
+    """
+    if tokens[-1] < 0:
+        return _without_bonus(stream, tokens[:-1])
     try:
         event, reason = stream.commit(tokens, accepted, record)
     except Exception as error:
         log.exception("tokens could not be committed; their stream ends")
         return Committed(stream, None, "failed", record, error)
     return Committed(stream, event, reason, record)
+
+
+def _without_bonus(stream: Stream, tokens: list[int]) -> Committed:
+    done = commit(stream, tokens, len(tokens), None) if tokens else Committed(stream, None, None, None)
+    if done.reason is not None:
+        return done
+    error = NoTokenError(
+        f"the model has no next token after {stream.output_tokens} of its own: no score that is a finite number is "
+        "left to choose from"
+    )
+    log.error("request %s: %s", stream.request.request_id, error)
+    return done._replace(reason="failed", error=error)

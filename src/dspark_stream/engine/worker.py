@@ -484,7 +484,9 @@ class EngineThread:
                 for k in range(record.accepted):
                     c.per_position[k] += 1
             self._events.append(event)
-            if reason is not None:
+            if error is not None:
+                self._fail([stream], error)
+            elif reason is not None:
                 self._end(stream, reason)
 
     def _cancel(self, request_id: str) -> None:

@@ -163,7 +163,8 @@ def _commit(
     """Anchors and positions move on; what happened is laid out for the host."""
     live = outcome.accepted >= 0
     state.position[:seats] += outcome.accepted + 1
-    state.anchor[:seats] = torch.where(live, outcome.bonus, state.anchor[:seats])
+    # a stream without a next token ends once the host has read it; until then its rounds need one that there is
+    state.anchor[:seats] = torch.where(live & (outcome.bonus >= 0), outcome.bonus, state.anchor[:seats])
     out = state.outcome[:seats]
     out[:, 0] = outcome.accepted
     out[:, 1] = outcome.bonus
