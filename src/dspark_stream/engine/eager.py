@@ -38,7 +38,8 @@ class EagerRounds:
         run = Round(self.models, self.context, streams, company, plan, self.schedule, slowest_ms)
         draft_ms, _, verify_ms, accept_ms = [_took_ms(word, run) for word in WORDS]
         committed = run.commit(Timings(draft_ms, verify_ms + accept_ms))
-        self._learn(run, Shape(company, *run.size), _since_ms(begun) - run.late_ms)
+        shape = Shape(company, *run.plan.size, len(streams) + sum(run.lengths))
+        self._learn(run, shape, _since_ms(begun) - run.late_ms)
         return committed
 
     def prefill(self, shares: Sequence[tuple[Stream, int]], company: Sequence[Stream]) -> list[Committed]:

@@ -58,11 +58,6 @@ class Round:
         self.late_ms = 0.0
         """Of its time, what went to context features of earlier rounds."""
 
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Streams that were drafted for, slots of each, and B."""
-        return *self.plan.size, len(self.streams) + sum(self.lengths)
-
     def draft(self) -> None:
         """A block for every stream that has looked up one that promises more, or is drafted for."""
         models, plan = self._models, self.plan
@@ -81,9 +76,8 @@ class Round:
         if not drafting or models.drafter is None or models.drafter_kv is None:
             return
         self.late_ms += self._context.deliver(drafting)
-        made = draft(models.drafter, models.drafter_kv, drafting, models.calibration, models.history, plan.slots)
-        drafted = iter(made)
-        self.blocks = [next(drafted) if d else b for d, b in zip(own_drafts, self.blocks, strict=True)]
+        made = iter(draft(models.drafter, models.drafter_kv, drafting, models.calibration, models.history, plan.slots))
+        self.blocks = [next(made) if d else b for d, b in zip(own_drafts, self.blocks, strict=True)]
 
     def schedule(self) -> None:
         """ℓ of every stream, by prefix survival and what a round of this company costs."""
