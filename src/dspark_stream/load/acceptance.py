@@ -14,18 +14,14 @@ from typing import get_args
 import numpy as np
 
 from dspark_stream.load.curve import Array
-from dspark_stream.load.repeats import FADE, Repeats
+from dspark_stream.load.repeats import FADE, HOPE, LEAN, Repeats
 from dspark_stream.types import Acceptance as Way
 
-THRESHOLDS: Array = np.array([0.0, 0.05, 0.12, 0.22, 0.35, 0.5, 0.7])
+THRESHOLDS: Array = np.array([0.0, 0.2, 0.5])
 """Survivals from which on verification could pay; what a round's schedule will do is foreseen by the best of them."""
 BLOCKS = 32
 """Drafts that are remembered of a stream, and twice as many of all."""
-LEAN = 8.0
-"""Blocks of its own from which on a stream is judged more by itself than by all streams."""
 WAYS: tuple[Way, ...] = get_args(Way)
-HOPE = 0.7
-"""Conditional acceptance that is believed in before anything was seen."""
 
 
 class _Ledger:

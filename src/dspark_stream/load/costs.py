@@ -28,9 +28,6 @@ MOST = 0.5
 """No change says more than this, as a logarithm: an interrupted round says nothing of rounds."""
 STEP = 16
 """Looked-up tokens are counted by so many, so that answers can be kept."""
-NEAR = 0.7
-"""Numbers of tokens, or of streams drafted for, that are this far apart, as a logarithm, are alike: what is learnt of
-one is, by half, so of the other."""
 
 
 class RoundCost:
@@ -179,14 +176,14 @@ class CostTable:
             known = [self._known[before.size], self._known[after.size]]
             by = max(GAIN, 1 / (PRIOR + min(known))) * surprise
             share = (1 + known[0]) / (2 + sum(known))  # who is known less gives way
-            _move(self._new_by_size, self._sizes, after.size, by * share)
-            _move(self._new_by_size, self._sizes, before.size, by * (share - 1))
+            self._new_by_size[after.size] += by * share
+            self._new_by_size[before.size] += by * (share - 1)
             self._known[before.size] += 1
             self._known[after.size] += 1
         else:
             drafting = max(before.drafting, after.drafting) - 1
             by = max(GAIN, 1 / (PRIOR + self._known_drafting[drafting])) * surprise
-            _move(self._new_by_drafting, self._streams, drafting, by if after.drafting else -by)
+            self._new_by_drafting[drafting] += by if after.drafting else -by
             self._known_drafting[drafting] += 1
 
     def settle(self) -> None:
@@ -197,10 +194,6 @@ class CostTable:
             self._new_by_size[:] = self._new_by_drafting[:] = 0.0
             self._plain.cache_clear()
             self._costs.cache_clear()
-
-
-def _move(corrections: Array, at: Array, i: int, by: float) -> None:
-    corrections += by * np.exp2(-(((at - at[i]) / NEAR) ** 2))
 
 
 def _nearest(sizes: Sequence[int], size: int) -> int:

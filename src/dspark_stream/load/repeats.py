@@ -13,11 +13,11 @@ from dspark_stream.decoding.lookup import COMPARED, Found
 KINDS = COMPARED.bit_length() + 1
 """Numbers of matched tokens that are told apart, by their bits."""
 LEAN = 8.0
-"""Tokens of its own from which on a stream is judged more by itself than by all streams; as in acceptance.py."""
+"""Blocks, or looked-up tokens, of its own from which on a stream is judged more by itself than by all streams."""
 FADE = 1 / 64
 """Of what was seen of all streams, and twice of a stream's own, so much is forgotten with every token."""
 HOPE = 0.5
-"""That a text goes on as before, before anything was seen."""
+"""What is believed of a token, given those before it, before anything was seen."""
 
 
 class Repeats:
