@@ -22,7 +22,8 @@ said = io.StringIO()
 engine, _ = build_engine(config, Progress(said), measure_again=True)
 (told,) = re.findall(r"up to ([\\d.]+) GiB", said.getvalue())
 longest = engine._allocator.total // STREAMS // 16 * 16 - engine.info.gamma - 1
-engine.info = msgspec.structs.replace(engine.info, max_model_len=longest)  # so that the streams fill the memory to its end
+# so that the streams fill the memory to its end
+engine.info = msgspec.structs.replace(engine.info, max_model_len=longest)
 chance, most, going = random.Random(1), 0, True
 
 def watch():
