@@ -10,8 +10,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # Other people's programs pin what we have in newer versions: each lives apart.
 CLIENTS_VENV := .venv-clients
+DOCS_VENV := .venv-docs
 OPENAI_PACKAGE := openai[realtime]==3.54.0
 CLIENT_PACKAGES := langchain-openai==1.7.4 litellm==1.110.2 guidellm==0.8.1 aiperf==0.13.0
+
+# The pages of events are made from the structs themselves, which need msgspec alone.
+DOCS_PACKAGES := mkdocs==1.6.1 mkdocs-material==9.8.2 $(shell sed -n 's/^ *"\(msgspec==[^"]*\)".*/\1/p' pyproject.toml)
 
 TEST_MODEL := smollm2-135m
 BIG_MODELS := qwen2.5-coder-0.5b qwen2.5-coder-1.5b
@@ -207,7 +211,18 @@ abuse: $(DEV_STAMP) model ## Try on a service of its own what strangers may do t
 soak: $(DEV_STAMP) model ## Half an hour of mixed clients: memory, descriptors, threads (ARGS="--minutes 5" for less)
 	@$(PY) bench/soak.py $(ARGS)
 
+$(DOCS_VENV)/.ready: Makefile pyproject.toml
+	$(call make_venv,$(DOCS_VENV))
+	@echo "==> installing what the pages are built with into $(DOCS_VENV)"
+	@$(DOCS_VENV)/bin/python $(PIP_INSTALL) $(DOCS_PACKAGES)
+	@touch $@
+
+.PHONY: docs
+docs: $(DOCS_VENV)/.ready ## Build the documentation as pages into build/docs
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --clean
+	@echo "==> build/docs/index.html"
+
 .PHONY: clean
 clean: ## Remove the environments and everything built (the fetched model stays in its cache)
-	rm -rf $(VENV) $(CLIENTS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) $(DOCS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

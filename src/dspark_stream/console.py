@@ -13,13 +13,18 @@ Progress goes to stderr, so that stdout stays for results::
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Literal, TextIO, get_args
 
+Colour = Literal["auto", "always", "never"]
+COLOURS: tuple[Colour, ...] = get_args(Colour)
+DIM = "2"
+_UNDERLINE = "4"
 _SHOWN = {"\n", "\t"}
 _TERMINAL_EVERY_S = 0.1
 _LOG_EVERY_S = 5.0
@@ -31,9 +36,32 @@ def printable(text: str) -> str:
     return "".join(c for c in text if (c >= " " and not "\x7f" <= c <= "\x9f") or c in _SHOWN)
 
 
-def paint(text: str, code: str, stream: TextIO) -> str:
-    """Colour ``text`` where ``stream`` is a terminal; ``code`` is an SGR code: 2 dims, 4 underlines."""
-    return f"\x1b[{code}m{text}\x1b[0m" if text and stream.isatty() else text
+def coloured(stream: TextIO, choice: Colour = "auto") -> bool:
+    """Whether colours go to ``stream``. ``auto``: to a terminal, unless ``NO_COLOR`` is set or it knows none."""
+    if choice != "auto":
+        return choice == "always"
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, code: str, stream: TextIO, choice: Colour = "auto") -> str:
+    """Colour ``text`` where `coloured` says so; ``code`` is an SGR code."""
+    return sgr(text, code) if coloured(stream, choice) else text
+
+
+def sgr(text: str, code: str) -> str:
+    """Text under an SGR code, each line by itself: an open background fills the rest of a line on some terminals."""
+    return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
+
+
+def tint() -> str:
+    """The SGR code of a soft background, with letters that can be read on it whatever the terminal's own colours are.
+
+    An underline where there are too few colours. ``COLORFGBG`` is how some terminals say that they are light.
+    """
+    if "256color" not in os.environ.get("TERM", "") and not os.environ.get("COLORTERM"):
+        return _UNDERLINE
+    light = os.environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
+    return "38;5;16;48;5;153" if light else "38;5;255;48;5;17"
 
 
 class Progress:

@@ -1,11 +1,13 @@
 """The command line: what it reads, what it prints where, and how it exits."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +17,18 @@ from dspark_stream.commands import common, serve
 from dspark_stream.commands.program import main
 from dspark_stream.config import Config
 from dspark_stream.decoding.calibration import load_calibration
-from dspark_stream.errors import InternalError, ModelLoadError
+from dspark_stream.errors import ConfigError, InternalError, ModelLoadError
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.models.names import MODELS
 from dspark_stream.types import RecommendedSampling
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 
 SEVEN_WORDS = Script(tokens=tuple(f"w{i} " for i in range(7)), rounds=(3, 1))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture
@@ -57,8 +64,12 @@ def write_prompts(path: Path, count: int) -> Path:
     [
         ([], ["COMMAND"]),
         (["sing"], ["sing"]),
-        (["generate"], ["--prompt", "--input-ids"]),
+        (["generate"], ["--prompt", "--input-ids", "stdin"]),
+        (["generate", ""], ["empty", "--prompt"]),
+        (["generate", "a", "--prompt", "b"], ["--prompt", "PROMPT"]),
+        (["generate", "a", "--input-ids", "1"], ["--input-ids", "PROMPT"]),
         (["generate", "--prompt", "a", "--input-ids", "1"], ["--input-ids", "--prompt"]),
+        (["generate", "a", "--color", "red"], ["--color", "auto", "always", "never"]),
         (["generate", "--prompt", "a", "--temp", "1"], ["--temp"]),
         (["generate", "--prompt", "a", "--temperature", "nan"], ["--temperature", "nan", "0 to 2"]),
         (["generate", "--prompt", "a", "--temperature", "-1"], ["--temperature", "-1"]),
@@ -70,7 +81,11 @@ def write_prompts(path: Path, count: int) -> Path:
         (["generate", "--input-ids", ","], ["--input-ids"]),
         (["generate", "--prompt", "a", "--schedule", "often"], ["--schedule", "often"]),
         (["eval"], ["--prompts"]),
-        (["eval", "--prompts", "/no/such.jsonl"], ["/no/such.jsonl", "No such file"]),
+        (["eval", "--prompts", "/no/such.jsonl"], ["/no/such.jsonl", "No such file", "--prompts"]),
+        (["profile", "--plot", "curve.jpeg"], ["--plot", "curve.jpeg", ".svg, .png"]),
+        (["train"], ["--minutes", "--steps", "dspark-stream train --target MODEL --minutes 60"]),
+        (["train", "--minutes", "1", "--layers", "99"], ["--layers", "99", "1 … 32"]),
+        (["train", "--minutes", "-1"], ["--minutes", "-1"]),
         (["serve", "a", "--model", "b"], ["'a'", "'b'"]),
         (["serve", "--port", "x"], ["--port", "'x'"]),
         (["serve", "--host", "0.0.0.0"], ["0.0.0.0", "key"]),
@@ -80,7 +95,8 @@ def write_prompts(path: Path, count: int) -> Path:
         (["serve", "--allow-control-tokens", "qwen3-0.6b"], ["--allow-control-tokens", "'qwen3-0.6b'", "on, off"]),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(argv, words, loaded, capsys):
+def test_a_mistake_is_one_line_and_code_2(argv, words, loaded, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Terminal())
     try:
         code = main(argv)
     except SystemExit as stopped:
@@ -119,6 +135,23 @@ def test_a_port_that_is_taken_is_told_before_loading(loaded, capsys):
     assert loaded == []
 
 
+def test_an_error_names_the_flag_that_mends_it(loaded, monkeypatch, capsys):
+    """Guards against a message in the words of whoever raised it, who knows the setting and no command line."""
+    told = [
+        (ConfigError("kv_memory of 1 MiB is too little", param="kv_memory"), " (--kv-memory)"),
+        (ModelLoadError("there is none; see --model", param="model"), ""),
+        (ConfigError("of no flag", param="architectures"), ""),
+    ]
+    for error, flag in told:
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(common, "load", fail)
+        assert main(["generate", "a"]) == 2
+        assert capsys.readouterr().err == f"dspark-stream: error: {error}{flag}\n"
+
+
 @pytest.mark.parametrize(("error", "code"), [(ModelLoadError("broken"), 2), (InternalError("ours"), 1)])
 def test_whose_fault_it_is_shows_in_the_code(error, code, loaded, monkeypatch, capsys):
     def fail(*_, **__):
@@ -152,11 +185,40 @@ def test_help_is_there_and_instant(command):
 
 
 def test_generate_prints_text_on_stdout_and_figures_on_stderr(loaded, capsys):
-    assert main(["generate", "--prompt", "hello"]) == 0
+    assert main(["generate", "hello"]) == 0
     said = capsys.readouterr()
     assert said.out == "w0 w1 w2 w3 w4 w5 w6 \n"
-    assert "7 tokens in 3 rounds" in said.err
-    assert "ended by stop" in said.err
+    assert said.err == "[57 % of 7 tokens guessed ahead, 2.33 tokens a round, 3000.0 tokens a second]\n"
+    assert main(["generate", "hello", "--max-tokens", "2"]) == 0
+    assert ", cut by --max-tokens]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["generate"], ["generate", "-"], ["generate", "--prompt", "-"]])
+def test_generate_reads_a_pipe(argv, loaded, monkeypatch, capsys):
+    engine, tokenizer = FakeEngine(SEVEN_WORDS), FakeTokenizer()
+    monkeypatch.setattr(common, "load", lambda *_, **__: (engine, tokenizer))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    assert main(argv) == 0
+    assert tokenizer.chats == [[("user", "two\nlines")]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(argv) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+
+
+def test_generate_reads_nothing_that_it_needs_not(loaded, monkeypatch, capsys):
+    """Guards against a script that hangs on a stdin which nobody closes."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", "hello"]) == 0
+    assert main(["generate", "--input-ids", "1"]) == 0
+
+
+def test_generate_tints_what_was_guessed_ahead(loaded, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "vt100")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    assert main(["generate", "hello", "--color", "always"]) == 0
+    assert capsys.readouterr().out.startswith("\x1b[4mw0 w1 \x1b[0mw2 w3 \x1b[4mw4 w5 \x1b[0mw6 ")
+    assert main(["generate", "hello"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_generate_json_is_one_object_with_these_fields(loaded, capsys):
@@ -287,10 +349,16 @@ def test_profile_prints_what_rounds_cost_and_draws_it(loaded, monkeypatch, tmp_p
     assert main(["profile", "--again", "--plot", str(picture)]) == 0
     assert "5.25" in capsys.readouterr().out  # a plain round
     assert picture.read_text().startswith("<svg")
+    if find_spec("PIL") is not None:
+        assert main(["profile", "--plot", str(picture.with_suffix(".PNG"))]) == 0
+        assert picture.with_suffix(".PNG").read_bytes().startswith(b"\x89PNG")
+        asked.pop()
+        capsys.readouterr()
     assert main(["profile", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verify_ms"] == [5.0, 8.0]
     assert asked == [True, False]
-    assert main(["profile", "--plot", str(tmp_path)]) == 2  # a folder
+    (tmp_path / "folder.svg").mkdir()
+    assert main(["profile", "--plot", str(tmp_path / "folder.svg")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 

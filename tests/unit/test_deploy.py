@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from dspark_stream import config as settings
 from dspark_stream.server.guard import OPEN_PATHS
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted([*(ROOT / "deploy").iterdir(), ROOT / "Dockerfile", ROOT / "compose.yaml"])
+DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "dspark-stream.json"
+FILES = sorted([*(f for f in (ROOT / "deploy").rglob("*") if f.is_file()), ROOT / "Dockerfile", ROOT / "compose.yaml"])
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 VARIABLE = re.compile(r"\bDSPARK_[A-Z_]+\b")
 # Those of pip, apt, useradd, docker and Docker's own instructions.
@@ -98,4 +102,107 @@ def test_compose_and_prometheus_agree():
     secret = Path(job["authorization"]["credentials_file"]).name
     assert secret in services["prometheus"]["secrets"]
     assert compose["secrets"][secret]["environment"] in services["dspark"]["environment"]
-    assert all(name in compose["secrets"] for service in services.values() for name in service["secrets"])
+    assert all(name in compose["secrets"] for service in services.values() for name in service.get("secrets", ()))
+
+
+# --- Grafana ----------------------------------------------------------------------------------------------------
+
+
+def test_grafana_finds_its_files_and_prometheus():
+    """Guards against a Grafana that starts empty: folders mounted where it does not look, a source that is none."""
+    yaml = pytest.importorskip("yaml")
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    mounts = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
+    assert all((ROOT / folder).is_dir() for folder in mounts)
+    provisioning = next(ROOT / here for here, there in mounts.items() if there == "/etc/grafana/provisioning")
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "dspark-stream.yml").read_text())["providers"]
+    shown = next(ROOT / here for here, there in mounts.items() if there == provider["options"]["path"])
+    assert DASHBOARD.parent == shown
+    sources = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())
+    (source,) = sources["datasources"]
+    assert source["url"].removeprefix("http://").partition(":")[0] in services
+    (job,) = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]
+    assert source["jsonData"]["timeInterval"] == job["scrape_interval"]
+    assert services["grafana"]["ports"] == ["127.0.0.1:3000:3000"]
+
+
+def queries(dashboard) -> list[str]:
+    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+
+
+def lost(mine, back, at="$") -> list[str]:
+    """Paths of what is in ``mine`` and not, or otherwise, in ``back``."""
+    if isinstance(mine, dict) and isinstance(back, dict):
+        return [p for key, value in mine.items() for p in lost(value, back.get(key), f"{at}.{key}")]
+    if isinstance(mine, list) and isinstance(back, list) and len(mine) == len(back):
+        return [p for i, (one, two) in enumerate(zip(mine, back, strict=True)) for p in lost(one, two, f"{at}[{i}]")]
+    return [] if mine == back else [at]
+
+
+def test_the_dashboard_has_grafanas_structure():
+    """Read and written by Grafana's own classes nothing is lost: no field that they do not know, none otherwise."""
+    pytest.importorskip("grafana_foundation_sdk")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    register_default_plugins()
+    mine = json.loads(DASHBOARD.read_text())
+
+    def through(dashboard):
+        return json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(dashboard)))
+
+    assert lost(mine, through(mine)) == []
+    mine["panels"][0]["options"]["graphmode"] = "area"
+    assert lost(mine, through(mine)) == ["$.panels[0].options.graphmode"]
+
+
+def test_panels_have_names_of_their_own_places_and_words():
+    dashboard = json.loads(DASHBOARD.read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        assert panel["title"]
+        assert panel["description"].endswith(".")
+        assert panel["datasource"]["uid"] == "${datasource}"
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+        refs = [target["refId"] for target in panel["targets"]]
+        assert len(set(refs)) == len(refs)
+        names = {target["legendFormat"] for target in panel["targets"]}
+        for override in panel["fieldConfig"]["overrides"]:
+            assert override["matcher"]["options"] in names, panel["title"]
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    assert set(re.findall(r"\$\{?([a-z]+)", DASHBOARD.read_text())) == variables
+    wanted = ("Tokens a second", "Accepted length", "Verification length against load", "Time to first token")
+    assert {*wanted, "Gaps between chunks", "Streams and queue"} <= {panel["title"] for panel in panels}
+
+
+def wrong(expressions: list[str], folder: Path) -> str:
+    """What PromQL's parser says against them; Prometheus' own where it is installed."""
+    expressions = [e.replace("$__rate_interval", "1m").replace("$model", ".*") for e in expressions]
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        parser = pytest.importorskip("promql_parser")
+        try:
+            for expression in expressions:
+                parser.parse(expression)
+        except ValueError as error:
+            return str(error)
+        return ""
+    rules = [{"record": f"rule:{i}", "expr": expression} for i, expression in enumerate(expressions)]
+    file = folder / "rules.json"  # JSON is YAML
+    file.write_text(json.dumps({"groups": [{"name": "g", "rules": rules}]}))
+    done = subprocess.run([promtool, "check", "rules", file], capture_output=True, text=True, timeout=60, check=False)
+    return done.stderr if done.returncode else ""
+
+
+def test_queries_are_promql(tmp_path):
+    asked = queries(json.loads(DASHBOARD.read_text()))
+    assert len(asked) > 20
+    assert wrong(asked, tmp_path) == ""
+    assert wrong(["sum (rate(dspark:late_chunks_total[1m])"], tmp_path) != ""

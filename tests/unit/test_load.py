@@ -354,7 +354,7 @@ def test_price_is_the_throughput_that_the_past_lets_expect():
 
 
 def test_no_price_buys_what_a_bound_forbids():
-    """Guards against looks at whole blocks that keep readers waiting: every price of a plan is more than nothing."""
+    """Guards against looks at a whole block that keep readers waiting: every price of a plan is more than nothing."""
     machine = Machine(BUSY)
     played = machine.play(pasts(2), 400, [GOOD, BAD])
     prices = {one.plan.price for one in played if any(one.plan.drafting)}

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("setup", "serve", "test", "test-all", "style", "types", "bench", "abuse", "soak", "clean", "help")
+TARGETS = ("setup", "serve", "test", "test-all", "style", "types", "docs", "bench", "abuse", "soak", "clean", "help")
 
 
 @pytest.fixture
@@ -110,6 +110,14 @@ def test_a_model_reaches_the_service_and_tests_fetch_a_small_one(bare):
     assert "--model" not in make(bare, "--dry-run", "serve").stdout
     assert "MODEL=" in make(bare, "help").stdout
     assert re.search(r"models\.fetch smollm2-135m$", make(bare, "--dry-run", "model").stdout, re.MULTILINE)
+
+
+def test_docs_are_built_strictly_in_an_environment_of_their_own(bare):
+    shown = make(bare, "--dry-run", "docs").stdout
+    assert ".venv-docs/bin/python -m pip install" in shown
+    assert re.search(r"mkdocs-material==\S+ msgspec==\d", shown)  # events are told by the service's structs
+    assert re.search(r"^NO_\S+ \.venv-docs/bin/python -m mkdocs build --strict", shown, re.MULTILINE)
+    assert "torch" not in shown
 
 
 def test_the_ci_script_runs_as_it_is():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import xml.etree.ElementTree as ET
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 from dspark_stream.console import SILENT
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.measure.plot import Series, line_chart, ticks
+from dspark_stream.measure.plot import Chart, Series, line_chart, ticks
 from dspark_stream.measure.profile import plot, table
 from dspark_stream.measure.reproduce import QUICK, Findings, Plan, report, run, swings, verdict
 from dspark_stream.measure.sweep import (
@@ -206,4 +207,17 @@ def test_the_capacity_curve_as_a_table_and_a_picture():
     assert "1.50" in shown  # 12 ms over 8 tokens
     assert "5.30" in shown  # a plain round of one stream
     assert "1.40" in shown  # its draft of one slot
-    ET.fromstring(plot(CURVE))
+    ET.fromstring(plot(CURVE).svg())
+
+
+def test_the_same_picture_in_pixels():
+    """Guards against a picture that leaves out what the SVG shows: every colour of it, and the turned label."""
+    image = pytest.importorskip("PIL.Image")
+    chart = Chart("title", "x", "upright", [Series("one", [(1, 1), (2, 4)]), Series("two", [(1, 4), (2, 1)])])
+    with image.open(io.BytesIO(chart.png())) as picture:
+        assert (picture.format, picture.size) == ("PNG", (1280, 800))
+        colours = {colour for _, colour in picture.getcolors(1 << 20)}
+        assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (255, 255, 255)} <= colours
+        left = picture.crop((0, 200, 40, 600)).convert("L")
+        assert left.getextrema()[0] < 100  # the label
+        assert left.crop((0, 0, 40, 100)).getextrema()[0] == 255  # and nothing beside it

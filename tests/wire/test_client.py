@@ -1,7 +1,10 @@
 """Our own client and the terminal chat, against the real server with a fake engine behind it."""
 
 import asyncio
+import inspect
 import io
+import json
+import re
 import sys
 
 import pytest
@@ -14,7 +17,9 @@ from dspark_stream.client.connection import (
     UnreachableError,
 )
 from dspark_stream.client.terminal import ChatOptions, chat
-from fakes import FakeEngine, Script
+from dspark_stream.client.words import Figures, tinted, why_none
+from dspark_stream.types import RecommendedSampling
+from fakes import FakeEngine, Script, model_info
 from wire.harness import Launch, Running, check_response, text_of
 
 TEXT = "".join(f"w{i} " for i in range(10))
@@ -119,8 +124,9 @@ async def test_a_piped_chat_puts_answers_on_stdout_alone(running: Running, monke
     assert await talk(monkeypatch, lines, url=running.url, instructions="be brief") == 0
     said = capsys.readouterr()
     assert said.out == f"{TEXT}\n" * 3
-    assert "accepted length" in said.err
-    assert "plain: 1 answers" in said.err
+    assert "[50 % of 10 tokens guessed ahead, 2.00 tokens a round, 4500.0 tokens a second]" in said.err
+    assert "plain: 1 answer, " in said.err
+    assert "over these answers dspark was 1.00 × as fast as plain" in said.err
     assert "/nonsense is no command" in said.err
     assert "/quit" in said.err
     assert "\x1b" not in said.out + said.err
@@ -162,11 +168,163 @@ async def test_a_refused_question_is_forgotten(running: Running, monkeypatch, ca
     assert said.out.endswith(f"{TEXT}\n")
 
 
-async def test_origins_are_underlined_on_a_terminal(running: Running, monkeypatch):
+@pytest.mark.parametrize(
+    ("environ", "code"),
+    [
+        ({"TERM": "vt100"}, "4"),
+        ({"TERM": "xterm-256color"}, "38;5;255;48;5;17"),
+        ({"TERM": "xterm", "COLORTERM": "truecolor", "COLORFGBG": "0;15"}, "38;5;16;48;5;153"),
+    ],
+)
+async def test_accepted_runs_are_tinted_on_a_terminal(running: Running, monkeypatch, environ, code):
+    for name in ("NO_COLOR", "TERM", "COLORTERM", "COLORFGBG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stdout", shown := Terminal())
-    assert await talk(monkeypatch, "hello\n", url=running.url, origin=True) == 0
+    assert await talk(monkeypatch, "hello\n", url=running.url) == 0
     # Rounds of 3, 1 and 2 tokens: the last of each is the target's own.
-    assert shown.getvalue().startswith("\x1b[4mw0 \x1b[0m\x1b[4mw1 \x1b[0mw2 w3 \x1b[4mw4 \x1b[0mw5 ")
+    on, off = f"\x1b[{code}m", "\x1b[0m"
+    assert shown.getvalue().startswith(f"{on}w0 w1 {off}w2 w3 {on}w4 {off}w5 ")
+    assert shown.getvalue().replace(on, "").replace(off, "") == f"{TEXT}\n"
+
+
+@pytest.mark.parametrize(
+    ("no_color", "term", "colour", "stdout", "tinted"),
+    [
+        ("", "xterm", "auto", Terminal, True),
+        ("1", "xterm", "auto", Terminal, False),
+        ("", "dumb", "auto", Terminal, False),
+        ("", "xterm", "never", Terminal, False),
+        ("", "xterm", "auto", io.StringIO, False),
+        ("1", "xterm", "always", io.StringIO, True),
+    ],
+)
+async def test_whoever_wants_no_colours_gets_none(
+    running: Running, monkeypatch, no_color, term, colour, stdout, tinted
+):
+    """Guards against codes in a file, and against rounds that are asked for and not shown."""
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys, "stdout", shown := stdout())
+    assert await talk(monkeypatch, "hello\n", url=running.url, colour=colour) == 0
+    assert ("\x1b" in shown.getvalue()) is tinted
+    assert [request.record_rounds for request in running.engine.submitted] == [tinted]
+
+
+def test_a_tint_ends_where_a_line_does(monkeypatch):
+    """Guards against a terminal that fills the rest of a line with the background."""
+    monkeypatch.setenv("TERM", "vt100")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    pieces = [("a\n", True), ("\x1b[2Jb", True), ("c", False)]
+    assert tinted(pieces) == "\x1b[4ma\x1b[0m\n\x1b[4m[2Jb\x1b[0mc"
+
+
+async def test_set_takes_what_the_service_takes(running: Running, monkeypatch, capsys):
+    lines = "/set temperature 0.5\n/set max_tokens=4\n/set seed 7\n/set stop w9\n/set\nhello\n"
+    lines += "/set temperature null\n/set temperature\nhello\n"
+    assert await talk(monkeypatch, lines, url=running.url, settings={"top_p": 0.9}) == 0
+    said = capsys.readouterr()
+    first, second = (request.sampling for request in running.engine.submitted)
+    assert (first.temperature, first.max_tokens, first.seed, first.stop, first.top_p) == (0.5, 4, 7, ("w9",), 0.9)
+    assert (second.temperature, second.max_tokens, second.seed, second.top_p) == (1.0, 4, 7, 0.9)
+    assert [request.verification for request in running.engine.submitted] == ["coupled", "coupled"]  # for the seed
+    assert said.out == "w0 w1 w2 w3 \n" * 2
+    for line in ("temperature         0.5", 'stop                "w9"', "top_k               off (default)"):
+        assert line in said.err.split("\n")
+    assert "temperature is the service's own again" in said.err
+    assert "a value is missing" in said.err
+    assert "cut at the limit" in said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("temperature 2.5", "`temperature` must be from 0 to 2, but is 2.5"),
+        ("max_tokens 0", "`max_output_tokens` must be at least 1"),
+        ("temprature 1", "temprature"),
+        ("temperature hot", "temperature"),
+        ("tools [1]", "calls of tools are not read"),
+        ("instructions x", "/system does it"),
+        ("input x", "the chat fills it in"),
+    ],
+)
+async def test_set_says_what_is_wrong_in_the_services_words(running: Running, monkeypatch, capsys, line, words):
+    assert await talk(monkeypatch, f"/set {line}\nhello\n", url=running.url) == 0
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.out == f"{TEXT}\n"  # nothing of it was kept
+
+
+async def test_set_shows_what_is_recommended_for_the_model(launch: Launch, monkeypatch, capsys):
+    info = model_info(sampling=RecommendedSampling(temperature=0.7, top_k=20))
+    running = await launch(FakeEngine(info=info))
+    assert await talk(monkeypatch, "/set\n", url=running.url) == 0
+    lines = capsys.readouterr().err.split("\n")
+    assert "temperature         0.7 (recommended for the model)" in lines
+    assert "top_p               1 (default)" in lines
+
+
+async def test_model_says_what_is_served_and_that_it_is_the_only_one(running: Running, monkeypatch, capsys):
+    assert await talk(monkeypatch, "/model\n/model qwen3-0.6b\n", url=running.url) == 0
+    said = capsys.readouterr().err
+    assert "fake-135m, drafter fake-drafter (γ = 4), schedule adaptive, 2048 tokens of context" in said
+    assert "serves one model, fake-135m" in said
+    assert "dspark-stream serve qwen3-0.6b" in said
+
+
+async def test_a_conversation_is_saved_and_nothing_is_overwritten_unasked(running, monkeypatch, capsys, tmp_path):
+    page, data, other = tmp_path / "talk.md", tmp_path / "talk.JSON", tmp_path / "talk.txt"
+    lines = f"/save {page}\nhello\n/save {page}\n/save {data}\n/save {other}\n/save\n"
+    lines += f"again\n/save {page}\n/save {tmp_path}/no/such.md\n"
+    assert await talk(monkeypatch, lines, url=running.url, instructions="be brief", settings={"seed": 7}) == 0
+    said = capsys.readouterr().err
+    assert "nothing was said yet" in said
+    assert f"{page} is there already; /save! {page} replaces it" in said
+    assert "ends in .md or .json" in said
+    assert "cannot be written: No such file or directory" in said
+    assert not other.exists()
+    assert page.read_text() == (
+        f"# A conversation with fake-135m\n\n## System\n\nbe brief\n\n## User\n\nhello\n\n## Assistant\n\n{TEXT}\n"
+    )
+    saved = json.loads(data.read_text())
+    assert [turn["role"] for turn in saved["messages"]] == ["system", "user", "assistant"]
+    assert (saved["model"], saved["settings"], saved["messages"][2]["content"]) == ("fake-135m", {"seed": 7}, TEXT)
+    assert await talk(monkeypatch, f"bye\n/save! {page}\n", url=running.url) == 0
+    assert "bye" in page.read_text()
+    assert "hello" not in page.read_text()
+
+
+async def test_help_lists_every_command(running: Running, monkeypatch, capsys):
+    """Guards against a command that nobody finds, and one that is listed and gone."""
+    assert await talk(monkeypatch, "/help\n", url=running.url) == 0
+    listed = set(re.findall(r"(?m)(?:^|; )(/[a-z]+!?)", capsys.readouterr().err))
+    known = set(re.findall(r'"(/[a-z]+!?)"', inspect.getsource(terminal._Chat.command)))
+    assert listed == known - {"/exit"}  # another word for /quit
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        ({"drafter": None, "gamma": 0}, "there is no drafter"),
+        ({"schedule": "fixed:0"}, "drafting is switched off"),
+        ({}, "did not seem to pay"),
+    ],
+)
+async def test_an_answer_without_drafts_says_why(info, words):
+    figures = Figures()
+    figures.add(tokens=3, rounds=2, drafted=0, accepted=0, decode_ms=1.0)
+    said = figures.words(why_none("dspark", model_info(**info).gamma, model_info(**info).schedule))
+    assert said.startswith("3 tokens, nothing ")
+    assert words in said
+    assert said.endswith(", 2000.0 tokens a second")
+
+
+def test_what_a_stop_cut_off_was_not_guessed():
+    """The page counts the same way: the round's own token goes first, then accepted ones."""
+    figures = Figures()
+    figures.add(tokens=4, rounds=1, drafted=5, accepted=5, decode_ms=0.0)
+    assert figures.words().startswith("75 % of 4 tokens guessed ahead")
 
 
 async def test_what_a_model_writes_does_not_steer_the_terminal(launch: Launch, monkeypatch, capsys):
@@ -191,7 +349,7 @@ async def test_ctrl_c_stops_the_answer_and_not_the_program(launch: Launch, monke
     assert await talk(monkeypatch, "hello\n/stats\n", url=running.url) == 0
     said = capsys.readouterr()
     assert "stopped" in said.err
-    assert "dspark: 1 answers" in said.err
+    assert "dspark: 1 answer, " in said.err
     assert list(engine.finished.values()) == ["cancelled"]
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import aiohttp
 import pytest
 
 from dspark_stream.errors import ConfigError
 from dspark_stream.server.settings import ServerConfig
+from fakes import FakeEngine, Script
 from wire.harness import Launch, Running, eventually
 
+DASHBOARD = Path(__file__).resolve().parents[2] / "deploy" / "grafana" / "dashboards" / "dspark-stream.json"
 SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)\{(?P<labels>.*)\} (?P<value>\S+)")
 LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"(?:,|$)')
 SUFFIXES = {"gauge": {""}, "counter": {"_total"}, "histogram": {"_bucket", "_sum", "_count"}}
@@ -113,6 +118,7 @@ async def test_the_page_is_what_prometheus_reads(running: Running, accept: str) 
         len(request.prompt_ids) for request in running.engine.submitted
     )
     assert value_of(found, "dspark:inter_token_latency_seconds_count") == 14  # ten twice, less the first round's three
+    assert value_of(found, "dspark:inter_chunk_gap_seconds_count") <= 4  # of the streamed answer's five rounds
     assert value_of(found, "dspark:spec_decode_num_accepted_tokens_per_pos_total", position="0") == 10
     assert value_of(found, "dspark:request_success_total", finished_reason="stop") == 2
     assert value_of(found, "dspark:requests_refused_total", code="empty_input") == 1
@@ -125,6 +131,34 @@ async def test_the_page_is_what_prometheus_reads(running: Running, accept: str) 
     assert 0 < value_of(found, "process_cpu_seconds_total") < 1e6
     assert running.server.service.started_at - 86_400 < value_of(found, "process_start_time_seconds")
     assert value_of(found, "process_start_time_seconds") <= running.server.service.started_at + 1
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions", "/v1/completions", "socket"])
+async def test_gaps_are_counted_where_text_is_sent(launch: Launch, path: str) -> None:
+    """Guards against a route whose gaps nobody sees, the wait for the first text counted as one, and streams of one
+    socket taken for each other.
+    """
+    running = await launch(FakeEngine(Script(rounds=(2,)), step_s=0.02))
+    metrics = running.server.service.metrics
+    gaps, chunks = metrics.inter_chunk_gap, 5 * (2 if path == "socket" else 1)  # ten tokens a stream, two a chunk
+    begun = time.monotonic()
+    if path == "socket":
+        async with running.socket() as socket:
+            for lane in ("a", "b"):
+                await socket.create(stream_id=lane)
+            ends = [await socket.until("response.completed") for _ in range(2)]
+        assert all(ends)
+    else:
+        asked = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"input": "x"}
+        asked = {"prompt": "x"} if path == "/v1/completions" else asked
+        async with running.http() as http, http.post(path, json={**asked, "stream": True}) as answer:
+            assert answer.status == 200
+            await answer.read()
+    await eventually(lambda: gaps.count + metrics.merged_deltas == chunks - chunks // 5)
+    assert 0.015 < gaps.sum < chunks // 5 * (time.monotonic() - begun)
+    async with running.http() as http, http.post("/v1/responses", json={"input": "x"}) as answer:
+        await answer.read()
+    assert gaps.count + metrics.merged_deltas == chunks - chunks // 5  # one body has no chunks
 
 
 async def test_a_socket_that_closes_is_no_lost_client(running: Running) -> None:
@@ -150,6 +184,28 @@ async def test_a_client_that_leaves_is_one(running: Running) -> None:
     metrics = running.server.service.metrics
     await eventually(lambda: sum(metrics.http.values()) == 1)
     assert metrics.http == {("POST", "/v1/responses", 499): 1}
+
+
+async def test_the_dashboard_asks_for_what_is_there(running: Running) -> None:
+    """Guards against a panel that stays empty: a metric, or a label of one, that the service does not have."""
+    async with running.http() as http:
+        for body in ({"input": "x"}, {"input": ""}):
+            async with http.post("/v1/responses", json=body) as answer:
+                await answer.read()
+    found = samples(await page(running), open_metrics=False)
+    labels: dict[str, set[str]] = {}
+    for name, pairs in found:
+        labels.setdefault(name, set()).update(dict(pairs))
+    dashboard = json.loads(DASHBOARD.read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked += [variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    for query in asked:
+        names = re.findall(r"\bdspark:\w+", query)
+        assert names
+        assert set(names) <= set(labels), query
+        for by in re.findall(r"\bby \((\w+)\)", query):
+            assert any(by in labels[name] for name in names), query
+        assert "model_name" in query  # what a board of several services is sorted by
 
 
 # --- who may read it --------------------------------------------------------------------------------------------

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import queue
 import sys
 import threading
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+from dspark_stream.client import words
 from dspark_stream.client.connection import (
     TERMINAL_EVENTS,
     ClientError,
@@ -25,18 +28,21 @@ from dspark_stream.client.connection import (
     ResponseStream,
     UnreachableError,
 )
-from dspark_stream.console import paint, printable
+from dspark_stream.client.words import Figures
+from dspark_stream.console import DIM, Colour, coloured, paint, printable
 from dspark_stream.errors import DsparkError
 
 T = TypeVar("T")
 
 EXIT_REFUSED = 2
-
-HELP = """\
-/plain   next answers one token a pass        /new    forget the conversation
-/dspark  next answers with speculation        /stats  figures of this session
-/system  what follows is the system message   /help   this
-/quit    leave (or Ctrl-D)                    Ctrl-C  stop the answer"""
+OWN = {
+    "instructions": "/system",
+    "model": "/model",
+    "dspark": "/plain and /dspark",
+    **dict.fromkeys(("type", "event_id", "stream_id", "input", "previous_response_id", "store", "generate"), ""),
+}
+"""Fields of a request that `/set` leaves alone, and what sets them instead."""
+SPELLINGS = {"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"}
 
 
 @dataclass
@@ -49,42 +55,11 @@ class ChatOptions:
     api_key: str = ""
     instructions: str = ""
     mode: str = "dspark"
-    verification: str = "rejection"
-    origin: bool = False
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    seed: int | None = None
-
-
-@dataclass
-class _Totals:
-    """Sums over the answers of one mode."""
-
-    answers: int = 0
-    tokens: int = 0
-    timed_tokens: int = 0
-    decode_ms: float = 0.0
-    rounds: int = 0
-    accepted: int = 0
-
-    def add(self, response: Event) -> None:
-        usage, stats = response.get("usage") or {}, response.get("dspark") or {}
-        tokens = usage.get("output_tokens", 0)
-        self.answers += 1
-        self.tokens += tokens
-        # The first token comes out of the prompt's own pass, before decoding time begins.
-        self.timed_tokens += max(tokens - 1, 0)
-        self.decode_ms += stats.get("decode_ms", 0.0)
-        self.rounds += stats.get("rounds", 0)
-        self.accepted += stats.get("accepted", 0)
-
-    def __str__(self) -> str:
-        parts = [f"{self.tokens} tokens"]
-        if self.decode_ms > 0 and self.timed_tokens:
-            parts.append(f"{1000 * self.timed_tokens / self.decode_ms:.1f} tokens/s")
-        if self.rounds:
-            parts.append(f"accepted length {1 + self.accepted / self.rounds:.2f}")
-        return ", ".join(parts)
+    verification: str = ""
+    """Empty: the service's choice."""
+    colour: Colour = "auto"
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Sampling fields as the API has them."""
 
 
 class _LoopThread:
@@ -102,37 +77,32 @@ class _LoopThread:
 
 
 class _Printer:
-    """Shows an answer as it comes; with origins where rounds are told apart."""
+    """Shows an answer as it comes; where it is tinted, each run that one verification accepted stands out."""
 
-    def __init__(self, *, origin: bool) -> None:
-        self._origin = origin
-        self._pending = ""
+    def __init__(self, colour: Colour) -> None:
+        self.tinted = coloured(sys.stdout, colour)
         self.text = ""
+        self._pending = ""
 
     def delta(self, text: str) -> None:
         self.text += text
-        if self._origin:
+        if self.tinted:
             self._pending += text  # shown when its round's pieces are known
         else:
-            self._show(text)
+            _show(text)
 
     def step(self, text: str, pieces: list[tuple[str, bool]]) -> None:
-        at = self._pending.find(text) if self._origin and text else -1
+        at = self._pending.find(text) if self.tinted and text else -1
         if at < 0:
             return
-        self._show(self._pending[:at])
+        _show(self._pending[:at])
         self._pending = self._pending[at + len(text) :]
-        for piece, drafted in pieces:
-            self._show(piece, drafted=drafted)
+        print(words.tinted(pieces), end="", flush=True)
 
     def finish(self) -> None:
-        self._show(self._pending)
+        _show(self._pending)
         self._pending = ""
         print(flush=True)
-
-    def _show(self, text: str, *, drafted: bool = False) -> None:
-        shown = printable(text)
-        print(paint(shown, "4", sys.stdout) if drafted else shown, end="", flush=True)
 
 
 @dataclass
@@ -141,45 +111,98 @@ class _Chat:
     thread: _LoopThread
     client: DsparkClient
     history: list[dict[str, str]] = field(default_factory=list)
-    totals: dict[str, _Totals] = field(default_factory=dict)
+    totals: dict[str, Figures] = field(default_factory=dict)
 
     def command(self, line: str) -> bool:
         """Do what a /command says; False ends the chat."""
         word, _, rest = line.partition(" ")
+        rest = rest.strip()
         match word:
             case "/quit" | "/exit":
                 return False
             case "/plain" | "/dspark" as chosen:
                 self.options.mode = chosen[1:]
-                _note(f"the next answers are decoded in {self.options.mode} mode")
+                self.note(f"the next answers are decoded in {self.options.mode} mode")
+            case "/set":
+                self.note(self._set(rest))
+            case "/model":
+                self.note(self._model(rest))
             case "/new":
                 self.history.clear()
-                _note("a new conversation")
+                self.note("a new conversation")
+            case "/save" | "/save!":
+                self.note(self._save(rest, replace=word == "/save!"))
             case "/stats":
-                for mode, totals in self.totals.items():
-                    _note(f"{mode}: {totals.answers} answers, {totals}")
-                if not self.totals:
-                    _note("no answers yet")
+                self.note(words.stats(self.totals))
             case "/system":
-                self.options.instructions = rest.strip()
-                _note("the system message is " + (repr(rest.strip()) if rest.strip() else "none"))
+                self.options.instructions = rest
+                self.note("the system message is " + (repr(rest) if rest else "none"))
             case "/help":
-                _note(HELP)
+                self.note(words.HELP)
             case _:
-                _note(f"{word} is no command. These are:\n{HELP}")
+                self.note(f"{word} is no command. These are:\n{words.HELP}")
         return True
+
+    def _set(self, rest: str) -> str:
+        """Set a sampling value that the service takes, and say what holds."""
+        chosen, recommended = self.options.settings, self.client.hello["sampling"]
+        name, _, text = rest.replace("=", " ", 1).partition(" ")
+        name, text = SPELLINGS.get(name, name), text.strip()
+        if not name:
+            return words.settings(chosen, recommended)
+        if name in OWN:
+            return f"`{name}` is not set here" + (f": {OWN[name]} does it" if OWN[name] else ", the chat fills it in")
+        if not text:
+            return f"a value is missing: /set {name} VALUE, or /set {name} null for the service's own"
+        wanted = {**chosen, name: _value(text)}
+        try:
+            # Nothing is generated, but all is checked: what is wrong is said in the service's own words.
+            self._run({**self._body(wanted), "input": [], "generate": False})
+        except RefusedError as error:
+            return f"refused: {error}"
+        self.options.settings = {key: value for key, value in wanted.items() if value is not None}
+        if wanted[name] is None:
+            return f"{name} is the service's own again"
+        return f"{name} is {json.dumps(wanted[name], ensure_ascii=False)}"
+
+    def _model(self, name: str) -> str:
+        hello = self.client.hello
+        if name and name != hello["model"]:
+            return (
+                f"this service serves one model, {hello['model']}. Another one needs a service of its own: "
+                f"dspark-stream serve {name} --port 8001, then dspark-stream chat --url ws://127.0.0.1:8001"
+            )
+        return f"{words.served(hello)}; the only model of this service"
+
+    def _save(self, name: str, *, replace: bool) -> str:
+        path = Path(name).expanduser()
+        if not name or path.suffix.lower() not in words.SAVED_AS:
+            return f"{name or 'where to'}? A file that ends in {' or '.join(words.SAVED_AS)}, as in: /save talk.md"
+        system = self.options.instructions
+        turns = [{"role": "system", "content": system}, *self.history] if system else self.history
+        if not self.history:
+            return "nothing was said yet"
+        model, chosen = self.client.hello["model"], self.options.settings
+        try:
+            with path.open("w" if replace else "x", encoding="utf-8") as file:
+                file.write(words.conversation(turns, path.suffix.lower(), model=model, chosen=chosen))
+        except FileExistsError:
+            return f"{path} is there already; /save! {name} replaces it"
+        except OSError as error:
+            return f"{path} cannot be written: {error.strerror}"
+        return f"saved to {path}"
 
     def ask(self, question: str) -> bool:
         """Ask, show the answer, and remember both; a question that is refused leaves no trace. Whether it was
         answered.
         """
         self.history.append({"role": "user", "content": question})
-        printer = _Printer(origin=self.options.origin and sys.stdout.isatty())
+        printer = _Printer(self.options.colour)
         try:
-            final = self._answer(printer)
+            final = self._run(self._body(self.options.settings, steps=printer.tinted), printer)
         except RefusedError as error:
             self.history.pop()
-            _note(f"refused: {error}")
+            self.note(f"refused: {error}")
             return False
         finally:
             printer.finish()
@@ -189,17 +212,19 @@ class _Chat:
         else:
             self.history.pop()
         if response.get("error"):
-            _note(f"failed: {response['error']['message']}")
-        mine = _Totals()
-        for totals in (mine, self.totals.setdefault(self.options.mode, _Totals())):
-            totals.add(response)
+            self.note(f"failed: {response['error']['message']}")
+        mine, mode, hello = Figures(), self.options.mode, self.client.hello
+        for figures in (mine, self.totals.setdefault(mode, Figures())):
+            figures.add(**_figures(response))
+        said = mine.words(words.why_none(mode, hello["gamma"], hello["schedule"]))
         ending = {"response.cancelled": ", stopped", "response.incomplete": ", cut at the limit"}
-        _note(f"[{mine}, {self.options.mode}{ending.get(final['type'], '')}]")
+        self.note(f"[{said}{ending.get(final['type'], '')}]")
         return not response.get("error")
 
-    def _answer(self, printer: _Printer) -> Event:
+    def _run(self, body: Event, printer: _Printer | None = None) -> Event:
+        """Send ``body``, show what comes, and return the terminal event."""
         events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
-        stream = self.thread.call(self.client.create(self._body()))
+        stream = self.thread.call(self.client.create(body))
         asyncio.run_coroutine_threadsafe(_pump(stream, events), self.thread.loop)
         asked_to_stop = False
         while True:
@@ -207,9 +232,9 @@ class _Chat:
                 event = events.get()
                 if isinstance(event, BaseException):
                     raise event
-                if event["type"] == "response.output_text.delta":
+                if event["type"] == "response.output_text.delta" and printer is not None:
                     printer.delta(event["delta"])
-                elif event["type"] == "dspark:step":
+                elif event["type"] == "dspark:step" and printer is not None:
                     printer.step(event["text"], event["pieces"])
                 elif event["type"] in TERMINAL_EVENTS:
                     return event
@@ -219,18 +244,40 @@ class _Chat:
                 asked_to_stop = True
                 self.thread.call(stream.cancel())
 
-    def _body(self) -> Event:
+    def _body(self, settings: dict[str, Any], *, steps: bool = False) -> Event:
         options = self.options
-        dspark: Event = {"mode": options.mode, "verification": options.verification}
-        if options.origin:
+        dspark: Event = {"mode": options.mode}
+        if options.verification:
+            dspark["verification"] = options.verification
+        if steps:
             dspark["steps"] = True
-        if options.seed is not None:
-            dspark["seed"] = options.seed
-        body: Event = {"input": list(self.history), "store": False, "dspark": dspark}
-        for name in ("instructions", "max_output_tokens", "temperature"):
-            if getattr(options, name) not in (None, ""):
-                body[name] = getattr(options, name)
+        body: Event = {**settings, "input": list(self.history), "store": False, "dspark": dspark}
+        if options.instructions:
+            body["instructions"] = options.instructions
         return body
+
+    def note(self, text: str) -> None:
+        """What is not the answer goes to stderr, so that answers can be piped on."""
+        print(paint(text, DIM, sys.stderr, self.options.colour), file=sys.stderr, flush=True)
+
+
+def _show(text: str) -> None:
+    """Text of an answer, as it comes."""
+    print(printable(text), end="", flush=True)
+
+
+def _value(text: str) -> Any:
+    """A JSON value, or else the text as it stands: quotes are for what would read as something else."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _figures(response: Event) -> dict[str, Any]:
+    usage, stats = response.get("usage") or {}, response.get("dspark") or {}
+    named = {name: stats.get(name, 0) for name in ("rounds", "drafted", "accepted", "decode_ms")}
+    return {"tokens": usage.get("output_tokens", 0), **named}
 
 
 async def _pump(stream: ResponseStream, events: queue.SimpleQueue[Event | BaseException]) -> None:
@@ -252,7 +299,9 @@ def chat(options: ChatOptions) -> int:
         try:
             client = thread.call(DsparkClient.connect(options.url, api_key=options.api_key))
         except UnreachableError as error:
-            raise UnreachableError(f"{error}; a service starts with: dspark-stream serve") from None
+            raise UnreachableError(
+                f"{error}; --url says where it is, and a service starts with: dspark-stream serve"
+            ) from None
         try:
             if not _talk(_Chat(options, thread, client)):
                 return EXIT_REFUSED
@@ -273,16 +322,16 @@ def _talk(session: _Chat) -> bool:
     if interactive:
         with suppress(ImportError):
             importlib.import_module("readline")  # its import gives input() editing and a history
-        _note(f"{hello['model']}, drafter {hello['drafter'] or 'none'}; /help lists the commands")
+        session.note(f"{hello['model']}, drafter {hello['drafter'] or 'none'}; /help lists the commands")
     while True:
         try:
             line = (input("> ") if interactive else _piped_line()).strip()
         except EOFError:
             if interactive:
-                _note("")  # the shell's prompt begins on a line of its own
+                session.note("")  # the shell's prompt begins on a line of its own
             return True
         except KeyboardInterrupt:
-            _note("\n(/quit or Ctrl-D leaves)")
+            session.note("\n(/quit or Ctrl-D leaves)")
             continue
         if line.startswith("/"):
             if not session.command(line):
@@ -296,8 +345,3 @@ def _piped_line() -> str:
     if not line:
         raise EOFError
     return line
-
-
-def _note(text: str) -> None:
-    """What is not the answer goes to stderr, so that answers can be piped on."""
-    print(paint(text, "2", sys.stderr), file=sys.stderr, flush=True)

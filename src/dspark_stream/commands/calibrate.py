@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{out} is no folder", param="out")
     engine, tokenizer = common.load(calibration_config(config), quiet=common.quiet(args))
     if tokenizer is None:
-        raise ConfigError("this model has no tokenizer, so prompt files cannot be read")
+        raise ConfigError("this model has no tokenizer, so prompt files cannot be read", param="model")
     progress = Progress(enabled=not common.quiet(args))
     seen: set[tuple[int, ...]] = set()
     if args.unseen_by:

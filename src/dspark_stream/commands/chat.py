@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+from textwrap import indent
 
+from dspark_stream.client.words import HELP
 from dspark_stream.commands import common
 from dspark_stream.types import MAX_SEED, MAX_TEMPERATURE
 
-_EPILOG = """\
+_EPILOG = f"""\
 commands in the chat:
-  /plain, /dspark   decode the next answers one token a pass, or with speculation
-  /new              forget the conversation
-  /system TEXT      the system message from now on
-  /stats            figures of the session so far
-  /quit             leave (so does Ctrl-D)
-Ctrl-C stops an answer, not the program.
+{indent(HELP, "  ")}
+
+Text that one verification accepted of what was guessed ahead is tinted on a terminal, unless NO_COLOR is set.
 
 examples:
   dspark-stream chat
   dspark-stream chat "Why is the sky blue?"
-  dspark-stream chat --origin --seed 7 --temperature 0.8
+  dspark-stream chat --seed 7 --temperature 0.8
   echo "Why is the sky blue?" | dspark-stream chat
   DSPARK_API_KEY=... dspark-stream chat --url wss://chat.example.org
 """
@@ -38,10 +37,13 @@ def add(into: common.Subparsers) -> None:
     )
     parser.add_argument("--instructions", default="", metavar="TEXT", help="system message of the conversation")
     parser.add_argument("--plain", action="store_true", help="begin without speculation")
-    parser.add_argument("--verification", choices=("rejection", "coupled"), default="rejection")
     parser.add_argument(
-        "--origin", action="store_true", help="underline the tokens that the drafter proposed (on a terminal)"
+        "--verification",
+        choices=("rejection", "coupled"),
+        default="",
+        help="how drafts are accepted (default: coupled with a seed, else rejection)",
     )
+    common.add_colour(parser)
     parser.add_argument(
         "--max-tokens",
         type=common.number(int, 1, 1 << 24),
@@ -56,7 +58,13 @@ def add(into: common.Subparsers) -> None:
         metavar="T",
         help=f"0 takes the likeliest token; at most {MAX_TEMPERATURE} (default: what is recommended for the model)",
     )
-    parser.add_argument("--seed", type=common.number(int, 0, MAX_SEED), default=None, metavar="S")
+    parser.add_argument(
+        "--seed",
+        type=common.number(int, 0, MAX_SEED),
+        default=None,
+        metavar="S",
+        help="the same seed gives the same answer to the same question (default: any)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from dspark_stream.client.terminal import ChatOptions
     from dspark_stream.client.terminal import chat as talk
 
+    given = {"max_output_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
     return talk(
         ChatOptions(
             url=args.url,
@@ -72,9 +81,7 @@ def run(args: argparse.Namespace) -> int:
             instructions=args.instructions,
             mode="plain" if args.plain else "dspark",
             verification=args.verification,
-            origin=args.origin,
-            max_output_tokens=args.max_tokens,
-            temperature=args.temperature,
-            seed=args.seed,
+            colour=args.color,
+            settings={name: value for name, value in given.items() if value is not None},
         )
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO, TypeAlias, TypeVar
 
 from dspark_stream import __version__
+from dspark_stream.console import COLOURS
 from dspark_stream.errors import ConfigError
 from dspark_stream.stopping import stoppable
 from dspark_stream.types import MAX_SEED, MAX_TEMPERATURE, RecommendedSampling, SamplingParams
@@ -77,6 +78,16 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
         return value
 
     return read
+
+
+def add_colour(parser: argparse.ArgumentParser) -> None:
+    """Add whether an answer is tinted."""
+    parser.add_argument(
+        "--color",
+        choices=COLOURS,
+        default="auto",
+        help="tint what was guessed ahead and accepted; auto: on a terminal without NO_COLOR (default: auto)",
+    )
 
 
 def add_decoding(parser: argparse.ArgumentParser, max_tokens: int, *, recommended: bool = False) -> None:
@@ -191,7 +202,7 @@ def quiet(args: argparse.Namespace) -> bool:
     return bool(args.json) and not sys.stderr.isatty()
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a result to ``path``, whose folders are made.
 
     Raises:
@@ -199,6 +210,6 @@ def write(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error

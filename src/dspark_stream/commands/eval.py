@@ -99,7 +99,7 @@ def _measure(
 
     engine, tokenizer = common.load(config, quiet=quiet)
     if tokenizer is None:
-        raise ConfigError("this model has no tokenizer, so prompt files cannot be read")
+        raise ConfigError("this model has no tokenizer, so prompt files cannot be read", param="model")
     with LocalEngine(engine) as local:
         figures, together = evaluate(local, tokenizer, files, plan, Progress(enabled=not quiet))
     return figures, together, engine.info

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dspark_stream import config as settings
+from dspark_stream.client.words import Figures, tinted, why_none
 from dspark_stream.commands import common
-from dspark_stream.console import printable
+from dspark_stream.console import DIM, Colour, coloured, paint, printable
 from dspark_stream.errors import ConfigError, InternalError
-from dspark_stream.types import FinishReason, GenerationRequest, RoundRecord, TokensEvent, Usage
+from dspark_stream.types import FinishReason, GenerationRequest, Piece, RoundRecord, TokensEvent, Usage
 
 if TYPE_CHECKING:
     from dspark_stream.engine.boundary import Tokenizer
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  dspark-stream generate --prompt "Why is the sky blue?"
-  dspark-stream generate --prompt "Why is the sky blue?" --mode plain --max-tokens 64
+  dspark-stream generate "Why is the sky blue?"
+  dspark-stream generate "Why is the sky blue?" --mode plain --max-tokens 64
+  git diff | dspark-stream generate --max-tokens 64
   dspark-stream generate --input-ids 1,2,3 --model ./target --drafter ./draft --ignore-eos --json
 
 --json prints one object: output_ids, text, finish_reason (stop, length), accepted_length (tokens a
@@ -64,8 +66,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
 
 
-def answer(engine: LocalEngine, request: GenerationRequest, on_text: Callable[[str], None] | None = None) -> Answer:
-    """Run ``request`` to its end; ``on_text`` gets the text as it comes.
+def answer(
+    engine: LocalEngine, request: GenerationRequest, on_pieces: Callable[[list[Piece]], None] | None = None
+) -> Answer:
+    """Run ``request`` to its end; ``on_pieces`` gets each round's text as it comes.
 
     Raises:
         DsparkError: the engine refuses the request, or the stream failed.
@@ -77,8 +81,8 @@ def answer(engine: LocalEngine, request: GenerationRequest, on_text: Callable[[s
         if isinstance(event, TokensEvent):
             ids += event.token_ids
             texts.append(event.text)
-            if on_text is not None and event.text:
-                on_text(event.text)
+            if on_pieces is not None and event.text:
+                on_pieces(event.pieces)
             if event.round is not None:
                 rounds.append(Round.of(event.round))
             continue
@@ -111,8 +115,14 @@ def _token_ids(text: str) -> tuple[int, ...]:
 def add(into: common.Subparsers) -> None:
     """Add ``generate`` and its flags."""
     parser = common.add_command(into, "generate", run, "answer one prompt", _EPILOG)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="a user's turn, put into the model's chat template")
+    source = parser.add_mutually_exclusive_group()
+    parser.add_argument(
+        "positional_prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="a user's turn, put into the model's chat template; -, or none and a pipe: read from stdin",
+    )
+    source.add_argument("--prompt", metavar="TEXT", help="the same as PROMPT")
     source.add_argument(
         "--input-ids",
         type=_token_ids,
@@ -120,6 +130,7 @@ def add(into: common.Subparsers) -> None:
         help="token ids as they are; works for a model without a tokenizer",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    common.add_colour(parser)
     common.add_decoding(parser, max_tokens=256, recommended=True)
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
@@ -133,42 +144,70 @@ def run(args: argparse.Namespace) -> int:
 
     if "" in args.stop:
         raise ConfigError("--stop: an empty text would end every answer at once")
+    if args.positional_prompt is not None and (args.prompt is not None or args.input_ids is not None):
+        # not argparse's to say: what follows a misspelt flag would count as PROMPT, and be blamed
+        raise ConfigError("PROMPT, --prompt and --input-ids each say what is to be answered; give one of them")
+    prompt = None if args.input_ids is not None else _prompt(args)
     engine, tokenizer = common.load(settings.resolve(vars(args)).config, quiet=common.quiet(args))
     request = GenerationRequest(
         request_id="generate",
-        prompt_ids=_prompt_ids(args, tokenizer),
+        prompt_ids=args.input_ids if prompt is None else _encode(prompt, tokenizer),
         sampling=common.sampling(args, engine.info.sampling),
         mode=args.mode,
         verification=args.verification,
         record_rounds=True,
     )
     with LocalEngine(engine) as local:
-        answered = answer(local, request, None if args.json else _print_text)
+        answered = answer(local, request, None if args.json else _shower(args.color))
     if args.json:
         print(json.dumps(msgspec.to_builtins(answered)))
         return 0
     print()
-    speed = "" if answered.tokens_per_s is None else f", {answered.tokens_per_s:.1f} tokens/s"
-    length = "" if answered.accepted_length is None else f", accepted length {answered.accepted_length:.2f}"
-    drafts = args.mode == "dspark" and engine.info.gamma and engine.info.schedule == "adaptive"
-    if drafts and answered.rounds and not any(r.draft_tokens for r in answered.rounds):
-        length = ", nothing drafted since it did not seem to pay (--schedule fixed:3 drafts all the same)"
-    print(
-        f"[{len(answered.output_ids)} tokens in {len(answered.rounds)} rounds{speed}{length}, "
-        f"ended by {answered.finish_reason}]",
-        file=sys.stderr,
+    usage, figures = answered.usage, Figures()
+    figures.add(
+        tokens=usage.output_tokens,
+        rounds=usage.rounds,
+        drafted=usage.drafted,
+        accepted=usage.accepted,
+        decode_ms=usage.decode_ms,
     )
+    said = figures.words(why_none(args.mode, engine.info.gamma, engine.info.schedule))
+    ending = ", cut by --max-tokens" if answered.finish_reason == "length" else ""
+    print(paint(f"[{said}{ending}]", DIM, sys.stderr, args.color), file=sys.stderr)
     return 0
 
 
-def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    if args.input_ids is not None:
-        ids: tuple[int, ...] = args.input_ids
-        return ids
+def _prompt(args: argparse.Namespace) -> str:
+    """What is to be answered: an argument, or stdin where it is asked for or piped in."""
+    given: str | None = args.prompt if args.positional_prompt is None else args.positional_prompt
+    if given is None and sys.stdin.isatty():
+        raise ConfigError(f"there is no prompt: {_WAYS}", param="prompt")
+    if given in (None, "-"):
+        given = sys.stdin.read().removesuffix("\n")
+    if not given:
+        raise ConfigError(f"the prompt is empty: {_WAYS}", param="prompt")
+    return given
+
+
+_WAYS = 'dspark-stream generate "Why is the sky blue?", --prompt TEXT, --input-ids 1,2,3, or a text on stdin'
+
+
+def _encode(prompt: str, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     if tokenizer is None:
-        raise ConfigError("this model has no tokenizer, so --prompt cannot be read; give --input-ids 1,2,3")
-    return tuple(tokenizer.encode_chat([("user", args.prompt)]))
+        raise ConfigError("this model has no tokenizer, so a prompt cannot be read; give --input-ids 1,2,3")
+    return tuple(tokenizer.encode_chat([("user", prompt)]))
 
 
-def _print_text(text: str) -> None:
-    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+def _shower(colour: Colour) -> Callable[[list[Piece]], None]:
+    """What shows an answer: tinted, made safe for a terminal, or, on a pipe, as it is."""
+    colours, terminal = coloured(sys.stdout, colour), sys.stdout.isatty()
+
+    def show(pieces: list[Piece]) -> None:
+        text = "".join(piece.text for piece in pieces)
+        if colours:
+            text = tinted((piece.text, piece.drafted) for piece in pieces)
+        elif terminal:
+            text = printable(text)
+        print(text, end="", flush=True)
+
+    return show

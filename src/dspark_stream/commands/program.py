@@ -22,11 +22,15 @@ COMMANDS = (serve, chat, generate, models, eval, calibrate, profile, reproduce, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code: 0 done, 1 our fault, 2 the user's, 130 interrupted."""
     parser = _build_parser()
+    args = argparse.Namespace(flags={})
     try:
         args = parser.parse_args(argv)
         code: int = args.run(args)
     except DsparkError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        # who raised it knows the setting, and may not know that a flag sets it
+        flag = args.flags.get(error.param)
+        mends = f" ({flag})" if flag and flag not in str(error) else ""
+        print(f"{PROGRAM}: error: {error}{mends}", file=sys.stderr)
         return EXIT_INTERNAL if isinstance(error, InternalError | EngineFailedError) else EXIT_USER
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -48,4 +52,6 @@ def _build_parser() -> argparse.ArgumentParser:
     into = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(into)
+    for sub in into.choices.values():
+        sub.set_defaults(flags={a.dest: a.option_strings[0] for a in sub._actions if a.option_strings})
     return parser

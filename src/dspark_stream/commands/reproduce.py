@@ -59,9 +59,11 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     engine, tokenizer = common.load(config)
     if not engine.info.gamma:
-        raise ConfigError("there is no drafter, so there is nothing to compare: name one with --drafter")
+        raise ConfigError(
+            "there is no drafter, so there is nothing to compare: name one with --drafter", param="drafter"
+        )
     if tokenizer is None:
-        raise ConfigError("this model has no tokenizer, so prompts cannot be read")
+        raise ConfigError("this model has no tokenizer, so prompts cannot be read", param="model")
     with LocalEngine(engine) as local:
         findings = measure(engine, local, tokenizer, shipped_prompts(), plan, progress)
     common.write(args.out, report(findings))

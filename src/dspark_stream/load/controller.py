@@ -125,7 +125,7 @@ class Controller:
         return best.plan._replace(price=best.rate), HOLD - 1
 
     def _drafts(self, pasts: Sequence[Past], may: Sequence[int], company: Company) -> tuple[_Choice, _Choice]:
-        """The best set of streams and block length; and whole blocks for everybody, all verified."""
+        """The best set of streams and block length; and a whole block of the stream that is known least."""
         alone, verified = expected = self.acceptance.expected(pasts)  # [m, T, γ]
         order = (THRESHOLDS[:, None] * verified - alone).argsort(axis=0)
         accepted, verified = np.take_along_axis(expected, order[None], axis=1).cumsum(axis=1)
@@ -135,15 +135,18 @@ class Controller:
         ms = self.costs.round_ms(company, company.streams + verified, drafting, slots)
         rate: Array = tokens / ms
 
-        def choice(n: int, t: int, g: int) -> _Choice:
-            chosen = {may[i]: i for i in order[: n + 1, t, g]}
-            drafting = [r in chosen for r in range(company.streams)]
-            spent = float(rate[n, t, g] * self.costs.curve.drafting_ms(n + 1, g + 1, company)) / (n + 1)
-            promised = [float(alone[chosen[r], t, g]) - spent if r in chosen else 0.0 for r in range(company.streams)]
-            return _Choice(Plan(drafting, g + 1, 0.0, promised), float(rate[n, t, g]), float(ms[n, t, g]))
-
         n, t, g = (int(i) for i in np.unravel_index(int(rate.argmax()), rate.shape))
-        return choice(n, t, g), choice(len(may) - 1, 0, self._gamma - 1)
+        chosen = {may[i]: i for i in order[: n + 1, t, g]}
+        spent = float(rate[n, t, g] * self.costs.curve.drafting_ms(n + 1, g + 1, company)) / (n + 1)
+        promised = [float(alone[chosen[r], t, g]) - spent if r in chosen else 0.0 for r in range(company.streams)]
+        plan = Plan([r in chosen for r in range(company.streams)], g + 1, 0.0, promised)
+        best = _Choice(plan, float(rate[n, t, g]), float(ms[n, t, g]))
+
+        least = min(range(len(may)), key=lambda i: pasts[i].ledger.count)
+        rows = np.array(company.streams + self._gamma)
+        whole_ms = float(self.costs.round_ms(company, rows, np.array(1), np.array(self._gamma)))
+        plan = Plan([r == may[least] for r in range(company.streams)], self._gamma, 0.0)
+        return best, _Choice(plan, (company.streams + float(alone[least, 0, -1])) / whole_ms, whole_ms)
 
     def _look(self, best: _Choice, others: dict[str, _Choice], pasts: Sequence[Past | None]) -> _Choice | None:
         """What was looked at least, where enough is saved up for it; the oftener it was, the more that has to be."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.measure.plot import Series, line_chart
+from dspark_stream.measure.plot import Chart, Series
 
 
 def table(curve: CapacityCurve) -> str:
@@ -29,8 +29,8 @@ def table(curve: CapacityCurve) -> str:
     return "\n".join(lines)
 
 
-def plot(curve: CapacityCurve) -> str:
-    """The same as a picture (SVG)."""
+def plot(curve: CapacityCurve) -> Chart:
+    """The same as a picture."""
     series = [
         Series("pass, one stream", list(zip(curve.tokens, curve.verify_ms, strict=True))),
         Series("plain round", [(n, curve.round_ms(n, n, 0)) for n in curve.streams]),
@@ -41,6 +41,6 @@ def plot(curve: CapacityCurve) -> str:
         series.append(Series("drafting 1", [(n, curve.round_ms(n, n, n, slots=1) - plain[n]) for n in curve.streams]))
     if curve.rest_ms:
         series.append(Series("the rest", list(zip(curve.streams, curve.rest_ms, strict=True))))
-    return line_chart(
+    return Chart(
         f"Capacity at position {curve.context}", "tokens, or streams", "milliseconds", series, log_x=True, log_y=True
     )

@@ -271,7 +271,7 @@ def report(findings: Findings) -> str:
             ),
             _table([p for line in lines.values() for p in line], points, t),
         ]
-    parts += ["<h2>What rounds cost here</h2>", capacity_plot(findings.capacity), "</html>"]
+    parts += ["<h2>What rounds cost here</h2>", capacity_plot(findings.capacity).svg(), "</html>"]
     return "\n".join(parts)
 
 

@@ -49,6 +49,8 @@ class Delivery:
         self._metrics = metrics
         self._idle = idle
         self._streams: set[str] = set()
+        self._text_at: dict[str, float] = {}
+        """When each open message was last sent text."""
         self._held_since: float | None = None
         self._something = asyncio.Event()
         self._room = asyncio.Event()
@@ -119,11 +121,22 @@ class Delivery:
                     await self._write(event)
             except TimeoutError:
                 raise SlowReaderError(f"a write waited for more than {timeout_s:g} s") from None
+            self._measure(event)
             if self._held_since is not None:
                 if self.outbox.pending_bytes <= self._config.pending_limit_bytes // 4:
                     self._release()
                 elif time.monotonic() - self._held_since > timeout_s:
                     raise SlowReaderError(f"streams were held for more than {timeout_s:g} s")
+
+    def _measure(self, event: wire.ServerEvent) -> None:
+        """Count how long the reader waited for text of a message since the last of it."""
+        if isinstance(event, wire.TextDelta):
+            now = time.monotonic()
+            if event.item_id in self._text_at:
+                self._metrics.inter_chunk_gap.observe(now - self._text_at[event.item_id])
+            self._text_at[event.item_id] = now
+        elif isinstance(event, wire.TextDone):
+            self._text_at.pop(event.item_id, None)
 
     def _release(self) -> None:
         self._held_since = None

@@ -24,6 +24,7 @@ class Metrics:
     def __init__(self) -> None:
         self.time_to_first_token = Histogram(_TTFT_S)
         self.inter_token_latency = Histogram(_ITL_S)
+        self.inter_chunk_gap = Histogram(_ITL_S)
         self.e2e_latency = Histogram(_E2E_S)
         self.queue_time = Histogram(_PART_S)
         self.prefill_time = Histogram(_PART_S)
@@ -95,6 +96,11 @@ class Metrics:
                 "inter_token_latency_seconds",
                 "Between tokens; a round's time shared by its tokens.",
                 self.inter_token_latency,
+            ),
+            (
+                "inter_chunk_gap_seconds",
+                "Between two chunks of text sent to a reader, of one stream.",
+                self.inter_chunk_gap,
             ),
             ("e2e_request_latency_seconds", "From a request to its end.", self.e2e_latency),
             ("request_queue_time_seconds", "Waiting for a place in the engine.", self.queue_time),

@@ -109,7 +109,8 @@ class TrainPlan:
             raise ConfigError("--answers stands instead of --prompts and --own-prompts", param="answers")
         if not self.steps and not self.minutes:
             raise ConfigError(
-                "how long to train is not said: give --minutes or --steps, as in: dspark-stream train --minutes 60",
+                "how long to train is not said: give --minutes or --steps, as in: "
+                "dspark-stream train --target MODEL --minutes 60",
                 param="minutes",
             )
         for name in ("lr", "checkpoint_minutes", *(("minutes",) if self.minutes is not None else ())):
