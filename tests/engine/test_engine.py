@@ -21,6 +21,7 @@ from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.protocols import Rows
+from dspark_stream.models.torch import target as torch_target
 from dspark_stream.types import FinishedEvent, TokensEvent
 from tiny import GAMMA, letters, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
@@ -448,7 +449,7 @@ def test_few_passes_find_who_it_was():
     reasons = {e.request_id: e.reason for e in (ends.get(timeout=10) for _ in asked)}
     engine.close(0.0)
     assert [name for name, reason in reasons.items() if reason == "failed"] == ["5"]
-    own = worker.OWN_TOKENS  # the engine's own request: a pass a token
+    own = worker.OWN_TOKENS * len(worker.OWN_WAYS)  # the engine's own requests: a pass a token
     assert sizes[0] == 16
     assert len(sizes) <= 1 + own + 2 * 4
 
@@ -514,6 +515,21 @@ def test_an_engine_that_fails_at_everything_ends(monkeypatch, asked_again):
     assert set(ends.values()) == {1}
     with pytest.raises(EngineFailedError):
         engine.submit(request("late"))
+
+
+def test_an_engine_that_fails_at_drawing_alone_ends(monkeypatch):
+    """Guards against a service that fails everybody who has a temperature, and looks well since greedy text goes."""
+    monkeypatch.setattr(worker, "LOOK_AGAIN_S", 0.01)
+    engine = engine_with()
+    monkeypatch.setattr(torch_target, "distributions", lambda *_: 1 / 0)
+    ended = queue.SimpleQueue()
+    engine.start(lambda events: [ended.put(e) for e in events if isinstance(e, FinishedEvent)])
+    engine.submit(request("a", ignore_eos=True))
+    assert ended.get(timeout=10).reason == "length"
+    engine.submit(request("b", temperature=1.0))
+    assert ended.get(timeout=10).error.code == "internal_error"
+    engine._thread.join(10)
+    assert "request of its own" in engine.snapshot().failure
 
 
 def test_an_engine_that_is_well_again_goes_on(monkeypatch):

@@ -119,7 +119,7 @@ def ragged_attention(
     group and never repeated.
     """
     out = _attend(query, keys, values, segments, scale, causal, window, {} if masks is None else masks)
-    if causal and not out.isfinite().all():
+    if causal and not out.sum().isfinite():
         for segment in segments:
             _attend_alone(out, query, keys, values, segment, scale, window)
     return out

@@ -35,7 +35,7 @@ from dspark_stream.models.geometry import UnsupportedError
 from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.models.names import MODELS
 from dspark_stream.models.native.target import NativeTarget
-from dspark_stream.models.protocols import Drafter
+from dspark_stream.models.protocols import Drafter, Store
 from dspark_stream.models.recommended import recommended_sampling
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.models.torch.drafter import Drafter as TorchDrafter
@@ -99,9 +99,12 @@ def build_engine(
     allocator = ExtentAllocator(slots, ring, config.max_num_seqs if ring else 0)
     if target.device.type == "cuda":
         check_kv_memory(config.kv_memory, torch.cuda.get_device_properties(target.device).total_memory, "the GPU")
-    with refused_by_the_system(config.kv_memory):
-        target_kv = target.make_store(slots)
-        drafter_kv = drafter.make_store(rings or slots) if drafter else None
+
+    def stores() -> tuple[Store, Store | None]:
+        with refused_by_the_system(config.kv_memory):
+            return target.make_store(slots), drafter.make_store(rings or slots) if drafter else None
+
+    target_kv, drafter_kv = stores()
     folder = "" if drafter_folder is None else _weights_stamp(drafter_folder)
     curve = load_or_measure(
         target,
@@ -116,6 +119,9 @@ def build_engine(
         progress=progress,
         again=measure_again,
     )
+    if target.device.type == "cpu":  # new ones, whose pages are nobody's yet: measuring has touched some of these
+        del target_kv, drafter_kv
+        target_kv, drafter_kv = stores()
     models = Models(
         target=target,
         target_kv=target_kv,
@@ -146,7 +152,8 @@ def build_engine(
         sampling=recommended_sampling(config.model),
     )
     _give_back_memory()
-    if target.device.type == "cpu" and (told := foretold(config.kv_memory)):
+    logits = 4 * target.vocab_size * config.max_num_seqs * (gamma + 1)
+    if target.device.type == "cpu" and (told := foretold(config.kv_memory, logits)):
         progress.say(told)
     text = codec.token_bytes if codec else None
     engine = EngineThread(

@@ -66,7 +66,9 @@ MOST_DOUBTS = 3
 LOOK_AGAIN_S = 1.0
 """How long an answer to itself counts. After a failure it asks itself again then, whether or not anybody else asks."""
 OWN_TOKENS = 4
-"""What it asks itself: an answer of so many tokens."""
+"""What it asks itself: an answer of so many tokens, in each of `OWN_WAYS`."""
+OWN_WAYS = (0.0, 1.0)
+"""Temperatures: the greatest, and drawn."""
 JOIN_PATIENCE_S = 30.0
 """How long `close` waits for the step under way, past its deadline."""
 
@@ -424,9 +426,15 @@ class EngineThread:
 
     @torch.inference_mode()
     def _works(self) -> bool | None:
-        """Whether a request of the engine's own is answered; None: there is no room for it now."""
+        """Whether requests of the engine's own are answered; None: there is no room for one now."""
+        for temperature in OWN_WAYS:
+            if not (works := self._answers(temperature)):
+                return works
+        return True
+
+    def _answers(self, temperature: float) -> bool | None:
         target = self._models.target
-        sampling = SamplingParams(max_tokens=OWN_TOKENS, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=OWN_TOKENS, temperature=temperature, ignore_eos=True)
         asked = GenerationRequest(request_id="", prompt_ids=(0,), sampling=sampling)
         stream = Stream(asked, target.vocab_size, self._models.gamma, frozenset(), None)
         extent = self._allocator.allocate(stream.slots_needed)
