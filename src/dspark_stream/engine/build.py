@@ -8,7 +8,6 @@ import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,7 +26,7 @@ from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.errors import ConfigError, InvalidRequestError, ModelLoadError
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.schedule import Schedule, parse_schedule
+from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.fetch import model_path
@@ -42,9 +41,6 @@ from dspark_stream.models.torch.drafter import Drafter as TorchDrafter
 from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, quantise_linears
 from dspark_stream.models.torch.target import Target as TorchTarget
 from dspark_stream.types import ModelInfo
-
-if TYPE_CHECKING:
-    from dspark_stream.engine.captured.runner import CapturedRounds
 
 log = logging.getLogger(__name__)
 
@@ -131,10 +127,7 @@ def build_engine(
         history=AcceptanceHistory(gamma),
         controller=Controller(gamma, curve),
     )
-    schedule = parse_schedule(config.schedule)
-    rounds: Rounds = EagerRounds(models, schedule, looks_up=config.lookup)
-    if target.device.type == "cuda" and config.cuda_graphs == "auto":
-        rounds = _captured_rounds(models, schedule, config.max_num_seqs, max_model_len + gamma + 1, progress)
+    rounds = _rounds(models, config, max_model_len + gamma + 1, progress)
     codec = _set_up(loaded.codec, config)
     info = ModelInfo(
         model=name,
@@ -208,13 +201,14 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _captured_rounds(
-    models: Models, schedule: Schedule, seats: int, longest: int, progress: Progress
-) -> CapturedRounds:
-    """Every size of a round, captured and timed."""
+def _rounds(models: Models, config: Config, longest: int, progress: Progress) -> Rounds:
+    """On a GPU every size of a round, captured and timed."""
+    schedule = parse_schedule(config.schedule)
+    if models.target.device.type != "cuda" or config.cuda_graphs != "auto":
+        return EagerRounds(models, schedule, looks_up=config.lookup)
     from dspark_stream.engine.captured.runner import CapturedRounds
 
-    rounds = CapturedRounds(models, schedule, seats=seats, longest=longest)
+    rounds = CapturedRounds(models, schedule, seats=config.max_num_seqs, longest=longest)
     with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
         rounds.ladder.warm(bar.advance)
     return rounds
