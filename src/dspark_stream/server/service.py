@@ -133,7 +133,7 @@ class Service:
         except InvalidRequestError as error:
             # The engine has its own words for two fields that each API calls differently.
             limit_param, input_param = plan.limit_param, plan.input_param
-            words = {"max_tokens": limit_param, "max_output_tokens": limit_param, "prompt_ids": input_param}
+            words = {"max_tokens": limit_param, "prompt_ids": input_param}
             param = words.get(error.param or "", error.param)
             if isinstance(error, ContextLengthError):
                 raise self.planner.too_long(error.message, param) from None
