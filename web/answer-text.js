@@ -56,15 +56,6 @@ export class AnswerText {
     return false;
   }
 
-  /** Once more from the start: code can be coloured by now. */
-  repaint() {
-    if (!this.#answer?.end) return;
-    this.element.replaceChildren();
-    this.markdown = new GrowingMarkdown(this.element);
-    this.#finished = false;
-    this.paint(this.#answer);
-  }
-
   /** @param {number} round -1: none */
   light(round) {
     if (round === this.#lit) return;

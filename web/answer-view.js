@@ -22,6 +22,8 @@ const WAIT_MS = 1500;
 export class AnswerView {
   /** @type {number|null} speed over that without drafting, once measured */
   ratio = null;
+  /** Whether it says why it did not come, with a way to ask again. */
+  retries = false;
   #asked = 0;
   #stopped = false;
   #lineAt = 0;
@@ -45,10 +47,9 @@ export class AnswerView {
     this.element = h("article", { class: "answer", "data-mode": answer.mode, "aria-label": title },
       h("p", { class: "answer-head" }, this.line, " ", this.state), this.text.element, this.notice, this.actions);
     if (curious) this.element.append(this.curious.element);
-    if (answer.end) {
-      this.#paintNow();
-      this.#ended();
-    } else {
+    this.#paintLine();
+    if (answer.end) this.#ended();
+    else {
       this.element.setAttribute("aria-busy", "true");
     }
   }
@@ -98,6 +99,18 @@ export class AnswerView {
     paintSoon(this.#paint);
   }
 
+  /** Paint one that was kept. */
+  show() {
+    this.#paintNow();
+  }
+
+  /** @param {import("./words.js").Drafting} drafting as the server has said by now */
+  drafts(drafting) {
+    this.drafting = drafting;
+    this.curious.gamma = drafting.gamma;
+    this.#paintLine();
+  }
+
   /**
    * @param {string} title
    * @param {{detail?: string, retry?: () => void}} [more]
@@ -107,6 +120,7 @@ export class AnswerView {
     if (detail) this.notice.append(h("p", { class: "detail" }, detail));
     if (retry) this.notice.append(h("button", { type: "button", class: "quiet", onclick: retry }, "Try again"));
     this.notice.hidden = false;
+    this.retries = retry !== undefined;
   }
 
   /**
@@ -116,8 +130,9 @@ export class AnswerView {
    */
   notifyEnd(end, retry) {
     if (end.status === "lost") {
-      this.notify("The connection was lost before the answer ended.", { retry });
-    } else if (end.status === "cancelled" && !this.#stopped) {
+      this.notify(end.reason === "left" ? "The page was left before the answer ended."
+        : "The connection was lost before the answer ended.", { retry });
+    } else if (end.status === "cancelled" && this.#asked && !this.#stopped) {
       this.notify("The server stopped this answer before its end.", { retry });
     } else if (end.status === "failed") {
       const { title, detail, retry: helps } = explain(end.error);
@@ -144,7 +159,7 @@ export class AnswerView {
     this.element.dataset.status = end.status;
     const stopped = end.status === "cancelled" && (this.#stopped || !this.#asked); // one that was kept says no more
     this.state.textContent = stopped ? "stopped"
-      : ENDINGS[end.error?.code === "server_shutdown" ? "cancelled" : end.status];
+      : end.reason === "left" ? "cut off" : ENDINGS[end.error?.code === "server_shutdown" ? "cancelled" : end.status];
   }
 
   #paintNow() {
@@ -164,6 +179,7 @@ export class AnswerView {
     const line = firstLine(this.answer, this.drafting, this.ratio);
     const speed = this.answer.snapshot().tokens_per_s;
     this.line.replaceChildren(line);
+    this.curious.element.hidden = this.answer.text === "" && this.answer.steps.length === 0;
     if (line && speed) this.line.append(" ", h("span", { class: "speed" }, `${figure(speed)} tokens a second`));
   }
 

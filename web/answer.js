@@ -108,7 +108,7 @@ export class Answer {
     return {
       mode, seed, text, end, figures: this.snapshot(), runs: this.runs.map((run) => [run.start, run.end, run.round]),
       steps: this.steps.map((s) => [s.drafted, s.scheduled, s.accepted, s.t_draft_ms, s.t_verify_ms, s.streams,
-        (s.survival ?? []).map((a) => Math.round(a * 1000) / 1000)]),
+        (s.survival ?? []).map((a) => Math.round(a * 1000) / 1000), ...(s.source === "lookup" ? [s.source] : [])]),
     };
   }
 
@@ -117,10 +117,10 @@ export class Answer {
     const answer = new Answer(kept);
     answer.#origin.delta(kept.text);
     answer.#kept = kept.figures;
-    answer.end = kept.end ?? { status: "lost", usage: null, reason: null, error: null };
+    answer.end = kept.end ?? { status: "lost", usage: null, reason: "left", error: null };
     answer.runs = kept.runs.map(([start, end, round]) => ({ start, end, round }));
-    answer.steps = kept.steps.map(([drafted, scheduled, accepted, t_draft_ms, t_verify_ms, streams, survival]) =>
-      ({ drafted, scheduled, accepted, t_draft_ms, t_verify_ms, streams, survival }));
+    answer.steps = kept.steps.map(([drafted, scheduled, accepted, t_draft_ms, t_verify_ms, streams, survival, source]) =>
+      ({ drafted, scheduled, accepted, t_draft_ms, t_verify_ms, streams, survival, source }));
     return answer;
   }
 }

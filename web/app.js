@@ -33,7 +33,6 @@ const conversation = new Conversation();
 let running = null;
 let drafting = { gamma: 0, schedule: "adaptive" };
 let modelName = "the model";
-let greeted = false;
 
 /** @param {string} text read out by screen readers, once */
 const announce = (text) => (page.status.textContent = text);
@@ -120,8 +119,7 @@ function showHello(hello) {
   page.model.title = `Model ${hello.model}\n${hello.drafter ? `Drafter ${hello.drafter}` : "No drafter"}` +
     `\ndspark-stream ${hello.version}`;
   announce(`Connected to ${modelName}`);
-  if (!greeted) chat.draw(); // what is kept can be worked with now
-  greeted = true;
+  chat.greet(); // what is kept can be worked with now
 }
 
 page.retryNow.addEventListener("click", () => connection.open());
@@ -167,7 +165,7 @@ const chat = new Chat({
   free: mayAsk, ask, undo, onPaint: follow,
   running: (what, ended, view) => {
     page.intro.hidden = true;
-    sticking = true;
+    stick(true);
     follow();
     return whileRunning(what, ended.then((end) => endSentence(end, view)));
   },
@@ -388,7 +386,10 @@ function applyView() {
   page.newChat.textContent = racing ? "Clear" : "New chat";
   page.send.firstElementChild.textContent = racing ? "Race" : "Send";
   page.question.placeholder = racing ? "A question for both" : "Ask something";
-  page.scroller.scrollTop = racing ? 0 : page.scroller.scrollHeight;
+  digest();
+  stick(!racing && conversation.turns.length > 0);
+  if (sticking) follow();
+  else page.scroller.scrollTop = 0;
 }
 
 /** @param {boolean} open */
@@ -398,7 +399,7 @@ function openSettings(open) {
 }
 
 function digest() {
-  const now = settings.read();
+  const now = chosen("view") === "race" ? settings.readForRace() : settings.read();
   page.settingsDigest.textContent = [`temperature ${now.temperature}`, `${now.max_output_tokens} tokens`,
     ...(now.seed === null ? [] : [`seed ${now.seed}`]), ...(now.verification === "coupled" ? ["coupled"] : []),
     ...(now.system ? ["system prompt"] : [])].join(" · ");
@@ -412,21 +413,38 @@ for (const input of document.querySelectorAll('input[name="view"]')) input.addEv
 // --- following the text ------------------------------------------------------------------------------------------
 
 /** Only a reader who is at the end is kept at the end. */
-let sticking = true;
+let sticking = false;
+let top_ = 0;
+
+/** @param {boolean} on */
+function stick(on) {
+  sticking = on;
+  page.scroller.classList.toggle("follows", on);
+  if (on) page.latest.hidden = true;
+}
 
 function follow() {
-  if (sticking) page.scroller.scrollTop = page.scroller.scrollHeight;
-  else page.latest.hidden = chosen("view") === "race" || !running;
+  if (sticking && chosen("view") === "chat") {
+    page.scroller.scrollTop = page.scroller.scrollHeight;
+    top_ = page.scroller.scrollTop;
+  } else page.latest.hidden = chosen("view") === "race" || !running;
 }
 
 page.scroller.addEventListener("scroll", () => {
-  sticking = page.scroller.scrollHeight - page.scroller.scrollTop - page.scroller.clientHeight < 48;
-  if (sticking) page.latest.hidden = true;
+  const { scrollTop, scrollHeight, clientHeight } = page.scroller;
+  // Text that came meanwhile puts the end further off; only who goes up leaves it.
+  if (scrollHeight - scrollTop - clientHeight < 48) stick(true);
+  else if (scrollTop < top_) {
+    stick(false);
+    follow();
+  }
+  top_ = scrollTop;
 }, { passive: true });
 
+new ResizeObserver(follow).observe(page.scroller); // what is below it may grow
+
 page.latest.addEventListener("click", () => {
-  sticking = true;
-  page.latest.hidden = true;
+  stick(true);
   follow();
 });
 
@@ -438,8 +456,6 @@ conversation.recall();
 chat.draw();
 page.intro.hidden = conversation.turns.length > 0;
 applyView();
-digest();
 connection.open();
-loadColours().then(() => chat.views.forEach((view) => view.text.repaint()),
-  () => toast("The colours for code could not be loaded; code is shown without."));
+loadColours(() => toast("The colours for code could not be loaded; code is shown without."));
 page.question.focus();

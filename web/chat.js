@@ -2,13 +2,16 @@
 
 import { Answer } from "./answer.js";
 import { AnswerView } from "./answer-view.js";
-import { copyButton, h } from "./dom.js";
+import { copyButton, h, whenIdle } from "./dom.js";
 import { newSeed } from "./settings.js";
 import { comparison } from "./words.js";
 
 /** @typedef {import("./conversation.js").Turn} Turn */
 /** @typedef {import("./protocol.js").End} End */
 /** @typedef {import("./protocol.js").Settings} Settings */
+
+/** So many turns that were kept are shown at once, the others while the page is idle. */
+const ATONCE = 6;
 
 export class Chat {
   /** @type {AnswerView[]} */
@@ -27,9 +30,21 @@ export class Chat {
 
   /** Show what is kept. */
   draw() {
+    const { turns } = this.page.conversation;
     this.views = [];
     this.page.list.replaceChildren();
-    for (const turn of this.page.conversation.turns) this.#add(turn);
+    for (const turn of turns) this.#add(turn);
+    // Of a long conversation the end is seen first.
+    this.views.slice(-ATONCE).forEach((view) => view.show());
+    for (const view of this.views.slice(0, -ATONCE).reverse()) whenIdle(() => view.show());
+    const [turn, view] = [turns.at(-1), this.views.at(-1)];
+    if (turn?.answer.end && view) view.notifyEnd(turn.answer.end, () => this.#again(turn));
+    this.#offer();
+  }
+
+  /** The server has said how it drafts. */
+  greet() {
+    for (const view of this.views) view.drafts(this.page.drafting());
     this.#offer();
   }
 
@@ -45,7 +60,7 @@ export class Chat {
   #add(turn) {
     const { drafting, onPaint, list } = this.page;
     const view = new AnswerView({ answer: turn.answer, drafting: drafting(), title: "Answer", onPaint });
-    const said = h("div", { class: "question" }, h("p", {}, turn.question), h("div", { class: "actions" },
+    const said = h("div", { class: "question" }, h("p", { dir: "auto" }, turn.question), h("div", { class: "actions" },
       copyButton(() => turn.question, "Copy the question"),
       h("button", { type: "button", class: "quiet small", onclick: () => this.#edit(turn, said) }, "Edit")));
     list.append(h("li", { class: "turn" }, said, view.element));
@@ -65,6 +80,7 @@ export class Chat {
       if (!view.element.isConnected) return; // a new chat was begun meanwhile
       view.notifyEnd(end, () => this.#again(turn));
       this.#offer();
+      page.onPaint();
       page.changed();
     });
   }
@@ -77,7 +93,7 @@ export class Chat {
       if (!end) return this.views[i].offer([]);
       const answered = end.status === "completed" || end.status === "incomplete";
       const actions = [];
-      if (i === turns.length - 1) {
+      if (i === turns.length - 1 && !this.views[i].retries) {
         actions.push({ label: "Regenerate", title: "Answer once more, with another seed", run: () => this.#again(turn) });
       }
       if (answered && turn.answer.mode === "dspark" && this.page.drafting().gamma > 0) {
@@ -110,7 +126,7 @@ export class Chat {
   #edit(turn, said) {
     if (!this.page.free()) return;
     const shown = [...said.childNodes];
-    const box = h("textarea", { "aria-label": "The question, to be changed", rows: 3 });
+    const box = h("textarea", { "aria-label": "The question, to be changed", rows: 3, dir: "auto" });
     box.value = turn.question;
     const later = this.page.conversation.turns.length - 1 - this.page.conversation.turns.indexOf(turn);
     const done = () => said.replaceChildren(...shown);

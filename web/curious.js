@@ -43,6 +43,8 @@ export class Curious {
         ["Verified ℓ", figure(now.ell), "ell: guesses of a round that were sent to the model to check, in the mean"],
         ["Accepted τ", figure(now.tau), "tau: tokens that a round brought, in the mean, the model’s own one included"]);
     }
+    const found = answer.steps.filter((step) => step.source === "lookup").length;
+    if (found) rows.push(["Found", String(found), "rounds whose guesses were not drafted but found earlier in the text, where it repeats itself"]);
     rows.push(["Streams", now.streams === null ? "–" : String(now.streams), "answers that shared the last pass"]);
     if (answer.seed !== null) rows.push(["Seed", String(answer.seed), "the same seed and settings ask for this answer again"]);
     this.list.replaceChildren(...rows.map(([term, value, means]) =>
@@ -59,6 +61,7 @@ export class Curious {
     }
     const line = [`Round ${round + 1}: `, h("b", {}, `${step.accepted} of ${step.scheduled}`), " accepted"];
     if (step.drafted > step.scheduled) line.push(`, ${step.drafted - step.scheduled} not sent`);
+    if (step.source === "lookup") line.push("; found earlier in this text");
     line.push(`. Draft ${step.t_draft_ms.toFixed(1)} ms, check ${step.t_verify_ms.toFixed(1)} ms.`);
     if (step.survival?.length) {
       line.push(h("br"), "Chance, before the check, that all guesses so far hold: ");

@@ -85,6 +85,36 @@ export function paintSoon(paint) {
   else requestAnimationFrame(run);
 }
 
+/** Work that can wait takes so much of the page's time at once. */
+const SLICE_MS = 6;
+
+/** @type {(() => void)[]} */
+const later = [];
+let idling = false;
+
+/** Run `work` when the page has nothing better to do. @param {() => void} work short: a few milliseconds */
+export function whenIdle(work) {
+  later.push(work);
+  if (!idling) plan();
+}
+
+function plan() {
+  idling = true;
+  // Safari has no idle callback; a pause stands in.
+  if ("requestIdleCallback" in window) requestIdleCallback(slice, { timeout: 500 });
+  else setTimeout(slice, 30);
+}
+
+function slice() {
+  const start = performance.now();
+  idling = false;
+  try {
+    while (later.length > 0 && performance.now() - start < SLICE_MS) /** @type {() => void} */ (later.shift())();
+  } finally {
+    if (later.length > 0 && !idling) plan();
+  }
+}
+
 /**
  * @param {string} text
  * @returns {Promise<boolean>} whether it is in the clipboard

@@ -4,7 +4,7 @@
  * the fence behind that.
  */
 
-import { colour } from "./code.js";
+import { addLines, colour, colourSoFar } from "./code.js";
 import { copyButton, h } from "./dom.js";
 import { mark } from "./marks.js";
 import DOMPurify from "./vendor/dompurify-3.4.18/purify.es.js";
@@ -54,29 +54,54 @@ const marked = new Marked({
   },
 });
 
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
+
+/**
+ * Bold text and code that the last line has begun are ended, so that their signs do not show until the end has come.
+ * @param {string} source
+ */
+function closed(source) {
+  const said = source.trimEnd();
+  const line = said.slice(said.lastIndexOf("\n") + 1);
+  if ((line.match(/`/g)?.length ?? 0) % 2 > 0) return /[^`]$/.test(said) ? `${said}\`` : source;
+  const bold = /(?:^|[\s(>|])\*\*(?=[^\s*])((?:(?!\*\*).)*)$/.exec(line.replace(/`[^`]*`/g, "``"));
+  if (!bold) return source;
+  return bold[1].endsWith("*") ? `${said}*` : `${said}**`;
+}
+
 /** A last block longer than this is no longer rendered anew: what comes is appended to it until it ends. */
-const LONG = 1500;
+const LONG = 1000;
 
 /**
  * @param {string} text
  * @param {number} [from]
  * @param {number} [to]
  * @param {Run[]} [runs]
- * @param {boolean} [open] the last block is still being written
+ * @param {{open?: boolean, loose?: boolean, growing?: boolean}} [how] `growing`: more is to come; `open`: the last block
+ *   is code whose end is to come; `loose`: the text begins in the middle of a list whose items are paragraphs
  * @returns {DocumentFragment}
  */
-export function render(text, from = 0, to = text.length, runs = [], open = false) {
-  const html = /** @type {string} */ (marked.parse(text.slice(from, to)));
+export function render(text, from = 0, to = text.length, runs = [], { open = false, loose = false, growing = false } = {}) {
+  const source = text.slice(from, to);
+  const tokens = marked.lexer(growing && !open ? closed(source) : source);
+  if (loose && tokens[0]?.type === "list") {
+    for (const token of tokens[0].items.flatMap((/** @type {any} */ item) => item.tokens)) {
+      if (token.type === "text") token.type = "paragraph";
+    }
+  }
+  const html = marked.parser(tokens);
   const root = /** @type {DocumentFragment} */ (/** @type {unknown} */ (DOMPurify.sanitize(html, ALLOWED)));
   const codes = /** @type {HTMLElement[]} */ ([...root.querySelectorAll("pre > code")]);
-  const languages = codes.map((code, i) => {
+  mark(root, text, from, to, runs);
+  if (RIGHT_TO_LEFT.test(source)) {
+    for (const block of root.children) block.setAttribute("dir", "auto");
+  }
+  codes.forEach((code, i) => { // last: what it adds is not the model's
     const language = code.className.replace("language-", "").toLowerCase();
     code.removeAttribute("class");
-    if (language && !(open && i === codes.length - 1)) colour(code, language);
-    return language;
+    frame(code, language);
+    if (!open || i < codes.length - 1) colour(code, language);
   });
-  mark(root, text, from, to, runs);
-  codes.forEach((code, i) => frame(code, languages[i])); // last: what it adds is not the model's
   return root;
 }
 
@@ -92,18 +117,25 @@ function frame(code, language) {
   pre.replaceWith(block);
   block.append(h("div", { class: "code-head" }, h("span", {}, language || "code"),
     copyButton(() => code.textContent ?? "", "Copy the code")), pre);
+  const said = [...code.childNodes];
+  code.replaceChildren();
+  addLines(code, said);
 }
 
 /**
- * Renders a growing text. A finished block is never touched again: only the last one, which may still change its
- * meaning, is rendered anew, and a long one not even that, so a long answer costs no more a frame than a short one.
+ * Renders a growing text. A finished block is never touched again, and of a list no finished item: only the last one,
+ * which may still change its meaning, is rendered anew, and a long one not even that. So a long answer costs no more a
+ * frame than a short one.
  */
 export class GrowingMarkdown {
   #settled = 0;
   /** @type {ChildNode[]} nodes of the last block */
   #tail = [];
-  /** @type {{into: HTMLElement, at: number, ends: RegExp}|null} where the last block is appended to */
+  /** @type {{into: HTMLElement, at: number, fence: string, language: string}|null} where the last block is appended to;
+   *  `fence` is empty for a paragraph */
   #grows = null;
+  /** @type {{into: HTMLElement, loose: boolean}|null} a list of which the first items are settled */
+  #list = null;
 
   /** @param {HTMLElement} root */
   constructor(root) {
@@ -120,18 +152,19 @@ export class GrowingMarkdown {
     const tokens = marked.lexer(text.slice(this.#settled));
     let last = tokens.length - 1;
     while (last > 0 && tokens[last].type === "space") last -= 1;
-    // "2" after a list may be its next item's number.
-    if (/^\s*(?:\d{1,9}[.)]?|[-*+])?\s*$/.test(tokens[last]?.raw ?? "")) {
+    // "2" after a list may be its next item's number, and half an item may look like a list of its own.
+    if (/^\s*(?:(?:\d{1,9}[.)]?|[-*+])?\s*$|\d{1,9}[.)]\s|[-*+]\s)/.test(tokens[last]?.raw ?? "")) {
       const before = tokens.findLastIndex((token, i) => i < last && token.type !== "space");
       if (tokens[before]?.type === "list") last = before;
     }
     const settled = tokens.slice(0, Math.max(0, last)).reduce((sum, token) => sum + token.raw.length, 0);
     if (settled > 0) {
       this.#replaceTail(text, this.#settled + settled, runs, false);
-      this.#tail = [];
-      this.#settled += settled;
+      this.#settle(settled);
+      this.#list = null;
     }
-    this.#replaceTail(text, text.length, runs, isOpen(tokens[last]));
+    this.#settleItems(text, tokens[last], runs);
+    this.#replaceTail(text, text.length, runs, isOpen(tokens[last]), true);
     this.#grow(text, tokens[last]);
   }
 
@@ -140,13 +173,39 @@ export class GrowingMarkdown {
    * @param {Run[]} [runs]
    */
   finish(text, runs = []) {
-    this.#grows = null;
     if (/^ {0,3}\[[^\]\n]+\]:/m.test(text)) { // links may be defined after their use
       this.#settled = 0;
       this.root.replaceChildren();
       this.#tail = [];
+      this.#list = null;
+    } else if (this.#grows?.fence && this.#append(`${text}\n`, runs)) {
+      const { into, language } = this.#grows;
+      return colour(into, language); // a program that was cut in the middle
     }
+    this.#grows = null;
     this.#replaceTail(text, text.length, runs, false);
+  }
+
+  /** @param {number} length */
+  #settle(length) {
+    this.#tail = [];
+    this.#settled += length;
+  }
+
+  /**
+   * The items of a long list before its last two are finished. (Should a list begin with its items close together and
+   * set them apart later, the first ones stay close.)
+   * @param {string} text
+   * @param {any} token the last block
+   * @param {Run[]} runs
+   */
+  #settleItems(text, token, runs) {
+    if (token?.type !== "list" || token.raw.length < LONG || token.items.length < 3) return;
+    const settled = token.items.slice(0, -2).reduce((/** @type {number} */ sum, /** @type {any} */ item) => sum + item.raw.length, 0);
+    this.#replaceTail(text, this.#settled + settled, runs, false);
+    const into = this.#list?.into ?? /** @type {HTMLElement} */ (this.#tail.find((node) => node instanceof HTMLElement));
+    this.#list ??= { into, loose: token.loose };
+    this.#settle(settled);
   }
 
   /**
@@ -156,14 +215,15 @@ export class GrowingMarkdown {
   #grow(text, token) {
     const at = text.length;
     const parent = /** @type {HTMLElement|undefined} */ (this.#tail.findLast((node) => node instanceof HTMLElement));
-    if (isOpen(token) && parent?.matches(".code")) {
+    const fence = isOpen(token) ? /^([`~]+)[^\n]*\n/.exec(token.raw)?.[1] : undefined;
+    if (fence && parent?.matches(".code") && !/(?:^|\n) {0,3}[`~]+$/.test(text)) {
       const into = /** @type {HTMLElement} */ (parent.querySelector("code"));
       // The page ends code with a line break that the model has yet to write.
-      const end = into.lastChild;
+      const end = into.lastElementChild?.lastChild;
       if (end instanceof Text && end.data.endsWith("\n") && !text.endsWith("\n")) end.data = end.data.slice(0, -1);
-      this.#grows = { into, at, ends: /^ {0,3}(`|~)/m };
+      this.#grows = { into, at, fence, language: /\S*/.exec(token.lang ?? "")?.[0].toLowerCase() ?? "" };
     } else if (token?.type === "paragraph" && token.raw.length > LONG && parent?.localName === "p") {
-      this.#grows = { into: parent, at, ends: /\n/ };
+      this.#grows = { into: parent, at, fence: "", language: "" };
     }
   }
 
@@ -173,17 +233,28 @@ export class GrowingMarkdown {
    * @returns {boolean} whether that is all it takes
    */
   #append(text, runs) {
-    const { into, at, ends } = /** @type {NonNullable<typeof this.grows>} */ (this.#grows);
-    // A fence is seen only at the start of its line.
+    const grows = /** @type {any} */ (this.#grows);
+    const { into, at, fence, language } = grows;
+    if (!fence) {
+      if (text.indexOf("\n", at) >= 0) return false;
+      into.append(...plain(text, at, text.length, runs));
+      grows.at = text.length;
+      return true;
+    }
+    // What may be the fence at the end is held back until its line is whole.
     const line = text.lastIndexOf("\n", at - 1) + 1;
-    if (ends.test(text.slice(ends.source === "\\n" ? at : Math.min(line, at)))) return false;
-    const added = document.createDocumentFragment();
-    const holder = h("div", {}, h("span", {}, text.slice(at)));
-    mark(holder, text, at, text.length, runs);
-    added.append(.../** @type {HTMLElement} */ (holder.firstChild).childNodes);
-    into.append(added);
-    /** @type {any} */ (this.#grows).at = text.length;
-    return true;
+    const end = new RegExp(`^ {0,3}(?:${fence}${fence[0]}*[ \\t]*(?:\\n|$(?![^]))|${fence[0]}+$(?![^]))`, "m");
+    const found = end.exec(text.slice(line));
+    const to = found ? Math.max(at, line + found.index) : text.length;
+    addLines(into, plain(text, at, to, runs));
+    grows.at = to;
+    if (!found?.[0].endsWith("\n")) {
+      colourSoFar(into, language);
+      return true;
+    }
+    this.#settle(line + found.index + found[0].length - this.#settled);
+    colour(into, language);
+    return false;
   }
 
   /**
@@ -191,13 +262,33 @@ export class GrowingMarkdown {
    * @param {number} to
    * @param {Run[]} runs
    * @param {boolean} open
+   * @param {boolean} [growing]
    */
-  #replaceTail(text, to, runs, open) {
+  #replaceTail(text, to, runs, open, growing = false) {
     for (const node of this.#tail) node.remove();
-    const fragment = render(text, this.#settled, to, runs, open);
-    this.#tail = [...fragment.childNodes];
+    const list = this.#list;
+    const fragment = render(text, this.#settled, to, runs, { open, loose: list?.loose, growing });
+    const more = list && fragment.firstElementChild?.localName === list.into.localName ? fragment.firstElementChild : null;
+    this.#tail = more ? [...more.childNodes, ...fragment.childNodes].filter((node) => node !== more) : [...fragment.childNodes];
+    if (more) {
+      list?.into.append(...more.childNodes);
+      more.remove();
+    }
     this.root.append(fragment);
   }
+}
+
+/**
+ * A part of the text as it is, with its runs.
+ * @param {string} text
+ * @param {number} from
+ * @param {number} to
+ * @param {Run[]} runs
+ */
+function plain(text, from, to, runs) {
+  const holder = h("div", {}, h("span", {}, text.slice(from, to)));
+  mark(holder, text, from, to, runs);
+  return /** @type {HTMLElement} */ (holder.firstChild).childNodes;
 }
 
 /** @param {any} token a fenced piece of code whose end is still to come */

@@ -85,9 +85,9 @@ export function mark(root, text, from, to, runs) {
       element.textContent = said;
       if (part.run !== lastRun) {
         last?.classList.add("ends");
-        if (start >= from) element.classList.add("starts");
+        if (start >= from || !text.slice(start, from).trim()) element.classList.add("starts");
       }
-      [last, lastRun] = [element, end <= to ? part.run : -1];
+      [last, lastRun] = [element, end <= to || !text.slice(to, end).trim() ? part.run : -1];
       pieces.append(data.slice(done, part.from), element);
       done = part.from + said.length;
     }

@@ -21,6 +21,7 @@
  * @property {number} drafted     draft tokens proposed
  * @property {number} scheduled   of these, sent to the target (ℓ)
  * @property {number} accepted
+ * @property {"model"|"lookup"} [source]  who proposed them: the drafter, or a look into the text so far
  * @property {number[]} confidence
  * @property {number[]} survival
  * @property {string} text
@@ -41,7 +42,7 @@
  * @typedef {Object} End
  * @property {"completed"|"incomplete"|"failed"|"cancelled"|"lost"} status
  * @property {Record<string, any>|null} usage
- * @property {string|null} reason          for `incomplete`
+ * @property {string|null} reason          for `incomplete`; ours for `lost`: "left", the page was
  * @property {WireError|null} error        for `failed`
  * @property {Record<string, any>|null} [stats]  what the server says of its rounds and queue
  */

@@ -81,7 +81,7 @@ export class RaceView {
     this.detail = h("p", { class: "detail" });
     this.again = h("button", { type: "button", class: "quiet", disabled: true, onclick: () => this.replay() }, "Play again");
     this.verdict = h("div", { class: "race-line" }, this.title, this.detail);
-    root.replaceChildren(h("p", { class: "race-question" }, question), this.verdict,
+    root.replaceChildren(h("p", { class: "race-question", dir: "auto" }, question), this.verdict,
       h("div", { class: "lanes" }, this.lanes.plain.element, this.lanes.dspark.element),
       h("p", { class: "how" }, h("span", {}, how.join(" ")), this.again));
   }
@@ -97,11 +97,11 @@ export class RaceView {
     for (const mode of /** @type {const} */ (["plain", "dspark"])) {
       if (this.#cancelled) break;
       const lane = this.lanes[mode];
-      this.#say(`${lane.name} runs, alone.`, "Each side is recorded on its own; then both are replayed from the same start.");
+      this.#say(`${lane.name} runs, alone.`, "Each side is recorded on its own, and unseen: to draw it would cost it speed. Then both are replayed from the same start.");
       const end = await this.#record(lane, mode, verification, ask);
       if (end.status === "failed" || end.status === "lost") this.#cancelled = true;
       lane.state.textContent = { failed: "failed", lost: "connection lost", cancelled: "stopped" }[end.status] ??
-        `recorded, ${count(lane.recording.answer.snapshot().tokens, "token")}`;
+        count(lane.recording.answer.snapshot().tokens, "token");
       if (!this.#cancelled || end.status !== "cancelled") explainEnd(lane, end);
     }
     const verdict = judge(this.lanes.plain.recording, this.lanes.dspark.recording);
@@ -154,7 +154,11 @@ export class RaceView {
     state.dataset.runs = "yes";
     state.textContent = "runs now";
     recording.answer.sent(performance.now());
-    const tell = () => (state.textContent = this.#cancelled ? "stopping" : `runs now, ${count(recording.answer.snapshot().tokens, "token")}`);
+    const tell = () => {
+      const { tokens } = recording.answer.snapshot();
+      state.textContent = this.#cancelled ? "stopping" : `${count(tokens, "token")} …`;
+      lane.value.setAttribute("width", `${Math.min(100, (100 * tokens) / this.options.settings.max_output_tokens)}%`);
+    };
     return new Promise((resolve) => {
       this.#running = ask(mode, verification, {
         delta: (/** @type {string} */ text) => recording.delta(text, performance.now()),

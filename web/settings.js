@@ -2,6 +2,8 @@
 
 /** @typedef {import("./protocol.js").Settings} Settings */
 
+/** A race is no longer than this unless somebody chose a length. */
+const RACE_TOKENS = 256;
 const KEPT = "dspark-stream.chosen"; // what somebody chose, not what a model's makers recommend
 
 /** @param {string} key @param {Storage} [storage] */
@@ -62,7 +64,11 @@ export class SettingsForm {
   limit({ max_model_len }) {
     const input = this.inputs.find(({ name }) => name === "max_output_tokens");
     // One token of the context is the least that a question takes.
-    if (max_model_len && input) input.setAttribute("max", String(max_model_len - 1));
+    if (!max_model_len || !input) return;
+    input.setAttribute("max", String(max_model_len - 1));
+    if (!("max_output_tokens" in this.chosen)) {
+      input.value = String(Math.min(Number(this.starts.max_output_tokens), max_model_len >> 1));
+    }
   }
 
   /** @returns {HTMLElement|null} the first input that is out of range */
@@ -85,12 +91,15 @@ export class SettingsForm {
   }
 
   /**
-   * Of a race: greedy unless somebody chose a temperature. Greedy texts are the same on both sides at full speed.
+   * Of a race: greedy and short unless somebody chose otherwise. Greedy texts are the same on both sides at full speed,
+   * and what is recorded is waited for.
    * @returns {Settings}
    */
   readForRace() {
-    const chosen = this.read();
-    return "temperature" in this.chosen ? chosen : { ...chosen, temperature: 0 };
+    const now = this.read();
+    if (!("temperature" in this.chosen)) now.temperature = 0;
+    if (!("max_output_tokens" in this.chosen)) now.max_output_tokens = Math.min(now.max_output_tokens, RACE_TOKENS);
+    return now;
   }
 
   /** @param {HTMLInputElement|HTMLSelectElement|HTMLTextAreaElement} input */

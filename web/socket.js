@@ -14,10 +14,10 @@ import { Lanes, ResponseState, backoff, createEvent, subprotocols } from "./prot
 
 /** Close codes that say more than "gone". */
 const WHY = new Map([
-  [1001, "The server is going away."],
-  [1009, "The message was too large for the server."],
-  [1012, "The server is restarting."],
-  [1013, "The server is too busy."],
+  [1001, "Server going away."],
+  [1009, "Message too large."],
+  [1012, "Server restarting."],
+  [1013, "Server too busy."],
 ]);
 
 /** Begins the `event_id` of every cancel. */
@@ -35,6 +35,8 @@ export class Connection {
   #attempt = 0;
   #timer = 0;
   #asked = 0;
+  /** @type {string|undefined} */
+  #why;
   /** @type {string|null} */
   #key;
 
@@ -133,7 +135,8 @@ export class Connection {
     }
     const wait_s = backoff(this.#attempt++, Math.random());
     this.#timer = window.setTimeout(() => this.open(), wait_s * 1000);
-    this.#set({ phase: "waiting", retryAt: Date.now() + wait_s * 1000, why: WHY.get(event.code) });
+    this.#why = WHY.get(event.code) ?? (wasOpen ? undefined : this.#why); // a try that fails says less than the close did
+    this.#set({ phase: "waiting", retryAt: Date.now() + wait_s * 1000, why: this.#why });
   }
 
   /** @param {State} state */

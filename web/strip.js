@@ -49,7 +49,7 @@ export class RoundStrip {
   paint() {
     if (this.#drawn === this.steps.length) return;
     const follow = this.#selected < 0;
-    const levels = Math.max(this.#levels, ...this.steps.slice(this.#drawn).map((step) => step.drafted + 1));
+    const levels = Math.max(this.#levels, ...this.steps.slice(this.#drawn).map((step) => step.scheduled + 1));
     if (levels > this.#levels) {
       this.#levels = levels;
       this.columns.replaceChildren();
@@ -57,7 +57,7 @@ export class RoundStrip {
     }
     const height = this.#levels * PITCH;
     for (; this.#drawn < this.steps.length; this.#drawn++) {
-      this.columns.append(column(this.steps[this.#drawn], this.#drawn * PITCH, height));
+      this.columns.append(column(this.steps[this.#drawn], this.#drawn * PITCH, this.#levels));
     }
     const width = this.steps.length * PITCH;
     this.svg.setAttribute("width", String(width));
@@ -136,11 +136,12 @@ export function describe(step, round, rounds) {
 /**
  * @param {Step} step
  * @param {number} x
- * @param {number} height
+ * @param {number} levels a look into the text may find more guesses than there is room for; those that were sent have it
  */
-function column(step, x, height) {
+function column(step, x, levels) {
+  const height = levels * PITCH;
   const group = svg("g", {}, svg("rect", { class: "own", x, y: yOf(0, height), width: CELL, height: CELL }));
-  for (let k = 0; k < step.drafted; k++) {
+  for (let k = 0; k < Math.min(step.drafted, levels - 1); k++) {
     const y = yOf(k + 1, height);
     if (k < step.accepted) group.append(svg("rect", { class: "accepted", x, y, width: CELL, height: CELL }));
     else if (k < step.scheduled) {

@@ -62,10 +62,11 @@ export const times = (ratio) => ratio.toFixed(ratio < 9.95 ? 1 : 0);
 export function roundWords(step, round) {
   const sure = step.survival?.[step.accepted - 1];
   const what = step.accepted === 1 ? "it" : step.accepted === 2 ? "both" : `all ${step.accepted}`;
+  const found = step.source === "lookup";
   return [
     `Round ${round + 1}: ${count(step.accepted, "guess", "guesses")} accepted at once`,
-    `${step.drafted} drafted, ${step.scheduled} verified, ${step.accepted} accepted.` +
-      (sure === undefined ? "" : ` Before the check the drafter gave ${what} a chance of ${percent(sure)}.`),
+    `${found ? "Found earlier in this text: " : ""}${step.drafted} ${found ? "guesses" : "drafted"}, ${step.scheduled} verified, ${step.accepted} accepted.` +
+      (sure === undefined ? "" : ` Before the check ${found ? `${what} had` : `the drafter gave ${what}`} a chance of ${percent(sure)}.`),
   ];
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,27 @@ async def test_a_run_tells_its_round_to_pointer_and_keyboard(site: Site) -> None
     await page.keyboard.press("ArrowRight")
     await expect(answer.locator("mark.lit")).to_have_text("w4")
     await expect(answer.locator("mark.lit")).to_have_attribute("aria-describedby", "tip")
+
+
+async def test_a_run_that_was_found_says_so(launch: Launch) -> None:
+    """A guess that no drafter made, told as the drafter's, before a reload or after it."""
+
+    class Found(FakeEngine):
+        def _round(self, stream: Any, count: int) -> Any:
+            event = super()._round(stream, count)
+            return msgspec.structs.replace(event, round=msgspec.structs.replace(event.round, source="lookup"))
+
+    page = await (await launch(Found(Script()))).connected()
+    answer = await ask(page, "Hello?")
+    await ended(page)
+    tip = page.locator("#tip")
+    for _ in range(2):
+        await answer.locator("mark").first.hover()
+        await expect(tip).to_contain_text("Found earlier in this text: 4 guesses, 4 verified, 2 accepted.")
+        await expect(tip).to_contain_text("both had a chance of 81")
+        assert (await figures(answer))["Found"] == "5"
+        await page.reload()
+        await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
 
 
 async def test_nothing_drafted_is_explained(launch: Launch) -> None:
@@ -419,7 +441,27 @@ async def test_a_model_cannot_inject_anything(launch: Launch) -> None:
     assert all(href is None or href.startswith("https://") for href in links)
 
     assert await page.evaluate("window.pwned") is None
-    assert asked == []
+    assert [url for url in asked if "/code-worker.js" not in url and "/vendor/" not in url] == []
+
+
+GROW = r"""async ([text, runs, step]) => {
+  const { GrowingMarkdown, render } = await import("/markdown.js");
+  const root = document.createElement("div"), at_once = document.createElement("div");
+  const growing = new GrowingMarkdown(root);
+  for (let i = runs.length ? 11 : step; i < text.length + step; i += step) {  // no run is cut
+    growing.update(text.slice(0, i), runs.filter(run => run.end <= i));
+  }
+  if (runs.length) growing.finish(text, runs);
+  at_once.append(render(text, 0, text.length, runs));
+  const rounds = e => { const said = {};
+    for (const m of e.querySelectorAll("mark"))
+      said[m.dataset.round] = (said[m.dataset.round] ?? "") + m.textContent.replace(/\s/g, "");
+    return JSON.stringify(said) };
+  const lines = e => { const marks = rounds(e);
+    for (const m of e.querySelectorAll("mark")) m.replaceWith(...m.childNodes);
+    return e.innerHTML.replace(/\n+/g, "\n").trim() + marks };
+  return [lines(root), lines(at_once)];
+}"""
 
 
 async def test_growing_markdown_ends_like_markdown_rendered_at_once(site: Site) -> None:
@@ -430,19 +472,97 @@ async def test_growing_markdown_ends_like_markdown_rendered_at_once(site: Site) 
         + "\n1. one\n\n   still one\n2. two\n   - deep\n\n"
         + "3. three\n\n```py\nx = 1\n\n```\n\n4. four\n\nend\n===\n\n> quote\nlazy\n\nlast *words"
     )
-    growing, whole = await page.evaluate(
+    long = "".join(
+        [
+            *(f"{i}. **item** {i} of a tight list, long enough to be settled item by item\n" for i in range(1, 40)),
+            "\nSome words.\n\n",
+            *(f"* item {i} of a loose list\n\n  - with `code`\n\n  ~~~sh\n  ls\n  ~~~\n\n" for i in range(30)),
+            "Some words.\n\n````md\n",
+            *(f"- line {i} of a program\n```\n{i}\n```\n``\n`x`\n\n" for i in range(20)),
+            "````\n\n~~~\nopen\n``",
+        ]
+    )
+    runs = [{"start": at, "end": at + 9, "round": at // 12} for at in range(2, len(long) - 9, 12)]
+    for said, step in [(text, 1), (long, 12), (long, 84)]:
+        growing, whole = await page.evaluate(GROW, [said, runs if said is long else [], step])
+        assert growing == whole
+
+
+async def test_code_is_coloured_while_it_is_written(launch: Launch) -> None:
+    """A program in one colour until its end has come, or runs that the colours of the next line take away."""
+    tokens = ["```python\n", *(part for i in range(60) for part in (f"    return {i}", "\n", f"    # {i}", "\n"))]
+    site = await launch(step_s=0.02, script=Script(tokens=tokens, rounds=(2, 3)))
+    page = await site.connected()
+    answer = await ask(page, "Code")
+    await expect(answer.locator(".hljs-comment").nth(20)).to_be_visible()
+    await expect(answer).to_have_attribute("aria-busy", "true")
+    await ended(page)
+    await expect(answer.locator(".hljs-keyword")).to_have_count(60)
+    await expect(answer.locator(".hljs-comment")).to_have_count(60)
+    runs = await answer.evaluate(
+        """a => { const by = {}; for (const m of a.querySelectorAll("mark"))
+                     by[m.dataset.round] = (by[m.dataset.round] ?? "") + m.textContent.replace(/\\s/g, "");
+                   return by }"""
+    )
+    # Rounds of two and three tokens, the last of each the target's own.
+    rounds = {str(2 * i + j): tokens[5 * i + 2 * j : 5 * i + 3 * j + 1] for i in range(48) for j in (0, 1)}
+    drafted = {number: "".join("".join(said).split()) for number, said in rounds.items() if number != "0"}
+    assert runs == {number: said for number, said in drafted.items() if said}
+
+
+async def test_code_is_copied_as_it_was_written(launch: Launch) -> None:
+    """Line breaks that the pieces of a long program add or take, in the clipboard or in a selection."""
+    lines = [f'line_{i} = """\n\n{i} < 2 & 3"""\n' for i in range(50)]
+    page = await (await launch(Script(tokens=["```py\n", *lines, "```\n"], rounds=(4, 1, 2)))).connected()
+    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    answer = await ask(page, "Code")
+    await ended(page)
+    program = "".join(lines)
+    await expect(answer.locator(".lines")).to_have_count(7)
+    await expect(answer.locator(".lines").last.locator(".hljs-string")).not_to_have_count(0)
+    selected = await answer.evaluate(
+        "a => { getSelection().selectAllChildren(a.querySelector('pre')); return getSelection().toString() }"
+    )
+    assert selected == program.removesuffix("\n")
+    await answer.get_by_role("button", name="Copy the code").click()
+    await expect(answer.get_by_role("button", name="Copy the code")).to_have_text("Copied")
+    assert await page.evaluate("navigator.clipboard.readText()") == program
+    marked = "".join(await answer.locator("pre mark").all_text_contents())
+    assert (
+        marked.count("line_") == 29
+    )  # of rounds of 4, 1 and 2 tokens all but each last, of which the first is a fence
+
+
+async def test_text_from_right_to_left(launch: Launch) -> None:
+    """Arabic or Hebrew that is set from the left, or with the start of a run at its end."""
+    site = await launch(pieces("مرحبا بكم في **هذا النص**.\n\n- عنصر\n\n```py\nx = 1\n```\n\nAnd English.\n"))
+    page = await site.connected()
+    answer = await ask(page, "اكتب")
+    await ended(page)
+    direction = "all => all.map(e => getComputedStyle(e).direction)"
+    assert await page.locator(".question p").evaluate_all(direction) == ["rtl"]
+    assert await answer.locator(".prose > :is(p, ul, .code)").evaluate_all(direction) == ["rtl", "rtl", "ltr", "ltr"]
+    shadow = await answer.locator("mark.starts").first.evaluate("m => getComputedStyle(m).boxShadow")
+    assert " 2px 0px" in shadow
+
+
+async def test_bold_text_is_bold_from_its_first_word_on(site: Site) -> None:
+    """Signs of the formatting that flash up until their end has come."""
+    page = await site.connected()
+    text = "Some **bold words** and `code`, 2 ** 3.\n\n1. **Item**: x\n"
+    seen = await page.evaluate(
         """async text => {
-          const { GrowingMarkdown, render } = await import("/markdown.js");
-          const root = document.createElement("div"), at_once = document.createElement("div");
+          const { GrowingMarkdown } = await import("/markdown.js");
+          const root = document.createElement("div"), seen = [];
           const growing = new GrowingMarkdown(root);
-          for (let i = 1; i <= text.length; i++) growing.update(text.slice(0, i));
-          at_once.append(render(text));
-          const lines = e => e.innerHTML.replace(/\\n+/g, "\\n").trim();
-          return [lines(root), lines(at_once)];
+          for (const end of [8, 10, 14, 17, 18, 30, 40, 47, 54]) {
+            growing.update(text.slice(0, end)); seen.push(root.textContent.trim()) }
+          return seen;
         }""",
         text,
     )
-    assert growing == whole
+    assert seen[1:4] == ["Some bol", "Some bold wo", "Some bold words"]
+    assert all("**" not in said.replace("2 ** 3", "") for said in seen[1:]), seen
 
 
 # --- the race -------------------------------------------------------------------------------------------------------
@@ -594,6 +714,50 @@ async def test_a_conversation_survives_a_reload(site: Site) -> None:
     await expect(page.locator("#turns .answer")).to_have_count(0)
     await page.locator("#toast button").click()
     await expect(page.locator("#turns .question p")).to_have_text(["One", "Two"])
+
+
+async def test_an_answer_that_a_reload_cut_off_says_so(launch: Launch) -> None:
+    """Half an answer that looks whole, that the server goes on with, or that cannot be asked for again."""
+    site = await launch(LONG)
+    page = await site.connected()
+    answer = await ask(page, "One")
+    await answer.locator("mark").nth(20).wait_for()
+    await page.reload()
+    await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
+    await expect(answer.locator(".answer-state")).to_have_text("cut off")
+    await expect(answer.locator(".notice")).to_contain_text("The page was left before the answer ended.")
+    await expect(answer.locator(".notice")).to_be_in_viewport()
+    await eventually(lambda: site.engine.live == 0)
+    site.engine.script = Script()
+    await answer.get_by_role("button", name="Try again").click()
+    await ended(page)
+    await expect(page.locator("#turns .prose")).to_have_text([WORDS.strip()])
+
+
+KEPT = """kept => sessionStorage.getItem("dspark-stream.conversation").length < 20000 &&
+  sessionStorage.setItem("dspark-stream.conversation", kept)"""
+
+
+async def test_a_long_conversation_is_there_at_once(launch: Launch) -> None:
+    """A page that two hundred turns keep busy when it is opened, or that does not show their end."""
+    text = "Some **bold** words.\n\n```python\ndef f(x):\n    return x + 1\n```\n\n1. one\n2. two\n\nThe end."
+    page = await (await launch(pieces(text))).connected()
+    await ask(page, "One")
+    await ended(page)
+    await page.evaluate("dispatchEvent(new Event('pagehide'))")
+    (turn,) = json.loads(await page.evaluate("sessionStorage.getItem('dspark-stream.conversation')"))
+    kept = json.dumps([{**turn, "question": f"Question {i}"} for i in range(200)])
+    await page.add_init_script(f"({KEPT})({json.dumps(kept)})")
+    browser = page.context.browser
+    assert browser is not None
+    await browser.start_tracing(page=page, categories=["toplevel"])
+    await page.reload()
+    await expect(page.get_by_text("Question 199")).to_be_in_viewport()
+    await expect(page.locator(".answer").last.locator("mark").last).to_be_in_viewport()
+    await until(page, "[...document.querySelectorAll('.prose')].every(prose => prose.querySelector('mark'))")
+    assert longest_task_ms(await browser.stop_tracing()) < 300
+    await page.get_by_text("Question 0").scroll_into_view_if_needed()
+    await expect(page.locator(".answer").first.locator(".hljs-keyword").first).to_be_in_viewport()
 
 
 async def test_regenerate_edit_and_export(site: Site) -> None:
@@ -987,42 +1151,74 @@ async def test_the_page_follows_the_text_only_for_a_reader_at_its_end(launch: La
     await ended(page)
 
 
+async def test_the_end_of_an_answer_moves_no_reader(launch: Launch) -> None:
+    """A page that jumps for somebody who reads in the middle when the last block is rendered for good."""
+    site = await launch(step_s=0.01, script=pieces("**Some** words. " * 40 + "\n\n" + "More `words` here. " * 80))
+    page = await site.connected(height=500)
+    answer = await ask(page, "Long")
+    await answer.locator("mark").nth(100).wait_for()
+    site.engine.gate.clear()
+    main = page.locator("#main")
+    await main.evaluate("m => { m.scrollTop = 200 }")
+    await expect(page.locator("#latest")).to_be_visible()
+    site.engine.gate.set()
+    await ended(page)
+    assert await main.evaluate("m => m.scrollTop") == 200
+    # Who is at the end sees all of it, the buttons too.
+    await main.evaluate("m => { m.scrollTop = m.scrollHeight }")
+    await ask(page, "Once more")
+    await ended(page)
+    await expect(page.locator(".curious summary").last).to_be_in_viewport()
+
+
+PARAGRAPH = [*(f"word{i}{'. ' if i % 12 == 11 else ' '}" for i in range(59)), "end.\n\n"]
 PROSE = [
-    *(f"word{i}{'. ' if i % 12 == 11 else ' '}" for i in range(59)), "end.\n\n",
-    *(f"- **item {i}**\n" if i % 4 == 3 else f"part{i} " for i in range(40)), "\n",
-    "```python\n", *(f"value_{i} = " if i % 2 else f"call({i})  # {i}\n" for i in range(98)), "```\n\n",
+    *PARAGRAPH * 2,
+    *(f"- **item {i // 10}**: " if i % 10 == 0 else "on\n" if i % 10 == 9 else f"part{i} " for i in range(1000)), "\n",
+    *PARAGRAPH,
+    "```python\n", *(f"f({i})  # {i}\n" if i % 2 else f"`{i}` = " if i % 50 < 1 else f"v{i} = " for i in range(2700)),
+    "```\n\n",
+    *PARAGRAPH * 2,
 ]  # fmt: skip
 FRAMES = """() => { window.gaps = []; let last = performance.now();
-  const tick = now => { gaps.push(now - last); last = now; window.frames_on = requestAnimationFrame(tick) };
-  requestAnimationFrame(tick);
-  window.tasks = []; new PerformanceObserver(list => tasks.push(...list.getEntries().map(e => Math.round(e.duration))))
-    .observe({ type: "longtask" }) }"""
+  const tick = now => { gaps.push(now - last); last = now; requestAnimationFrame(tick) };
+  requestAnimationFrame(tick) }"""
+# Not by polling the page, which would be work of its own.
+ANSWERED = """() => new Promise(done => { const stop = document.getElementById("stop");
+  const look = () => document.querySelector("#turns .answer[data-status]") && done(gaps);
+  new MutationObserver(look).observe(stop, { attributes: true }); look() })"""
+
+
+def longest_task_ms(trace: bytes) -> float:
+    """Of a page's main thread, in time of the processor: what others on the machine do is not the page's."""
+    events = json.loads(trace)["traceEvents"]
+    mains = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name" and "RendererMain" in e["args"]["name"]}
+    tasks = [e["tdur"] / 1000 for e in events if (e["pid"], e["tid"]) in mains and "tdur" in e]
+    assert len(tasks) > 1000  # else it was not the page that was traced
+    return max(tasks)
 
 
 async def test_a_long_answer_does_not_slow_the_page(launch: Launch) -> None:
-    """Work that grows with the answer: 4,000 tokens at 300 a second never keep the page busy for long.
+    """Work that grows with the answer: 4,000 tokens at 300 a second never keep the page busy for 50 ms at once.
 
-    The aim is 50 ms at a time; on two cores shared with the server it is missed by a few.
+    Prose, a list of a thousand tokens and a program of 2,700. 50 ms of a shared machine are 30 ms of its processor.
     """
-    tokens = (PROSE * 21)[:4000]
+    tokens = PROSE[:4000]
     engine = FakeEngine(Script(tokens=tokens, rounds=(3,)), step_s=0.0095, info=model_info(max_model_len=8192))
     page = await (await launch(engine)).connected()
+    browser = page.context.browser
+    assert browser is not None
     await setting(page, "max_output_tokens", "4000")
     await page.locator("#settings-toggle").click()
-    for _ in range(2):  # others work on this machine too: what is the page's own fault is there both times
-        await page.evaluate(FRAMES)
-        await ask(page, "Long")
-        await expect(page.locator("#send")).to_be_visible(timeout=40_000)
-        await expect(page.locator("#turns .answer")).to_have_attribute("data-status", "completed")
-        assert await page.locator("#turns mark").count() > 1300
-        busy, worst = await page.evaluate("[Math.max(0, ...tasks), Math.max(...gaps)]")
-        if busy <= 50 and worst < 100:
-            break
-        await page.locator("#new-chat").click()
-        await page.reload()
-        await expect(page.locator("#connection")).to_have_attribute("data-phase", "open")
-    assert busy < 100
-    assert worst < 150  # frames are drawn by other processes, which share the cores too
+    await page.evaluate(FRAMES)
+    await browser.start_tracing(page=page, categories=["toplevel"])
+    await ask(page, "Long")
+    gaps = await page.evaluate(ANSWERED)
+    assert longest_task_ms(await browser.stop_tracing()) < 30
+    await expect(page.locator("#turns .answer")).to_have_attribute("data-status", "completed")
+    assert await page.locator("#turns mark").count() > 1300
+    # Frames are drawn by other processes, which share the cores with the server and with others' work.
+    assert sum(gap > 50 for gap in gaps) < len(gaps) / 20
 
 
 AXE = Path(__file__).parent / "vendor" / "axe-core-4.14.1" / "axe.min.js"
