@@ -14,19 +14,15 @@ from typing import get_args
 import numpy as np
 
 from dspark_stream.load.curve import Array
-from dspark_stream.load.repeats import FADE, Repeats
+from dspark_stream.load.repeats import FADE, HOPE, LEAN, Repeats
 from dspark_stream.types import Acceptance as Way
 
-THRESHOLDS: Array = np.array([0.0, 0.05, 0.12, 0.22, 0.35, 0.5, 0.7])
+THRESHOLDS: Array = np.array([0.0, 0.2, 0.5])
 """Which drafts will be verified is not known before drafting. So plans suppose that all drafts of at least such a
 survival are, and take the best of these thresholds."""
 BLOCKS = 32
 """Blocks that are remembered of a stream; of all streams together twice as many."""
-LEAN = 8.0
-"""After so many blocks a stream is judged half by itself and half by all streams; later more by itself."""
 WAYS: tuple[Way, ...] = get_args(Way)
-HOPE = 0.7
-"""Acceptance of a draft token, given that those before it were accepted: believed before anything was seen."""
 
 
 class _Ledger:

@@ -30,9 +30,6 @@ MOST = 0.5
 """No change counts for more than this, as a logarithm: a round may have been interrupted."""
 STEP = 16
 """Numbers of looked-up tokens are rounded up to a multiple of this, so that costs can be cached."""
-NEAR = 0.7
-"""Distance, as a logarithm, at which a correction counts by half: what is learnt of one number of tokens, or of streams
-drafted for, counts by half for twice that number."""
 
 
 class RoundCost:
@@ -181,14 +178,14 @@ class CostTable:
             known = [self._known[before.size], self._known[after.size]]
             by = max(GAIN, 1 / (PRIOR + min(known))) * surprise
             share = (1 + known[0]) / (2 + sum(known))  # of the two sizes, the one that is known less is corrected more
-            _move(self._new_by_size, self._sizes, after.size, by * share)
-            _move(self._new_by_size, self._sizes, before.size, by * (share - 1))
+            self._new_by_size[after.size] += by * share
+            self._new_by_size[before.size] += by * (share - 1)
             self._known[before.size] += 1
             self._known[after.size] += 1
         else:
             drafting = max(before.drafting, after.drafting) - 1
             by = max(GAIN, 1 / (PRIOR + self._known_drafting[drafting])) * surprise
-            _move(self._new_by_drafting, self._streams, drafting, by if after.drafting else -by)
+            self._new_by_drafting[drafting] += by if after.drafting else -by
             self._known_drafting[drafting] += 1
 
     def settle(self) -> None:
@@ -199,10 +196,6 @@ class CostTable:
             self._new_by_size[:] = self._new_by_drafting[:] = 0.0
             self._plain.cache_clear()
             self._costs.cache_clear()
-
-
-def _move(corrections: Array, at: Array, i: int, by: float) -> None:
-    corrections += by * np.exp2(-(((at - at[i]) / NEAR) ** 2))
 
 
 def _nearest(sizes: Sequence[int], size: int) -> int:
