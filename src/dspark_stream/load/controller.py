@@ -23,8 +23,8 @@ from dspark_stream.load.curve import Array, CapacityCurve, Company
 HOLD = 8
 """Rounds between two decisions while the streams are the same ones."""
 SHARE = 0.02
-"""Of all time, so much may be lost to looks. What a look loses is estimated beforehand. Without looks 1.8 % of all tokens
-are lost."""
+"""Of all time, so much may be lost to looks. What a look loses is estimated beforehand. Without looks 1.8 % of
+throughput are lost."""
 LEAST_LOSS = 0.1
 """A look costs at least so much of its time: where the two ways are equally good, little is won by looking."""
 
