@@ -7,20 +7,20 @@ import time
 import pytest
 import torch
 
-from dspark_stream.engine import backlog as backlogs
-from dspark_stream.engine.backlog import PIECE, ROOM, TOGETHER, Backlog, hand_over, room
+from dspark_stream.engine import context as contexts
+from dspark_stream.engine.context import PIECE, ROOM, TOGETHER, Backlog, hand_over, room
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.models.cache import Extent
 from dspark_stream.types import TokensEvent
-from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 
 def engine_with(schedule, *, head="vanilla", capacity=FLAT, gamma=GAMMA):
     target = tiny_target()
     drafter = tiny_drafter(target, head=head, gamma=gamma)
-    return tiny_engine(tiny_models(target, drafter, schedule=schedule, capacity=capacity))
+    return tiny_engine(tiny_rounds(target, drafter, schedule=schedule, capacity=capacity))
 
 
 def rounds_of(engine, requests):
@@ -63,9 +63,9 @@ def test_drafts_after_skipped_rounds_are_the_drafts_of_a_stream_that_never_skipp
         request(str(i), (5, 6, 7 + i) * (1 + 12 * i), max_tokens=2 * ROOM, ignore_eos=True, record_rounds=True)
         for i in range(3)
     ]
-    monkeypatch.setattr(backlogs, "TOGETHER", 0)  # prompts are handed over at once where they are longer than ROOM
+    monkeypatch.setattr(contexts, "TOGETHER", 0)  # prompts are handed over at once where they are longer than ROOM
     always = rounds_of(engine_with(Fixed(GAMMA), head=head), asked)
-    monkeypatch.setattr(backlogs, "TOGETHER", together)
+    monkeypatch.setattr(contexts, "TOGETHER", together)
     skipping = rounds_of(engine_with(EveryNth(n), head=head), asked)
     compared = 0
     for name, rounds in skipping.items():

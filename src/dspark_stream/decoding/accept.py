@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dspark_stream.decoding.draft import Block, StreamView, acceptance_of
+from dspark_stream.decoding.draft import Block, StreamView
 from dspark_stream.decoding.noise import RoundUniforms
 from dspark_stream.models.distributions import Distributions, Judged
 from dspark_stream.models.protocols import AdjustedBlock, Race, Verified
@@ -36,7 +36,7 @@ def accept(
     ℓ = 0 is plain decoding: the bonus token alone.
     """
     first = [0, *accumulate(1 + length for length in lengths)]
-    ways = [acceptance_of(stream) for stream in streams]
+    ways = [stream.acceptance for stream in streams]
     outcomes: list[Outcome | None] = [None] * len(streams)
     adjusted = [
         AdjustedBlock(row, blocks[r].tokens[: lengths[r]], adjustment)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import isnan
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class Judged(NamedTuple):
 
     accepted: int
     bonus: int
+    """-1: the row that it comes from has no token."""
 
 
 class Distributions(ABC):
@@ -26,7 +28,7 @@ class Distributions(ABC):
 
     @abstractmethod
     def probability(self, row: int, token: int) -> float:
-        """Of one token of a row."""
+        """Of one token of a row; NaN where the row has no token."""
 
     @abstractmethod
     def probabilities(self, row: int) -> Tensor:
@@ -34,7 +36,7 @@ class Distributions(ABC):
 
     @abstractmethod
     def draw(self, row: int, uniform: float) -> int:
-        """A token of a row, by inverse transform; never one of probability 0."""
+        """A token of a row, by inverse transform; never one of probability 0. -1 where there is no other."""
 
     @abstractmethod
     def overlap(self, row: int, share: float, q: Tensor, draft_ids: Tensor | None) -> float:
@@ -82,7 +84,10 @@ class Distributions(ABC):
         length, share = len(tokens), [1.0]
         for k in range(length):
             p_x, q_x = self.probability(first + k, tokens[k]), q.probability(k, indices[k])
-            share.append(min(share[k] * p_x / q_x, 1.0))  # what was drawn has q_x > 0; NaN stays, and refuses
+            if isnan(p_x):  # no token at all: nothing can follow, so what stands is judged up to here
+                length = k
+                break
+            share.append(min(share[k] * p_x / q_x, 1.0))  # what was drawn has q_x > 0
         if length == 0 or accept[length - 1] < share[length]:
             return Judged(length, self.draw(first + length, uniform))
         for k in range(length - 1, 0, -1):
