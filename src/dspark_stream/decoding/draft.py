@@ -61,8 +61,11 @@ GREEDY_BELOW = 1e-5
 
 
 def acceptance_of(sampling: SamplingParams, verification: Verification) -> Acceptance:
-    """Greedy: one-hot distributions, one comparison. Rejection: drawn by inverse transform, accepted by ratios of
-    probabilities, the block as a whole. Coupled: drawn by shared noise, accepted where it is the target's own draw.
+    """How a stream's drafts are accepted.
+
+    - Greedy: a draft is accepted if it is the target's best token.
+    - Rejection: drafts are drawn by inverse transform. The block is accepted as a whole, by ratios of probabilities.
+    - Coupled: drafts are drawn by the stream's noise. One is accepted if the target draws the same token by it.
     """
     return "greedy" if sampling.temperature < GREEDY_BELOW else verification
 
@@ -82,7 +85,7 @@ class Block:
     uniforms: RoundUniforms | None = None
     """Rejection only: the randomness of this round."""
     source: Source = "model"
-    """Where the tokens come from. What is looked up was not drawn: it has no q, and no confidence but its survival."""
+    """Where the tokens come from. Looked-up tokens were not drawn, so they have no q."""
 
 
 def draft(

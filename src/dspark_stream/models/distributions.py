@@ -64,13 +64,14 @@ class Distributions(ABC):
         accept: Sequence[float],
         uniform: float,
     ) -> Judged:
-        """Block verification: the longest prefix of the drafts that stands, judged as a whole; then the bonus token.
+        """Block verification: the longest prefix of the drafts that is accepted ("stands"); then the bonus token.
 
         share[k], w_k = min(1, w_{k-1} · p_t(x_k)/p_d(x_k)) with w_0 = 1, is the probability that at least x_1 … x_k
-        stand (given these drafts). So all ℓ stand with probability w_ℓ. Where no longer prefix stands, x_1 … x_k do
-        with what is still missing from w_k: (w_k - s_k)/(1 - s_k), where s_k = Σ min(w_k p_t, p_d) is what longer ones
-        give. The bonus token is from max(w_k p_t - p_d, 0), after ℓ from the next p_t. (Sun et al., arXiv 2403.10444,
-        where w is p and Algorithm 2 is this; docs/decisions/019-blocks-judged-whole.md.)
+        stand (given these drafts). So all ℓ stand with probability w_ℓ. If no longer prefix stands, x_1 … x_k stand
+        with what is missing from w_k: (w_k - s_k)/(1 - s_k), where s_k = Σ min(w_k p_t, p_d) is the probability that a
+        longer prefix stands. The bonus token is drawn from max(w_k p_t - p_d, 0), after ℓ drafts from the next p_t.
+
+        This is Algorithm 2 of Sun et al., arXiv 2403.10444, where w is called p (docs/decisions/019).
 
         Args:
             first: p_t's row of the first draft; the ℓ after it are the others' and the bonus token's.
