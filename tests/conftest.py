@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,42 @@ import pytest
 # else computes; the tests themselves are what runs side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+LONGEST = (
+    "tests/kernels/test_cpu.py::test_the_sanitizers_find_nothing",
+    "tests/page/test_page.py",
+    "tests/kernels/test_interpreter.py::test_kernels_agree_with_their_references",
+    "tests/engine/test_real_model.py",
+    "tests/unit/test_bench_gpu.py",
+    "tests/kernels/test_compiles.py",
+    "tests/unit/test_training_run.py",
+    "tests/engine/test_gpu_round.py",
+)
+"""What takes most of a minute or more: workers begin with these, so that none is left with one at the end."""
+
+
+def part_of(nodeid: str) -> str:
+    """What one worker runs as a whole: a file, because its tests share models; a test that takes minutes is alone."""
+    return nodeid if nodeid.split("[", maxsplit=1)[0] in LONGEST else nodeid.split("::", maxsplit=1)[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How tests are dealt out by ``-n``."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Parts(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return part_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Parts(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # in one process the order is the files'
+        places = {part: place for place, part in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(part_of(item.nodeid).split("[", maxsplit=1)[0], len(places)))
 
 
 def pytest_collection_finish() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 import pytest
 
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.captured.graphs import Size, row_ladder
-from dspark_stream.engine.captured.sizing import FIRST_WAIT, Sizing
+from dspark_stream.engine.captured.sizing import Sizing
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Schedule, Threshold
 from tiny import request
@@ -58,11 +61,14 @@ def test_drafting_is_skipped_where_it_does_not_pay_and_looked_at_now_and_then():
     """Guards against a draft pass that every round pays for and none profits from."""
     chooser, company = sizing(draft_ms=0.5), streams()
     show(chooser, company, BAD)
-    sizes = [chooser.choose(company) for _ in range(6 * FIRST_WAIT)]
+    sizes = [chooser.choose(company) for _ in range(5000)]
     looks = [i for i, size in enumerate(sizes) if size.drafting]
-    assert looks == [FIRST_WAIT - 1, 3 * FIRST_WAIT - 1]  # after 32 rounds, then after 64 more, then 128
+    waits = [b - a for a, b in itertools.pairwise([-1, *looks])]
+    assert 10 < waits[0] < 100
+    assert waits == [min(waits[0] << i, waits[-1]) for i in range(len(waits))]  # each twice the one before, to a limit
+    assert 8 * waits[0] < waits[-1] == waits[-2]
     assert all(size == Size(4, 4, False, context=True) for i, size in enumerate(sizes) if i not in looks)
-    assert chooser.probes == 2
+    assert chooser.probes == len(looks)
     show(chooser, company, GOOD)
     assert chooser.choose(company).drafting
 

@@ -435,8 +435,9 @@ def run(local, prompts, mode, streams, tokens):
 
 
 @pytest.mark.timeout(900)
-def test_greedy_text_is_the_same_alone_in_company_plain_and_speculated():
-    """Token for token, on every evaluation prompt: no row knows which others are in its batch."""
+@pytest.mark.parametrize("one_in", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_greedy_text_is_the_same_alone_in_company_plain_and_speculated(one_in):
+    """Token for token, on evaluation prompts of every kind: no row knows which others are in its batch."""
     engine, codec = build_engine(
         Config(model="smollm2-135m", max_num_seqs=16, kv_memory=256 << 20, max_model_len=1024), SILENT
     )
@@ -446,7 +447,7 @@ def test_greedy_text_is_the_same_alone_in_company_plain_and_speculated():
         for path in sorted(shared("data/eval").glob("*.jsonl"))
         for p in read_prompts(path)
     ]
-    prompts = [p for p in prompts if len(p) < 900]
+    prompts = [p for p in prompts if len(p) < 900][::one_in]
     with LocalEngine(engine) as local:
         alone = run(local, prompts, "plain", 1, 24)
         assert run(local, prompts, "plain", 16, 24) == alone
@@ -455,4 +456,4 @@ def test_greedy_text_is_the_same_alone_in_company_plain_and_speculated():
         engine.use_schedule("fixed:7")  # the adaptive one may draft for nobody
         assert run(local, prompts, "dspark", 16, 24) == alone
         assert run(local, prompts[1::4], "dspark", 3, 24) == alone[1::4]
-    assert len(prompts) > 150
+    assert len(prompts) * one_in > 150

@@ -14,7 +14,7 @@ import pytest
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed here (it is on Linux, x86-64)")
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_triton_kernels_compile(capability):

@@ -1229,7 +1229,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     assert not list((tmp_path / "dspark-stream" / "kernels").iterdir())
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(SANITIZE, reason="this is what it runs")
 def test_the_sanitizers_find_nothing():
     """The same tests on an instrumented build, in a process that has its runtime loaded before anything else."""

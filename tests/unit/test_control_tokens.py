@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
@@ -139,7 +139,6 @@ MESSAGES = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), TEXT), min
 CODEC = byte_level(CHATML.replace(" | trim", ""))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(messages=MESSAGES)
 def test_whatever_is_said_is_shown_as_it_is(messages: list[tuple[str, str]]) -> None:
     """Guards against any text that becomes a control token, or other tokens where there is none."""

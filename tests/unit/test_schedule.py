@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_stream.engine.profile import BUDGET_S, LONG_STREAMS, SWEEPS, Point, _Bench, fit, sweep
+from dspark_stream.engine.profile import Point, _Bench, fit, sweep
 from dspark_stream.load.costs import CostTable, RoundCost, Shape, convex
 from dspark_stream.load.curve import CapacityCurve, Company, ladder, monotone
 from dspark_stream.load.schedule import (
@@ -280,7 +280,8 @@ def test_points_are_swept_and_the_first_run_does_not_count():
     clock, runs = Clock(), []
     points = [clock.point(n, iter([20.0, 35.0, 39.0 + n, 36.0] + [37.0] * 20)) for n in (1, 2)]
     assert sweep(points, lambda: runs.append(1), clock) == {"rows": {1: 37.0, 2: 37.0}}
-    assert len(runs) == 2 * SWEEPS
+    assert len(runs) >= 2 * 5  # so many visits, or one out of luck would count for much
+    assert len(runs) % 2 == 0
 
 
 def test_a_slow_point_is_measured_twice_and_a_very_slow_one_once():
@@ -309,9 +310,13 @@ def test_no_point_takes_what_is_the_others_and_all_end_with_the_budget():
     slow = Point("slow", 1, lambda size: runs.append(size) or clock.point(1, iter([70.0])).run(size))
     sweep([slow, *(clock.point(n, itertools.repeat(2.0)) for n in range(60))], clock=clock)
     assert len(runs) == 2
-    begun = clock.now
-    sweep([clock.point(n, itertools.repeat(75.0)) for n in range(60)], clock=clock)
-    assert BUDGET_S < clock.now - begun < 1.02 * BUDGET_S
+    spent = []
+    for count in (40, 60):
+        begun = clock.now
+        sweep([clock.point(n, itertools.repeat(75.0)) for n in range(count)], clock=clock)
+        spent.append(clock.now - begun)
+    assert spent[0] == pytest.approx(spent[1], rel=0.02)  # however many there are
+    assert spent[1] < 20  # seconds that the first start of a model may take longer
 
 
 class Timed(_Bench):
@@ -324,8 +329,8 @@ class Timed(_Bench):
 def test_measured_streams_have_room_for_what_is_measured_on_them():
     """Guards against rows that are written into a neighbour's extent, and against streams that share one needlessly."""
     bench = Timed(1 << 16, max_seqs=6, max_model_len=1024)
-    assert bench.long_streams == LONG_STREAMS
-    assert all(e.size >= bench.long_context + bench.long_rows for e in bench._extents[:LONG_STREAMS])
+    assert 1 < bench.long_streams < 6
+    assert all(e.size >= bench.long_context + bench.long_rows for e in bench._extents[: bench.long_streams])
     assert len({e.slot for e in bench._extents}) == 6
     tight = Timed(1024 + 5 * 288, max_seqs=6, max_model_len=1024)  # room for one long text and five short ones
     assert (tight.long_streams, len(tight._extents)) == (1, 6)

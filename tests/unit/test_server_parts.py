@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_stream.errors import (
@@ -60,7 +60,6 @@ TYPES = st.sampled_from(["response.create", "response.cancel", "dspark:resume"])
 PLANNER = Planner(model_info())
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(kind=TYPES, fields=st.dictionaries(FIELDS, JSON, max_size=5))
 def test_whatever_is_sent_is_a_plan_or_a_typed_error(kind: str, fields: dict[str, Any]) -> None:
     """Guards against input that becomes an exception of ours instead of an error of theirs."""
@@ -76,7 +75,6 @@ def test_whatever_is_sent_is_a_plan_or_a_typed_error(kind: str, fields: dict[str
         PLANNER.completion(decode(json.dumps(fields), CompletionBody))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.binary(max_size=40), text=st.text(max_size=40))
 def test_noise_is_a_typed_error(data: bytes, text: str) -> None:
     """Guards against bytes that a decoder answers with something else than its own error."""

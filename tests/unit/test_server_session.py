@@ -212,10 +212,7 @@ class Socket(RuleBasedStateMachine):
 
 TestSocket = Socket.TestCase
 TestSocket.settings = settings(
-    max_examples=150,
     stateful_step_count=60,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 

@@ -173,7 +173,7 @@ def test_a_process_that_is_killed_outright_ends_at_the_same_weights(target_folde
     argv += [*SHAPE, *TRAINING, "--threads", "1", "--run-dir"]
     state = tmp_path / "killed" / "state.pt"
     with subprocess.Popen([*argv, str(tmp_path / "killed")], stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not state.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         process.kill()

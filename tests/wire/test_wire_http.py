@@ -271,9 +271,11 @@ async def test_a_silent_event_stream_is_kept_alive(launch: Launch) -> None:
     running = await launch(engine, heartbeat_s=0.05)
     engine.gate.clear()
     async with running.http() as http, http.post("/v1/responses", json={"input": "x", "stream": True}) as answer:
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(5):
+            while await answer.content.readuntil(b"\n\n") != b": still here\n\n":
+                pass
         engine.gate.set()
-        assert b": still here\n\n" in await answer.read()
+        assert b"response.completed" in await answer.read()
 
 
 # --- what costs no tokens ------------------------------------------------------------------------------------------

@@ -38,7 +38,14 @@ NEEDS: dict[Isa, frozenset[str]] = {
     "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
     "portable": frozenset(),
 }
-SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+# Nothing is optimised: that would take longer than all that then runs.
+SANITIZERS = (
+    "-O0",
+    "-g1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+)
 
 
 class NoCompilerError(Exception):
