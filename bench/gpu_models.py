@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-import dspark_stream.engine.gpu.round as rounds_module
+import dspark_stream.engine.captured.round as rounds_module
 from dspark_kernels.acceptance import Accepted
 from dspark_kernels.acceptance import accept as real_accept
 from dspark_kernels.noise import uniforms
 from dspark_kernels.sequential_head import walk
 from dspark_stream.decoding.calibration import Calibration, logit
 from dspark_stream.decoding.survival import AcceptanceHistory
-from dspark_stream.engine.gpu.graphs import Round
-from dspark_stream.engine.gpu.round import RoundModels, run_round
-from dspark_stream.engine.gpu.runner import GraphRounds
-from dspark_stream.engine.parts import Models
+from dspark_stream.engine.captured.graphs import Round
+from dspark_stream.engine.captured.round import RoundModels, run_round
+from dspark_stream.engine.captured.runner import CapturedRounds
+from dspark_stream.engine.profile import ANY_CURVE
+from dspark_stream.engine.rounds import Models
 from dspark_stream.engine.stream import Stream
-from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.load.schedule import parse_schedule
+from dspark_stream.load.controller import Controller
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
@@ -163,8 +163,7 @@ def random_models(shape: Shape, device: torch.device, slots: int, quant: Quant) 
         drafter_kv=drafter.make_store(slots),
         calibration=Calibration(),
         history=AcceptanceHistory(7),
-        schedule=parse_schedule("adaptive"),
-        capacity=CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0]),
+        controller=Controller(7, ANY_CURVE),
     )
     for store in (models.target_kv, models.drafter_kv):
         assert store is not None
@@ -235,15 +234,15 @@ class Pace(NamedTuple):
     accepted_length: float
 
 
-def pace(rounds: GraphRounds, streams: Sequence[Stream], clock: Clock, count: int) -> Pace:
+def pace(rounds: CapturedRounds, streams: Sequence[Stream], clock: Clock, count: int) -> Pace:
     """``count`` rounds of streams that all go on, read one round late as the engine reads them."""
     count = 4 if clock.smoke else count
     for _ in range(3):
-        rounds.decode_round(streams)
+        rounds.decode(streams)
     clock.wait()
     begun, tokens = time.perf_counter(), 0
     for _ in range(count):
-        tokens += sum(len(c.event.token_ids) for c in rounds.decode_round(streams))
+        tokens += sum(len(c.event.token_ids) for c in rounds.decode(streams))
     took = time.perf_counter() - begun
     return Pace(tokens / took, took / count * 1e3, tokens / count / len(streams))
 

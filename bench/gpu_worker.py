@@ -25,10 +25,10 @@ from dspark_kernels.sequential_head import prepare, walk
 from dspark_stream.config import Config
 from dspark_stream.console import SILENT, Progress
 from dspark_stream.engine.build import build_engine
-from dspark_stream.engine.gpu.graphs import Size
-from dspark_stream.engine.gpu.runner import CANDIDATES, GraphRounds
+from dspark_stream.engine.captured.graphs import Size
+from dspark_stream.engine.captured.runner import CANDIDATES, CapturedRounds
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.engine.parts import Models
+from dspark_stream.engine.rounds import Models
 from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.torch.quant import Quant, quantise_linears
@@ -107,9 +107,8 @@ def floors(bench: Bench, shape: Shape) -> None:
     bench.add("graph of one empty kernel", clock.ms(clock.captured(lambda: one.add_(1)), each=50) * 1e3, "µs")
 
 
-def rounds_of(models: Models, schedule: str, seats: int, longest: int, rate: float) -> GraphRounds:
-    models.schedule = parse_schedule(schedule)
-    return GraphRounds(models, seats=seats, longest=longest, replace=synthetic(rate))
+def rounds_of(models: Models, schedule: str, seats: int, longest: int, rate: float) -> CapturedRounds:
+    return CapturedRounds(models, parse_schedule(schedule), seats=seats, longest=longest, replace=synthetic(rate))
 
 
 def one_stream(bench: Bench, shape: Shape) -> None:
@@ -214,8 +213,7 @@ def drafts(bench: Bench, shape: Shape) -> None:
 
     def measure(kind: Quant) -> None:
         models = random_models(small(shape), bench.device, CONTEXT + 1040, kind)
-        models.schedule = parse_schedule("fixed:7")
-        rounds = GraphRounds(models, seats=1, longest=CONTEXT + 1040)
+        rounds = CapturedRounds(models, parse_schedule("fixed:7"), seats=1, longest=CONTEXT + 1040)
         rounds.state.bind([rounds.seat_of(s) for s in seated(models, 1, "dspark", 1000)])
         parts, state = rounds.ladder.models, rounds.state
         here = torch.ones(1, dtype=torch.bool, device=bench.device)
@@ -235,7 +233,7 @@ def drafts(bench: Bench, shape: Shape) -> None:
         bench.part(f"draft, {kind}", lambda kind=kind: measure(kind))
 
 
-def walks(bench: Bench, models: Models, rounds: GraphRounds) -> None:
+def walks(bench: Bench, models: Models, rounds: CapturedRounds) -> None:
     """The sequential head over candidates."""
     drafter, head, state = models.drafter, rounds.ladder.models.head, rounds.state
     assert drafter is not None
@@ -311,8 +309,7 @@ def library_generate(bench: Bench, config: Config, prompt: Sequence[int], tokens
 def profile(bench: Bench, shape: Shape) -> None:
     """One round of one stream by kernel, with the torch profiler, as a table for docs/gpu.md."""
     models = random_models(shape, bench.device, CONTEXT + 1040, bench.quant)
-    models.schedule = parse_schedule("fixed:7")
-    rounds = GraphRounds(models, seats=1, longest=CONTEXT + 1040)
+    rounds = CapturedRounds(models, parse_schedule("fixed:7"), seats=1, longest=CONTEXT + 1040)
     rounds.state.bind([rounds.seat_of(s) for s in seated(models, 1, "dspark", 1000)])
     size, count = Size(1, 8, True), 5
     rounds.ladder.run(size)

@@ -27,7 +27,6 @@ from typing import Any
 from common import write_csv
 from dspark_stream.config import Config
 from dspark_stream.console import Progress
-from dspark_stream.engine import step, worker
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.controller import Plan
@@ -37,21 +36,20 @@ EIGHT, ENOUGH = 8, 4
 """Rounds by turns, and those of them that must be of as many streams as were asked for."""
 OF_MEDIANS = 1.25
 """A median's standard error over a mean's."""
-PARTS = {"context": ["_keep_context"], "decisions": ["_learn"]}
-"""Functions of engine/step.py that do nothing in rounds without the part; decisions leave out the plan as well."""
+PARTS = {"context": ("context", "keep"), "decisions": ("", "_learn")}
+"""What of the rounds does nothing without the part: whose method, and which; decisions leave out the plan as well."""
 
 
 class Turns:
     """Runs rounds, every other eight of them without ``part``, and keeps what those of ``streams`` streams took."""
 
-    def __init__(self, part: str, streams: int) -> None:
-        self.part, self.streams = part, streams
+    def __init__(self, part: str, streams: int, decode: Callable[..., Any]) -> None:
+        self.part, self.streams, self._decode = part, streams, decode
         self.rounds = 0
         self.ms: dict[int, list[float]] = defaultdict(list)
         """Of whole rounds, by eight."""
         self.holding = False
         """Whether drafting is held off, and rounds are counted."""
-        self._decode_round = step.decode_round
 
     @property
     def does(self) -> bool:
@@ -60,7 +58,7 @@ class Turns:
 
     def sometimes(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function in rounds that do the part, nothing in the others."""
-        return lambda *args: function(*args) if self.does or not self.holding else None
+        return lambda *args: function(*args) if self.does or not self.holding else 0.0
 
     def plan(self, decide: Callable[..., Plan]) -> Callable[..., Plan]:
         """A plan for nobody, after the decision or without it."""
@@ -74,10 +72,10 @@ class Turns:
 
         return nobody
 
-    def decode_round(self, models: Any, streams: Any, *bound: Any) -> Any:
-        """`step.decode_round`, timed."""
+    def decode(self, streams: Any, *bound: Any) -> Any:
+        """A round, timed."""
         begun = time.perf_counter()
-        committed = self._decode_round(models, streams, *bound)
+        committed = self._decode(streams, *bound)
         if not self.holding:
             return committed
         if len(streams) == self.streams:
@@ -105,27 +103,26 @@ def main() -> None:
     engine, tokenizer = build_engine(
         Config(model="smollm2-135m", max_num_seqs=max(args.streams), max_model_len=2048), Progress()
     )
-    models, prompts = engine._models, shipped_prompts()
-    decide = models.controller.plan
+    rounds: Any = engine._rounds
+    controller, prompts = rounds.models.controller, shipped_prompts()
+    decide, decode = controller.plan, rounds.decode
     rows: list[dict[str, object]] = []
     with LocalEngine(engine) as local:
-        for part, names in PARTS.items():
+        for part, (whose, name) in PARTS.items():
             for streams in args.streams:
-                turns = Turns(part, streams)
-                kept = {name: getattr(step, name) for name in names}
-                models.controller.plan = turns.plan(decide)  # type: ignore[method-assign]  # held off
-                worker.decode_round = turns.decode_round
-                for name, function in kept.items():
-                    setattr(step, name, turns.sometimes(function))
+                turns = Turns(part, streams, decode)
+                controller.plan = turns.plan(decide)  # held off
+                rounds.decode = turns.decode
+                does = getattr(rounds, whose) if whose else rounds
+                kept = getattr(does, name)
+                setattr(does, name, turns.sometimes(kept))
                 for repeat in range(-1, args.repeats):  # the first to learn from
                     turns.holding = repeat >= 0
                     measure(
                         engine, local, tokenizer, prompts, variant="adaptive", streams=streams,
                         temperature=args.temperature, tokens=args.tokens, waves=3, least=4, repeat=1 + repeat,
                     )  # fmt: skip
-                for name, function in kept.items():
-                    setattr(step, name, function)
-                worker.decode_round = step.decode_round
+                setattr(does, name, kept)
                 rows.append(row(part, streams, turns))
     write_csv(args.out, rows)
 

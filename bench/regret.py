@@ -42,8 +42,8 @@ from dspark_stream.config import Config
 from dspark_stream.console import Progress
 from dspark_stream.decoding.calibration import BINS
 from dspark_stream.engine.build import build_engine
+from dspark_stream.engine.context import HANDED_A_ROUND
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.engine.step import HANDED_A_ROUND
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Controller, Plan
 from dspark_stream.load.costs import CostTable, RoundCost, Shape

@@ -27,6 +27,9 @@ from own_service import KEYS, TERMINAL, OwnService, events_of, many_descriptors,
 
 CLIENTS = 12
 EVERY_S = 5.0
+PATIENCE_S = 180.0
+"""A client that has waited for so long counts as forgotten. On a machine that others use it may just be slow: what the
+service was doing is told."""
 MAX_SLOPE_MB_MIN, MAX_MORE_DESCRIPTORS, MAX_MORE_THREADS = 0.2, 8, 0
 FILLING, FILLING_WORDS = 12, 2500
 """Prompts that fill the KV memory first, and words of each: its pages come to be as they are written, which is growth
@@ -56,14 +59,25 @@ class Client:
         """Until the time is up."""
         ways = (self.converse, self.ask, self.ask, self.chat, self.leave, self.cancel, self.junk, self.look)
         while time.monotonic() < end:
+            way, begun = self._chance.choice(ways), time.monotonic()
             try:
-                async with asyncio.timeout(180):
-                    await self._chance.choice(ways)()
+                async with asyncio.timeout(PATIENCE_S):
+                    await way()
             except TimeoutError:
-                self._bad["hung for 180 s"] += 1
+                self._bad[f"{way.__name__} hung"] += 1
+                print(f"  {way.__name__} hung, {time.monotonic() - begun:.0f} s after it began", flush=True)
+                print(f"  {await self._state()}", flush=True)
             except (ConnectionError, aiohttp.ClientError, websockets.WebSocketException) as error:
                 self._bad[f"lost: {type(error).__name__}"] += 1
             await asyncio.sleep(self._chance.uniform(0, 0.3))
+
+    async def _state(self) -> dict[str, float]:
+        """How the service is: one that is slow writes on, one that has forgotten a stream has it still."""
+        names = ("num_requests_running", "num_requests_waiting", "num_requests_held", "generation_tokens_total")
+        with suppress(aiohttp.ClientError, TimeoutError):
+            found = await self._service.metrics()
+            return {name: found[f"dspark:{name}"] for name in names}
+        return {}
 
     def _body(self, **more: Any) -> dict[str, Any]:
         chance = self._chance
@@ -86,13 +100,13 @@ class Client:
                     previous = event["response"]["id"]
 
             for _ in range(self._chance.randint(1, 5)):
-                kind = await events_of(socket, self._body(previous_response_id=previous), seen)
+                kind = await events_of(socket, self._body(previous_response_id=previous), seen, PATIENCE_S)
                 self._ended("conversation", kind)
                 if kind == "error":
                     return
 
     async def _post(self, way: str, path: str, body: dict[str, Any]) -> None:
-        async with self._service.session(self._label) as http, http.post(path, json=body) as answer:
+        async with self._service.session(self._label, PATIENCE_S) as http, http.post(path, json=body) as answer:
             await answer.read()
             self._seen[f"{way}: {answer.status}"] += 1
             if answer.status >= 500 and answer.status != 503:
@@ -141,7 +155,7 @@ async def fill(service: OwnService, seed: int) -> None:
     """Write every page of the KV memory once."""
     chance = random.Random(seed)
     label = next(iter(KEYS))
-    async with service.session(label) as http:
+    async with service.session(label, 10 * PATIENCE_S) as http:
 
         async def ask() -> None:
             body = {"input": prompt(chance, FILLING_WORDS), "max_output_tokens": 20}

@@ -10,10 +10,10 @@ from dspark_kernels.noise.reference import signed
 from dspark_kernels.sequential_head.reference import HeadWeights, Prepared, prepare
 from dspark_kernels.streams import COUPLED, GREEDY, REJECTION, Drafts, Sampling
 from dspark_stream.decoding.noise import NoiseCache
-from dspark_stream.types import SamplingParams, Verification
+from dspark_stream.types import Acceptance, SamplingParams
 
 GAMMA = 4
-MODES = {GREEDY: "rejection", REJECTION: "rejection", COUPLED: "coupled"}
+MODES: dict[int, Acceptance] = {GREEDY: "greedy", REJECTION: "rejection", COUPLED: "coupled"}
 
 
 @dataclass
@@ -21,7 +21,7 @@ class View:
     """A stream as decoding/ reads it."""
 
     sampling: SamplingParams
-    verification: Verification
+    acceptance: Acceptance
     position: int
     round_key: int
     vocab: int

@@ -17,8 +17,8 @@ from dspark_kernels.sequential_head.reference import HeadWeights, Prepared
 from dspark_kernels.streams import Drafts, Sampling
 from dspark_kernels.weight_only import triton as weight_only
 from dspark_kernels.weight_only.reference import GROUP, Quantised
-from dspark_stream.engine.gpu.graphs import row_ladder, seat_ladder
-from dspark_stream.engine.gpu.runner import CANDIDATES
+from dspark_stream.engine.captured.graphs import row_ladder, seat_ladder
+from dspark_stream.engine.captured.runner import CANDIDATES
 
 
 class Shape(NamedTuple):

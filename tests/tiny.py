@@ -9,8 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.survival import AcceptanceHistory
-from dspark_stream.engine.parts import Models
+from dspark_stream.engine.eager import EagerRounds
+from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.engine.worker import EngineThread
+from dspark_stream.load.controller import Controller
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Schedule
 from dspark_stream.models.cache import ExtentAllocator
@@ -83,35 +85,37 @@ def tiny_drafter(
     return drafter.eval().requires_grad_(False)
 
 
-def tiny_models(
+def tiny_rounds(
     target: Target | None = None,
     drafter: Drafter | None = None,
     *,
     schedule: Schedule | None = None,
     slots: int = 2048,
     capacity: CapacityCurve = FLAT,
-) -> Models:
+    **options,
+) -> EagerRounds:
     target = target or tiny_target()
+    gamma = drafter.gamma if drafter else 0
     models = Models(
         target=target,
         target_kv=KVStore(target.kv_shapes, slots, target.dtype, target.device),
         drafter=drafter,
         drafter_kv=KVStore(drafter.kv_shapes, slots, target.dtype, target.device) if drafter else None,
         calibration=Calibration(),
-        history=AcceptanceHistory(drafter.gamma if drafter else 0),
-        schedule=schedule or Adaptive(),
-        capacity=capacity,
+        history=AcceptanceHistory(gamma),
+        controller=Controller(gamma, capacity),
     )
     models.controller.costs.learn = lambda *_: None  # the machine of an invented curve does not change
-    return models
+    return EagerRounds(models, schedule or Adaptive(), **options)
 
 
 def tiny_engine(
-    models: Models | None = None, *, slots: int = 2048, max_num_seqs: int = 8, text=None, **options
+    rounds: Rounds | None = None, *, slots: int = 2048, max_num_seqs: int = 8, text=None, **options
 ) -> EngineThread:
-    if models is None:
+    if rounds is None:
         target = tiny_target()
-        models = tiny_models(target, tiny_drafter(target), slots=slots)
+        rounds = tiny_rounds(target, tiny_drafter(target), slots=slots)
+    models = rounds.models
     info = ModelInfo(
         model="tiny",
         drafter="tiny" if models.drafter else None,
@@ -126,7 +130,7 @@ def tiny_engine(
         draft_quant="none",
         schedule="adaptive",
     )
-    return EngineThread(models, info, ExtentAllocator(slots), text, **options)
+    return EngineThread(rounds, info, ExtentAllocator(slots), text, **options)
 
 
 def request(name: str = "r", prompt: tuple[int, ...] = (5, 6, 7, 8), **options) -> GenerationRequest:

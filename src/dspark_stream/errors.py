@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import random
 
+LONGEST_MESSAGE = 480
+"""Characters of a message that quotes a file."""
+
 
 class DsparkError(Exception):
     """Root of the tree. ``str(error)`` is the message a person reads."""
@@ -27,6 +30,12 @@ class DsparkError(Exception):
 
 class InternalError(DsparkError):
     """Something failed on our side; the request is lost, the service is not."""
+
+
+class NoTokenError(InternalError):
+    """The model has no next token for one stream: nothing that it may write has a score that is a finite number."""
+
+    code = "no_token"
 
 
 # --- what a client did -------------------------------------------------------------------------------------
@@ -133,9 +142,22 @@ class ConfigError(DsparkError):
 
 
 class ModelLoadError(DsparkError):
-    """A checkpoint that is missing, broken, of an unknown kind, or not made for this target."""
+    """A checkpoint that is missing, broken, of an unknown kind, or not made for this target.
+
+    Its message may quote the file, and is a line all the same.
+    """
 
     code = "model_load_failed"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(_one_line(message), param=param, code=code)
+
+
+def _one_line(text: str) -> str:
+    """What fits a line: of a text that is too long its ends, and blanks for what cannot be shown."""
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[: LONGEST_MESSAGE // 2]} … {text[-LONGEST_MESSAGE // 3 :]}"
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 class DownloadError(ModelLoadError):

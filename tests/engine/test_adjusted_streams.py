@@ -10,11 +10,13 @@ import torch
 from dspark_kernels.cpu import Context, Kind, best_isa
 from dspark_kernels.cpu.build import compiler
 from dspark_stream.decoding.calibration import Calibration
-from dspark_stream.decoding.draft import draft
+from dspark_stream.decoding.draft import acceptance_of, draft
 from dspark_stream.decoding.survival import AcceptanceHistory
-from dspark_stream.engine.gpu.runner import GraphRounds
+from dspark_stream.engine.captured.runner import CapturedRounds
+from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.engine.parts import Models
+from dspark_stream.engine.rounds import Models
+from dspark_stream.load.controller import Controller
 from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
@@ -22,7 +24,7 @@ from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.types import FinishedEvent, SamplingParams, TokensEvent
-from tiny import FLAT, GAMMA, letters, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tiny import FLAT, GAMMA, letters, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 ALL = {
     "frequency_penalty": 0.9,
@@ -36,7 +38,7 @@ PROMPT = (5, 6, 7, 8, 5)
 
 
 @pytest.fixture(scope="module")
-def native_models(tmp_path_factory):
+def native_rounds(tmp_path_factory):
     """A tiny target and drafter on the CPU's kernels."""
     if compiler() is None:
         pytest.skip("no C++ compiler: apt-get install g++")
@@ -48,7 +50,7 @@ def native_models(tmp_path_factory):
     save_drafter(tiny_drafter(made, draft_vocab=40, rank=32), path / "drafter", torch.float32)
     context = Context(2, best_isa())
 
-    def make(schedule) -> Models:
+    def make(schedule) -> EagerRounds:
         target = load_target(str(path / "model"), kernels=context, kind=Kind.EIGHT).target
         assert isinstance(target, NativeTarget)
         drafter = load_drafter(path / "drafter", target)
@@ -59,31 +61,28 @@ def native_models(tmp_path_factory):
             drafter_kv=drafter.make_store(2048),
             calibration=Calibration(),
             history=AcceptanceHistory(drafter.gamma),
-            schedule=schedule,
-            capacity=FLAT,
+            controller=Controller(drafter.gamma, FLAT),
         )
         models.controller.costs.learn = lambda *_: None
-        return models
+        return EagerRounds(models, schedule)
 
     return make
 
 
-def on_torch(schedule) -> Models:
+def on_torch(schedule) -> EagerRounds:
     target = tiny_target()
-    return tiny_models(target, tiny_drafter(target, draft_vocab=40), schedule=schedule)
+    return tiny_rounds(target, tiny_drafter(target, draft_vocab=40), schedule=schedule)
 
 
-def captured(schedule) -> Models:
-    models = on_torch(schedule)
-    models.rounds = GraphRounds(models, seats=8, longest=300, candidates=48)
-    return models
+def captured(schedule) -> CapturedRounds:
+    return CapturedRounds(on_torch(schedule).models, schedule, seats=8, longest=300, candidates=48)
 
 
 @pytest.fixture(params=["torch", "captured", "kernels"])
 def make(request):
-    """Models on every runner, by schedule."""
+    """Rounds on every runner, by schedule."""
     if request.param == "kernels":
-        return request.getfixturevalue("native_models")
+        return request.getfixturevalue("native_rounds")
     return {"torch": on_torch, "captured": captured}[request.param]
 
 
@@ -199,7 +198,10 @@ class View:
     sampling: SamplingParams
     adjustment: Adjustment | None = None
     position = 3
-    verification = "rejection"
+
+    @property
+    def acceptance(self):
+        return acceptance_of(self.sampling, "rejection")
 
     @property
     def extent(self):
@@ -223,9 +225,9 @@ def views(adjusted):
     return views
 
 
-def test_the_walk_in_one_call_is_the_walk_slot_by_slot(native_models, monkeypatch):
+def test_the_walk_in_one_call_is_the_walk_slot_by_slot(native_rounds, monkeypatch):
     """Edits within the kernel's walk are those of torch's, beside streams that have none."""
-    drafter = native_models(Fixed(3)).drafter
+    drafter = native_rounds(Fixed(3)).models.drafter
     store = drafter.make_store(64 * 64)
     assert drafter._walk is not None
 

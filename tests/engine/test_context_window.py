@@ -10,8 +10,8 @@ import torch
 
 from dspark_kernels.cpu import Context, Kind, best_isa
 from dspark_kernels.cpu import build as building
-from dspark_stream.engine.backlog import Backlog, hand_over
-from dspark_stream.engine.gpu.runner import GraphRounds
+from dspark_stream.engine.captured.runner import CapturedRounds
+from dspark_stream.engine.context import Backlog, hand_over
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.schedule import Fixed
 from dspark_stream.models.cache import ExtentAllocator
@@ -22,7 +22,7 @@ from dspark_stream.models.native.drafter import NativeDrafter
 from dspark_stream.models.protocols import Draw
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
 from dspark_stream.types import SamplingParams, TokensEvent
-from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tiny import request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 from tiny_families import HIDDEN, SCALINGS, VOCAB, config_of, randomise, save
 
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
@@ -208,10 +208,10 @@ def test_captured_rounds_heed_it():
     found = []
     for window, captured in ((5, False), (5, True), (0, True)):
         target = tiny_target()
-        models = tiny_models(target, tiny_drafter(target, context_window=window), schedule=Fixed(4))
+        rounds = tiny_rounds(target, tiny_drafter(target, context_window=window), schedule=Fixed(4))
         if captured:
-            models.rounds = GraphRounds(models, seats=4, longest=300, candidates=48)
-        found.append(rounds_of(models, requests))
+            rounds = CapturedRounds(rounds.models, rounds.schedule, seats=4, longest=300, candidates=48)
+        found.append(rounds_of(rounds, requests))
     assert len(found[0][1]) > 20
     assert found[1] == found[0]
     assert found[2] != found[1]

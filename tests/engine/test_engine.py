@@ -21,8 +21,9 @@ from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.protocols import Rows
+from dspark_stream.models.torch import target as torch_target
 from dspark_stream.types import FinishedEvent, TokensEvent
-from tiny import GAMMA, letters, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tiny import GAMMA, letters, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 HEADS = ["vanilla", "gated", "rnn", "none"]
 
@@ -42,7 +43,7 @@ def collect(engine, requests, streams=8):
 def engine_with(head="vanilla", schedule=None, seed=1, **options):
     target = tiny_target()
     drafter = tiny_drafter(target, seed, head, options.pop("draft_vocab", None), **options.pop("drafter", {}))
-    return tiny_engine(tiny_models(target, drafter, schedule=schedule, **options))
+    return tiny_engine(tiny_rounds(target, drafter, schedule=schedule, **options))
 
 
 def greedy_by_transformers(prompt, count):
@@ -107,7 +108,7 @@ def test_a_drafter_that_is_the_target_is_always_believed():
     drafter.markov_head.bias = lambda tokens: table[tokens]
     drafter.confidence_head = None
     for verification in ("rejection", "coupled"):
-        engine = tiny_engine(tiny_models(target, drafter, schedule=Fixed(GAMMA)))
+        engine = tiny_engine(tiny_rounds(target, drafter, schedule=Fixed(GAMMA)))
         requests = [
             request(str(s), (5, 6), temperature=t, seed=s, verification=verification, ignore_eos=True, max_tokens=40)
             for s, t in enumerate((0.0, 0.7, 1.0))
@@ -199,7 +200,7 @@ def test_a_short_prompt_does_not_wait_for_long_ones_and_they_all_end():
 
 def test_places_go_to_whoever_has_the_fewest():
     """Guards against one client's line that everybody else stands behind."""
-    engine = tiny_engine(tiny_models(), max_num_seqs=2)
+    engine = tiny_engine(tiny_rounds(), max_num_seqs=2)
     asked = [
         *(replace(request(f"a{i}", max_tokens=4, ignore_eos=True), client="a") for i in range(5)),
         *(replace(request(f"b{i}", max_tokens=4, ignore_eos=True), client="b") for i in range(2)),
@@ -236,8 +237,7 @@ def test_stop_strings_across_rounds():
 
     def text_of(stop, name="a"):
         target = tiny_target()
-        models = tiny_models(target, tiny_drafter(target), schedule=Fixed(GAMMA))
-        engine = tiny_engine(models, text=letters())
+        engine = tiny_engine(tiny_rounds(target, tiny_drafter(target), schedule=Fixed(GAMMA)), text=letters())
         text, reason = "", None
         with LocalEngine(engine) as local:
             for event, _ in local.run([request(name, ignore_eos=True, max_tokens=40, stop=stop)]):
@@ -265,7 +265,7 @@ def test_every_bad_request_is_refused_before_it_is_queued():
         "temperature": [
             request(temperature=-0.1),
             request(temperature=float("nan")),
-            request(temperature=float("inf")),
+            request(temperature=2.1),
         ],
         "top_p": [request(top_p=0.0), request(top_p=1.1), request(top_p=float("nan"))],
         "top_k": [request(top_k=-1)],
@@ -328,7 +328,7 @@ def test_a_failing_step_fails_its_streams_and_the_engine_goes_on():
 def test_an_engine_that_dies_leaves_nobody_waiting(monkeypatch, where, fault):
     """Guards against streams without an end, or with two, when something outside a step raises on the engine's thread,
     whatever it is: those that run, those that wait, and one that was submitted but not yet seen."""
-    engine = tiny_engine(tiny_models(), max_num_seqs=1)
+    engine = tiny_engine(tiny_rounds(), max_num_seqs=1)
     ends: queue.SimpleQueue = queue.SimpleQueue()
     engine.start(lambda batch: [ends.put(e) for e in batch if isinstance(e, FinishedEvent)])
     real, broken = getattr(engine, where), iter([True])
@@ -449,7 +449,7 @@ def test_few_passes_find_who_it_was():
     reasons = {e.request_id: e.reason for e in (ends.get(timeout=10) for _ in asked)}
     engine.close(0.0)
     assert [name for name, reason in reasons.items() if reason == "failed"] == ["5"]
-    own = worker.OWN_TOKENS  # the engine's own request: a pass a token
+    own = worker.OWN_TOKENS * len(worker.OWN_WAYS)  # the engine's own requests: a pass a token
     assert sizes[0] == 16
     assert len(sizes) <= 1 + own + 2 * 4
 
@@ -517,6 +517,21 @@ def test_an_engine_that_fails_at_everything_ends(monkeypatch, asked_again):
         engine.submit(request("late"))
 
 
+def test_an_engine_that_fails_at_drawing_alone_ends(monkeypatch):
+    """Guards against a service that fails everybody who has a temperature, and looks well since greedy text goes."""
+    monkeypatch.setattr(worker, "LOOK_AGAIN_S", 0.01)
+    engine = engine_with()
+    monkeypatch.setattr(torch_target, "distributions", lambda *_: 1 / 0)
+    ended = queue.SimpleQueue()
+    engine.start(lambda events: [ended.put(e) for e in events if isinstance(e, FinishedEvent)])
+    engine.submit(request("a", ignore_eos=True))
+    assert ended.get(timeout=10).reason == "length"
+    engine.submit(request("b", temperature=1.0))
+    assert ended.get(timeout=10).error.code == "internal_error"
+    engine._thread.join(10)
+    assert "request of its own" in engine.snapshot().failure
+
+
 def test_an_engine_that_is_well_again_goes_on(monkeypatch):
     """Guards against doubts that are kept: failures long ago count for nothing."""
     monkeypatch.setattr(worker, "LOOK_AGAIN_S", 0.02)
@@ -538,7 +553,7 @@ def test_an_engine_that_is_well_again_goes_on(monkeypatch):
 
 def test_a_full_engine_finds_out_whose_fault_it_was():
     """Guards against a search that needs room which the streams have: every slot is taken."""
-    engine = tiny_engine(tiny_models(slots=64), slots=64)
+    engine = tiny_engine(tiny_rounds(slots=64), slots=64)
     poisoned(engine, lambda rows: POISON in rows.token_ids and rows.start == 0)
     asked = [request(str(i), (POISON if i == 1 else 20 + i, 3), max_tokens=13, ignore_eos=True) for i in range(4)]
     for one in asked:
@@ -622,7 +637,7 @@ def test_random_joins_cancels_holds_and_failures_end_at_the_baseline(seed):
     """Everything is given back every time, and every stream ends exactly once."""
     rng = random.Random(seed)
     target = tiny_target()
-    engine = tiny_engine(tiny_models(target, tiny_drafter(target), slots=512), slots=512, max_num_seqs=4)
+    engine = tiny_engine(tiny_rounds(target, tiny_drafter(target), slots=512), slots=512, max_num_seqs=4)
     ends: Counter[str] = Counter()
     after_end: list[str] = []
     ended = threading.Semaphore(0)
@@ -679,7 +694,7 @@ def test_taps_are_the_librarys_hidden_states():
     """Trap: tap i is hidden_states[i+1], -1 the embedding output; wrong ones leave the text right."""
     target = tiny_target()
     target.set_taps((-1, 0, 1))
-    models = tiny_models(target)
+    models = tiny_rounds(target).models
     ids = [5, 9, 11, 3]
     taps = target.forward([Rows(Extent(0, 64), start=0, token_ids=ids)], models.target_kv).taps
     target.model.set_attn_implementation("eager")

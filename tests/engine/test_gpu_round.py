@@ -6,6 +6,7 @@ With a GPU (`make test-gpu`) the same tests run captured.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -16,12 +17,13 @@ from dspark_stream.config import Config
 from dspark_stream.console import SILENT
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.engine.build import build_engine
-from dspark_stream.engine.gpu.graphs import RoundLadder, Size, row_ladder, seat_ladder
-from dspark_stream.engine.gpu.round import RoundModels, run_round
-from dspark_stream.engine.gpu.runner import MOST_SEATS, GraphRounds
-from dspark_stream.engine.gpu.state import RoundState, Seat
+from dspark_stream.engine.captured.graphs import RoundLadder, Size, row_ladder, seat_ladder
+from dspark_stream.engine.captured.round import RoundModels, run_round
+from dspark_stream.engine.captured.runner import MOST_SEATS, CapturedRounds
+from dspark_stream.engine.captured.state import RoundState, Seat
+from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.engine.parts import Models
+from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.errors import ConfigError
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Threshold
 from dspark_stream.models.torch.head_weights import head_weights
@@ -29,27 +31,28 @@ from dspark_stream.models.torch.target import Target
 from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from recorded import run_cases
 from shared_data import shared
-from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tiny import request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = ["qwen3-vanilla", "qwen3-gated", "gemma4-vanilla"]
 
 
-def models_of(head: str = "vanilla", schedule=None, draft_vocab: int | None = None, drafter: bool = True) -> Models:
+def rounds_of(
+    head: str = "vanilla", schedule=None, draft_vocab: int | None = None, drafter: bool = True, **options
+) -> EagerRounds:
     with torch.device(DEVICE):
         target = tiny_target()
         drafts = tiny_drafter(target, head=head, draft_vocab=draft_vocab) if drafter else None
-    return tiny_models(target, drafts, schedule=schedule)
+    return tiny_rounds(target, drafts, schedule=schedule, **options)
 
 
-def with_rounds(models: Models, seats: int = 8, **options) -> Models:
-    models.rounds = GraphRounds(models, seats=seats, longest=300, candidates=48, **options)
-    return models
+def captured(eager: EagerRounds, seats: int = 8) -> CapturedRounds:
+    return CapturedRounds(eager.models, eager.schedule, seats=seats, longest=300, candidates=48)
 
 
-def run(models: Models, requests: list[GenerationRequest], streams: int = 8) -> dict[str, list]:
+def run(rounds: Rounds, requests: list[GenerationRequest], streams: int = 8) -> dict[str, list]:
     """Token ids and rounds of every request."""
-    engine = tiny_engine(models)
+    engine = tiny_engine(rounds)
     got: dict[str, list] = {r.request_id: [] for r in requests}
     with LocalEngine(engine) as local:
         for event, _ in local.run(requests, streams=streams):
@@ -96,16 +99,16 @@ def test_the_engines_tokens(head, length):
     """Guards against a round that differs from the engine's in anything: every head, all ways to accept, joining and
     leaving streams, results read one round late."""
     requests = mixed_requests()
-    expected = run(models_of(head, OfWholeBlocks(length)), requests, streams=5)
-    got = run(with_rounds(models_of(head, Fixed(length))), requests, streams=5)
+    expected = run(rounds_of(head, OfWholeBlocks(length)), requests, streams=5)
+    got = run(captured(rounds_of(head, Fixed(length))), requests, streams=5)
     assert got == expected
 
 
 def test_a_reduced_draft_vocabulary():
     """Guards against draft vocabulary indices taken for target ids."""
     requests = mixed_requests()
-    assert run(with_rounds(models_of("vanilla", Fixed(4), 29)), requests) == run(
-        models_of("vanilla", Fixed(4), 29), requests
+    assert run(captured(rounds_of("vanilla", Fixed(4), 29)), requests) == run(
+        rounds_of("vanilla", Fixed(4), 29), requests
     )
 
 
@@ -116,10 +119,11 @@ def test_the_engines_promises():
     )
     requests = [msgspec.structs.replace(r, record_rounds=True) for r in mixed_requests(3)]
     promised = []
-    for models in (models_of(schedule=Fixed(4)), with_rounds(models_of(schedule=Fixed(4)))):
-        models.calibration = calibration
+    for way in (lambda eager: eager, captured):
+        eager = rounds_of(schedule=Fixed(4))
+        tried = way(EagerRounds(replace(eager.models, calibration=calibration), eager.schedule))
         rounds: dict[str, list[float]] = {}
-        with LocalEngine(tiny_engine(models)) as local:
+        with LocalEngine(tiny_engine(tried)) as local:
             for event, _ in local.run(requests, streams=3):
                 if isinstance(event, TokensEvent) and event.round is not None:
                     rounds.setdefault(event.request_id, []).extend(event.round.survival)
@@ -133,20 +137,19 @@ def test_the_engines_promises():
 def test_without_a_drafter():
     """Plain mode uses the same machinery."""
     requests = mixed_requests()
-    plain = models_of(drafter=False)
-    plain.lookup = False  # which captured rounds do not do
-    assert run(with_rounds(models_of(drafter=False)), requests) == run(plain, requests)
+    plain = rounds_of(drafter=False, looks_up=False)  # which captured rounds do not do
+    assert run(captured(rounds_of(drafter=False)), requests) == run(plain, requests)
 
 
 @pytest.mark.parametrize("schedule", [Adaptive(), EarlyStop(), Lagged(), Threshold(0.3)])
 def test_text_does_not_depend_on_the_schedule(schedule):
     """Greedy and coupled text is the target's own, whatever budgets are chosen; with measured sizes, too."""
     requests = [r for r in mixed_requests(12) if r.sampling.temperature == 0.0 or r.verification == "coupled"]
-    expected = run(models_of(schedule=Fixed(0)), requests)
-    models = with_rounds(models_of(schedule=schedule), seats=3)
-    models.rounds.ladder.warm()
-    assert set(models.rounds.ladder.round_ms) == set(models.rounds.ladder.sizes())
-    assert run(models, requests, streams=3) == expected
+    expected = run(rounds_of(schedule=Fixed(0)), requests)
+    rounds = captured(rounds_of(schedule=schedule), seats=3)
+    rounds.ladder.warm()
+    assert set(rounds.ladder.round_ms) == set(rounds.ladder.sizes())
+    assert run(rounds, requests, streams=3) == expected
 
 
 SCHEDULES = ["fixed:3", "threshold:0.4", "adaptive", "none", "early-stop", "fixed:0", "lagged", "fixed:3"]
@@ -155,10 +158,10 @@ SCHEDULES = ["fixed:3", "threshold:0.4", "adaptive", "none", "early-stop", "fixe
 def test_every_schedule_in_turn():
     """Guards against a schedule that is changed while the engine runs and followed by half: rule, sizes, table."""
     requests = [r for r in mixed_requests(12) if r.sampling.temperature == 0.0 or r.verification == "coupled"]
-    expected = run(models_of(schedule=Fixed(0)), requests)
-    models = with_rounds(models_of(schedule=Fixed(2)), seats=3)
-    models.rounds.ladder.warm()
-    engine = tiny_engine(models)
+    expected = run(rounds_of(schedule=Fixed(0)), requests)
+    rounds = captured(rounds_of(schedule=Fixed(2)), seats=3)
+    rounds.ladder.warm()
+    engine = tiny_engine(rounds)
     with LocalEngine(engine) as local:
         for schedule in SCHEDULES:
             engine.use_schedule(schedule)
@@ -180,22 +183,22 @@ def test_every_schedule_in_turn():
 def test_a_stream_that_sat_out_has_its_context():
     """Guards against drafts from holes: rounds that do not draft give the drafter their features all the same."""
     requests = [request(f"c{i}", prompt=(3 + i, 9, 4), max_tokens=40, ignore_eos=True) for i in range(3)]
-    stores, rounds_of = [], []
+    stores, texts = [], []
     for idle in (0, 2):
-        models = with_rounds(models_of(schedule=Fixed(4)), seats=4)
-        choose, count = models.rounds.sizing.choose, [0]
+        rounds = captured(rounds_of(schedule=Fixed(4)), seats=4)
+        choose, count = rounds.sizing.choose, [0]
 
         def sometimes(streams, slowest_ms, choose=choose, count=count, idle=idle):
             count[0] += 1
             size = choose(streams, slowest_ms)
             return Size(size.seats, size.seats, False, context=True) if idle and count[0] % 3 else size
 
-        models.rounds.sizing.choose = sometimes
-        got = run(models, requests)
-        stores.append([t.clone() for t in (*models.drafter_kv.keys, *models.drafter_kv.values)])
-        rounds_of.append(got)
-    assert rounds_of[0] == rounds_of[1]
-    first = next(iter(models_of().drafter_kv.keys))
+        rounds.sizing.choose = sometimes
+        got = run(rounds, requests)
+        stores.append([t.clone() for t in (*rounds.models.drafter_kv.keys, *rounds.models.drafter_kv.values)])
+        texts.append(got)
+    assert texts[0] == texts[1]
+    first = next(iter(rounds_of().models.drafter_kv.keys))
     for a, b in zip(*stores, strict=True):
         assert a.shape[1:] == first.shape[1:]
         for slot in (0, 48, 96):  # extents of 3 + 40 + 5 slots, in whole grains
@@ -205,16 +208,16 @@ def test_a_stream_that_sat_out_has_its_context():
 
 def test_a_bound_on_chunk_gaps_is_heard():
     """Guards against a bound that a captured round does not know of: what takes longer is not drafted."""
-    models = with_rounds(models_of(schedule=Fixed(4)), seats=4)
-    models.rounds.ladder.round_ms = {s: 5.0 if s.drafting else 1.0 for s in models.rounds.ladder.sizes()}
+    rounds = captured(rounds_of(schedule=Fixed(4)), seats=4)
+    rounds.ladder.round_ms = {s: 5.0 if s.drafting else 1.0 for s in rounds.ladder.sizes()}
     requests = [
         request(f"g{i}", prompt=(3 + i, 9, 4), max_tokens=30, ignore_eos=True, max_chunk_gap_ms=gap)
         for i, gap in enumerate([0.0, 2.0])
     ]
-    engine = tiny_engine(models)
+    engine = tiny_engine(rounds)
     for these, drafts in ((requests[:1], True), (requests, False)):
         with_drafts = 0
-        with LocalEngine(tiny_engine(models) if drafts else engine) as local:
+        with LocalEngine(tiny_engine(rounds) if drafts else engine) as local:
             for event, _ in local.run(these, streams=2):
                 with_drafts += isinstance(event, FinishedEvent) and event.usage.drafted
         assert (with_drafts > 0) == drafts
@@ -224,8 +227,8 @@ def test_cancelled_and_held_streams_lose_nothing():
     """Guards against a round in flight whose results are dropped, doubled or given to another stream."""
     names = [f"c{i}" for i in range(4)]
     requests = [request(n, prompt=(3 + i, 9, 4), max_tokens=60, ignore_eos=True) for i, n in enumerate(names)]
-    expected = run(models_of(schedule=Fixed(4)), requests)
-    engine = tiny_engine(with_rounds(models_of(schedule=Fixed(4))))
+    expected = run(rounds_of(schedule=Fixed(4)), requests)
+    engine = tiny_engine(captured(rounds_of(schedule=Fixed(4))))
     got: dict[str, list[int]] = {n: [] for n in names}
     seen = 0
     with LocalEngine(engine) as local:
@@ -250,7 +253,7 @@ def test_nothing_follows_a_streams_end():
     requests = [
         request(f"s{i}", prompt=(3 + i, 9, 4), max_tokens=60, stop_token_ids=tuple(range(0, 48, 3))) for i in range(5)
     ]
-    engine = tiny_engine(with_rounds(models_of(schedule=Fixed(4))))
+    engine = tiny_engine(captured(rounds_of(schedule=Fixed(4))))
     events: list[EngineEvent] = []
     engine.start(events.extend)
     for r in requests:
@@ -283,8 +286,9 @@ def test_every_recorded_round(pair, tmp_path):
         cache_dir=tmp_path,
     )
     engine, _ = build_engine(config, SILENT)
-    models = engine._models
-    models.rounds = GraphRounds(models, seats=4, longest=256, candidates=320, replace=watched_round)
+    engine._rounds = CapturedRounds(
+        engine._models, Fixed(7), seats=4, longest=256, candidates=320, replace=watched_round
+    )
     for case, (ids, rounds) in zip(cases, run_cases(engine, cases), strict=True):
         assert ids[: len(case["output"])] == case["output"]
         for got, recorded in zip(rounds, case["rounds"], strict=False):
@@ -311,7 +315,7 @@ def seat(slot: int, **options) -> Seat:
 
 def ready(seats: int = 4) -> tuple[RoundModels, RoundState, Models]:
     """Models with random caches, so that a stray write shows."""
-    models = models_of()
+    models = rounds_of().models
     for store in (models.target_kv, models.drafter_kv):
         for tensor in (*store.keys, *store.values):
             tensor.copy_(torch.randn_like(tensor))
@@ -398,7 +402,7 @@ class NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
 def test_nothing_in_a_round_reads_a_value_on_the_host(head):
     """Guards against what cannot be captured: a GPU would have to stop and wait for the host."""
-    models = models_of(head)
+    models = rounds_of(head).models
     parts = RoundModels(
         models.target, models.target_kv, models.drafter, models.drafter_kv, head_weights(models.drafter), 16, 300
     )
@@ -417,7 +421,7 @@ def test_every_tensor_of_a_round_is_on_the_models_device(head):
     nowhere = torch.device("meta")
     target = Target(tiny_target().model.to(nowhere))
     drafter = tiny_drafter(target, head=head).to(nowhere)
-    models = tiny_models(target, drafter)
+    models = tiny_rounds(target, drafter).models
     parts = RoundModels(target, models.target_kv, drafter, models.drafter_kv, head_weights(drafter), 16, 300)
     state = RoundState(4, 4, 20, nowhere)
     for size in ((4, 20, True), (4, 4, False)):
@@ -428,13 +432,13 @@ def test_every_tensor_of_a_round_is_on_the_models_device(head):
 
 def test_more_streams_than_a_captured_round_takes():
     with pytest.raises(ConfigError, match="max_num_seqs"):
-        GraphRounds(models_of(), seats=MOST_SEATS + 1, longest=300)
+        captured(rounds_of(), seats=MOST_SEATS + 1)
 
 
 def test_a_schedule_that_is_not_known():
     """Guards against a schedule that is asked for and silently replaced by another."""
     with pytest.raises(ConfigError, match="schedule"):
-        GraphRounds(models_of(schedule=object()), seats=2, longest=300)
+        captured(rounds_of(schedule=object()), seats=2)
 
 
 def test_what_cannot_be_captured_is_said_in_our_words(monkeypatch):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 
 from dspark_stream.decoding.survival import AcceptanceHistory
-from dspark_stream.engine.gpu.graphs import Size, row_ladder
-from dspark_stream.engine.gpu.sizing import Sizing
+from dspark_stream.engine.captured.graphs import Size, row_ladder
+from dspark_stream.engine.captured.sizing import Sizing
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Schedule, Threshold
 from tiny import request
@@ -31,13 +30,8 @@ class Ladder:
         return sorted(size for size in self.round_ms if size.drafting)
 
 
-@dataclass
-class Models:
-    schedule: Schedule
-
-
 def sizing(draft_ms: float = 0.1, row_ms: float = 0.0, schedule: Schedule | None = None) -> Sizing:
-    return Sizing(Ladder(draft_ms, row_ms), Models(schedule or Adaptive()), AcceptanceHistory(GAMMA))
+    return Sizing(Ladder(draft_ms, row_ms), schedule or Adaptive(), AcceptanceHistory(GAMMA))
 
 
 def streams(count: int = 4, mode: str = "dspark") -> list[Stream]:

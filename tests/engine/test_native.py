@@ -18,14 +18,16 @@ from dspark_stream.config import Config
 from dspark_stream.console import SILENT
 from dspark_stream.decoding.accept import accept
 from dspark_stream.decoding.calibration import Calibration
-from dspark_stream.decoding.draft import draft
+from dspark_stream.decoding.draft import acceptance_of, draft
 from dspark_stream.decoding.noise import NoiseCache
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.build import build_engine, open_kernels
+from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.engine.parts import Models
+from dspark_stream.engine.rounds import Models
 from dspark_stream.errors import ConfigError, ModelLoadError
-from dspark_stream.load.schedule import Adaptive, Fixed, parse_schedule
+from dspark_stream.load.controller import Controller
+from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.measure.evaluate import read_prompts
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter, quantise_checkpoint, save_drafter
@@ -303,7 +305,8 @@ class View:
     def __init__(self, anchor, temperature=0.0, position=3, way="rejection", **cuts):
         self.anchor, self.position, self.round_key = anchor, position, anchor
         self.extent = Extent(64 * anchor, 64)  # everybody has slots of their own
-        self.sampling, self.verification = SamplingParams(max_tokens=1, temperature=temperature, **cuts), way
+        self.sampling = SamplingParams(max_tokens=1, temperature=temperature, **cuts)
+        self.acceptance = acceptance_of(self.sampling, way)
         self.noise = NoiseCache(2**63 - anchor, VOCAB)
 
 
@@ -318,11 +321,10 @@ def engine_on(threads, folder, schedule):
         drafter_kv=drafter.make_store(4096),
         calibration=Calibration(),
         history=AcceptanceHistory(drafter.gamma),
-        schedule=schedule,
-        capacity=FLAT,
+        controller=Controller(drafter.gamma, FLAT),
     )
     models.controller.costs.learn = lambda *_: None  # the machine of an invented curve does not change
-    return tiny_engine(models, slots=4096, max_num_seqs=16)
+    return tiny_engine(EagerRounds(models, schedule), slots=4096, max_num_seqs=16)
 
 
 def test_a_seed_gives_the_same_text_however_it_is_computed(tmp_path, monkeypatch):
@@ -451,7 +453,7 @@ def test_greedy_text_is_the_same_alone_in_company_plain_and_speculated(one_in):
         assert run(local, prompts, "plain", 16, 24) == alone
         assert run(local, prompts[::4], "dspark", 1, 24) == alone[::4]
         assert run(local, prompts[2::4], "dspark", 16, 24) == alone[2::4]
-        engine._models.schedule = parse_schedule("fixed:7")  # the adaptive one may draft for nobody
+        engine.use_schedule("fixed:7")  # the adaptive one may draft for nobody
         assert run(local, prompts, "dspark", 16, 24) == alone
         assert run(local, prompts[1::4], "dspark", 3, 24) == alone[1::4]
     assert len(prompts) * one_in > 150

@@ -13,8 +13,8 @@ from dspark_stream.engine.pacing import pace
 from dspark_stream.errors import InvalidRequestError
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive
-from dspark_stream.types import SamplingParams, TokensEvent
-from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from dspark_stream.types import TokensEvent
+from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 CURVE = CapacityCurve(
     tokens=[1, 64], verify_ms=[10.0, 640.0], streams=[1, 16], stream_ms=[0.0, 0.0], draft_ms=[0.1, 0.2], gamma=GAMMA
@@ -63,9 +63,9 @@ def test_a_bound_that_cannot_be_kept_starves_nobody():
 
 def run(requests, **options):
     target = tiny_target()
-    models = tiny_models(target, tiny_drafter(target), schedule=Adaptive(), capacity=CURVE)
+    rounds = tiny_rounds(target, tiny_drafter(target), schedule=Adaptive(), capacity=CURVE)
     found = {r.request_id: [] for r in requests}
-    engine = tiny_engine(models, **options)
+    engine = tiny_engine(rounds, **options)
     with LocalEngine(engine) as local:
         for event, _ in local.run(requests, len(requests)):
             if isinstance(event, TokensEvent) and event.round:
@@ -97,9 +97,8 @@ def test_the_services_bound_is_everybodys_and_a_bad_one_is_refused():
 
 def test_prompt_chunks_shrink_for_a_bound():
     _, engine = run([ask("a")])
-    greedy = SamplingParams(max_tokens=1, temperature=0.0)
-    free = [SimpleNamespace(max_chunk_gap_ms=inf, position=10, sampling=greedy)] * 2
-    bound = [SimpleNamespace(max_chunk_gap_ms=300.0, position=10, sampling=greedy), free[0]]
+    free = [SimpleNamespace(max_chunk_gap_ms=inf, position=10, acceptance="greedy")] * 2
+    bound = [SimpleNamespace(max_chunk_gap_ms=300.0, position=10, acceptance="greedy"), free[0]]
     assert engine._chunk(free) == 16  # of what was measured, nothing but one token is within 60 ms
     engine._prefill_budget_ms = 1e4
     assert engine._chunk(free) == 64
@@ -111,5 +110,5 @@ def test_prompt_chunks_shrink_with_how_far_a_prompt_has_been_read():
     curve = CapacityCurve(
         tokens=[1, 16, 64], verify_ms=[1.0, 10.0, 40.0], streams=[1], stream_ms=[0.0], draft_ms=[0.1], attend_us=1.0
     )
-    engine = tiny_engine(tiny_models(capacity=curve))
+    engine = tiny_engine(tiny_rounds(capacity=curve))
     assert [engine._chunk([], position) for position in (0, 3000, 4000, 9000, 10**6)] == [64, 64, 16, 16, 16]

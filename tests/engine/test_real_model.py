@@ -13,7 +13,6 @@ from dspark_stream.decoding.noise import token_exponentials
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import read_config
 from dspark_stream.models.names import MODELS
@@ -48,7 +47,7 @@ def engine(request):
 def run(engine, mode, verification, temperature, streams, schedule="fixed:7"):
     """Ids and usage of every question, ``streams`` at once; adaptive may find that drafting does not pay."""
     built, codec, local = engine
-    built._models.schedule = parse_schedule(schedule)
+    built.use_schedule(schedule)
     requests = [
         GenerationRequest(
             request_id=f"{i}",

@@ -7,20 +7,20 @@ import time
 import pytest
 import torch
 
-from dspark_stream.engine import backlog as backlogs
-from dspark_stream.engine.backlog import Backlog, hand_over, room
+from dspark_stream.engine import context as contexts
+from dspark_stream.engine.context import Backlog, hand_over, room
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.load.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.models.cache import Extent
 from dspark_stream.types import TokensEvent
-from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 
 def engine_with(schedule, *, head="vanilla", capacity=FLAT, gamma=GAMMA):
     target = tiny_target()
     drafter = tiny_drafter(target, head=head, gamma=gamma)
-    return tiny_engine(tiny_models(target, drafter, schedule=schedule, capacity=capacity))
+    return tiny_engine(tiny_rounds(target, drafter, schedule=schedule, capacity=capacity))
 
 
 def rounds_of(engine, requests):
@@ -63,10 +63,10 @@ def test_drafts_after_skipped_rounds_are_the_drafts_of_a_stream_that_never_skipp
         request(str(i), (5, 6, 7 + i) * (1 + 12 * i), max_tokens=64, ignore_eos=True, record_rounds=True)
         for i in range(3)
     ]
-    monkeypatch.setattr(backlogs, "ROOM", 16)
-    monkeypatch.setattr(backlogs, "TOGETHER", 0)  # prompts are handed over at once where they are longer than ROOM
+    monkeypatch.setattr(contexts, "ROOM", 16)
+    monkeypatch.setattr(contexts, "TOGETHER", 0)  # prompts are handed over at once where they are longer than ROOM
     always = rounds_of(engine_with(Fixed(GAMMA), head=head), asked)
-    monkeypatch.setattr(backlogs, "TOGETHER", together)
+    monkeypatch.setattr(contexts, "TOGETHER", together)
     skipping = rounds_of(engine_with(EveryNth(n), head=head), asked)
     compared = 0
     for name, rounds in skipping.items():
@@ -178,7 +178,7 @@ class Recorder:
         self.given += zip(slots, positions, taps[:, 0].tolist(), strict=True)
 
 
-def test_long_backlogs_are_handed_over_in_pieces_that_lack_nothing():
+def test_long_contexts_are_handed_over_in_pieces_that_lack_nothing():
     sizes, owed = (1203, 1, 0, 70), []
     for i, size in enumerate(sizes):
         backlog = Backlog()

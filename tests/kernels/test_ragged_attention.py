@@ -42,6 +42,24 @@ def test_against_the_naive_loop(causal, window, heads):
     assert torch.allclose(got, naive(q, k, v, segments, 0.3, causal, window), atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_spoils_nobody_who_does_not_see_it(window, bad):
+    """Guards against a stream that spoils those whose slots lie beside its own, and against drafts that spoil the rows
+    before them: masked numbers weigh nothing, but nothing times NaN is NaN."""
+    torch.manual_seed(0)
+    segments = [Segment(0, 1, 0, 12), Segment(1, 4, 16, 9), Segment(5, 20, 48, 0), Segment(25, 1, 80, 30)]
+    q, k, v = torch.randn(26, 4, 8), torch.randn(256, 2, 8), torch.randn(256, 2, 6)
+    want = ragged_attention(q, k, v, segments, scale=0.3, causal=True, window=window)
+    spoilt = torch.tensor([16 + 11, 48 + 9, 80 + 31, 130])  # rows 3 and 14 on, and two that nobody has written
+    k[spoilt], v[spoilt] = bad, bad
+    got = ragged_attention(q, k, v, segments, scale=0.3, causal=True, window=window)
+    seeing = [3, 4, *range(14, 25 if window is None else 19)]
+    assert not got[seeing].isfinite().any()
+    others = [row for row in range(26) if row not in seeing]
+    assert torch.allclose(got[others], want[others], atol=1e-5)
+
+
 @pytest.mark.parametrize("heads", [9, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_know_how_many_rows_are_in_its_round(dtype, heads):

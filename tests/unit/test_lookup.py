@@ -17,7 +17,7 @@ from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.models.native.distributions import NativeDistributions
 from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.types import SamplingParams, TokensEvent
-from tiny import request, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tiny import request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 
 def lookup_of(*tokens: int) -> Lookup:
@@ -163,10 +163,9 @@ LOOPING = {"frequency_penalty": -2.0}
 
 def answers(lookup: bool, asked, *, drafter: bool = True, schedule=None):
     target = tiny_target()
-    models = tiny_models(target, tiny_drafter(target) if drafter else None, schedule=schedule)
-    models.lookup = lookup
+    made = tiny_rounds(target, tiny_drafter(target) if drafter else None, schedule=schedule, looks_up=lookup)
     texts, rounds = {}, []
-    with LocalEngine(tiny_engine(models)) as engine:
+    with LocalEngine(tiny_engine(made)) as engine:
         for event, _ in engine.run(asked, streams=len(asked)):
             if isinstance(event, TokensEvent):
                 texts[event.request_id] = texts.get(event.request_id, ()) + tuple(event.token_ids)

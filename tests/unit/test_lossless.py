@@ -55,6 +55,10 @@ class FakeStream:
     adjustment: Adjustment | None = None
     round_key: int = 0
 
+    @property
+    def acceptance(self) -> str:
+        return draft_module.acceptance_of(self.sampling, self.verification)
+
 
 @dataclass
 class Asked:
@@ -130,7 +134,7 @@ def scheduled(schedule, sps, earlier=()):
         first = len(streams)
         cost = RoundCost(first, [1.0 / sps(b) for b in range(first, first + sum(map(len, survivals)) + 1)])
         these = [
-            Candidate(row, draft_module.acceptance_of(stream) != "rejection", earlier)
+            Candidate(row, stream.acceptance != "rejection", earlier)
             for stream, row in zip(streams, survivals, strict=True)
         ]
         return schedule.lengths(these, cost, PRICE)

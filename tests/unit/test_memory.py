@@ -38,7 +38,8 @@ def test_an_allocation_that_fails_is_no_traceback(fault):
 def test_what_is_foretold(monkeypatch):
     monkeypatch.setattr(memory, "resident_bytes", lambda: GIB // 2)
     monkeypatch.setattr(memory, "memory_bytes", lambda: 4 * GIB)
-    assert memory.foretold(GIB) == "memory: 0.50 GiB now, up to 1.50 GiB as kv_memory fills"
+    assert memory.foretold(GIB) == "memory: 0.50 GiB now, up to 1.50 GiB at full load"
+    assert "up to 1.75 GiB" in (memory.foretold(GIB, GIB // 4) or "")
     assert "more than there is (4.00 GiB)" in (memory.foretold(4 * GIB) or "")
     monkeypatch.setattr(memory, "resident_bytes", lambda: None)
     assert memory.foretold(GIB) is None

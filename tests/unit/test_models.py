@@ -23,7 +23,7 @@ from dspark_stream.models.protocols import Rows
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
 from dspark_stream.models.torch.quant import quantise_linears
-from tiny import tiny_drafter, tiny_models, tiny_target
+from tiny import tiny_drafter, tiny_rounds, tiny_target
 
 
 @pytest.mark.parametrize("ring", [0, 64])
@@ -94,7 +94,7 @@ class View:
         from dspark_stream.types import SamplingParams
 
         self.extent, self.position, self.anchor = extent, 0, 5
-        self.sampling, self.verification = SamplingParams(max_tokens=1, temperature=0.0), "rejection"
+        self.sampling, self.acceptance = SamplingParams(max_tokens=1, temperature=0.0), "greedy"
 
 
 @pytest.mark.parametrize("quant", ["int8", "nf4"])
@@ -102,7 +102,7 @@ def test_quantised_drafters_draft_and_leave_the_shared_head_alone(quant):
     """Trap: a packed LM head cannot be shared, and a drafter built under quantisation is silently wrong."""
     target = tiny_target(hidden_size=64, intermediate_size=96)
     drafter = tiny_drafter(target)
-    models = tiny_models(target, drafter)
+    models = tiny_rounds(target, drafter).models
     extent = tiny_extent()
     before = drafter.draft_hidden([(extent, 0, 5)], models.drafter_kv)
     count = quantise_linears(drafter, quant)
@@ -118,7 +118,7 @@ def test_quantised_drafters_draft_and_leave_the_shared_head_alone(quant):
 @pytest.mark.parametrize("quant", ["int8", "nf4"])
 def test_quantised_targets_stay_close(quant):
     target = tiny_target(hidden_size=64, intermediate_size=128)
-    models = tiny_models(target)
+    models = tiny_rounds(target).models
     batch = [Rows(tiny_extent(), 0, [3, 4, 5])]
     before = target.forward(batch, models.target_kv).rows
     assert quantise_linears(target.decoder, quant) == 21
@@ -264,7 +264,7 @@ def test_a_folder_loads_in_its_own_precision(tmp_path):
     assert loaded.codec is None
     assert loaded.target.dtype == torch.float32
     assert loaded.target.eos_token_ids == (1,)
-    store = tiny_models(target).target_kv
+    store = tiny_rounds(target).models.target_kv
     batch = [Rows(tiny_extent(), 0, [3, 4])]
     assert torch.equal(loaded.target.forward(batch, store).rows, target.forward(batch, store).rows)
     assert pick_dtype("float16", None, torch.device("cpu")) == torch.float16

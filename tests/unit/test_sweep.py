@@ -24,7 +24,7 @@ from dspark_stream.measure.sweep import (
     shipped_prompts,
 )
 from fakes import FakeTokenizer
-from tiny import GAMMA, VOCAB, tiny_drafter, tiny_engine, tiny_models, tiny_target
+from tiny import GAMMA, VOCAB, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 
 def point(variant, streams, total, user, **more):
@@ -81,7 +81,7 @@ CURVE = CapacityCurve(
 
 
 def findings(points, differ=0, apart=None):
-    info = tiny_engine(tiny_models(tiny_target(), tiny_drafter(tiny_target()))).info
+    info = tiny_engine(tiny_rounds(tiny_target(), tiny_drafter(tiny_target()))).info
     return Findings(
         info, Plan((1, 4, 16), (0.0,), 48, 9.0), 3, points, apart or {}, 18, differ, CURVE, "a machine <&>", 60.0
     )
@@ -156,7 +156,7 @@ class TinyTokenizer(FakeTokenizer):
 def test_everything_is_measured_on_a_real_engine():
     """Guards against a report that runs on made-up numbers only: the whole command's work, on tiny models."""
     target = tiny_target()
-    engine = tiny_engine(tiny_models(target, tiny_drafter(target)))
+    engine = tiny_engine(tiny_rounds(target, tiny_drafter(target)))
     with LocalEngine(engine) as local:
         found = run(engine, local, TinyTokenizer(), shipped_prompts()[:3], QUICK, SILENT)
         one, tally = measure(

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from dspark_stream.server import bodies
+from fakes import FakeEngine, model_info
 from wire.harness import Launch, Running, eventually
 
 CREATE: dict[str, Any] = {"type": "response.create", "input": "hello"}
@@ -316,3 +318,64 @@ async def test_a_flood_of_bad_events_is_answered_in_step(launch: Launch) -> None
 async def _flood(connection: Any, count: int) -> None:
     for _ in range(count):
         await connection.send("{}")
+
+
+FLOODS: list[tuple[str, Any, str]] = [
+    ("input", [{"": 0}] * 60_000, "json"),
+    ("input", [{}] * 60_000, "json"),
+    ("tools", [{"a": []}] * 60_000, "json"),
+    ("user", ["a,b"] * 60_000, "json"),
+    ("user", ['"[\\'] * 60_000, "json"),
+    ("user", [{}] * 60_000, "msgpack"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "encoding"), FLOODS, ids=str)
+async def test_a_flood_of_small_values_is_refused_unread(
+    monkeypatch: pytest.MonkeyPatch, running: Running, field: str, value: Any, encoding: str
+) -> None:
+    """Guards against a message that holds everybody up while it becomes objects: it is never decoded."""
+    read: list[int] = []
+    made = bodies._decoder
+
+    class Watching:
+        def __init__(self, decoder: Any) -> None:
+            self._decoder = decoder
+
+        def decode(self, data: str | bytes) -> Any:
+            read.append(len(data))
+            return self._decoder.decode(data)
+
+    monkeypatch.setattr(bodies, "_decoder", lambda *kind: Watching(made(*kind)))
+    async with running.socket(subprotocols=["dspark.v1+msgpack"] if encoding == "msgpack" else None) as socket:
+        await socket.create(**{field: value})
+        error = await socket.receive()
+        assert (error["status"], error["error"]["code"]) == (400, "too_many_values")
+        assert not read
+        await socket.create()
+        assert (await socket.response())[-1]["type"] == "response.completed"
+        assert max(read) < 1000
+    if encoding == "json":
+        async with running.http() as http, http.post("/v1/responses", json={"input": "x", field: value}) as answer:
+            assert answer.status == 400
+            assert (await answer.json())["error"]["code"] == "too_many_values"
+
+
+async def test_long_texts_are_no_floods(launch: Launch) -> None:
+    """Guards against a text that is refused for the commas and brackets in it, and a prompt of ids for its length."""
+    running = await launch(FakeEngine(info=model_info(max_model_len=300_000)))
+    code = 'f(a[0], b, {"c": "\\"", \'d\': [,,,]});\n' * 5_000
+    chat = [{"role": "user", "content": [{"type": "text", "text": '[,,{"'}] * 20}] * 100
+    async with running.http() as http:
+        for path, body in (
+            ("/v1/responses", {"input": code}),
+            ("/v1/responses", {"input": '",{[' * 40_000}),
+            ("/v1/responses", {"input": "漢字仮名交" * 15_000}),
+            ("/v1/chat/completions", {"messages": chat}),
+            ("/v1/completions", {"prompt": [7] * 200_000}),
+        ):
+            async with http.post(path, json=body) as answer:
+                assert answer.status == 200, await answer.text()
+    async with running.socket(subprotocols=["dspark.v1+msgpack"]) as socket:
+        await socket.create(input="漢字仮名交" * 15_000)
+        assert (await socket.response())[-1]["type"] == "response.completed"

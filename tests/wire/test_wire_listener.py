@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import logging
 import socket
 import struct
@@ -521,3 +522,20 @@ async def test_who_breaks_a_rule_can_read_which(launch: Launch, data: bytes, cod
     said = await asyncio.to_thread(send_then_read, running.server.port, data)
     assert struct.pack("!H", code) in said[-4:]
     await eventually(lambda: open_connections(running) == 0)
+
+
+async def test_a_body_that_comes_with_its_head_is_no_head(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an ordinary request that is refused for the length of its head, since the loop had read its body
+    before the task that waits for heads could run."""
+    made: list[connections.Connection] = []
+    admit = listener.Listener.admit
+    monkeypatch.setattr(listener.Listener, "admit", lambda self, c, peer: (made.append(c), admit(self, c, peer))[1])
+    running = await launch()
+    request = post(json.dumps({"input": "x", "user": "y" * 4 * MAX_HEAD_BYTES}).encode())
+    async with connect(running) as raw:
+        await eventually(lambda: bool(made) and made[0]._waiter is not None)
+        for start in range(0, len(request), 32_768):
+            made[0].data_received(request[start : start + 32_768])
+        assert (await raw.answer()).status == 200
+        raw.send(post())
+        assert (await raw.answer()).status == 200

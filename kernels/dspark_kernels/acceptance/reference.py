@@ -21,7 +21,7 @@ class Accepted(NamedTuple):
     accepted: Tensor
     """x_1 … x_accepted stand; -1 for a stream without rows."""
     bonus: Tensor
-    """The target's own token after them; 0 for a stream without rows."""
+    """The target's own token after them; -1 where that row has none, 0 for a stream without rows."""
 
 
 def accept(
@@ -34,13 +34,16 @@ def accept(
     """Judge every stream's rows ``first`` … ``first + length`` of the target's logits.
 
     ``length`` is ℓ, 0 ≤ ℓ ≤ γ, or -1 for a stream that has no rows. Uniforms and noise are made from the streams'
-    keys and positions. Between two equal logits the lower token wins.
+    keys and positions. Between two equal logits the lower token wins. A row whose largest logit is no finite number has
+    no token: its draft does not stand.
     """
     gamma, device = drafts.tokens.shape[1], logits.device
     j = torch.arange(gamma + 1, device=device)
     inside = j <= length.unsqueeze(1)  # [R, γ+1]
     rows = torch.where(inside, first.unsqueeze(1) + j, 0).long()
     raw = logits[rows].float()  # [R, γ+1, V]
+    none = ~raw.amax(-1).isfinite()
+    length = torch.where(none & inside, j, length.unsqueeze(1)).amin(1)  # nothing can follow such a row
     greedy = sampling.mode == GREEDY
     scaled = raw / torch.where(greedy, 1.0, sampling.temperature)[:, None, None]
     kept = scaled >= thresholds(scaled, sampling).unsqueeze(-1)
@@ -49,7 +52,7 @@ def accept(
     token = torch.arange(logits.shape[1], device=device)
     at = (sampling.position[:, None] + 1 + j).unsqueeze(-1)  # output position of each row
     race = scaled + race_noise(sampling.seed[:, None, None], at, token)
-    own = torch.where((sampling.mode == COUPLED).unsqueeze(1), _argmax(race), _argmax(raw))  # [R, γ+1]
+    own = torch.where((sampling.mode == COUPLED).unsqueeze(1), _argmax(race), _argmax(raw)).masked_fill(none, -1)
     p = scaled.softmax(-1)
     word = torch.arange(2 * gamma + 1, device=device)
     u = uniforms(sampling.round_key.unsqueeze(1), sampling.position.unsqueeze(1), ROUND, word)  # [R, 2γ+1]
@@ -111,7 +114,7 @@ def _redraw(p: Tensor, share: Tensor, accepted: Tensor, length: Tensor, drafts: 
     weights = torch.where(rejected & (rest.sum(1, keepdim=True) > 0), rest, weights)
     cdf = weights.double().cumsum(-1)
     found = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    return found.clamp_max(p.shape[-1] - 1)
+    return torch.where(cdf[:, -1] > 0, found.clamp_max(p.shape[-1] - 1), -1)
 
 
 def thresholds(scaled: Tensor, sampling: Sampling) -> Tensor:

@@ -190,6 +190,10 @@ def _judge(
     if mode == REJECTION:
         tops = tl.load(top_ptr + part, mask=there, other=-float("inf"))
         level = tl.max(tops, 1)
+        # a row that has no token: nothing can follow it
+        length = tl.min(tl.where(mine & ~((level > -float("inf")) & (level < float("inf"))), j, length), 0)
+        mine = j <= length
+        drafted = j < length
         level = tl.where(mine, level, 0.0)
         mass = tl.sum(tl.load(sum_ptr + part, mask=there, other=0.0) * tl.exp(tops - level[:, None]), 1)
         temperature = tl.load(temperature_ptr + stream)
@@ -236,6 +240,7 @@ def _judge(
         largest = tl.max(best, 1)
         # chunks are in the order of the vocabulary: the lowest token among equals
         own = tl.min(tl.where((best == largest[:, None]) & there, tokens, 0x7FFFFFFF), 1)
+        own = tl.where((largest > -float("inf")) & (largest < float("inf")), own, -1)  # or the row has no token
         stands = drafted & (own == x)
         accepted = tl.min(tl.where(stands, ROWS_P2, j), 0)
         tl.store(bonus_ptr + stream, tl.sum(tl.where((j == accepted) & mine, own, 0), 0))
@@ -317,7 +322,7 @@ def _pick(
         weight = tl.where((v < V) & (x >= cut), tl.exp(x - level) / tl.load(mass_ptr + stream), 0.0)
     reach_in = before + tl.cumsum(weight.to(tl.float64), 0)
     token = tl.min(tl.where((reach_in > goal) & (weight > 0.0), v, 0x7FFFFFFF), 0)
-    last = tl.max(tl.where(weight > 0.0, v, 0), 0)
+    last = tl.max(tl.where(weight > 0.0, v, -1), 0)  # the row has no token where nothing weighs
     tl.store(bonus_ptr + stream, tl.minimum(token, last))
 
 

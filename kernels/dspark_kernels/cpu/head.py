@@ -22,7 +22,7 @@ LARGEST_RANK = 4096
 class Walked(NamedTuple):
     """What a walk through R blocks of γ slots drafted."""
 
-    tokens: Ints  # [R, γ], target ids
+    tokens: Ints  # [R, γ], target ids; -1: that slot has none, and those behind it are worth nothing
     indices: Ints  # [R, γ], draft vocabulary
     logits: Floats  # [R, γ], of confidence; 0 without a confidence head
     weights: Weights | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from math import nan
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +80,7 @@ def edit_rows(context: Context, scores: Floats, blocks: Sequence[EditedBlock]) -
 
 
 def best_tokens(context: Context, scores: Floats, rows: Sequence[int]) -> list[int]:
-    """The greatest of each of those rows of scores [N, V], the first of equal ones.
+    """The greatest of each of those rows of scores [N, V], the first of equal ones; -1 where none is a finite number.
 
     Raises:
         ValueError: rows that are not there.
@@ -116,7 +117,7 @@ def noise_rows(rows: Sequence[tuple[int, int]]) -> Longs:
 def race(
     context: Context, scores: Floats, sampling: Floats, noise: Longs, rows: Sequence[int] | Ints | None = None
 ) -> list[int]:
-    """The tokens of least E/p [n] (`reference.race`), p by each row's sampling, E by its noise.
+    """The tokens of least E/p [n] (`reference.race`), p by each row's sampling, E by its noise; -1 where there is none.
 
     Who wins depends neither on the other rows nor on the number of threads.
 
@@ -165,7 +166,8 @@ class Weights(NamedTuple):
 
     def probability(self, row: int, token: int) -> float:
         """Of one token of one row."""
-        return float(self.values[row, token] / self.totals[row])
+        total = float(self.totals[row])
+        return float(self.values[row, token]) / total if total else nan
 
     def probabilities(self, row: int) -> Floats:
         """Of one row [V], adding up to 1."""
@@ -173,7 +175,9 @@ class Weights(NamedTuple):
         return out
 
     def draw(self, row: int, uniform: float) -> int:
-        """A token of one row by inverse transform; never one of probability 0. ``uniform``: in [0, 1)."""
+        """A token of one row by inverse transform, never one of probability 0; -1 where there is no other. ``uniform``:
+        in [0, 1).
+        """
         values = self.values[row]
         return int(self.context.library.draw(ptr(values), len(values), self.totals[row], uniform))
 

@@ -1,6 +1,7 @@
 """From logits to the distribution a token is really drawn from, and draws from it: for target and drafter alike.
 
 The engine's torch runner calls these; the CPU's kernels and the batched `acceptance` are tested against them.
+A row may have no token: everything is ruled out, or its logits are no numbers. It is -1 then, never one made up.
 Shapes: N rows, V vocabulary, Vd draft vocabulary.
 """
 
@@ -83,12 +84,19 @@ def _nucleus_threshold(probs: Tensor, top_p: float) -> Tensor:
         count = min(count * 8, probs.shape[0])
 
 
+def greatest(logits: Tensor) -> Tensor:
+    """The likeliest token of each row [..., V]."""
+    found = logits.argmax(-1, keepdim=True)  # NaN where there is one
+    return torch.where(logits.gather(-1, found).isfinite(), found, -1).squeeze(-1)
+
+
 def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse transform: one token a row from weights [N, V] ≥ 0 (any positive sum) and uniforms [N] in [0, 1)."""
     cdf = weights.double().cumsum(-1)
     at = uniforms.to(cdf).unsqueeze(1) * cdf[:, -1:]
     # the first token whose cdf lies above: one of positive weight, since the cdf rises there
-    return torch.searchsorted(cdf, at, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
+    found = torch.searchsorted(cdf, at, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
+    return torch.where(cdf[:, -1] > 0, found, -1)
 
 
 def draw(weights: Tensor, uniform: float) -> int:
@@ -98,7 +106,9 @@ def draw(weights: Tensor, uniform: float) -> int:
 
 def race(probs: Tensor, exponentials: Tensor) -> Tensor:
     """argmin E/p: one token a row from probabilities [N, V] and exponentials [N, V]; never one of probability 0."""
-    return (exponentials / probs.double()).argmin(-1)
+    times = exponentials / probs.double()
+    found = times.argmin(-1, keepdim=True)  # NaN where there is one
+    return torch.where(times.gather(-1, found).isfinite(), found, -1).squeeze(-1)
 
 
 def residual(p: Tensor, share: float, q: Tensor, draft_ids: Tensor | None) -> Tensor:

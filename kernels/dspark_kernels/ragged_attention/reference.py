@@ -14,7 +14,7 @@ from torch import Tensor
 PAD = 64
 """Causal rows look at a multiple of this many keys, masked beyond their own: then a row's sums are grouped in the same
 way however many rows are in its round, and its result is the same to the bit
-(docs/decisions/007-attention-in-whole-blocks.md). The slots looked at must hold finite numbers."""
+(docs/decisions/007-attention-in-whole-blocks.md)."""
 LEAST_ROWS = 8
 """Causal matrices of fewer folded rows are filled up to this many: without AVX-512 the library sums products of one to
 three rows in another order (the same decision)."""
@@ -93,8 +93,9 @@ def attend_table(
     v = values[slots][segment].repeat_interleave(group, 2).float()
     scores = torch.einsum("thd,tphd->thp", query.float(), k) * scale
     weights = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
+    weights = weights.masked_fill(~seen.any(1)[:, None, None], 0.0)  # a row that sees nothing
     v = v.masked_fill(~seen[:, :, None, None], 0.0)  # what is not seen need not be finite
-    out = torch.einsum("thp,tphd->thd", weights.nan_to_num(0.0), v)  # a row that sees nothing
+    out = torch.einsum("thp,tphd->thd", weights, v)
     return out.to(query.dtype)
 
 
@@ -117,14 +118,31 @@ def ragged_attention(
     masks in every layer. Rows that share a key head are folded into one matrix, so keys are read once a
     group and never repeated.
     """
+    out = _attend(query, keys, values, segments, scale, causal, window, {} if masks is None else masks)
+    if causal and not out.sum().isfinite():
+        for segment in segments:
+            _attend_alone(out, query, keys, values, segment, scale, window)
+    return out
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: list[Segment],
+    scale: float,
+    causal: bool,
+    window: int | None,
+    masks: dict[object, list[Tensor | None]],
+) -> Tensor:
+    """`ragged_attention` where everything that is looked at is a finite number, masked or not."""
     heads_q, heads_k = query.shape[1], keys.shape[1]
     group = heads_q // heads_k
     out = query.new_empty(query.shape[0], heads_q, values.shape[2])
     key = (group, causal, window)
-    shared = masks if masks is not None else {}
-    if key not in shared:
-        shared[key] = [_mask(s, group, causal, window, keys.shape[0], query.device) for s in segments]
-    for (row, rows, slot, start), mask in zip(segments, shared[key], strict=True):
+    if key not in masks:
+        masks[key] = [_mask(s, group, causal, window, keys.shape[0], query.device) for s in segments]
+    for (row, rows, slot, start), mask in zip(segments, masks[key], strict=True):
         first = _first_key(start, window)
         length = start + rows - first if mask is None else mask.shape[1]
         q = query[row : row + rows].unflatten(1, (heads_k, group))  # [rows, Hk, G, D]
@@ -137,6 +155,29 @@ def ragged_attention(
         o = o[0, :, : group * rows].view(heads_k, group, rows, -1)
         out[row : row + rows] = o.permute(2, 0, 1, 3).flatten(1, 2)
     return out
+
+
+def _attend_alone(
+    out: Tensor, query: Tensor, keys: Tensor, values: Tensor, segment: Segment, scale: float, window: int | None
+) -> None:
+    """A segment's rows that came out as no numbers once more, each over a copy of what it sees.
+
+    What is masked weighs nothing, but nothing times no number is no number; and what lies behind a stream's own slots
+    may be another's, or of one that has ended.
+    """
+    row, rows, slot, start = segment
+    for i in range(row, row + rows):
+        if out[i].isfinite().all():
+            continue
+        last = start + i - row
+        first = _first_key(last, window)
+        seen = last + 1 - first
+        k, v = (stored.new_zeros(seen + PAD, *stored.shape[1:]) for stored in (keys, values))
+        k[:seen], v[:seen] = keys[slot + first : slot + last + 1], values[slot + first : slot + last + 1]
+        out[i] = _attend(query[i : i + 1], k, v, [Segment(0, 1, 0, seen - 1)], scale, True, None, {})[0]
+        if window is None and not out[i].isfinite().all():
+            out[i : row + rows] = torch.nan  # whoever comes after it sees what it has seen
+            return
 
 
 def _first_key(start: int, window: int | None) -> int:

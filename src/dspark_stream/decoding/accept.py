@@ -1,4 +1,4 @@
-"""Accept: which draft tokens stand, and the bonus token that ends the round.
+"""Accept: which draft tokens are accepted ("stand"), and the bonus token that ends the round.
 
 Nothing is drawn here: uniforms and noise are arguments. Symbols: R streams, ℓ_r verification lengths,
 B = Σ(1+ℓ_r) rows, V target vocabulary, Vd draft vocabulary.
@@ -12,14 +12,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dspark_stream.decoding.draft import Block, StreamView, acceptance_of
+from dspark_stream.decoding.draft import Block, StreamView
 from dspark_stream.decoding.noise import RoundUniforms
 from dspark_stream.models.distributions import Distributions, Judged
 from dspark_stream.models.protocols import AdjustedBlock, Race, Verified
 from dspark_stream.types import Acceptance
 
 WIDE = 64
-"""Slots of the round whose uniforms looked-up drafts are judged by: no drafter's block is wider."""
+"""Looked-up drafts are judged by the uniforms of a round with so many slots; no drafter's block is wider."""
 Outcome = Judged
 """One stream's round: x_1 … x_accepted stand, then ``bonus``."""
 
@@ -31,9 +31,12 @@ def accept(
     lengths: Sequence[int],
     draft_ids: Tensor | None,  # [Vd]
 ) -> list[Outcome]:
-    """Both verifications over one ragged batch of target rows. ℓ = 0 is plain decoding: the bonus token alone."""
+    """Greedy, coupled and rejection verification over one ragged batch of target rows.
+
+    ℓ = 0 is plain decoding: the bonus token alone.
+    """
     first = [0, *accumulate(1 + length for length in lengths)]
-    ways = [acceptance_of(stream) for stream in streams]
+    ways = [stream.acceptance for stream in streams]
     outcomes: list[Outcome | None] = [None] * len(streams)
     adjusted = [
         AdjustedBlock(row, blocks[r].tokens[: lengths[r]], adjustment)
@@ -87,7 +90,7 @@ def rejection(
     length: int,
     draft_ids: Tensor | None,
 ) -> Outcome:
-    """Block verification by this round's uniforms; what it does and why: `Distributions.judge`."""
+    """Block verification by this round's uniforms. How it works is at `Distributions.judge`."""
     uniforms = block.uniforms or RoundUniforms(stream.round_key, stream.position, WIDE)
     if not length or block.q is None:
         return certain(p, first, block.tokens[:length], uniforms)
@@ -102,11 +105,11 @@ _ONE = torch.ones(1)
 def certain(p: Distributions, first: int, tokens: Sequence[int], uniforms: RoundUniforms) -> Outcome:
     """Rejection of drafts that were not drawn but known beforehand, q = 1: x_k stands with probability p_t(x_k).
 
-    ``uniforms``: of so wide a round that none of those that stand here is one that a drafter draws by: a stream of the
-    same key may be drafted for meanwhile, and what its drafts promise decides about these.
+    ``uniforms`` are of a round of `WIDE` slots, so that no drafter draws by the same ones. A stream of the same key may
+    be drafted for in this round, and what its drafts promise may decide about this block.
 
-    The bonus token is from p_t without x_k there, after the last draft from the next p_t. Judged as a whole such a
-    block stands exactly as often (every share w_k is the product of these probabilities).
+    The bonus token is drawn from p_t without the refused x_k, or after the last draft from the next p_t. Judged as a
+    whole, such a block is accepted exactly as often: every share w_k is the product of these probabilities.
     """
     for k, token in enumerate(tokens):
         if not uniforms.accept[k] < p.probability(first + k, token):  # NaN refuses

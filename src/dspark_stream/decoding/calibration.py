@@ -1,9 +1,8 @@
 """Calibration of the confidence head: Sequential Platt Scaling (docs/decisions/012).
 
-c_k = σ(logit_k / T_k + b_k). The paper's Sequential Temperature Scaling is the
-case b = 0; a temperature alone cannot mend a head that promises too much everywhere. Greedy decoding, rejection and
-coupled verification accept with different probabilities, so each has a calibration of its own. `decoding.platt`
-fits it.
+c_k = σ(logit_k / T_k + b_k). The paper's Sequential Temperature Scaling is the case b = 0. A temperature alone cannot
+correct a head that promises too much everywhere. Greedy decoding, rejection and coupled verification accept with
+different probabilities, so each has a calibration of its own. `decoding.platt` fits it.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ class Scaling(NamedTuple):
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A temperature and a bias a position, for each way to accept; the file beside a drafter's weights.
 
-    A position without a temperature counts as T = 1, one without a bias as b = 0: files written before there were
-    biases mean what they meant.
+    A position without a temperature counts as T = 1, one without a bias as b = 0. So older files without biases can be
+    read.
     """
 
     greedy: list[float] = []

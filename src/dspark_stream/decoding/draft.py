@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Protocol
 
 from dspark_stream.decoding.calibration import Calibration
@@ -43,8 +44,8 @@ class StreamView(Protocol):
         """What its logits are changed by first; None: nothing."""
 
     @property
-    def verification(self) -> Verification:
-        """Rejection or coupled."""
+    def acceptance(self) -> Acceptance:
+        """What that means for its drafts: `acceptance_of`, asked once."""
 
     @property
     def round_key(self) -> int:
@@ -56,19 +57,17 @@ class StreamView(Protocol):
 
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy, as in vLLM."""
+"""Temperatures below this are greedy, as in vLLM: logits over less would overflow."""
 
 
-def is_greedy(stream: StreamView) -> bool:
-    """Temperature 0, or so small that logits would overflow: one-hot distributions, one comparison for both ways."""
-    return stream.sampling.temperature < GREEDY_BELOW
+def acceptance_of(sampling: SamplingParams, verification: Verification) -> Acceptance:
+    """How a stream's drafts are accepted.
 
-
-def acceptance_of(stream: StreamView) -> Acceptance:
-    """Greedy: one-hot distributions, one comparison. Rejection: drawn by inverse transform, accepted by ratios of
-    probabilities, the block as a whole. Coupled: drawn by shared noise, accepted where it is the target's own draw.
+    - Greedy: a draft is accepted if it is the target's best token.
+    - Rejection: drafts are drawn by inverse transform. The block is accepted as a whole, by ratios of probabilities.
+    - Coupled: drafts are drawn by the stream's noise. One is accepted if the target draws the same token by it.
     """
-    return "greedy" if is_greedy(stream) else stream.verification
+    return "greedy" if sampling.temperature < GREEDY_BELOW else verification
 
 
 @dataclass
@@ -86,7 +85,7 @@ class Block:
     uniforms: RoundUniforms | None = None
     """Rejection only: the randomness of this round."""
     source: Source = "model"
-    """Where the tokens come from. What is looked up was not drawn: it has no q, and no confidence but its survival."""
+    """Where the tokens come from. Looked-up tokens were not drawn, so they have no q."""
 
 
 def draft(
@@ -107,13 +106,13 @@ def draft(
 
 def _uniforms(gamma: int, streams: Sequence[StreamView]) -> list[RoundUniforms | None]:
     """What this round's tokens are drawn by; None for streams that are greedy or draw by shared noise."""
-    return [RoundUniforms(s.round_key, s.position, gamma) if acceptance_of(s) == "rejection" else None for s in streams]
+    return [RoundUniforms(s.round_key, s.position, gamma) if s.acceptance == "rejection" else None for s in streams]
 
 
 def _draw(stream: StreamView, uniforms: RoundUniforms | None, slots: int) -> Draw:
     if uniforms is not None:
         return Draw(stream.sampling, uniforms.draft[:slots], adjustment=stream.adjustment)
-    if acceptance_of(stream) == "coupled":
+    if stream.acceptance == "coupled":
         race = Race(stream.noise, stream.position + 1)
         return Draw(stream.sampling, race=race, adjustment=stream.adjustment)
     return Draw(stream.sampling, adjustment=stream.adjustment)
@@ -126,12 +125,20 @@ def blocks_of(
     calibration: Calibration,
     history: AcceptanceHistory,
 ) -> list[Block]:
-    """Drafts of R streams with the survival that confidence promises; the past's where there is no such head."""
+    """Drafts of R streams with the survival that confidence promises; the past's where there is no such head.
+
+    A block ends where its drafter has no token, or no number for how sure it is: nothing comes of that but fewer
+    drafts. It goes by the drafts before alone, so what is verified keeps the target's distribution.
+    """
     blocks = []
     for r, (stream, own) in enumerate(zip(streams, uniforms, strict=True)):
         tokens = drafted.tokens[r]
+        logits: Sequence[float] = drafted.logits[r] if drafted.logits else ()
+        if min(tokens) < 0 or any(map(isnan, logits)):
+            tokens = tokens[: _whole(tokens, logits)]
+            logits = logits[: len(tokens)]
         if drafted.logits:
-            confidence = calibration.confidence(drafted.logits[r], acceptance_of(stream))
+            confidence = calibration.confidence(logits, stream.acceptance)
         else:
             confidence = history.confidence()[: len(tokens)]
         block = Block(tokens=tokens, confidence=confidence, survival=prefix_survival(confidence))
@@ -139,3 +146,9 @@ def blocks_of(
             block.uniforms, block.indices, block.q = own, drafted.indices(r), drafted.q(r)
         blocks.append(block)
     return blocks
+
+
+def _whole(tokens: Sequence[int], logits: Sequence[float]) -> int:
+    """How many slots there are before the first that lacks something."""
+    lacking = (k for k, token in enumerate(tokens) if token < 0 or (logits and isnan(logits[k])))
+    return next(lacking, len(tokens))

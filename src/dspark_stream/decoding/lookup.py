@@ -1,9 +1,8 @@
 """Drafts that cost nothing: what followed the last time that a stream's own text went like this.
 
-Edited code, quoted passages and lists repeat themselves. The longest suffix of a stream's prompt and text that stands
-there once before is found, and what came after it is proposed (prompt lookup decoding; n-gram speculation elsewhere).
-Such a draft is a function of what is committed, so it is drawn with q = 1, and whatever a schedule makes of it is
-lossless under every verification.
+Edited code, quoted passages and lists repeat themselves. The longest suffix of a stream's prompt and text that occurs
+before is found, and what came after it is proposed (elsewhere: prompt lookup decoding, n-gram speculation). Such a
+draft is a function of what is committed. So q = 1, and any schedule for it is lossless under every verification.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import NamedTuple
 LEAST = 3
 """Tokens that have to be the same at least."""
 COMPARED = 32
-"""Tokens of a suffix that are compared at most: to be surer than sure changes nothing."""
+"""Tokens of a suffix that are compared at most; longer matches are no better."""
 PLACES = 8
-"""Latest places where the last `LEAST` tokens stand that are looked at."""
+"""Latest places of the last `LEAST` tokens that are compared."""
 LONGEST = 15
 """Tokens that are proposed at most: with the anchor sixteen rows."""
 
@@ -32,18 +31,18 @@ class Found(NamedTuple):
 
 
 class Lookup:
-    """The tokens of one stream so far, and where every `LEAST` of them in a row stand."""
+    """The tokens of one stream so far, and the places of every `LEAST` of them in a row."""
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
         self._latest: dict[int, int] = {}
         """Position after the latest place of every run of `LEAST` tokens; of the last run not yet."""
         self._earlier = array("i", [0] * LEAST)
-        """By such a position, the one after the place before it; 0: none. Numbers and no lists: a prompt has thousands
-        of them, and the collector of garbage would look through all."""
+        """For each such position, the one of the place before it; 0: none. An array of numbers, not lists: a prompt has
+        thousands of places, and the garbage collector would visit every list."""
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """These were read or committed."""
+        """Append tokens that were read or committed."""
         text = self._tokens
         for token in tokens:
             if (place := len(text)) >= LEAST:
@@ -53,7 +52,7 @@ class Lookup:
             text.append(token)
 
     def find(self, most: int) -> Found | None:
-        """What followed the longest suffix that stands here before, of equally long ones the latest; None: none does.
+        """What followed the longest suffix that occurs before, of equally long ones the latest; None: there is none.
 
         ``most``: tokens that are wanted, at least one.
         """

@@ -1,8 +1,8 @@
-"""Randomness as an argument: everything random in a round comes from here, by counter, never from a global state.
+"""Everything random in a round comes from here, by counter, never from a global state.
 
-Philox 4x64 keyed by (the stream's seed or key, position, purpose): any token's noise can be made again at any time,
-in any order, alone or in company, on any machine. By numpy, whose generator makes a vocabulary's words many times as
-fast as the contract's torch (`dspark_kernels/noise/reference.py`); tests hold the two to the same bits.
+Philox 4x64 keyed by (the stream's seed or key, position, purpose). So any token's noise can be made again at any time,
+in any order, on any machine. numpy's generator is many times as fast for a whole vocabulary as the contract in torch
+(`dspark_kernels/noise/reference.py`). Tests demand the same bits of both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dspark_kernels.noise.reference import ROUND, SMALLEST, TOKEN
 
 
 class _Philox(threading.local):
-    """One generator a thread, set to the key asked for: making one takes ten times as long."""
+    """One generator a thread, which is set to each key: making a new one takes ten times as long."""
 
     def __init__(self) -> None:
         self._bits = np.random.Philox(0)
@@ -36,8 +36,8 @@ _generator = _Philox()
 class RoundUniforms:
     """The 2γ+1 uniforms in [0, 1) of one rejection round of one stream.
 
-    ``key`` must be the stream's own: drafts of two streams that share uniforms know of each other, and then a schedule
-    that reads the one's confidence biases the other.
+    ``key`` must be the stream's own. If two streams share uniforms, their drafts depend on each other, and a schedule
+    that reads the confidence of one biases the other.
     """
 
     def __init__(self, key: int, start: int, gamma: int) -> None:
@@ -57,9 +57,9 @@ def token_exponentials(seed: int, position: int, vocab: int) -> Tensor:
 
 
 class NoiseCache:
-    """A stream's token exponentials around the positions it works on: drafted once, verified with the same.
+    """A stream's token exponentials at the positions of a round: drafting and verification use the same.
 
-    Kernels make what they need of it from ``seed``, and then nothing is kept here. See `models.protocols.Noise`.
+    Kernels make their own from ``seed``; then nothing is kept here. See `models.protocols.Noise`.
     """
 
     def __init__(self, seed: int, vocab: int) -> None:

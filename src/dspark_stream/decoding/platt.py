@@ -14,8 +14,10 @@ from dspark_stream.decoding.calibration import LARGEST_LOGIT, Scaling
 SEARCHED = [2.0 ** (i / 16) for i in range(-32, 33)]
 """Temperatures that are tried: 1/4 … 4, each 4 % above the one before."""
 PRIOR = 10.0
-"""How strongly T = 1, b = 0 is held to: the weight of log² T / 2 and b² / 2 beside the rounds' log-likelihood. For b
-some 40 rounds at c = ½ weigh as much, so thousands overrule it; a position that few rounds reach stays as it was.
+"""Weight of log² T / 2 and b² / 2 beside the rounds' log-likelihood: it pulls towards T = 1, b = 0.
+
+For b it weighs as much as some 40 rounds at c = ½. Thousands of rounds overrule it. A position that few rounds reach
+hardly changes.
 """
 
 Floats = NDArray[np.float64]
@@ -31,8 +33,8 @@ class Observed(NamedTuple):
 def fit_scaling(rounds: Sequence[Observed], gamma: int) -> Scaling:
     """T and b of every position; empty without rounds.
 
-    Position k is fitted to the rounds that accepted 1 … k-1, whose outcome at k is a coin that shows c_k on average:
-    then the product a_k is right where its factors are.
+    Position k is fitted to the rounds that accepted 1 … k-1: their outcome at k is a coin of probability c_k. If all
+    factors are right, so is the product a_k.
     """
     if not rounds:
         return Scaling([], [])
@@ -43,7 +45,7 @@ def fit_scaling(rounds: Sequence[Observed], gamma: int) -> Scaling:
 
 
 def _fit_position(logits: Floats, held: NDArray[np.bool_]) -> tuple[float, float]:
-    """T and b of least penalised log-loss: a search over T, for each of which b is where a convex function is least."""
+    """T and b of least penalised log-loss: a search over T; for each T the best b is a convex problem."""
     y = held.astype(np.float64)
 
     def loss(t: float, b: float) -> float:

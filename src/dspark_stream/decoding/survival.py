@@ -15,8 +15,8 @@ def prefix_survival(confidence: Sequence[float]) -> list[float]:
 class AcceptanceHistory:
     """Acceptance by position over past rounds: the confidence of a drafter that has no confidence head.
 
-    Only the past goes in, so scheduling by it is lossless. Starts from a prior of 2 accepted in 4, and every round
-    fades a little back towards it, also one that sent nothing: so a position that was given up is tried again.
+    Only the past is used, so scheduling by it is lossless. It starts from a prior of 2 accepted in 4. Every round moves
+    it a little back towards the prior, even if nothing was verified. So a position that was given up is tried again.
     """
 
     PRIOR = (2.0, 4.0)
@@ -32,7 +32,7 @@ class AcceptanceHistory:
         return [a / n for a, n in zip(self._accepted, self._seen, strict=True)]
 
     def record(self, scheduled: int, accepted: int) -> None:
-        """One round's outcome: at least x_1 … x_accepted stood; not x_accepted+1 with them, if it was sent."""
+        """One round's outcome: x_1 … x_accepted were accepted; x_accepted+1 was not, if it was verified."""
         for k in range(len(self._seen)):
             self._accepted[k] += self.FADE * (self.PRIOR[0] - self._accepted[k])
             self._seen[k] += self.FADE * (self.PRIOR[1] - self._seen[k])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspark_stream.decoding.draft import Block, StreamView, is_greedy
+from dspark_stream.decoding.draft import Block, StreamView
 from dspark_stream.models.protocols import Rows, Store, Target, Verified
 
 
@@ -19,4 +19,5 @@ def verify(
         Rows(s.extent, s.position, [s.anchor, *block.tokens[:length]])
         for s, block, length in zip(streams, blocks, lengths, strict=True)
     ]
-    return target.forward(rows, store, greedy=all(is_greedy(s) and s.adjustment is None for s in streams))
+    greedy = all(s.acceptance == "greedy" and s.adjustment is None for s in streams)
+    return target.forward(rows, store, greedy=greedy)

@@ -8,7 +8,6 @@ import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,11 +19,13 @@ from dspark_stream.console import Progress
 from dspark_stream.decoding.calibration import Calibration, load_calibration
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.drafters import shipped_drafter
+from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.memory import check_kv_memory, foretold, memory_bytes, refused_by_the_system
-from dspark_stream.engine.parts import Models
 from dspark_stream.engine.profile import curve_key, load_or_measure
+from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.errors import ConfigError, InvalidRequestError, ModelLoadError
+from dspark_stream.load.controller import Controller
 from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
@@ -33,16 +34,13 @@ from dspark_stream.models.geometry import UnsupportedError
 from dspark_stream.models.loading import LoadedTarget, load_target
 from dspark_stream.models.names import MODELS
 from dspark_stream.models.native.target import NativeTarget
-from dspark_stream.models.protocols import Drafter
+from dspark_stream.models.protocols import Drafter, Store
 from dspark_stream.models.recommended import recommended_sampling
 from dspark_stream.models.tokenizer import TextCodec
 from dspark_stream.models.torch.drafter import Drafter as TorchDrafter
 from dspark_stream.models.torch.quant import WEIGHT_ONLY_BITS, quantise_linears
 from dspark_stream.models.torch.target import Target as TorchTarget
 from dspark_stream.types import ModelInfo
-
-if TYPE_CHECKING:
-    from dspark_stream.engine.gpu.runner import GraphRounds
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +95,12 @@ def build_engine(
     allocator = ExtentAllocator(slots, ring, config.max_num_seqs if ring else 0)
     if target.device.type == "cuda":
         check_kv_memory(config.kv_memory, torch.cuda.get_device_properties(target.device).total_memory, "the GPU")
-    with refused_by_the_system(config.kv_memory):
-        target_kv = target.make_store(slots)
-        drafter_kv = drafter.make_store(rings or slots) if drafter else None
+
+    def stores() -> tuple[Store, Store | None]:
+        with refused_by_the_system(config.kv_memory):
+            return target.make_store(slots), drafter.make_store(rings or slots) if drafter else None
+
+    target_kv, drafter_kv = stores()
     folder = "" if drafter_folder is None else _weights_stamp(drafter_folder)
     curve = load_or_measure(
         target,
@@ -114,6 +115,9 @@ def build_engine(
         progress=progress,
         again=measure_again,
     )
+    if target.device.type == "cpu":  # new ones, whose pages are nobody's yet: measuring has touched some of these
+        del target_kv, drafter_kv
+        target_kv, drafter_kv = stores()
     models = Models(
         target=target,
         target_kv=target_kv,
@@ -121,12 +125,9 @@ def build_engine(
         drafter_kv=drafter_kv,
         calibration=calibration,
         history=AcceptanceHistory(gamma),
-        schedule=parse_schedule(config.schedule),
-        capacity=curve,
-        lookup=config.lookup,
+        controller=Controller(gamma, curve),
     )
-    if target.device.type == "cuda" and config.cuda_graphs == "auto":
-        models.rounds = _captured_rounds(models, config, max_model_len + gamma + 1, progress)
+    rounds = _rounds(models, config, max_model_len + gamma + 1, progress)
     codec = _set_up(loaded.codec, config)
     info = ModelInfo(
         model=name,
@@ -144,11 +145,12 @@ def build_engine(
         sampling=recommended_sampling(config.model),
     )
     _give_back_memory()
-    if target.device.type == "cpu" and (told := foretold(config.kv_memory)):
+    logits = 4 * target.vocab_size * config.max_num_seqs * (gamma + 1)
+    if target.device.type == "cpu" and (told := foretold(config.kv_memory, logits)):
         progress.say(told)
     text = codec.token_bytes if codec else None
     engine = EngineThread(
-        models,
+        rounds,
         info,
         allocator,
         text,
@@ -199,11 +201,14 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _captured_rounds(models: Models, config: Config, longest: int, progress: Progress) -> GraphRounds:
-    """Every size of a round, captured and timed."""
-    from dspark_stream.engine.gpu.runner import GraphRounds
+def _rounds(models: Models, config: Config, longest: int, progress: Progress) -> Rounds:
+    """On a GPU every size of a round, captured and timed."""
+    schedule = parse_schedule(config.schedule)
+    if models.target.device.type != "cuda" or config.cuda_graphs != "auto":
+        return EagerRounds(models, schedule, looks_up=config.lookup)
+    from dspark_stream.engine.captured.runner import CapturedRounds
 
-    rounds = GraphRounds(models, seats=config.max_num_seqs, longest=longest)
+    rounds = CapturedRounds(models, schedule, seats=config.max_num_seqs, longest=longest)
     with progress.bar("capturing rounds", total=len(rounds.ladder.sizes())) as bar:
         rounds.ladder.warm(bar.advance)
     return rounds

@@ -63,13 +63,16 @@ def refused_by_the_system(kv_memory: int) -> Iterator[None]:
         ) from error
 
 
-def foretold(kv_memory: int) -> str | None:
-    """What the process takes now and when it is full, in words; None where the system does not say."""
+def foretold(kv_memory: int, rounds: int = 0) -> str | None:
+    """What the process takes now and when it is full, in words; None where the system does not say.
+
+    ``rounds``: bytes that the largest rounds need besides, not there yet.
+    """
     now, there_is = resident_bytes(), memory_bytes()
     if now is None:
         return None
-    full = now + kv_memory
-    text = f"memory: {now / GIB:.2f} GiB now, up to {full / GIB:.2f} GiB as kv_memory fills"
+    full = now + kv_memory + rounds
+    text = f"memory: {now / GIB:.2f} GiB now, up to {full / GIB:.2f} GiB at full load"
     if there_is is not None and full > there_is:
         text += f", which is more than there is ({there_is / GIB:.2f} GiB): a smaller --kv-memory is safer"
     return text

@@ -21,11 +21,12 @@ from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.draft import Block
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.decoding.verify import verify
-from dspark_stream.engine.backlog import PIECE
-from dspark_stream.engine.parts import Models
-from dspark_stream.engine.step import decode_round
+from dspark_stream.engine.context import PIECE
+from dspark_stream.engine.eager import EagerRounds
+from dspark_stream.engine.rounds import Models
 from dspark_stream.engine.stream import Stream
 from dspark_stream.files import write_whole
+from dspark_stream.load.controller import Controller
 from dspark_stream.load.costs import CostTable, RoundCost
 from dspark_stream.load.curve import CapacityCurve, Company, ladder, monotone
 from dspark_stream.load.schedule import Candidate
@@ -414,8 +415,7 @@ class _Bench:
             drafter_kv=self._drafter_kv,
             calibration=Calibration(),
             history=AcceptanceHistory(self.gamma),
-            schedule=_DraftOnly(slots),
-            capacity=ANY_CURVE,
+            controller=Controller(self.gamma, ANY_CURVE),
         )
         models.controller.costs = self._any_costs  # a service remembers its tables, too
         streams = self._streams(count, context)
@@ -423,8 +423,9 @@ class _Bench:
             taps = self._taps(count)
             for i, stream in enumerate(streams):
                 stream.backlog.add(taps, i, 1, stream.position - 1)
+        rounds = EagerRounds(models, _DraftOnly(slots))
         begun = time.perf_counter()
-        committed = decode_round(models, streams)
+        committed = rounds.decode(streams)
         took_ms = (time.perf_counter() - begun) * 1e3
         assert committed[0].round is not None
         pass_ms = committed[0].round.t_verify_ms

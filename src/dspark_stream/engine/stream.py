@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dspark_stream.decoding.draft import acceptance_of
 from dspark_stream.decoding.lookup import LONGEST, Found, Lookup
 from dspark_stream.decoding.noise import NoiseCache
-from dspark_stream.engine.backlog import Backlog
+from dspark_stream.engine.context import Backlog
 from dspark_stream.engine.text import TextStream
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.repeats import Repeats
@@ -29,7 +29,6 @@ from dspark_stream.types import (
     SamplingParams,
     TokensEvent,
     Usage,
-    Verification,
 )
 
 
@@ -94,12 +93,13 @@ class Stream:
     ) -> None:
         self.request = request
         self.sampling: SamplingParams = request.sampling
-        self.verification: Verification = request.verification
+        self.acceptance = acceptance_of(request.sampling, request.verification)
+        """What its sampling means for its drafts."""
         self.gamma = gamma if request.mode == "dspark" else 0
         """Draft tokens a round; 0 in plain mode."""
         self.round_key = round_key(request)
         self.noise = NoiseCache(request.sampling.seed, vocab)
-        self.past = Past(self.gamma, acceptance_of(self)) if self.gamma else None
+        self.past = Past(self.gamma, self.acceptance) if self.gamma else None
         """What its drafts have been like; None in plain mode."""
         self.lookup = Lookup() if lookup and request.mode == "dspark" else None
         self.repeats = Repeats()

@@ -17,11 +17,11 @@ import msgspec
 import numpy as np
 import torch
 
+from dspark_stream.decoding.lookup import LONGEST
 from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.pacing import SAFE, pace
-from dspark_stream.engine.parts import Committed, Models
+from dspark_stream.engine.rounds import Committed, Rounds
 from dspark_stream.engine.sharing import in_turn, shares
-from dspark_stream.engine.step import company_of, decode_round, prefill, set_aside
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import (
     ContextLengthError,
@@ -42,6 +42,7 @@ from dspark_stream.types import (
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_SEED,
+    MAX_TEMPERATURE,
     EngineEvent,
     EngineSnapshot,
     ErrorInfo,
@@ -65,7 +66,9 @@ MOST_DOUBTS = 3
 LOOK_AGAIN_S = 1.0
 """How long an answer to itself counts. After a failure it asks itself again then, whether or not anybody else asks."""
 OWN_TOKENS = 4
-"""What it asks itself: an answer of so many tokens."""
+"""What it asks itself: an answer of so many tokens, in each of `OWN_WAYS`."""
+OWN_WAYS = (0.0, 1.0)
+"""Temperatures: the greatest, and drawn."""
 JOIN_PATIENCE_S = 30.0
 """How long `close` waits for the step under way, past its deadline."""
 
@@ -94,7 +97,7 @@ class EngineThread:
     """`boundary.Engine` on a thread of its own.
 
     Args:
-        models: target, drafter, caches, schedule.
+        rounds: how streams are stepped, and with what.
         info: what is served and its limits; checked on submit.
         allocator: the token slots.
         text: what tokens stand for; None for token ids only.
@@ -104,7 +107,7 @@ class EngineThread:
 
     def __init__(
         self,
-        models: Models,
+        rounds: Rounds,
         info: ModelInfo,
         allocator: ExtentAllocator,
         text: TokenBytes | None,
@@ -113,7 +116,7 @@ class EngineThread:
         max_chunk_gap_ms: float = 0.0,
     ) -> None:
         self.info = info
-        self._models = models
+        self._rounds, self._models = rounds, rounds.models
         self._allocator = allocator
         self._text = text
         self._prefill_budget_ms = prefill_budget_ms
@@ -130,7 +133,7 @@ class EngineThread:
         self._sound_until = 0.0
         self._deadline = float("inf")
         self._events: list[EngineEvent] = []  # of the step under way
-        self._counters = Counters(per_position=[0] * models.widest)
+        self._counters = Counters(per_position=[0] * max(self._models.gamma, LONGEST if rounds.looks_up else 0))
         self._beat = time.perf_counter()
         self._resting = True  # nothing to do but wait for commands
         self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
@@ -165,13 +168,13 @@ class EngineThread:
             stops,
             self._text,
             eos_ids=target.eos_token_ids,
-            lookup=self._models.looks_up,
+            lookup=self._rounds.looks_up,
         )
         if stream.slots_needed > self._allocator.total:
             raise ContextLengthError(
-                f"prompt and max_output_tokens need {stream.slots_needed} token slots; the server's kv_memory holds "
+                f"prompt and max_tokens need {stream.slots_needed} token slots; the server's kv_memory holds "
                 f"{self._allocator.total}",
-                param="max_output_tokens",
+                param="max_tokens",
             )
         with self._lock:
             if self._failure:
@@ -187,12 +190,12 @@ class EngineThread:
     @property
     def capacity(self) -> CapacityCurve:
         """The capacity curve as it was measured."""
-        return self._models.capacity
+        return self._models.controller.costs.curve
 
     def use_schedule(self, name: str) -> None:
         """Go by another schedule from the next round on (for measurements; any thread)."""
         schedule = parse_schedule(name)
-        self._inbox.put(lambda: setattr(self._models, "schedule", schedule))
+        self._inbox.put(lambda: setattr(self._rounds, "schedule", schedule))
 
     def cancel(self, request_id: str) -> None:
         """See `boundary.Engine`."""
@@ -209,7 +212,7 @@ class EngineThread:
     def snapshot(self) -> EngineSnapshot:
         """See `boundary.Engine`."""
         streams = list(self._streams.values())
-        c = self._counters
+        c, of_rounds = self._counters, self._rounds.counters()
         return EngineSnapshot(
             running=sum(s.phase in (Phase.PREFILL, Phase.DECODE) for s in streams),
             waiting=max(0, len(self._known) - sum(s.phase is not Phase.WAITING for s in streams)),
@@ -225,9 +228,9 @@ class EngineThread:
             prompt_tokens_total=c.prompt_tokens,
             generation_tokens_total=c.generation_tokens,
             num_skipped_drafts_total=c.skipped,
-            num_probes_total=self._models.controller.looks,
+            num_probes_total=of_rounds.looks,
             late_chunks_total=c.late_chunks,
-            capacity_drift=self._models.controller.costs.pace,
+            capacity_drift=of_rounds.pace,
             last_step_age_s=0.0 if self._resting else time.perf_counter() - self._beat,
             alive=self._thread.is_alive(),
             failure=self._failure,
@@ -363,11 +366,11 @@ class EngineThread:
     def _read(self, joining: Sequence[Stream]) -> list[Committed]:
         company = [s for s in self._streams.values() if s.phase is not Phase.WAITING] or joining
         chunk = self._chunk(self._active(Phase.DECODE), max([s.prefilled for s in joining]))
-        return prefill(self._models, shares(joining, chunk), company)
+        return self._rounds.prefill(shares(joining, chunk), company)
 
     def _round(self, decoding: Sequence[Stream]) -> list[Committed]:
-        together, slowest_ms = pace(decoding, self._plain_round_ms(decoding), time.perf_counter())
-        return decode_round(self._models, together, slowest_ms)
+        together, slowest_ms = pace(decoding, self._rounds.plain_ms(decoding), time.perf_counter())
+        return self._rounds.decode(together, slowest_ms)
 
     # --- what fails ----------------------------------------------------------------------------------------
 
@@ -382,7 +385,7 @@ class EngineThread:
             committed = work(streams)
         except Exception as error:
             log.exception("a pass for %d streams failed", len(streams))
-            self._forget()
+            self._rounds.forget()
             kept = [s for s, mark in zip(streams, marks, strict=True) if s.rewind(mark)]
             self._fail([s for s in streams if s not in kept], error)
             if len(streams) == 1:
@@ -394,16 +397,11 @@ class EngineThread:
                 half = (len(kept) + 1) // 2
                 for some in filter(None, (kept[:half], kept[half:])):
                     self._attempt(some, work)
-                    self._forget()  # or the other half would be given, and blamed for, this one's next round
+                    self._rounds.forget()  # or the other half would be given, and blamed for, this one's next round
             return
         self._publish(committed)
         if committed and all(done.error is not None for done in committed):
             self._doubted()
-
-    def _forget(self) -> None:
-        """Captured rounds that are under way are for nobody; what they would have done is done again."""
-        if self._models.rounds is not None:
-            self._models.rounds.forget()
 
     def _doubted(self) -> bool:
         """Something failed: whether it may be the engine."""
@@ -428,15 +426,21 @@ class EngineThread:
 
     @torch.inference_mode()
     def _works(self) -> bool | None:
-        """Whether a request of the engine's own is answered; None: there is no room for it now."""
+        """Whether requests of the engine's own are answered; None: there is no room for one now."""
+        for temperature in OWN_WAYS:
+            if not (works := self._answers(temperature)):
+                return works
+        return True
+
+    def _answers(self, temperature: float) -> bool | None:
         target = self._models.target
-        sampling = SamplingParams(max_tokens=OWN_TOKENS, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=OWN_TOKENS, temperature=temperature, ignore_eos=True)
         asked = GenerationRequest(request_id="", prompt_ids=(0,), sampling=sampling)
         stream = Stream(asked, target.vocab_size, self._models.gamma, frozenset(), None)
         extent = self._allocator.allocate(stream.slots_needed)
         if extent is None:
             return None
-        self._forget()  # others' rounds are not to be read here
+        self._rounds.forget()  # others' rounds are not to be read here
         try:
             stream.admitted(extent)
             reason = None
@@ -452,17 +456,10 @@ class EngineThread:
             return False
         finally:
             stream.phase = Phase.DONE
-            self._forget()
+            self._rounds.forget()
             self._allocator.free(extent)
 
     # --- the next pass -------------------------------------------------------------------------------------
-
-    def _plain_round_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
-        """What a round of so many of these takes, with nothing drafted."""
-        if self._models.rounds is not None:
-            return self._models.rounds.plain_ms
-        costs, company = self._models.controller.costs, company_of(streams)
-        return lambda count: costs.pace * costs.plain_ms(company._replace(streams=count))
 
     def _chunk(self, decoding: Sequence[Stream], position: int = 0) -> int:
         """Prompt tokens of a pass: as many as, by the curve, hold up nobody for too long.
@@ -473,7 +470,7 @@ class EngineThread:
         budget_ms = self._prefill_budget_ms if decoding else ALONE_MS
         tightest_ms = min([s.max_chunk_gap_ms for s in decoding], default=float("inf"))
         if tightest_ms < float("inf"):
-            budget_ms = min(budget_ms, SAFE * tightest_ms - self._plain_round_ms(decoding)(len(decoding)))
+            budget_ms = min(budget_ms, SAFE * tightest_ms - self._rounds.plain_ms(decoding)(len(decoding)))
         costs = self._models.controller.costs
         passes_ms = costs.pass_ms(np.array(costs.curve.tokens), Company(1, max(position, costs.curve.context)))
         fitting = [n for n, ms in zip(costs.curve.tokens, passes_ms, strict=True) if costs.pace * ms <= budget_ms]
@@ -495,7 +492,9 @@ class EngineThread:
                 for k in range(record.accepted):
                     c.per_position[k] += 1
             self._events.append(event)
-            if reason is not None:
+            if error is not None:
+                self._fail([stream], error)
+            elif reason is not None:
                 self._end(stream, reason)
 
     def _cancel(self, request_id: str) -> None:
@@ -512,7 +511,7 @@ class EngineThread:
     @torch.inference_mode()
     def _set_aside(self, stream: Stream) -> None:
         try:
-            set_aside(self._models, stream)
+            self._rounds.context.deliver([stream])  # it would take the room of others for who knows how long
         except Exception as error:  # it alone needs what went wrong
             log.exception("a held stream could not be set aside")
             self._fail([stream], error)
@@ -560,8 +559,8 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
             refuse("prompt_ids", f"token ids in 0 … {info.vocab_size - 1}", token)
     if s.max_tokens < 1:
         refuse("max_tokens", "at least 1", s.max_tokens)
-    if not 0.0 <= s.temperature < float("inf"):
-        refuse("temperature", "a number ≥ 0", s.temperature)
+    if not 0.0 <= s.temperature <= MAX_TEMPERATURE:
+        refuse("temperature", f"in [0, {MAX_TEMPERATURE}]", s.temperature)
     if not 0.0 < s.top_p <= 1.0:
         refuse("top_p", "in (0, 1]", s.top_p)
     if not 0.0 <= s.min_p <= 1.0:

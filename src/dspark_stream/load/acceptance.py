@@ -1,7 +1,7 @@
-"""What drafts promise, and what promises turn out to be worth: of each stream, leaning on all of them.
+"""What drafts promise, and how well promises are kept: by each stream, and by all streams together.
 
-Only past rounds go in, so whatever is decided by it is lossless under every verification. Symbols: m streams, W blocks
-that are remembered, γ the draft block's size, T thresholds.
+Only past rounds are used, so decisions by it are lossless under every verification. Symbols: m streams, W blocks that
+are remembered, γ the draft block's size, T thresholds.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from dspark_stream.load.repeats import FADE, HOPE, LEAN, Repeats
 from dspark_stream.types import Acceptance as Way
 
 THRESHOLDS: Array = np.array([0.0, 0.2, 0.5])
-"""Survivals from which on verification could pay; what a round's schedule will do is foreseen by the best of them."""
+"""Which drafts will be verified is not known before drafting. So plans suppose that all drafts of at least such a
+survival are, and take the best of these thresholds."""
 BLOCKS = 32
-"""Drafts that are remembered of a stream, and twice as many of all."""
+"""Blocks that are remembered of a stream; of all streams together twice as many."""
 WAYS: tuple[Way, ...] = get_args(Way)
 
 
 class _Ledger:
-    """The latest blocks' survivals as promised, and what was accepted of what was promised, fading."""
+    """Promised survivals of the latest blocks; and sums, which fade, of promised and of accepted tokens."""
 
     def __init__(self, gamma: int, blocks: int) -> None:
         self.rows: Array = np.full((blocks, gamma), -1.0)
@@ -48,12 +49,12 @@ class Past:
 
     def __init__(self, gamma: int, way: Way) -> None:
         self.way: Way = way
-        """How its drafts are accepted: what is accepted differs by it."""
+        """How its drafts are accepted; each way accepts another share."""
         self.ledger = _Ledger(gamma, BLOCKS)
         self.survivals: deque[Sequence[float]] = deque([(), ()], maxlen=2)
         """Of the last two rounds, oldest first; empty for a round without drafts."""
         self.owed = 0
-        """Positions whose context features the drafter would be given first."""
+        """Positions whose context features the drafter has to be given before it can draft for the stream."""
 
 
 class Acceptance:
@@ -75,7 +76,7 @@ class Acceptance:
         """What looked-up drafts have been worth, of all streams."""
 
     def learn(self, past: Past, survival: Sequence[float], verified: int, accepted: int) -> None:
-        """What a stream's draft promised, empty where it had none, and what came of it."""
+        """Learn from a stream's round: what its draft promised (empty if it had none), and what was accepted."""
         past.survivals.append(survival)
         if survival and isfinite(survival[-1]):
             row = self._whole(survival, self._usual[past.way])
@@ -83,7 +84,7 @@ class Acceptance:
             self._pools[past.way].add(row, verified, accepted)
 
     def worth(self, past: Past) -> float:
-        """What a promise of this stream is worth: accepted over promised, leaning on all streams'."""
+        """Accepted over promised tokens: of this stream, and of all streams as long as it has few."""
         pool = self._pools[past.way]
         shared = (pool.accepted + LEAN) / (pool.promised + LEAN)
         return (past.ledger.accepted + LEAN * shared) / (past.ledger.promised + LEAN)
@@ -101,7 +102,8 @@ class Acceptance:
             pools[way] = _sums(pool.rows) / min(pool.count, len(pool.rows))
             self._usual[way] = pools[way][0, 0].tolist()
         own = _sums(np.array([past.ledger.rows for past in pasts]))  # [2, m, T, γ]
-        # all that it ever drafted: the pool speaks mostly of those that are drafted for, and would keep others in
+        # all blocks that it ever drafted, not only those remembered: the pool is mostly of streams that draft well, and
+        # would make a bad one look better than it is
         count = np.array([past.ledger.count for past in pasts])[:, None, None]
         shares = own * count / np.clip(count, 1, BLOCKS)
         shares += LEAN * np.array([pools[past.way] for past in pasts]).swapaxes(0, 1)
@@ -111,7 +113,7 @@ class Acceptance:
         return expected
 
     def _whole(self, survival: Sequence[float], usual: Sequence[float]) -> Sequence[float]:
-        """The survival of all γ slots where only some were drafted: it goes on as blocks of late did, in the mean."""
+        """The survival of all γ slots if only some were drafted: the others go on as the mean of recent blocks does."""
         drafted = len(survival)
         if drafted == self._gamma:
             return survival
@@ -120,6 +122,6 @@ class Acceptance:
 
 
 def _sums(rows: Array) -> Array:
-    """Survival of what is above each threshold, and how many slots are, over blocks [..., W, γ]: [2, ..., T, γ]."""
+    """Over blocks [..., W, γ], by threshold and slot: sum of survivals above it, and their number [2, ..., T, γ]."""
     above = rows[..., None, :, :] >= THRESHOLDS[:, None, None]
     return np.array([(above * rows[..., None, :, :]).sum(axis=-2), above.sum(axis=-2)])

@@ -1,9 +1,9 @@
 """Who is drafted for in a round, and how many tokens: decided before drafting, from the past alone.
 
-*Ours*: of all sets of streams and block lengths the one with the most expected tokens a second is taken, and plain
-decoding where none is clearly better. A small share of time goes to looks: rounds that are run another way than the
-best one, so that a wrong idea of costs or drafts is found out. Only past rounds go in, so whatever is decided here is
-lossless under every verification.
+*Ours*, not the paper's: the set of streams and the block length with the most expected tokens a second are taken. If
+none is better than plain decoding, nobody is drafted for. A small share of time goes to looks: rounds that are
+run another way than the best one, so that wrong costs or promises are found out. Decisions depend on past rounds alone,
+so they are lossless under every verification.
 
 Symbols: R streams, m of them may be drafted for, γ the block's size, T thresholds.
 """
@@ -23,9 +23,10 @@ from dspark_stream.load.curve import Array, CapacityCurve, Company
 HOLD = 8
 """Rounds between two decisions while the streams are the same ones."""
 SHARE = 0.02
-"""Of all time, what looks may lose by what is believed of them. Without looks 1.9 % are lost."""
+"""Of all time, so much may be lost to looks. What a look loses is estimated beforehand. Without looks 1.8 % of
+throughput are lost."""
 LEAST_LOSS = 0.1
-"""Of a look's time, what it counts as losing at least: where nothing is lost, little is won by looking."""
+"""A look costs at least so much of its time: where the two ways are equally good, little is won by looking."""
 
 
 class Plan(NamedTuple):
@@ -36,14 +37,14 @@ class Plan(NamedTuple):
     slots: int
     """Draft tokens of each of them."""
     price: float
-    """Tokens that a millisecond of the cost table is worth at this load: what verification has to bring."""
+    """Tokens a millisecond at this load. A draft token is verified if it promises more than its time at this price."""
     promised: Sequence[float] = ()
-    """Accepted tokens expected of each stream's drafts, less what drafting them costs; empty where nobody is drafted
-    for, and in looks, which are not to be run another way."""
+    """Accepted tokens expected of each stream's drafts, less the time of drafting at the price: what a looked-up draft
+    has to beat. Zeros if nobody is drafted for. Empty in looks, which use the drafter alone."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Streams that are drafted for, and slots of each; none of both where nobody is."""
+        """Streams that are drafted for, and slots of each; (0, 0) if there are none."""
         drafting = sum(self.drafting)
         return drafting, self.slots if drafting else 0
 
@@ -90,7 +91,7 @@ class Controller:
         present = tuple(pasts)
         self._left -= 1
         if present != self._for and self._left >= 0 and (self._looking or len(present) > HOLD):
-            # who stays is what was decided about; among many somebody comes or goes in nearly every round
+            # the plan stands for those who stay: among many streams one comes or goes in nearly every round
             chosen = {past for past, drafts in zip(self._for, self._plan.drafting, strict=True) if drafts}
             drafting = [past in chosen for past in present]
             worth = dict(zip(self._for, self._plan.promised, strict=False))
@@ -118,13 +119,13 @@ class Controller:
         look = self._look(best, others, pasts) if looks and others else None
         if look is not None:
             self._looking = True
-            # of whole blocks everything is verified: at such a price anything is worth its time
+            # a price near zero: everything is worth its time, so that the whole block is verified
             price = best.rate * (1e-3 if look is whole else 1.0)
             return look.plan._replace(price=price, promised=()), COMPARED - 1
         return best.plan._replace(price=best.rate), HOLD - 1
 
     def _drafts(self, pasts: Sequence[Past], may: Sequence[int], company: Company) -> tuple[_Choice, _Choice]:
-        """The best set of streams and block length; and a whole block of the stream that is known least."""
+        """The best set of streams and block length; and a whole block of the stream that drafted least."""
         alone, verified = expected = self.acceptance.expected(pasts)  # [m, T, γ]
         order = (THRESHOLDS[:, None] * verified - alone).argsort(axis=0)
         accepted, verified = np.take_along_axis(expected, order[None], axis=1).cumsum(axis=1)
@@ -148,7 +149,7 @@ class Controller:
         return best, _Choice(plan, (company.streams + float(alone[least, 0, -1])) / whole_ms, whole_ms)
 
     def _look(self, best: _Choice, others: dict[str, _Choice], pasts: Sequence[Past | None]) -> _Choice | None:
-        """What was looked at least, where enough is saved up for it; the oftener it was, the more that has to be."""
+        """The kind that was looked at least, if enough is saved up; the n-th look of a kind needs n times its cost."""
         bits = len(pasts).bit_length()
         kind = min(others, key=lambda kind: self._looks.get((kind, bits), 0))
         look, before = others[kind], self._looks.get((kind, bits), 0)
@@ -174,7 +175,8 @@ class Controller:
         shape: Shape,
         ms: float,
     ) -> None:
-        """What a round showed: promises of those that drafted (else empty), verified and accepted tokens, its time."""
+        """Learn from a round: each stream's promises (empty if it did not draft), verified and accepted tokens; its
+        time."""
         for past, survival, length, took in zip(pasts, survivals, lengths, accepted, strict=True):
             if past is not None:
                 self.acceptance.learn(past, survival, length, took)
@@ -182,4 +184,4 @@ class Controller:
         self.costs.learn(shape, ms)
         self._rounds += 1
         if self._rounds % HOLD == 0:
-            self.costs.settle()  # whoever decides nothing, as a static schedule, still plans by what rounds take
+            self.costs.settle()  # a static schedule never decides, but bounds and prompt chunks use the costs

@@ -1,9 +1,11 @@
 """What a round takes: the capacity curve, corrected by what rounds really take.
 
-Two things are told apart. The *pace* is what all rounds take longer alike: a neighbour on the machine, a lower clock.
-It matters to whoever counts milliseconds and to no choice between rounds. The *corrections* are how far rounds of
-different sizes, with drafts and without, are apart beyond what the curve says; every choice hangs on them. They are
-learnt only where one round follows another that differs, since both then met the same machine.
+Two things are told apart:
+
+- The *pace*: how much longer all rounds take, for a neighbour on the machine or a lower clock. It scales milliseconds,
+  and changes no choice between rounds.
+- The *corrections*: how much longer rounds of one size take than the curve says, or rounds with drafts. Every choice
+  depends on them. They are learnt only when a round follows a different one, since both then met the same machine.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ import numpy as np
 from dspark_stream.load.curve import Array, CapacityCurve, Company
 
 GAIN = 0.1
-"""Of what one change between rounds says against what is known, so much is believed."""
+"""Share of a surprise that is learnt: of a change between two rounds, beyond what was expected."""
 PRIOR = 2
-"""Changes as which it counts that a curve is right."""
+"""The measured curve counts as much as so many changes."""
 COMPARED = 3
-"""Rounds of a run, the first left out, that are held against what was before it."""
+"""Rounds of a run, the first left out, that are compared with the last round before it. A look has so many."""
 MOST = 0.5
-"""No change says more than this, as a logarithm: an interrupted round says nothing of rounds."""
+"""No change counts for more than this, as a logarithm: a round may have been interrupted."""
 STEP = 16
-"""Looked-up tokens are counted by so many, so that answers can be kept."""
+"""Numbers of looked-up tokens are rounded up to a multiple of this, so that costs can be cached."""
 
 
 class RoundCost:
-    """One round's milliseconds as a function of B alone, from ``first`` = R tokens on: all else has been decided."""
+    """One round's milliseconds as a function of B, from ``first`` = R tokens on. All else is fixed."""
 
     def __init__(self, first: int, ms: Sequence[float]) -> None:
         self.first = first
@@ -43,14 +45,14 @@ class RoundCost:
         return self.ms[batch_tokens - self.first]
 
     def within(self, slowest_ms: float) -> RoundCost:
-        """The same with everything past ``slowest_ms`` as good as forbidden; B = R stays, whatever it takes."""
+        """The same, but sizes that take more than ``slowest_ms`` cost so much that none is chosen; B = R stays."""
         if max(self.ms) <= slowest_ms:
             return self
         return RoundCost(self.first, [self.ms[0], *(ms if ms <= slowest_ms else 1e9 for ms in self.ms[1:])])
 
     @property
     def hull(self) -> RoundCost:
-        """The greatest convex function below it: no staircase on which a greedy admission could get stuck."""
+        """The greatest convex function below it: without steps, on which an admission with early stop gets stuck."""
         if self._hull is None:
             self._hull = RoundCost(self.first, convex(self.ms))
         return self._hull
@@ -73,7 +75,7 @@ class _Seen(NamedTuple):
 
 
 class CostTable:
-    """Milliseconds of rounds at the pace of the curve; times `pace` they are this moment's. One for an engine."""
+    """Milliseconds of rounds at the pace of the curve. Times `pace` they are those of now. One for an engine."""
 
     def __init__(self, curve: CapacityCurve) -> None:
         self.curve = curve
@@ -84,7 +86,7 @@ class CostTable:
         self._by_drafting: Array = np.zeros(len(self._drafted_for))
         """The same of drafting for so many streams, against no drafts."""
         self._new_by_size, self._new_by_drafting = self._by_size.copy(), self._by_drafting.copy()
-        """What has been learnt since and is not yet in them."""
+        """What was learnt since the last `settle`."""
         self._known, self._known_drafting = [0] * len(curve.tokens), [0] * len(self._drafted_for)
         """Changes that each of them was learnt from."""
         self._pace = 0.0
@@ -98,7 +100,7 @@ class CostTable:
 
     @property
     def pace(self) -> float:
-        """How many times as long rounds take as was measured, whatever they carry."""
+        """How many times as long all rounds take as was measured."""
         return exp(self._pace)
 
     # --- asking ------------------------------------------------------------------------------------------------
@@ -157,14 +159,14 @@ class CostTable:
             self._before, self._rounds = self._last, 0
         last, self._last = self._last, seen
         self._rounds += 1
-        if self._rounds > 1 and last is not None:  # the first of a run still pays for what others left in the caches
+        if self._rounds > 1 and last is not None:  # the first of a run finds caches that other rounds have filled
             if (last.size, last.drafting) != (size, drafting):
                 self._change(last, seen)
             if self._before is not None and self._rounds <= COMPARED:
                 self._change(self._before, seen)
 
     def _beyond(self, seen: _Seen) -> float:
-        """What a round took beyond all that is known of such rounds, as a logarithm."""
+        """How much longer a round took than expected of such rounds, as a logarithm."""
         known = self._by_size[seen.size] + self._new_by_size[seen.size]
         if seen.drafting:
             known += self._by_drafting[seen.drafting - 1] + self._new_by_drafting[seen.drafting - 1]
@@ -175,7 +177,7 @@ class CostTable:
         if bool(before.drafting) == bool(after.drafting):
             known = [self._known[before.size], self._known[after.size]]
             by = max(GAIN, 1 / (PRIOR + min(known))) * surprise
-            share = (1 + known[0]) / (2 + sum(known))  # who is known less gives way
+            share = (1 + known[0]) / (2 + sum(known))  # of the two sizes, the one that is known less is corrected more
             self._new_by_size[after.size] += by * share
             self._new_by_size[before.size] += by * (share - 1)
             self._known[before.size] += 1
@@ -187,7 +189,7 @@ class CostTable:
             self._known_drafting[drafting] += 1
 
     def settle(self) -> None:
-        """Answer by all that was learnt from now on; until then answers stay what they were."""
+        """Put what was learnt into the answers. Until then answers do not change, and can be cached."""
         if self._new_by_size.any() or self._new_by_drafting.any():
             self._by_size += self._new_by_size
             self._by_drafting += self._new_by_drafting
@@ -202,7 +204,7 @@ def _nearest(sizes: Sequence[int], size: int) -> int:
 
 
 def _near(company: Company) -> Company:
-    """The company that stands for this one: position by steps of 32, the share by sixteenths."""
+    """The company under which costs are cached: position by steps of 32, the share by sixteenths."""
     streams, position, sampled = company
     return Company(streams, 32 * round(position / 32), round(16 * sampled) / 16)
 

@@ -16,13 +16,13 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 _LARGEST, _SLOWEST_MS = 1 << 24, 1e7
-"""Of what can have been measured; nobody waits for hours for a round."""
+"""Greatest values that a measured curve can have; larger ones are a damaged file."""
 LEAST_OF_BASE = 0.25
-"""What a shorter context, or fewer slots, can leave of a measured time: slopes are measured too, and may be off."""
+"""Share of a measured time that is left at least for a shorter context or fewer slots: slopes may be measured wrong."""
 
 
 class Company(NamedTuple):
-    """What the cost of a round hangs on, of the streams that it is for."""
+    """What the cost of a round depends on, of its streams."""
 
     streams: int
     position: float
@@ -70,7 +70,7 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     """Microseconds that a position takes whose context features are handed over late."""
 
     def flaw(self) -> str | None:
-        """What cannot have been measured, in words, of a curve from a file; None: it can be gone by."""
+        """Why a curve from a file cannot have been measured; None: it can."""
         for name, sizes in (("tokens", self.tokens), ("streams", self.streams)):
             if not sizes or sizes[0] != 1 or sizes[-1] > _LARGEST or any(b <= a for a, b in pairwise(sizes)):
                 return f"{name} do not ascend from 1"

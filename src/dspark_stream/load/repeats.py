@@ -1,7 +1,6 @@
-"""What looked-up drafts are worth: how often a text goes on as it did before, by how much of it was the same.
+"""What looked-up drafts promise: how often a text goes on as it did before, by the length of the match.
 
-Learnt for nothing in every round, whether or not the draft was used: the tokens that were committed tell. Only past
-rounds go in.
+Every round teaches it, whether or not the draft was used, by the tokens that were committed. Only past rounds are used.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from collections.abc import Sequence
 from dspark_stream.decoding.lookup import COMPARED, Found
 
 KINDS = COMPARED.bit_length() + 1
-"""Numbers of matched tokens that are told apart, by their bits."""
+"""Lengths of a match are told apart by powers of two; there are so many."""
 LEAN = 8.0
-"""Blocks, or looked-up tokens, of its own from which on a stream is judged more by itself than by all streams."""
+"""After so many blocks, or looked-up tokens, a stream is judged half by itself and half by all streams."""
 FADE = 1 / 64
-"""Of what was seen of all streams, and twice of a stream's own, so much is forgotten with every token."""
+"""Share that every token makes forget of what all streams showed; of a stream's own, twice as much."""
 HOPE = 0.5
 """What is believed of a token, given those before it, before anything was seen."""
 
@@ -29,11 +28,11 @@ class Repeats:
         self._seen = [0.0] * KINDS
 
     def share(self, kind: int, otherwise: float) -> float:
-        """Of the tokens after so long a match, those that were the same; leaning on what to think ``otherwise``."""
+        """Share of tokens after so long a match that were the same; ``otherwise`` counts as much as `LEAN` tokens."""
         return (self._same[kind] + LEAN * otherwise) / (self._seen[kind] + LEAN)
 
     def learn(self, found: Found, committed: Sequence[int]) -> None:
-        """Hold what was committed against what had been found."""
+        """Compare what was committed with what had been found."""
         keep = 1 - self._fade
         for k, (token, proposed) in enumerate(zip(committed, found.tokens, strict=False)):
             kind = _kind(found.matched + k)
@@ -44,7 +43,7 @@ class Repeats:
 
 
 def confidence(own: Repeats, pool: Repeats, found: Found) -> list[float]:
-    """c_1, c_2, …: every token that stands makes the match longer by one."""
+    """c_1, c_2, …: every accepted token makes the match longer by one."""
     kinds = [_kind(found.matched + k) for k in range(len(found.tokens))]
     shares = {kind: own.share(kind, pool.share(kind, HOPE)) for kind in dict.fromkeys(kinds)}
     return [shares[kind] for kind in kinds]

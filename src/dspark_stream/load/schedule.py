@@ -22,9 +22,9 @@ class Candidate(NamedTuple):
     """What a schedule knows of one stream in a round."""
 
     survival: Survival
-    """Of the drafts at hand."""
+    """Of this round's draft."""
     exact: bool = False
-    """Greedy or coupled: what is committed does not depend on what is verified, so nothing can bias it."""
+    """Greedy, coupled or looked up: nothing that decides about ℓ can bias the text, so the search may be global."""
     earlier: Survival = ()
     """Survivals of the stream's drafts two rounds ago; empty where it had none."""
 
@@ -65,7 +65,7 @@ def admit(
 
     ``early_stop``: end at the first admission that does not raise the worth. That is what keeps rejection verification
     lossless: c_{j+1} depends on the sampled x_j, so a search that looks past a drop would let x_j decide its own
-    admission. Without it the global maximum is found, which is lossless only where verification is coupled.
+    admission. Without it the global maximum is found, which is lossless only for exact streams.
 
     Args:
         survival: what is up for admission; empty for a stream that is not.
@@ -95,9 +95,9 @@ def admit(
 def admit_mixed(candidates: Sequence[Candidate], cost: RoundCost, worth: Worth) -> list[int]:
     """The global maximum for exact streams, Algorithm 1 with early stop on the cost's hull for the others.
 
-    Three steps: the best for exact streams were the others not to verify anything; then the others, beside that; then
-    exact streams anew beside what the others got. Whether a rejection stream's x_j is admitted depends on survivals of
-    its own down to a_j, never on later ones, whatever is known of other streams; exact streams may depend on anything.
+    Three steps: the best for exact streams, as if the others verified nothing; then the others beside that; then exact
+    streams anew, beside what the others got. Of its own survivals, whether a rejection stream's x_j is admitted depends
+    only on those up to a_j. Exact streams may depend on anything.
     """
     exact = [c.survival if c.exact else () for c in candidates]
     drawn = [() if c.exact else c.survival for c in candidates]
@@ -114,11 +114,11 @@ def admit_mixed(candidates: Sequence[Candidate], cost: RoundCost, worth: Worth) 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Maximises tokens - price·ms: a round is not to be best in itself but for the throughput of all rounds.
+    """Maximises tokens - price·ms, so that the throughput of all rounds is best and not that of each by itself.
 
-    The price comes from the past, so a round whose drafts look bad is cut short at once, and one whose drafts look
-    good takes all that pays; Θ of the round alone would do neither. Global for exact streams, with early stop for
-    the others, on a cost without staircases.
+    The price comes from the past. So a round with bad drafts is cut short, and one with good drafts takes all that pay;
+    the round's own Θ would do neither. The search is global for exact streams. For the others it has early stop, on a
+    cost without steps.
     """
 
     looks_up: ClassVar[bool] = True

@@ -1,8 +1,8 @@
 """What a stream's logits are changed by, given its prefix: penalties, biases, and stop tokens that may not come yet.
 
-One adjustment for the target's rows and the drafter's walk alike, so that acceptance weighs what tokens are really
-drawn from on either side. Its order is that of `dspark_kernels.edits`; temperature, top-k, top-p and min-p come after
-it, and greedy takes the best token of what is left.
+The target's rows and the drafter's walk have the same adjustment, so that acceptance compares the distributions that
+tokens are really drawn from. Its order is that of `dspark_kernels.edits`. Temperature, top-k, top-p and min-p come
+after it, and greedy takes the best token of what is left.
 """
 
 from __future__ import annotations

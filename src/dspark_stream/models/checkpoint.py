@@ -1,9 +1,13 @@
 """Drafter checkpoints in DeepSpec's format, read and written.
 
-Ours beside theirs: `draft_vocab_size` in the config with a tensor `d2t` [Vd] of offsets (target id = draft id +
-d2t[draft id], as the speculators format has it), W1 with rows for the draft vocabulary alone where it has as many,
-`context_window`, matrices in GGUF's blocks (`weight_blocks`, see blocks.py), and no `embed_tokens`, no `lm_head` where
-the target's are meant.
+What we add to the format:
+
+- `draft_vocab_size` in the config, with a tensor `d2t` [Vd] of offsets: target id = draft id + d2t[draft id], as in the
+  speculators format;
+- W1 may have rows for the draft vocabulary alone;
+- `context_window` in the config;
+- matrices in GGUF's blocks (`weight_blocks`, see blocks.py);
+- without `embed_tokens` or `lm_head`, the target's are used.
 """
 
 from __future__ import annotations

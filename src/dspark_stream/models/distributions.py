@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import isnan
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class Judged(NamedTuple):
 
     accepted: int
     bonus: int
+    """-1: the row that it comes from has no token."""
 
 
 class Distributions(ABC):
@@ -26,7 +28,7 @@ class Distributions(ABC):
 
     @abstractmethod
     def probability(self, row: int, token: int) -> float:
-        """Of one token of a row."""
+        """Of one token of a row; NaN where the row has no token."""
 
     @abstractmethod
     def probabilities(self, row: int) -> Tensor:
@@ -34,7 +36,7 @@ class Distributions(ABC):
 
     @abstractmethod
     def draw(self, row: int, uniform: float) -> int:
-        """A token of a row, by inverse transform; never one of probability 0."""
+        """A token of a row, by inverse transform; never one of probability 0. -1 where there is no other."""
 
     @abstractmethod
     def overlap(self, row: int, share: float, q: Tensor, draft_ids: Tensor | None) -> float:
@@ -62,13 +64,14 @@ class Distributions(ABC):
         accept: Sequence[float],
         uniform: float,
     ) -> Judged:
-        """Block verification: the longest prefix of the drafts that stands, judged as a whole; then the bonus token.
+        """Block verification: the longest prefix of the drafts that is accepted ("stands"); then the bonus token.
 
         share[k], w_k = min(1, w_{k-1} · p_t(x_k)/p_d(x_k)) with w_0 = 1, is the probability that at least x_1 … x_k
-        stand (given these drafts). So all ℓ stand with probability w_ℓ. Where no longer prefix stands, x_1 … x_k do
-        with what is still missing from w_k: (w_k - s_k)/(1 - s_k), where s_k = Σ min(w_k p_t, p_d) is what longer ones
-        give. The bonus token is from max(w_k p_t - p_d, 0), after ℓ from the next p_t. (Sun et al., arXiv 2403.10444,
-        where w is p and Algorithm 2 is this; docs/decisions/019-blocks-judged-whole.md.)
+        stand (given these drafts). So all ℓ stand with probability w_ℓ. If no longer prefix stands, x_1 … x_k stand
+        with what is missing from w_k: (w_k - s_k)/(1 - s_k), where s_k = Σ min(w_k p_t, p_d) is the probability that a
+        longer prefix stands. The bonus token is drawn from max(w_k p_t - p_d, 0), after ℓ drafts from the next p_t.
+
+        This is Algorithm 2 of Sun et al., arXiv 2403.10444, where w is called p (docs/decisions/019).
 
         Args:
             first: p_t's row of the first draft; the ℓ after it are the others' and the bonus token's.
@@ -82,7 +85,10 @@ class Distributions(ABC):
         length, share = len(tokens), [1.0]
         for k in range(length):
             p_x, q_x = self.probability(first + k, tokens[k]), q.probability(k, indices[k])
-            share.append(min(share[k] * p_x / q_x, 1.0))  # what was drawn has q_x > 0; NaN stays, and refuses
+            if isnan(p_x):  # no token at all: nothing can follow, so what stands is judged up to here
+                length = k
+                break
+            share.append(min(share[k] * p_x / q_x, 1.0))  # what was drawn has q_x > 0
         if length == 0 or accept[length - 1] < share[length]:
             return Judged(length, self.draw(first + length, uniform))
         for k in range(length - 1, 0, -1):

@@ -59,7 +59,11 @@ class AdjustedBlock(NamedTuple):
 
 
 class Verified(Protocol):
-    """What a target pass says of the rows asked for; good until the next pass."""
+    """What a target pass says of the rows asked for; good until the next pass.
+
+    A token is -1 where a row has none: everything is ruled out, or nothing is a finite number. Where some are no
+    numbers, the kernels take the rest of them, and torch has no token.
+    """
 
     @property
     def taps(self) -> Tensor:
@@ -144,7 +148,7 @@ class Drafted(Protocol):
     """Blocks of R streams, g ≤ γ slots each; good until the next draft."""
 
     tokens: list[list[int]]
-    """[R, g], target ids."""
+    """[R, g], target ids; -1: that slot has none, and those behind it are worth nothing."""
     logits: list[list[float]] | None
     """[R, g], of confidence; None without a confidence head."""
 

@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies of every scaling that is honoured, the same for torch and for the CPU's kernels.
+"""Rotary positions: frequencies of every scaling that is supported, the same for torch and for the CPU's kernels.
 
 Plain (RoPE, arXiv 2104.09864), `linear` (position interpolation, arXiv 2306.15595), `yarn` (arXiv 2309.00071), `llama3`
 (Llama 3.1's wavelengths), and a factor for each frequency, as the tensor `rope_freqs` of GGUF files has them. Any other

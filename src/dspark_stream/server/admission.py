@@ -15,9 +15,9 @@ class Admission:
 
     Args:
         capacity: places in all.
-        per_client: places of one client at most. Below ``capacity`` a client may also have no more than are free: one
-            alone half of all, two a third each, and so on (dynamic thresholds, as switches share their buffers), so
-            that nobody is refused because others came first. 0: that alone. From ``capacity`` on: neither.
+        per_client: places of one client at most. 0: as many as are free. Below ``capacity``: both limits hold. From
+            ``capacity`` on: neither does. "As many as are free" gives one client alone half of all, two a third each,
+            and so on (dynamic thresholds, as switches share their buffers). So there is always room for a newcomer.
     """
 
     def __init__(self, capacity: int, per_client: int = 0) -> None:
@@ -33,7 +33,7 @@ class Admission:
         self._clients: Counter[str] = Counter()
         self.in_flight = 0
         self._stream_s = 2.0
-        """How long streams last, lately: until then about every place that is taken now is free again."""
+        """How long streams last, lately: after so long about every place that is taken now is free again."""
 
     def lasted(self, seconds: float) -> None:
         """A stream has ended after so long."""

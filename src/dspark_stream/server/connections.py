@@ -150,7 +150,8 @@ class Connection(web.RequestHandler):
         if self._payload_parser is not None:
             super().data_received(data)
             return
-        expected, heads = self._waiter is not None, self._request_count
+        # A head that has just come is still being waited for until its task runs: what follows meanwhile is its body.
+        expected, heads = self._waiter is not None and not self._waiter.done(), self._request_count
         try:
             super().data_received(data)
         except Exception as error:

@@ -112,7 +112,7 @@ class HttpApi:
             raise InvalidRequestError(
                 "the request's body is not framed as its head says", code="invalid_body"
             ) from None
-        return decode(data, kind)
+        return decode(data, kind, most=self._service.most_values)
 
     async def _collect(self, client: str, machine: ResponseMachine) -> wire.TerminalEvent:
         listener = _Listener(machine, lambda event: None, self._service)

@@ -22,6 +22,7 @@ from dspark_stream.errors import (
 )
 from dspark_stream.server import access, wire
 from dspark_stream.server.admission import Admission
+from dspark_stream.server.bodies import most_values
 from dspark_stream.server.conversation import ConversationStore
 from dspark_stream.server.hub import EventHub
 from dspark_stream.server.metrics import Metrics
@@ -51,6 +52,8 @@ class Service:
         self.config = config
         self.engine = engine
         self.info = engine.info
+        self.most_values = most_values(engine.info.max_model_len)
+        """Of a message."""
         self.planner = Planner(engine.info, config.served_names)
         self.admission = Admission(engine.info.max_num_seqs + config.max_queue, config.max_streams_per_client)
         self.store = ConversationStore(config.store_max_responses, config.store_max_bytes)
@@ -130,7 +133,7 @@ class Service:
         except InvalidRequestError as error:
             # The engine has its own words for two fields that each API calls differently.
             limit_param, input_param = plan.limit_param, plan.input_param
-            words = {"max_tokens": limit_param, "max_output_tokens": limit_param, "prompt_ids": input_param}
+            words = {"max_tokens": limit_param, "prompt_ids": input_param}
             param = words.get(error.param or "", error.param)
             if isinstance(error, ContextLengthError):
                 raise self.planner.too_long(error.message, param) from None

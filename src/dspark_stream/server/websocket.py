@@ -169,9 +169,9 @@ class SocketShell:
             )
             return
         try:
-            event = decode_event(data, self._encoding)
+            event = decode_event(data, self._encoding, self._service.most_values)
         except DsparkError as error:
-            envelope = decode_envelope(data, self._encoding)
+            envelope = decode_envelope(data, self._encoding, self._service.most_values)
             self._refuse(error, envelope.event_id, envelope.stream_id)
             return
         self._apply(self._session.receive(event))

@@ -1,8 +1,8 @@
 """Answer files: what the target wrote to prompts. JSONL, one answer a line.
 
-A line is ``{"domain", "temperature", "prompt_ids", "answer_ids", "writer"}``, with ``"held_out": true`` where it must
-never be trained on (so that a later run that goes on from a drafter holds out what the earlier one did); further fields
-are left alone. Token ids, not text: a drafter must learn the very tokens that the target chose.
+A line is ``{"domain", "temperature", "prompt_ids", "answer_ids", "writer"}``. ``"held_out": true`` says that it must
+never be trained on, also by a later run that goes on from this run's drafter. Further fields are ignored. Lines have
+token ids, not text: a drafter must learn the very tokens that the target chose.
 """
 
 from __future__ import annotations

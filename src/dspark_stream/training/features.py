@@ -1,9 +1,13 @@
 """What the drafter learns from: the target's hidden states, computed once and kept on disk.
 
-For each sequence of n tokens with a answer tokens: the taps of every position, and for the a rows that predict answer
-tokens (positions n-a-1 … n-2) the final hidden state, whose product with the LM head is the target's logits, and the
-log-sum-exp of the logits over the whole vocabulary. So p_t over any part of the vocabulary is one small product away,
-and the target itself is not needed again. H hidden size, V target vocabulary.
+Of each sequence of n tokens, the last A of them the answer, these are kept:
+
+- the taps of every position;
+- of the A rows that predict answer tokens (positions n-A-1 … n-2): the final hidden state, and the log-sum-exp of the
+  logits over the whole vocabulary.
+
+The final hidden state times the LM head gives logits. So p_t over any part of the vocabulary is one small product, and
+the target itself is not needed again. H hidden size, V target vocabulary.
 """
 
 from __future__ import annotations

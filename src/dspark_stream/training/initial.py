@@ -1,9 +1,12 @@
 """A new drafter, and what it starts from.
 
-Short runs live on a good start, so everything that the target already knows is taken over where shapes allow: the
-drafter's layers are the target's last ones, their input norm is the context features' norm, and `fc` starts as the
-identity on the last tap, which with the default taps is exactly what those layers read in the target. Then the
-context keys and values of the first drafter layer are the target's own before the first step is trained.
+Short runs need a good start, so what the target knows is taken over where shapes allow:
+
+- the drafter's layers are the target's last ones;
+- their input norm is the context features' norm;
+- `fc` starts as the identity on the last tap. With the default taps those layers read exactly that in the target.
+
+So before the first step the context keys and values of the first drafter layer are the target's own.
 """
 
 from __future__ import annotations

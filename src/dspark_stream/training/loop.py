@@ -1,8 +1,8 @@
 """The training loop: steps, schedule, checkpoints, resume, log.
 
-Step i draws everything at random from (seed, i) alone, never from a generator that runs on; so a run that was killed
-and taken up again sees the same batches as one that was not, and ends at the same weights: on one machine, with as
-many threads, and with its end given in steps (given in minutes, the learning rate follows the clock).
+Step i draws everything from (seed, i) alone, never from a generator that runs on. So a run that was killed and resumed
+sees the same batches as one that was not. It ends at the same weights on the same machine, with as many threads, if its
+end is given in steps. If it is given in minutes, the learning rate follows the clock.
 """
 
 from __future__ import annotations

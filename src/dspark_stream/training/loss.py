@@ -1,9 +1,9 @@
 """The training loss of the design, fused with the LM head so that logits exist for a few rows at a time.
 
 Per slot: 0.1·cross-entropy + 0.9·‖p_d - p_t‖₁ + 1.0·BCE(c_k, 1 - ½‖p_d - p_t‖₁), weighted by exp(-(k-1)/decay).
-1 - ½‖p_d - p_t‖₁ is exactly the probability that rejection accepts a draft from p_d by itself, so the second term
-trains acceptance itself and the third trains the confidence head to foretell it. (In a block that is judged as a whole
-that is the first slot's; later ones stand more often, docs/decisions/019.)
+1 - ½‖p_d - p_t‖₁ is exactly the probability that rejection accepts a single draft from p_d. So the second term trains
+acceptance itself, and the third trains the confidence head to predict it. (In a block that is judged as a whole this is
+right for the first slot; later ones are accepted more often, docs/decisions/019.)
 
 Symbols: N slots of all blocks, H hidden size, r rank, Vd draft vocabulary.
 """

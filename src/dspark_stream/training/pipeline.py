@@ -9,7 +9,7 @@ Each stage leaves its result in the run's folder and starts where a killed one s
     state.pt       weights, optimiser and place of the training
     log.csv        losses and held-out accepted lengths
     drafter/       the drafter in DeepSpec's format, its calibration, its card and the plan
-    finished.json  what came of it: written last, so that the same command again leaves the drafter alone
+    finished.json  the result: written last, so that the same command again leaves the drafter alone
 """
 
 from __future__ import annotations

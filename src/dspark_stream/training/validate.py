@@ -1,4 +1,4 @@
-"""Held-out figures: teacher-forced loss elsewhere, here the one that matters, the accepted length.
+"""Held-out accepted length: the figure that matters. (Teacher-forced loss is elsewhere.)
 
 At temperature 0 a draft token is accepted exactly if it equals the target's. So walking along an answer that the
 target wrote greedily, with the drafter's own tokens, gives the accepted length that the engine will see, without

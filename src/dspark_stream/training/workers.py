@@ -1,9 +1,9 @@
 """One batch's gradients: its sequences dealt to workers, each a thread with a low-precision copy of the drafter.
 
 The master weights and the optimiser stay float32; copies are in the target's precision, as the service will run them.
-One thread a core and one core a product: operations of a small drafter are too short to be worth splitting, and a
-split one waits for its slowest part at every step (two cores gain 1.25 x that way, and nearly 2 x this way). Each
-worker normalises by its own slots' weight; the shares below make the sum the whole batch's mean, exactly.
+Each thread has one core, and computes each product on it. Operations of a small drafter are too short to be split: a
+split one waits for its slowest part. Two cores gain 1.25 x by splitting, and nearly 2 x this way. Each worker
+normalises by its own slots' weight; the shares below make the sum exactly the mean over the whole batch.
 """
 
 from __future__ import annotations

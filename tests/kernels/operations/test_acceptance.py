@@ -127,7 +127,24 @@ def test_a_row_of_nan_refuses_its_draft(load, device):
     got = load("acceptance").accept(
         on_device.logits, on_device.first, on_device.length, on_device.drafts, on_device.sampling
     )
+    assert outcomes(got) == by_the_engine(case)
     assert all(accepted <= r for r, accepted in enumerate(got.accepted.tolist()))
+    assert [bonus < 0 for bonus in got.bonus.tolist()] == [a == r for r, a in enumerate(got.accepted.tolist())]
+
+
+@pytest.mark.parametrize("mode", [GREEDY, REJECTION, COUPLED])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_row_without_a_token(load, device, mode, value):
+    """Guards against a token made up where everything is ruled out: it would be a text that nobody wrote."""
+    case = make([0, 2, 2], sampling_of([mode] * 3, temperature=[1.0] * 3), 1003, 33, near=1.0)
+    case.logits[0] = case.logits[1] = value
+    on_device = case.to(device)
+    got = load("acceptance").accept(
+        on_device.logits, on_device.first, on_device.length, on_device.drafts, on_device.sampling
+    )
+    assert outcomes(got)[:2] == [(0, -1), (0, -1)]
+    assert outcomes(got)[2] == by_the_engine(case)[2]
+    assert got.bonus[2] >= 0
 
 
 def test_streams_without_rows(load, device):

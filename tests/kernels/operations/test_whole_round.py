@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from dspark_kernels import acceptance, admission, ragged_attention, sequential_head, weight_only
-from dspark_stream.engine.gpu.round import RoundModels, run_round
-from dspark_stream.engine.gpu.state import RoundState, Seat
+from dspark_stream.engine.captured.round import RoundModels, run_round
+from dspark_stream.engine.captured.state import RoundState, Seat
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.quant import quantise_linears
 from dspark_stream.models.torch.target import Target
 from dspark_stream.types import SamplingParams
-from tiny import tiny_drafter, tiny_models, tiny_target
+from tiny import tiny_drafter, tiny_rounds, tiny_target
 
 OPERATIONS = (acceptance, admission, ragged_attention, sequential_head, weight_only)
 
@@ -22,7 +22,7 @@ def rounds_of(head: str, quant: str, device: torch.device) -> tuple[list, list[t
     target = Target(tiny_target(hidden_size=64).model.to(device))
     drafter = tiny_drafter(target, head=head).to(device)
     quantise_linears(drafter, quant)
-    models = tiny_models(target, drafter, slots=256)
+    models = tiny_rounds(target, drafter, slots=256).models
     torch.manual_seed(7)
     for store in (models.target_kv, models.drafter_kv):
         for tensor in (*store.keys, *store.values):

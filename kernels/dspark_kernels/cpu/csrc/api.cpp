@@ -55,6 +55,9 @@ Buffer<float> copy(const float* from, size_t count) {
 struct Found {  // the largest score that a thread has seen for one row
     float score = -INFINITY;
     int32_t index = INT32_MAX;
+
+    // -1 where there is none: everything is ruled out, nothing is a number, or sums have run over.
+    int32_t token() const { return std::isfinite(score) ? index : -1; }
 };
 
 struct Context {  // a pool, and room for what products need
@@ -105,13 +108,15 @@ float round_group(const float* x, float scale, float least, float most, uint8_t*
     return lost;
 }
 
+constexpr uint16_t NO_NUMBER = 0x7e00;  // a half; the scale of weights that are none, or too large to be rounded
+
 // Floats to quants around zero. Of 8 bits so that the largest fits; of fewer the scale that loses least.
 uint16_t quantise_around_zero(const float* x, Kind kind, uint8_t* best) {
     const float middle = middle_of(kind);
     const float most = std::max(-*std::min_element(x, x + GROUP), *std::max_element(x, x + GROUP));
     uint8_t q[GROUP];
     float least = INFINITY;
-    uint16_t best_d = 0;
+    uint16_t best_d = NO_NUMBER;
     std::fill_n(best, GROUP, static_cast<uint8_t>(middle));
     const auto attempt = [&](float d) {
         const uint16_t half = half_of(d);
@@ -133,7 +138,7 @@ void quantise_between(const float* x, Kind kind, Quants& to) {
     const float low = *std::min_element(x, x + GROUP), high = *std::max_element(x, x + GROUP);
     uint8_t q[GROUP];
     float least = INFINITY;
-    to.d = 0, to.m = half_of(low);
+    to.d = NO_NUMBER, to.m = half_of(low);
     std::fill_n(to.q, GROUP, uint8_t{0});
     const auto attempt = [&](float d, float m) {
         const uint16_t half_d = half_of(d), half_m = half_of(m);
@@ -166,7 +171,8 @@ Quants quantise_group(Kind kind, const float* x) {
     return to;
 }
 
-// out [rows, stride] = x [rows, inputs] · Wᵀ; stride ≥ outputs. best [rows]: each row's argmax. Either may be null.
+// out [rows, stride] = x [rows, inputs] · Wᵀ; stride ≥ outputs. best [rows]: each row's argmax, -1 where there is none. Either
+// may be null.
 void multiply(Context* context, const Matrix& w, const float* x, int rows, float* out, int stride, int32_t* best) {
     Pool& pool = context->pool;
     context->input.reserve(rows, w.inputs);
@@ -194,19 +200,19 @@ void multiply(Context* context, const Matrix& w, const float* x, int rows, float
             Found found;
             for (int other = 0; other < pool.size(); other++)
                 context->best[static_cast<size_t>(other) * rows + r].onto(found.score, found.index);
-            best[r] = found.index == INT32_MAX ? 0 : found.index;  // nothing but NaN
+            best[r] = found.token();
         }
     });
 }
 
-// Who won a row's race, of which every thread has run a part; 0 where no weight is (a row of NaN).
+// Who won a row's race, of which every thread has run a part; -1 where no weight is.
 int32_t winner(const std::vector<Leader>& ahead, int row, int rows, int threads) {
     Leader best;
     for (int thread = 0; thread < threads; thread++) {
         const Leader& theirs = ahead[static_cast<size_t>(thread) * rows + row];
         if (theirs.index >= 0) best.see(theirs.ratio, theirs.index);
     }
-    return std::max(best.index, 0);
+    return best.index;
 }
 
 // A drafter's sequential and confidence head, and its vocabulary. Without a sequential head (w2 null) there is no bias,
@@ -222,6 +228,7 @@ struct Heads {
 
     // W1's row of a token; null: zeros. index: among the draft vocabulary where that is known, or -1.
     const uint16_t* row_of(int32_t token, int32_t index) const {
+        if (token < 0) return nullptr;  // the slot before has none
         if (!w1_of_drafts || !draft_ids) return w1 + static_cast<size_t>(token) * rank;
         if (index < 0) {
             const int32_t* at = std::lower_bound(draft_ids, draft_ids + vocabulary, token);
@@ -259,7 +266,8 @@ std::vector<std::optional<Prefix>> prefixes_of(const Edits* const* edits, int st
 // its confidence logit is w·[h; W1[token k-1]] + b. Temperature 0 (sampling null: everybody's) takes the greatest. Else base
 // becomes weights where it stands, and `uniforms` [R, γ] draws among them, or a race does that begins at noise [R] (null:
 // nobody's), the first slot's position. Scores are edited before anything is drawn by them: edits [R], of the draft
-// vocabulary; null for those of streams that are as they come, or altogether.
+// vocabulary; null for those of streams that are as they come, or altogether. Token and index are -1 where there is none:
+// what later slots draw is worth nothing then.
 void walk(Context* context, const Heads& heads, float* base, const float* hidden, int streams, int gamma,
           const int32_t* anchors, const Sampling* sampling, const double* uniforms, const Noise* noise,
           const Edits* const* edits, const Drafts& to) {
@@ -372,15 +380,14 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
             }
             for (int r = first_row; r < last_row; r++) {  // whoever drafts on for a stream says what it has come to
                 const int at = r * gamma + k;
-                int32_t index = greatest(r).index;
-                if (index >= vocabulary) index = 0;  // nothing but NaN
+                int32_t index = greatest(r).token();
                 if (raced(r))
                     index = winner(context->ahead, r, streams, threads);
                 else if (sampled(r))
                     index = draw(scores(r, k), vocabulary, uniforms[at] * to.totals[at]);
-                if (edited(r)) prefixes[r]->add(index);
+                if (edited(r) && index >= 0) prefixes[r]->add(index);
                 to.indices[at] = index;
-                to.tokens[at] = heads.draft_ids ? heads.draft_ids[index] : index;
+                to.tokens[at] = heads.draft_ids && index >= 0 ? heads.draft_ids[index] : index;
             }
             context->pool.barrier();
         }
@@ -728,13 +735,12 @@ bool dspark_draft(Context* context, Llama* model, const Table* embedding, float 
     });
 }
 
-// The greatest of each of `rows` [count] of scores, the first of equal ones.
+// The greatest of each of `rows` [count] of scores, the first of equal ones; -1 where there is none.
 bool dspark_best(Context* context, const float* scores, int width, const int32_t* rows, int count, int32_t* best) {
     return guarded([&] {
         const auto some = [&](int first, int last) {
             for (int i = first; i < last; i++) {
-                const int32_t index = best_of(scores + static_cast<size_t>(rows[i]) * width, width).index;
-                best[i] = index < width ? index : 0;  // nothing but NaN
+                best[i] = best_of(scores + static_cast<size_t>(rows[i]) * width, width).token();
             }
         };
         if (count == 1) return some(0, 1), true;
@@ -796,7 +802,7 @@ bool dspark_weigh(Context* context, float* scores, int rows, int width, const Sa
 }
 
 // Each of `count` rows of scores [·, width] to weights where it stands, by its sampling, temperature > 0, and the token that
-// wins its race there: tokens [count].
+// wins its race there: tokens [count], -1 where there is none.
 bool dspark_race(Context* context, float* scores, int width, const int32_t* rows, int count, const Sampling* sampling,
                  const Noise* noise, int32_t* tokens) {
     return guarded([&] {
@@ -819,7 +825,7 @@ bool dspark_race(Context* context, float* scores, int width, const int32_t* rows
     });
 }
 
-// A token of weights [width] with their sum, by a uniform in [0, 1).
+// A token of weights [width] with their sum, by a uniform in [0, 1); -1 where no weight is.
 int32_t dspark_draw(const float* weights, int width, double total, double uniform) {
     return draw(weights, width, uniform * total);
 }

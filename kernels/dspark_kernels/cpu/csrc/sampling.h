@@ -140,7 +140,7 @@ inline double weigh_row(float* row, int count, const Sampling& s, std::vector<fl
 }
 
 // The first index at which the running sum of weights lies above `at`: one whose weight is positive. Where rounding has
-// left `at` to the end, the last positive one; where no weight is (a row of NaN), 0.
+// left `at` to the end, the last positive one; where no weight is (a row of NaN), -1.
 class Draw {
    public:
     explicit Draw(double at) : at_(at) {}
@@ -160,7 +160,7 @@ class Draw {
         alignas(64) float weight[LANES];
         last_.store(weight);
         double sum = before_;
-        int32_t index = first_;
+        int32_t index = -1;
         for (int lane = 0; lane < LANES; lane++) {
             if (!(weight[lane] > 0.0f)) continue;
             index = first_ + lane;
@@ -252,15 +252,18 @@ struct Rows {
 };
 
 // Block verification of `length` drafts, at least one; what it does and why: Distributions.judge in models/distributions.py.
-// p: a row more than drafts; tokens are p's indices of the drafts, indices are q's. Sets the bonus token.
+// p: a row more than drafts; tokens are p's indices of the drafts, indices are q's. Sets the bonus token, -1 where the row it
+// is drawn from has none. Drafts behind such a row are not judged: nothing can follow it.
 inline int judge(const Rows& p, const Rows& q, const int32_t* ids, const int32_t* tokens, const int32_t* indices,
                  int length, const double* accept, double uniform, int32_t* bonus) {
+    for (int k = 0; k < length; k++)
+        if (!(p.sums[k] > 0.0)) length = k;
     std::vector<double> share(length + 1, 1.0);
     for (int k = 0; k < length; k++) {
         const double likelier = share[k] * p.probability(k, tokens[k]) / q.probability(k, indices[k]);
         share[k + 1] = std::min(likelier, 1.0);  // NaN stays
     }
-    if (accept[length - 1] < share[length]) {
+    if (!length || accept[length - 1] < share[length]) {
         *bonus = draw(p.row(length), p.width, uniform * p.sums[length]);
         return length;
     }

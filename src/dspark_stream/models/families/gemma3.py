@@ -1,5 +1,5 @@
-"""Gemma 3's text models: norms on both sides of attention and MLP, query and key norms, embeddings times √H, and five
-layers with a window for each that sees everything, those with a rotary base of their own (arXiv 2503.19786)."""
+"""Gemma 3's text models (arXiv 2503.19786): norms on both sides of attention and MLP, query and key norms, embeddings
+times √H. For each layer that sees everything there are five with a window, which have a rotary base of their own."""
 
 from dspark_stream.models.families.facts import Family
 

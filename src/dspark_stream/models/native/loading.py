@@ -150,10 +150,11 @@ def gguf_name(name: str, family: Family) -> str:
 
 
 def check_tensors(gguf: GgufFile, geometry: Geometry) -> None:
-    """That a file has nothing that nobody would read: biases, experts or rotary factors left out give wrong text.
+    """That a file has nothing that nobody would read, and weights of types that weights have: biases, experts or rotary
+    factors left out give wrong text.
 
     Raises:
-        ModelLoadError: it has.
+        ModelLoadError: it is otherwise.
     """
     family = geometry.family
     parts = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
@@ -167,6 +168,9 @@ def check_tensors(gguf: GgufFile, geometry: Geometry) -> None:
     if unknown:
         said = ", ".join(sorted(unknown)[:4])
         raise ModelLoadError(f"{gguf.path}: tensors that no {family.title} has: {said}", param="model")
+    for name, info in gguf.tensors.items():
+        if info.type_name in NO_WEIGHTS:
+            raise ModelLoadError(f"{gguf.path}: {name} is of type {info.type_name}, as no weights are", param="model")
 
 
 class GgufWeights:
@@ -224,6 +228,7 @@ class GgufWeights:
         return out.pack(data, source, _halves(heads, rows // heads) if heads and self._family.interleaved else None)
 
 
+NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64")
 FLOATS = (0, 1, 30)
 """GGUF's F32, F16 and BF16."""
 

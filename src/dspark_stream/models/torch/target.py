@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dspark_kernels.drawing.reference import distributions, race
+from dspark_kernels.drawing.reference import distributions, greatest, race
 from dspark_kernels.linear import PackedLinear, pack_linears
 from dspark_kernels.ragged_attention import Segment
 from dspark_stream.models.cache import KVShape
@@ -39,7 +39,7 @@ class TargetOutput(NamedTuple):
 
     def best(self, rows: Sequence[int]) -> list[int]:
         """See `Verified.best`."""
-        found: list[int] = self.logits(rows).argmax(-1).tolist()
+        found: list[int] = greatest(self.logits(rows)).tolist()
         return found
 
     def logits(self, rows: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dspark_kernels.drawing.reference import distributions, race, sample
+from dspark_kernels.drawing.reference import distributions, greatest, race, sample
 from dspark_stream.models.protocols import Draw
 from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.models.torch.edits import EditedRows
@@ -62,8 +62,9 @@ def walk(heads: Heads, hidden: Tensor, anchors: Sequence[int], draws: Sequence[D
             features, state = head.step(e, hidden[:, k], state)
             scores = scores + head.bias(features)
         index = choose(k, scores)
-        previous = index if heads.draft_ids is None else heads.draft_ids[index]
-        tokens.append(previous)
+        known = index.clamp_min(0)  # what follows a slot without a token is worth nothing, but is computed
+        previous = known if heads.draft_ids is None else heads.draft_ids[known]
+        tokens.append(torch.where(index >= 0, previous, -1))
     return TorchDrafts(
         torch.stack(tokens, 1).tolist(),
         torch.stack(logits, 1).float().tolist() if logits else None,
@@ -98,7 +99,7 @@ class _Chooser:
             scores = scores.float()
             for r, rows in self.edited.items():
                 rows.apply(scores[r])
-        index = scores.argmax(-1)
+        index = greatest(scores)
         if self.sampled:
             q = distributions(scores[self.sampled], [self.sampling[r] for r in self.sampled])
             index[self.sampled] = sample(q, self.u[:, k])
@@ -107,7 +108,8 @@ class _Chooser:
             q = distributions(scores[self.coupled], [self.sampling[r] for r in self.coupled])
             index[self.coupled] = race(q, self.noise[:, k])
         for r, rows in self.edited.items():
-            rows.add(int(index[r]))
+            if (token := int(index[r])) >= 0:
+                rows.add(token)
         self.indices.append(index)
         return index
 

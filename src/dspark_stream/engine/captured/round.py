@@ -19,8 +19,8 @@ from dspark_kernels.admission import Admitted, Packed, admit, pack
 from dspark_kernels.ragged_attention import SegmentTable
 from dspark_kernels.sequential_head import HeadWeights, prepare, walk
 from dspark_kernels.streams import Drafts
-from dspark_stream.engine.gpu.adjusting import adjusted_drafts, adjusted_rows
-from dspark_stream.engine.gpu.state import RoundState
+from dspark_stream.engine.captured.adjusting import adjusted_drafts, adjusted_rows
+from dspark_stream.engine.captured.state import RoundState
 from dspark_stream.models.torch.attention import TableAttend
 from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.store import KVStore
@@ -163,7 +163,8 @@ def _commit(
     """Anchors and positions move on; what happened is laid out for the host."""
     live = outcome.accepted >= 0
     state.position[:seats] += outcome.accepted + 1
-    state.anchor[:seats] = torch.where(live, outcome.bonus, state.anchor[:seats])
+    # a stream without a next token ends once the host has read it; until then its rounds need one that there is
+    state.anchor[:seats] = torch.where(live & (outcome.bonus >= 0), outcome.bonus, state.anchor[:seats])
     out = state.outcome[:seats]
     out[:, 0] = outcome.accepted
     out[:, 1] = outcome.bonus

@@ -11,7 +11,7 @@ next one needs to know of this one's tokens is on the host.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -19,13 +19,16 @@ import numpy as np
 import torch
 
 from dspark_kernels.admission import BUDGET, EARLY_STOP, FIXED, THRESHOLD
+from dspark_stream.decoding.accept import Outcome
 from dspark_stream.decoding.calibration import logit
-from dspark_stream.decoding.draft import acceptance_of
-from dspark_stream.engine.gpu.graphs import Round, RoundLadder, Size
-from dspark_stream.engine.gpu.round import RoundModels, run_round
-from dspark_stream.engine.gpu.sizing import Sizing
-from dspark_stream.engine.gpu.state import ALL_THAT_FITS, RoundState, Seat
-from dspark_stream.engine.parts import Committed, Models, commit
+from dspark_stream.decoding.draft import Block
+from dspark_stream.engine.captured.graphs import Round, RoundLadder, Size
+from dspark_stream.engine.captured.round import RoundModels, run_round
+from dspark_stream.engine.captured.sizing import Sizing
+from dspark_stream.engine.captured.state import ALL_THAT_FITS, RoundState, Seat
+from dspark_stream.engine.context import Context
+from dspark_stream.engine.prompts import prefill
+from dspark_stream.engine.rounds import Committed, Judged, Models, RoundCounters, Timings, settle
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
 from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
@@ -33,7 +36,6 @@ from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.store import KVStore
 from dspark_stream.models.torch.target import Target
-from dspark_stream.types import RoundRecord
 
 MOST_SEATS = 128
 """Streams of one captured round: admission ranks all their drafts in one program."""
@@ -97,11 +99,12 @@ class _Flight(NamedTuple):
     """When it was started; before the previous one was read, if it followed that at once."""
 
 
-class GraphRounds:
-    """`engine.step.decode_round` over captured rounds; made once, after the models.
+class CapturedRounds:
+    """`rounds.Rounds` that were captured; made once, after the models.
 
     Args:
         models: the engine's; their target must be a library model (not the CPU kernels).
+        schedule: what the first ones go by.
         seats: most streams that decode at once.
         longest: most positions that a stream can hold, a block beyond its end included.
         candidates: tokens a slot that the sequential head scores.
@@ -112,9 +115,12 @@ class GraphRounds:
             be captured.
     """
 
+    looks_up = False
+
     def __init__(
         self,
         models: Models,
+        schedule: Schedule,
         *,
         seats: int,
         longest: int,
@@ -127,13 +133,14 @@ class GraphRounds:
                 "--cuda-graphs off",
                 param="max_num_seqs",
             )
-        self._models = models
+        self.models, self.schedule = models, schedule
+        self.context = Context(models.drafter, models.drafter_kv, waits=False)
         gamma = models.gamma
         device = models.target.device
         parts = _on_torch(models, candidates, longest)
         self.state = RoundState(seats, gamma, seats * (gamma + 1), device)
         self.ladder = RoundLadder(parts, self.state, replace=replace)
-        self.sizing = Sizing(self.ladder, models, models.history)
+        self.sizing = Sizing(self.ladder, schedule, models.history)
         pinned = device.type == "cuda"
         width = self.state.outcome.shape[1]
         self._hosts = [
@@ -147,21 +154,21 @@ class GraphRounds:
         self._seated: list[Stream] = []
         self._flights: list[_Flight] = []
         self._read_at = 0.0
-        self._follow(models.schedule)
+        self._follow(schedule)
 
-    def decode_round(self, streams: Sequence[Stream], slowest_ms: float = inf) -> list[Committed]:
+    def decode(self, streams: Sequence[Stream], slowest_ms: float = inf) -> list[Committed]:
         """Results of one round; while the same streams go on, the next one is already running.
 
-        ``slowest_ms``: what the round that is started may take, as far as the choice is ours.
+        ``slowest_ms``: of the round that is started.
         """
         wanted = list(streams)
-        if wanted != self._seated or self._models.schedule != self._followed:
+        if wanted != self._seated or self.schedule != self.sizing.schedule:
             if self._flights:  # of the company before: what it committed stands
                 committed = self._read(self._flights.pop(0))
                 if committed:
                     return committed
-            if self._models.schedule != self._followed:
-                self._follow(self._models.schedule)
+            if self.schedule != self.sizing.schedule:
+                self._follow(self.schedule)
             self._seat(wanted)
         if not self._flights:
             self._start(slowest_ms)
@@ -169,14 +176,22 @@ class GraphRounds:
             self._start(slowest_ms)
         return self._read(self._flights.pop(0))
 
-    def plain_ms(self, count: int) -> float:
+    def prefill(self, shares: Sequence[tuple[Stream, int]], company: Sequence[Stream]) -> list[Committed]:
+        """See `prompts.prefill`."""
+        return prefill(self.models, self.context, shares, company)
+
+    def plain_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
         """See `Sizing.plain_ms`."""
-        return self.sizing.plain_ms(count)
+        return self.sizing.plain_ms
 
     def forget(self) -> None:
         """Something failed: nobody is seated, and what is under way is read by nobody."""
         self._flights.clear()
         self._seated = []
+
+    def counters(self) -> RoundCounters:
+        """See `rounds.Rounds`."""
+        return RoundCounters(self.sizing.probes, self.models.controller.costs.pace)
 
     def _follow(self, schedule: Schedule) -> None:
         """Go by ``schedule``, and time the sizes that it needs and the one before did not, if sizes are timed at all.
@@ -186,7 +201,7 @@ class GraphRounds:
         """
         self.state.rule.copy_(torch.tensor(rule_of(schedule), dtype=torch.int32))
         self.ladder.fixed = schedule.length if isinstance(schedule, Fixed) else None
-        self._followed = schedule
+        self.sizing.schedule = schedule
         if self.ladder.round_ms:
             self.ladder.warm()
 
@@ -200,15 +215,14 @@ class GraphRounds:
 
     def seat_of(self, stream: Stream) -> Seat:
         """What a stream brings to its seat."""
-        acceptance = acceptance_of(stream)
-        scaling = self._models.calibration.scaling(acceptance, self.state.gamma)
+        scaling = self.models.calibration.scaling(stream.acceptance, self.state.gamma)
         return Seat(
             anchor=stream.anchor,
             position=stream.position,
             limit=len(stream.request.prompt_ids) - 1 + stream.sampling.max_tokens,
             slot=stream.extent.slot,
             drafts=stream.drafts,
-            acceptance=acceptance,
+            acceptance=stream.acceptance,
             sampling=stream.sampling,
             round_key=stream.round_key,
             temperatures=scaling.temperatures,
@@ -221,10 +235,9 @@ class GraphRounds:
         adjustments = [s.adjustment for s in self._seated]
         self.state.adjustments = adjustments if any(adjustments) else []
         size = self.sizing.choose(self._seated, slowest_ms)
-        self._models.controller.looks = self.sizing.probes
-        drafter = self._models.drafter
+        drafter = self.models.drafter
         if size.drafting and drafter is not None and not drafter.has_confidence:
-            self.state.history.copy_(torch.tensor([logit(c) for c in self._models.history.confidence()]))
+            self.state.history.copy_(torch.tensor([logit(c) for c in self.models.history.confidence()]))
         begun = time.perf_counter()
         self.ladder.run(size)
         outcome, survival = self._hosts[self._turn]
@@ -248,31 +261,17 @@ class GraphRounds:
         self._read_at = now
         outcomes, survivals = flight.outcome.tolist(), flight.survival.tolist()
         batch_tokens = sum(length + 1 for _, _, length, *_ in outcomes[: len(flight.streams)])
-        committed = []
+        judged = []
         for stream, row, survival in zip(flight.streams, outcomes, survivals, strict=False):
             accepted, bonus, length, *tokens = row
             if accepted < 0 or stream.phase is not Phase.DECODE:
                 continue  # it had ended when the round ran, or has since
-            drafted = tokens if stream.drafts and flight.size.drafting else []
-            promised = survival if drafted else []
-            before = [1.0, *promised]
-            record = RoundRecord(
-                start=stream.position,
-                anchor=stream.anchor,
-                draft_tokens=drafted,
-                scheduled=length,
-                accepted=accepted,
-                bonus=bonus,
-                confidence=[a / b if b > 0 else 0.0 for a, b in zip(promised, before, strict=False)],
-                survival=promised,
-                t_draft_ms=0.0,  # one graph: its parts are not timed apart
-                t_verify_ms=round_ms,
-                batch_tokens=batch_tokens,
-                streams=len(flight.streams),
-            )
-            stream.count_round(len(drafted), length, accepted)
-            if drafted:
-                self._models.history.record(length, accepted)
+            block = Block()
+            if stream.drafts and flight.size.drafting:
+                confidence = [a / b if b > 0 else 0.0 for a, b in zip(survival, [1.0, *survival], strict=False)]
+                block = Block(tokens, confidence, survival)
                 self.sizing.saw_drafts(stream, survival, length, accepted)
-            committed.append(commit(stream, [*drafted[:accepted], bonus], accepted, record))
-        return committed
+            judged.append(Judged(stream, block, length, Outcome(accepted, bonus)))
+        timings = Timings(0.0, round_ms)  # one graph: its parts are not timed apart
+        history, streams = self.models.history, len(flight.streams)
+        return settle(judged, history, timings, batch_tokens=batch_tokens, streams=streams)

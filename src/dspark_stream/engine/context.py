@@ -1,4 +1,4 @@
-"""Context features that the drafter has not been given yet.
+"""Context features on their way from the target's passes to the drafter.
 
 The drafter reads the features of every position, the prompt's too, but only when it drafts. So what a pass leaves of a
 stream's taps is kept here and handed over in one go: before the stream is drafted for, or when its room is full. A
@@ -8,18 +8,24 @@ stream that is never drafted for costs no more than a copy, and a probe catches 
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import inf
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from dspark_stream.load.acceptance import Past
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.protocols import Drafter, Store
 
 ROOM, TOGETHER = 64, 128 * 2**20
 """Positions that may be kept of every stream, and bytes of all together: where there are few streams, more of each.
 64 positions of SmolLM2-135M's taps are 0.7 MB."""
+HANDED_A_ROUND = 512
+"""Positions that a round hands over for want of room; the rest waits for the next round."""
 PIECE = 256
 """Positions of one product: of more, what one step of it writes would be out of the caches before the next reads it."""
 
@@ -85,6 +91,94 @@ class Backlog:
             if kept:
                 self._parts.append((taps, row, kept))
             self.count -= count - kept
+
+
+class Owner(Protocol):
+    """What is read of a stream."""
+
+    extent: Extent
+    backlog: Backlog
+    past: Past | None
+    max_chunk_gap_ms: float
+
+
+class Part(NamedTuple):
+    """Rows of a pass's taps that stand, all of one stream."""
+
+    stream: Owner
+    row: int
+    size: int
+    position: int
+    """Of the first."""
+    soon: bool
+    """Whether they are likely to be handed over in the next round."""
+
+
+class Context:
+    """All streams'. Says of its time what is not the round's own: catching up on what earlier rounds left.
+
+    Args:
+        drafter, store: who is given them, and where they go; None: nothing is kept.
+        waits: whether they may wait here; captured rounds look nowhere but into the store.
+    """
+
+    def __init__(self, drafter: Drafter | None, store: Store | None, *, waits: bool = True) -> None:
+        self._drafter, self._store, self._waits = drafter, store, waits
+
+    def keep(self, taps: Tensor, parts: Sequence[Part], company: Sequence[Owner], most: int = sys.maxsize) -> float:
+        """Keep these rows of ``taps`` [B, taps·H] for when their streams are drafted for.
+
+        Whoever has no room left hands over at once, ``most`` positions of all. Returns the milliseconds of that.
+        ``company``: whoever shares the room.
+        """
+        if self._drafter is None or not parts:
+            return 0.0
+        # two copies, since a runner may write its next pass's taps over these: what is soon handed over, and what waits
+        for soon in (True, False):
+            mine = [part for part in parts if part.soon is soon]
+            wanted = sum(part.size for part in mine)
+            if not mine:
+                continue
+            # quicker; what is too much goes with the rest
+            whole = wanted == len(taps) or (soon and 2 * wanted >= len(taps))
+            rows = [] if whole else [row for part in mine for row in range(part.row, part.row + part.size)]
+            copy = taps.clone() if whole else taps[rows]
+            at = 0
+            for stream, row, size, position, _ in mine:
+                stream.backlog.add(copy, row if whole else at, size, position, self._drafter.context_window)
+                _tell(stream)
+                at += size
+        # where rounds are bounded, nobody should have much to catch up with
+        bounded = any(stream.max_chunk_gap_ms < inf for stream in company)
+        least = 0 if not self._waits else ROOM if bounded else room(len(company), taps)
+        return self._hand_over([part.stream for part in parts if part.stream.backlog.count > least], most)
+
+    def deliver(self, streams: Sequence[Owner]) -> float:
+        """Give the drafter all that is kept of these streams.
+
+        Returns the milliseconds of it that went to more than the round before can have left.
+        """
+        if self._drafter is None:
+            return 0.0
+        owed = [stream.backlog.count for stream in streams]
+        late = sum(max(0, count - 1 - self._drafter.gamma) for count in owed)
+        return self._hand_over(streams) * late / max(1, sum(owed))
+
+    def _hand_over(self, streams: Sequence[Owner], most: int = sys.maxsize) -> float:
+        """Milliseconds that it took."""
+        assert self._drafter is not None
+        assert self._store is not None
+        begun = time.perf_counter()
+        hand_over([(s.extent, s.backlog) for s in streams], self._drafter, self._store, most)
+        for stream in streams:
+            _tell(stream)
+        return (time.perf_counter() - begun) * 1e3
+
+
+def _tell(stream: Owner) -> None:
+    """Who plans knows what a stream would have to catch up with."""
+    if stream.past is not None:
+        stream.past.owed = stream.backlog.count
 
 
 def hand_over(owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: Store, most: int = sys.maxsize) -> None:

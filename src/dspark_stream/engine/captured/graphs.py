@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dspark_stream.engine.gpu.round import RoundModels, run_round
-from dspark_stream.engine.gpu.state import RoundState
+from dspark_stream.engine.captured.round import RoundModels, run_round
+from dspark_stream.engine.captured.state import RoundState
 from dspark_stream.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ from collections import deque
 from collections.abc import Sequence
 from math import inf
 from statistics import median
-from typing import Protocol
 
 from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
-from dspark_stream.engine.gpu.graphs import RoundLadder, Size
+from dspark_stream.engine.captured.graphs import RoundLadder, Size
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.schedule import EarlyStop, Fixed, Schedule, Threshold
 
@@ -33,23 +32,17 @@ TIMES = 9
 """Rounds of which the median says what they take beyond the time that was measured with nobody seated."""
 
 
-class HasSchedule(Protocol):
-    """Where the schedule of the moment stands (`engine.step.Models`)."""
-
-    schedule: Schedule
-
-
 class Sizing:
     """Chooses; told of every round that was read.
 
     Args:
         ladder: the captured sizes and their times.
-        models: says which schedule holds.
+        schedule: which one holds; it may be changed.
         history: acceptance by position, for streams that have not been drafted for yet.
     """
 
-    def __init__(self, ladder: RoundLadder, models: HasSchedule, history: AcceptanceHistory) -> None:
-        self._ladder, self._models, self._history = ladder, models, history
+    def __init__(self, ladder: RoundLadder, schedule: Schedule, history: AcceptanceHistory) -> None:
+        self._ladder, self.schedule, self._history = ladder, schedule, history
         self._expected: dict[Stream, list[float]] = {}
         self._promised = self._accepted = 10.0  # in all, fading: what a promise has been worth
         self._beyond: dict[bool, deque[float]] = {drafting: deque(maxlen=TIMES) for drafting in (True, False)}
@@ -61,7 +54,7 @@ class Sizing:
 
     def choose(self, streams: Sequence[Stream], slowest_ms: float = inf) -> Size:
         """The next round's size for these streams; one that takes no longer than ``slowest_ms``, if there is one."""
-        seats, schedule = self._ladder.fit_seats(len(streams)), self._models.schedule
+        seats, schedule = self._ladder.fit_seats(len(streams)), self.schedule
         drafting = [s for s in streams if s.drafts]
         if not drafting or (isinstance(schedule, Fixed) and not schedule.length):
             return Size(seats, seats, False)
@@ -113,7 +106,7 @@ class Sizing:
         """
         seats = self._ladder.fit_seats(count)
         steps = sorted((s.rows, self.ms(s)) for s in self._ladder.round_ms if s.seats == seats and s.drafting)
-        if not isinstance(self._models.schedule, EarlyStop) or not steps:
+        if not isinstance(self.schedule, EarlyStop) or not steps:
             return None
         return [1000.0 / next(ms for rows, ms in steps if rows >= b) for b in range(steps[-1][0] + 1)]
 
