@@ -123,7 +123,7 @@ serve: $(RUN_STAMP) ## Start the service; the first time this fetches the model 
 
 # --- checks ----------------------------------------------------------------------------------------------------
 
-# Tests take a core each. What limits their number is memory: a worker has up to 2 GB, with slow tests up to 6.
+# A worker takes a core and the memory of the models that it runs: fewer of them where those are big.
 WORKERS := -n logical --maxprocesses
 
 .PHONY: test
