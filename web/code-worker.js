@@ -20,6 +20,12 @@ const languages = { bash, c, cpp, css, go, java, javascript, json, python, rust,
 for (const [name, grammar] of Object.entries(languages)) library.registerLanguage(name, grammar);
 
 onmessage = ({ data: { id, language, text } }) => {
-  const known = library.getLanguage(language); // by one of its names
-  postMessage({ id, html: known ? library.highlight(text, { language, ignoreIllegals: true }).value : "" });
+  let html = "";
+  try {
+    const known = library.getLanguage(language); // by one of its names
+    if (known) html = library.highlight(text, { language, ignoreIllegals: true }).value;
+  } catch {
+    // a text that it cannot read stays as it is
+  }
+  postMessage({ id, html });
 };

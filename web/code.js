@@ -14,6 +14,8 @@ const MOST = 60_000;
 
 /** @type {Worker|null} */
 let worker = null;
+/** It has failed once, and there will be no colours. */
+let broken = false;
 /** @type {(() => void)} called when there will be no colours */
 let failed = () => {};
 /** @type {Map<number, {code: HTMLElement, key: string}>} code whose colours are on their way, by number */
@@ -86,13 +88,13 @@ function nth(text, n) {
  */
 export function colour(code, language) {
   const text = code.textContent ?? "";
-  if (!language || text.length > MOST) return;
+  if (broken || !language || text.length > MOST) return;
   const id = ++asked;
   const key = `${language}\n${text}`;
   const html = known.get(key);
   if (html) return paint(code, html, id, (work) => work());
   whenIdle(() => {
-    if (!code.isConnected) return; // it was rendered anew meanwhile
+    if (broken || !code.isConnected) return; // or it was rendered anew meanwhile
     worker ??= start();
     waiting.set(id, { code, key });
     worker.postMessage({ id, language, text });
@@ -110,14 +112,19 @@ export function colourSoFar(code, language) {
 function start() {
   const made = new Worker(new URL("./code-worker.js", import.meta.url), { type: "module" });
   made.onmessage = ({ data: { id, html } }) => {
-    const { code, key } = /** @type {{code: HTMLElement, key: string}} */ (waiting.get(id));
+    const asker = waiting.get(id);
     waiting.delete(id);
-    if (!html) return;
+    if (!asker || !html) return;
+    const { code, key } = asker;
     if (key.length < 4000) known.set(key, html);
     if (known.size > KNOWN) known.delete(/** @type {string} */ (known.keys().next().value));
     paint(code, html, id, whenIdle);
   };
-  made.onerror = () => failed();
+  made.onerror = () => {
+    broken = true;
+    waiting.clear();
+    failed();
+  };
   return made;
 }
 

@@ -148,15 +148,16 @@ class ModelLoadError(DsparkError):
     """
 
     code = "model_load_failed"
+    _longest = LONGEST_MESSAGE
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(_one_line(message), param=param, code=code)
+        super().__init__(_one_line(message, self._longest), param=param, code=code)
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, longest: int) -> str:
     """What fits a line: of a text that is too long its ends, and blanks for what cannot be shown."""
-    if len(text) > LONGEST_MESSAGE:
-        text = f"{text[: LONGEST_MESSAGE // 2]} … {text[-LONGEST_MESSAGE // 3 :]}"
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} … {text[-longest // 3 :]}"
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -164,3 +165,4 @@ class DownloadError(ModelLoadError):
     """A named model could not be fetched, or what came does not have the pinned checksum."""
 
     code = "download_failed"
+    _longest = 4000  # what each source said, and what mends it

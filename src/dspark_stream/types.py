@@ -104,7 +104,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     accepted: int
     """Accepted draft tokens, before any stop cut the round short."""
     bonus: int
-    """The target's own token that ends the round."""
+    """The target's own token that ends the round; -1 where it had none (`errors.NoTokenError`)."""
     confidence: list[float]
     """c_1, c_2, …, calibrated; one for each of ``draft_tokens``."""
     survival: list[float]

@@ -19,7 +19,7 @@ PAGES = [path for path in written() if path.parent.name != "drafters"]
 CURRENT = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/*.md"))
 """What says how things are now; decisions and the changelog have the names of their day."""
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-FOREIGN = {"--bundle", "--build-arg", "--merge", "--no-cache-dir", "--syntax-only"}
+FOREIGN = {"--bundle", "--build-arg", "--durations", "--merge", "--no-cache-dir", "--syntax-only"}
 """Flags of other programs, and of `python -m dspark_kernels.cpu`."""
 OTHERS = {"curl", "git", "cd", "openssl"}
 

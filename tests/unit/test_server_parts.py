@@ -322,3 +322,23 @@ def test_a_histogram_counts_cumulatively() -> None:
         'x_sum{model_name="a\\"b"} 21.75',
         'x_count{model_name="a\\"b"} 7',
     ]
+
+
+@pytest.mark.parametrize(
+    ("body", "values"),
+    [
+        ({"input": 'f(a[0], b, {"c": "\\"", \'d\': [,,,]});\n' * 1000}, 1),
+        ({"input": '",{[' * 10_000}, 1),
+        ({"a": ['",{[' * 3] * 10_000}, 10_001),
+        ({"a": [{"b": "\\", "c": [1, -2.5, 3]}] * 5_000}, 5_000 * 4 + 1),
+        ({"prompt": [7, -1] * 20_000}, 2),
+    ],
+)
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" , ", " : ")])
+def test_values_of_a_body_are_counted_and_what_texts_look_like_is_not(body, values, separators):
+    """Guards against a text refused for the commas and brackets in it: what is counted is the values, to a hundredth;
+    numbers that follow others are not."""
+    data = json.dumps(body, separators=separators).encode()
+    assert not bodies._has_more_values(data, "json", int(1.01 * values) + 2)
+    if values > 2:
+        assert bodies._has_more_values(data, "json", int(0.99 * values) - 2)

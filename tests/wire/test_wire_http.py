@@ -192,7 +192,7 @@ async def test_bad_chat_bodies_name_the_field(running: Running, fields: dict[str
 
 async def test_the_engines_refusals_speak_the_clients_words(launch: Launch) -> None:
     """Guards against an error about a field that the client's API does not have, and a place that it keeps."""
-    running = await launch(Script(error=ContextLengthError("too much", param="max_output_tokens")))
+    running = await launch(Script(error=ContextLengthError("too much", param="max_tokens")))
     async with running.http() as http:
         for path, body, param in (
             ("/v1/chat/completions", CHAT, "max_tokens"),

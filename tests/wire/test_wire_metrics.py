@@ -118,7 +118,6 @@ async def test_the_page_is_what_prometheus_reads(running: Running, accept: str) 
         len(request.prompt_ids) for request in running.engine.submitted
     )
     assert value_of(found, "dspark:inter_token_latency_seconds_count") == 14  # ten twice, less the first round's three
-    assert value_of(found, "dspark:inter_chunk_gap_seconds_count") <= 4  # of the streamed answer's five rounds
     assert value_of(found, "dspark:spec_decode_num_accepted_tokens_per_pos_total", position="0") == 10
     assert value_of(found, "dspark:request_success_total", finished_reason="stop") == 2
     assert value_of(found, "dspark:requests_refused_total", code="empty_input") == 1

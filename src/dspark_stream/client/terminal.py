@@ -318,7 +318,7 @@ def _talk(session: _Chat) -> bool:
     if session.options.question:
         return session.ask(session.options.question)
     hello = session.client.hello
-    interactive = sys.stdin.isatty()
+    interactive = sys.stdin is not None and sys.stdin.isatty()
     if interactive:
         with suppress(ImportError):
             importlib.import_module("readline")  # its import gives input() editing and a history
@@ -341,7 +341,7 @@ def _talk(session: _Chat) -> bool:
 
 
 def _piped_line() -> str:
-    line = sys.stdin.readline()
+    line = sys.stdin.readline() if sys.stdin is not None else ""
     if not line:
         raise EOFError
     return line

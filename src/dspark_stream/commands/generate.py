@@ -180,10 +180,11 @@ def run(args: argparse.Namespace) -> int:
 def _prompt(args: argparse.Namespace) -> str:
     """What is to be answered: an argument, or stdin where it is asked for or piped in."""
     given: str | None = args.prompt if args.positional_prompt is None else args.positional_prompt
-    if given is None and sys.stdin.isatty():
+    piped = sys.stdin is not None  # it is None where whoever started us closed it
+    if given is None and (not piped or sys.stdin.isatty()):
         raise ConfigError(f"there is no prompt: {_WAYS}", param="prompt")
     if given in (None, "-"):
-        given = sys.stdin.read().removesuffix("\n")
+        given = sys.stdin.read().removesuffix("\n") if piped else ""
     if not given:
         raise ConfigError(f"the prompt is empty: {_WAYS}", param="prompt")
     return given

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that ``--help`` and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code: 0 done, 1 our fault, 2 the user's, 130 interrupted."""
     parser = _build_parser()
     args = argparse.Namespace(flags={})
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a diff that is piped in may hold any bytes
     try:
         args = parser.parse_args(argv)
         code: int = args.run(args)

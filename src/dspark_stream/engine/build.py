@@ -17,6 +17,7 @@ from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
 from dspark_stream.console import Progress
 from dspark_stream.decoding.calibration import Calibration, load_calibration
+from dspark_stream.decoding.lookup import LONGEST
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.eager import EagerRounds
@@ -145,7 +146,8 @@ def build_engine(
         sampling=recommended_sampling(config.model),
     )
     _give_back_memory()
-    logits = 4 * target.vocab_size * config.max_num_seqs * (gamma + 1)
+    rows = 1 + max(gamma, LONGEST if rounds.looks_up and rounds.schedule.looks_up else 0)
+    logits = 4 * target.vocab_size * config.max_num_seqs * rows
     if target.device.type == "cpu" and (told := foretold(config.kv_memory, logits)):
         progress.say(told)
     text = codec.token_bytes if codec else None

@@ -152,7 +152,7 @@ def commit(stream: Stream, tokens: list[int], accepted: int, record: RoundRecord
     So is a last token that is none (-1): what was accepted before it stands, and ends the stream if it would anyway.
     """
     if tokens[-1] < 0:
-        return _without_bonus(stream, tokens[:-1])
+        return _without_bonus(stream, tokens[:-1], accepted, record)
     try:
         event, reason = stream.commit(tokens, accepted, record)
     except Exception as error:
@@ -161,13 +161,13 @@ def commit(stream: Stream, tokens: list[int], accepted: int, record: RoundRecord
     return Committed(stream, event, reason, record)
 
 
-def _without_bonus(stream: Stream, tokens: list[int]) -> Committed:
-    done = commit(stream, tokens, len(tokens), None) if tokens else Committed(stream, None, None, None)
+def _without_bonus(stream: Stream, tokens: list[int], accepted: int, record: RoundRecord | None) -> Committed:
+    done = commit(stream, tokens, accepted, record) if tokens else Committed(stream, None, None, record)
     if done.reason is not None:
         return done
     error = NoTokenError(
         f"the model has no next token after {stream.output_tokens} of its own: no score that is a finite number is "
         "left to choose from"
     )
-    log.error("request %s: %s", stream.request.request_id, error)
+    log.error("the model gave a stream no next token: no score was a finite number; is its file damaged?")
     return done._replace(reason="failed", error=error)

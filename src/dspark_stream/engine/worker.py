@@ -51,6 +51,7 @@ from dspark_stream.types import (
     GenerationRequest,
     ModelInfo,
     SamplingParams,
+    Verification,
 )
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,8 @@ LOOK_AGAIN_S = 1.0
 """How long an answer to itself counts. After a failure it asks itself again then, whether or not anybody else asks."""
 OWN_TOKENS = 4
 """What it asks itself: an answer of so many tokens, in each of `OWN_WAYS`."""
-OWN_WAYS = (0.0, 1.0)
-"""Temperatures: the greatest, and drawn."""
+OWN_WAYS: tuple[tuple[float, Verification], ...] = ((0.0, "rejection"), (1.0, "rejection"), (1.0, "coupled"))
+"""Temperatures and verifications: the greatest, and both ways to draw."""
 JOIN_PATIENCE_S = 30.0
 """How long `close` waits for the step under way, past its deadline."""
 
@@ -427,15 +428,15 @@ class EngineThread:
     @torch.inference_mode()
     def _works(self) -> bool | None:
         """Whether requests of the engine's own are answered; None: there is no room for one now."""
-        for temperature in OWN_WAYS:
-            if not (works := self._answers(temperature)):
+        for temperature, verification in OWN_WAYS:
+            if not (works := self._answers(temperature, verification)):
                 return works
         return True
 
-    def _answers(self, temperature: float) -> bool | None:
+    def _answers(self, temperature: float, verification: Verification) -> bool | None:
         target = self._models.target
         sampling = SamplingParams(max_tokens=OWN_TOKENS, temperature=temperature, ignore_eos=True)
-        asked = GenerationRequest(request_id="", prompt_ids=(0,), sampling=sampling)
+        asked = GenerationRequest(request_id="", prompt_ids=(0,), sampling=sampling, verification=verification)
         stream = Stream(asked, target.vocab_size, self._models.gamma, frozenset(), None)
         extent = self._allocator.allocate(stream.slots_needed)
         if extent is None:
@@ -479,10 +480,6 @@ class EngineThread:
     def _publish(self, committed: Sequence[Committed]) -> None:
         c = self._counters
         for stream, event, reason, record, error in committed:
-            if event is None:
-                self._fail([stream], error or InternalError("the engine failed on this stream"))
-                continue
-            c.generation_tokens += len(event.token_ids)
             c.skipped += record is not None and stream.drafts and not record.draft_tokens
             if record is not None and record.draft_tokens:
                 c.drafts += 1
@@ -491,6 +488,10 @@ class EngineThread:
                 c.accepted += record.accepted
                 for k in range(record.accepted):
                     c.per_position[k] += 1
+            if event is None:
+                self._fail([stream], error or InternalError("the engine failed on this stream"))
+                continue
+            c.generation_tokens += len(event.token_ids)
             self._events.append(event)
             if error is not None:
                 self._fail([stream], error)

@@ -261,13 +261,14 @@ def _has_more_values(data: str | bytes, encoding: Encoding, most: int) -> bool:
     """Whether there are more values than ``most``, found out without making any.
 
     In JSON they are counted by what stands before each: a comma, or the bracket or brace that it is the first in. In
-    MessagePack by the bytes that may begin an array or a map. Text has such bytes too, ideographs most of all: one in
-    three there, so that a text that is refused for it would not have fitted the context. Plain values of an array are
-    not counted; a megabyte of them takes a few milliseconds.
+    MessagePack by the bytes that may begin an array or a map. Text has such bytes too, ideographs most of all: one a
+    character, of which three and more make a token only where hardly anybody writes so. Numbers of an array are not
+    counted; a megabyte of them takes a few milliseconds, and a prompt of too many is to be told the context's length.
     """
     if encoding == "msgpack":
         octets = np.frombuffer(data if isinstance(data, bytes) else data.encode(), dtype=np.uint8)
-        return bool(np.count_nonzero(((octets & 0xE0) == 0x80) | ((octets & 0xFC) == 0xDC)) > most)
+        context = most - 16 * MAX_MESSAGES
+        return int(np.count_nonzero(((octets & 0xE0) == 0x80) | ((octets & 0xFC) == 0xDC))) > most + 2 * context
     if isinstance(data, str):
         data = data.encode("utf-8", "surrogatepass")
     if _marks(data) <= most:  # those in strings included
@@ -275,13 +276,15 @@ def _has_more_values(data: str | bytes, encoding: Encoding, most: int) -> bool:
     if b"\\" in data:
         data = data.replace(rb"\\", b"").replace(rb"\"", b"")
     if data.count(b'"') <= SMALL // 4:  # few and long strings, as texts are
-        return _marks(b"".join(data.split(b'"')[::2])) > most
+        bare = b"".join(data.split(b'"')[::2]).translate(None, b" \t\r\n")
+        return _marks(bare) - _numbers(np.frombuffer(bare, np.uint8)) > most
     found, in_string = 0, False
+    data = data.translate(None, b" \t\r\n")
     for start in range(0, len(data), SMALL):  # in pieces that stay in the cache, and no more of them than are needed
         octets = np.frombuffer(data, np.uint8, min(SMALL, len(data) - start), start)
         strings = np.logical_xor.accumulate(octets == ord('"')) ^ in_string
         before_value = (octets == ord(",")) | (octets == ord("[")) | (octets == ord("{"))
-        found += int(np.count_nonzero(before_value & ~strings))
+        found += int(np.count_nonzero(before_value & ~strings)) - _numbers(np.where(strings, 0, octets))
         if found > most:
             return True
         in_string = bool(strings[-1])
@@ -290,6 +293,12 @@ def _has_more_values(data: str | bytes, encoding: Encoding, most: int) -> bool:
 
 def _marks(data: bytes) -> int:
     return sum(map(data.count, (b",", b"[", b"{")))
+
+
+def _numbers(octets: np.ndarray) -> int:
+    """Numbers of arrays, but for the first of each: what a comma and a digit or a sign begin."""
+    after = octets[1:]
+    return int(np.count_nonzero((octets[:-1] == ord(",")) & (((after - ord("0")) < 10) | (after == ord("-")))))
 
 
 def decode_event(data: str | bytes, encoding: Encoding, most: int | None = None) -> ClientEvent:
