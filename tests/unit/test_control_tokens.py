@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from dspark_stream.engine.memory import resident_bytes
 from dspark_stream.errors import InvalidRequestError
 from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf
 from unit.test_tokenizers import G, byte_level_fields, sentence_piece_fields
@@ -25,6 +26,17 @@ def byte_level(template: str = CHATML) -> TextCodec:
 
 def sentence_piece(template: str = LLAMA, **change: object) -> TextCodec:
     return codec_from_gguf(sentence_piece_fields(**change) | {"tokenizer.chat_template": template})
+
+
+@pytest.mark.parametrize("codec", [byte_level, sentence_piece])
+def test_what_people_said_is_not_remembered(codec):
+    """Guards against caches of words where a text is one word: memory grew by some 4 kB with every message."""
+    one, before = codec(), 0
+    for i in range(4000):
+        one.encode_chat([("user", f"{i} " + "some words of a message " * 6)])
+        if i == 1000:
+            before = resident_bytes() or 0
+    assert (resident_bytes() or 0) - before < 3 << 20
 
 
 def shown(codec: TextCodec, ids: list[int]) -> str:

@@ -31,7 +31,8 @@ class ControlTokens:
             i: token for i, token in added if token.special or (token.content.strip() and token.content in marks)
         }
         # A model that knows no text leaves the added tokens alone, with their places, just as the real one finds them.
-        self._finder, self._found = _tokenizer(models.BPE(), raw.normalizer, None, added)
+        # Nor is a text kept: it is one word to it, and it would remember ten thousand of them.
+        self._finder, self._found = _tokenizer(models.BPE(cache_capacity=0), raw.normalizer, None, added)
         names = {i: f"\u2045{secrets.randbits(64)}.{i}\u2046" for i in self._control}
         self._names = names
         renamed = [

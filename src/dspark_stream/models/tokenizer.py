@@ -240,6 +240,8 @@ def codec_from_hub(name_or_path: str) -> TextCodec | None:
         template = template.get("default")
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     raw = tokenizer.backend_tokenizer
+    if raw.pre_tokenizer is None and (resize := getattr(raw.model, "_resize_cache", None)):
+        resize(0)  # a text is one word here: it would remember ten thousand of them
     bos = tokenizer.bos_token_id if raw.encode("").ids == [tokenizer.bos_token_id] else None
     # a template writes the BOS token itself, as far as the model wants one
     return TextCodec(raw, template, special, bos, chat_bos=not template)

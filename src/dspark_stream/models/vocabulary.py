@@ -286,7 +286,8 @@ def _sentence_pieces(
     if unknown is None and sum(map(bool, map(BYTE_TOKEN.fullmatch, tokens))) < 256:
         raise _bad("tokens", "neither 256 bytes nor an unknown token: it could not write every text")
     vocab = {token: i for i, token in enumerate(tokens)}
-    raw = RawTokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    bpe = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True, cache_capacity=0)
+    raw = RawTokenizer(bpe)  # a text is one word here, and no cache of them would ever be read
     spaces = normalizers.Replace(" ", "▁")
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefixed else spaces
     strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
