@@ -19,19 +19,16 @@ from types import ModuleType
 import msgspec
 import numpy as np
 
+from dspark_stream.decoding.schedule import parse_schedule
 from dspark_stream.load import acceptance, controller, costs
 from dspark_stream.load.costs import CostTable
-from dspark_stream.load.schedule import parse_schedule
 from regret import Machine, Recording, Seat, engine_like, timeline
 
 TRIED: list[tuple[str, list[ModuleType], list[object]]] = [
     ("HOLD", [controller], [4, 16]),
     ("SHARE", [controller], [0.01, 0.04, 0.0]),
-    ("LEAST_LOSS", [controller], [0.0, 0.2, 0.5]),
-    ("COMPARED", [controller, costs], [2, 5]),
-    ("GAIN", [costs], [0.05, 0.2]),
-    ("PRIOR", [costs], [1, 4]),
-    ("MOST", [costs], [0.25, 1.0, 9.0]),
+    ("GAIN", [costs], [0.1, 0.4]),
+    ("MOST", [costs], [0.12, 0.5, 9.0]),
     ("BLOCKS", [acceptance], [16, 64]),
     ("LEAN", [acceptance], [4.0, 16.0]),
     ("HOPE", [acceptance], [0.7, 0.85]),

@@ -24,12 +24,12 @@ import gpu_models
 from dspark_kernels.sequential_head import prepare, walk
 from dspark_stream.config import Config
 from dspark_stream.console import SILENT, Progress
+from dspark_stream.decoding.schedule import parse_schedule
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.captured.graphs import Size
 from dspark_stream.engine.captured.runner import CANDIDATES, CapturedRounds
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.rounds import Models
-from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.torch.quant import Quant, quantise_linears
 from dspark_stream.types import GenerationRequest, Mode, SamplingParams, TokensEvent

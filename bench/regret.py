@@ -41,14 +41,14 @@ from common import Stored, write_csv, write_picture
 from dspark_stream.config import Config
 from dspark_stream.console import Progress
 from dspark_stream.decoding.calibration import BINS
+from dspark_stream.decoding.schedule import Candidate, RoundCost, Schedule, admit_mixed, parse_schedule
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.context import HANDED_A_ROUND
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Controller, Plan
-from dspark_stream.load.costs import CostTable, RoundCost, Shape
+from dspark_stream.load.costs import CostTable, Shape
 from dspark_stream.load.curve import CapacityCurve, Company
-from dspark_stream.load.schedule import Candidate, Schedule, admit_mixed, parse_schedule
 from dspark_stream.measure.evaluate import Prompt, read_prompts
 from dspark_stream.measure.plot import Series, line_chart
 from dspark_stream.measure.sweep import shipped_prompts
@@ -253,6 +253,7 @@ def engine_like(line: Sequence[Sequence[Seat]], machine: Machine, schedule: Sche
     way: Acceptance = "rejection" if machine.sampled else "greedy"
     company, controller, swing = machine.company(streams), Controller(gamma, machine.believed), Swings(seed)
     seen: dict[int, Past] = {}
+    owed: dict[Past, int] = {}  # positions whose context features a drafter was not given
     tokens = ms = 0.0
     for step, seats in enumerate(line):
         seen = {seat.visit: seen.get(seat.visit) or Past(gamma, way) for seat in seats}
@@ -273,9 +274,8 @@ def engine_like(line: Sequence[Sequence[Seat]], machine: Machine, schedule: Sche
         late_ms = 0.0
         for past, row, accepted in zip(pasts, drafted, took, strict=True):
             if row:
-                late_ms += 1e-3 * machine.true.curve.feature_us * past.owed
-                past.owed = 0
-            past.owed = min(past.owed + 1 + accepted, HANDED_A_ROUND)
+                late_ms += 1e-3 * machine.true.curve.feature_us * owed.pop(past, 0)
+            owed[past] = min(owed.get(past, 0) + 1 + accepted, HANDED_A_ROUND)
         if 2 * step >= len(line):
             tokens, ms = tokens + streams + sum(took), ms + round_ms + late_ms
     return tokens / ms

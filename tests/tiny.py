@@ -8,13 +8,13 @@ from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.schedule import Adaptive, Schedule
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.load.controller import Controller
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.load.schedule import Adaptive, Schedule
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.tokenizer import TokenBytes

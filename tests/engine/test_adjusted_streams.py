@@ -11,13 +11,13 @@ from dspark_kernels.cpu import Context, Kind, best_isa
 from dspark_kernels.cpu.build import compiler
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.draft import acceptance_of, draft
+from dspark_stream.decoding.schedule import Adaptive, Fixed
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.captured.runner import CapturedRounds
 from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.rounds import Models
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter, save_drafter

@@ -10,10 +10,10 @@ import torch
 
 from dspark_kernels.cpu import Context, Kind, best_isa
 from dspark_kernels.cpu import build as building
+from dspark_stream.decoding.schedule import Fixed
 from dspark_stream.engine.captured.runner import CapturedRounds
 from dspark_stream.engine.context import Backlog, hand_over
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.load.schedule import Fixed
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.drafter_config import DrafterConfig

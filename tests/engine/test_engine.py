@@ -14,11 +14,11 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from dspark_stream.decoding.schedule import Adaptive, Fixed
 from dspark_stream.engine import worker
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.errors import ContextLengthError, DrainingError, EngineFailedError, InvalidRequestError
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.protocols import Rows
 from dspark_stream.models.torch import target as torch_target

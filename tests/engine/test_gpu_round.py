@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dspark_stream.config import Config
 from dspark_stream.console import SILENT
 from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.schedule import Adaptive, EarlyStop, Fixed, Lagged, Threshold
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.captured.graphs import RoundLadder, Size, row_ladder, seat_ladder
 from dspark_stream.engine.captured.round import RoundModels, run_round
@@ -25,7 +26,6 @@ from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.errors import ConfigError
-from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Threshold
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.target import Target
 from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent

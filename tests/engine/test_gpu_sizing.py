@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 
+from dspark_stream.decoding.schedule import Adaptive, EarlyStop, Fixed, Schedule, Threshold
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.captured.graphs import Size, row_ladder
 from dspark_stream.engine.captured.sizing import Sizing
 from dspark_stream.engine.stream import Stream
-from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Schedule, Threshold
 from tiny import request
 
 GAMMA = 4

@@ -20,6 +20,7 @@ from dspark_stream.decoding.accept import accept
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.draft import acceptance_of, draft
 from dspark_stream.decoding.noise import NoiseCache
+from dspark_stream.decoding.schedule import Adaptive, Fixed
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.build import build_engine, open_kernels
 from dspark_stream.engine.eager import EagerRounds
@@ -27,7 +28,6 @@ from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.rounds import Models
 from dspark_stream.errors import ConfigError, ModelLoadError
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.measure.evaluate import read_prompts
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.checkpoint import load_drafter, quantise_checkpoint, save_drafter

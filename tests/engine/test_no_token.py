@@ -11,6 +11,7 @@ import torch
 from dspark_kernels.cpu import Context, Kind, best_isa
 from dspark_kernels.cpu.build import compiler
 from dspark_stream.decoding.calibration import Calibration
+from dspark_stream.decoding.schedule import Fixed
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine import worker
 from dspark_stream.engine.captured.runner import CapturedRounds
@@ -18,7 +19,6 @@ from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.schedule import Fixed
 from dspark_stream.models.checkpoint import load_drafter, save_drafter
 from dspark_stream.models.loading import load_target
 from dspark_stream.types import FinishedEvent, TokensEvent

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from dspark_stream.decoding.schedule import Adaptive
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.pacing import pace
 from dspark_stream.errors import InvalidRequestError
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.load.schedule import Adaptive
 from dspark_stream.types import TokensEvent
 from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 

@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
+from dspark_stream.decoding.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.engine import context as contexts
 from dspark_stream.engine.context import Backlog, hand_over, room
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.curve import CapacityCurve
-from dspark_stream.load.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.models.cache import Extent
 from dspark_stream.types import TokensEvent
 from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target

@@ -11,9 +11,9 @@ from dspark_kernels.cpu import Context, best_isa
 from dspark_kernels.cpu.build import compiler
 from dspark_stream.decoding.accept import certain
 from dspark_stream.decoding.lookup import COMPARED, LEAST, LONGEST, Lookup
+from dspark_stream.decoding.repeats import HOPE, Repeats, confidence
+from dspark_stream.decoding.schedule import Adaptive, Fixed
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.load.repeats import HOPE, Repeats, confidence
-from dspark_stream.load.schedule import Adaptive, Fixed
 from dspark_stream.models.native.distributions import NativeDistributions
 from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.types import SamplingParams, TokensEvent

@@ -25,10 +25,9 @@ from dspark_stream.decoding.accept import accept
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.draft import draft
 from dspark_stream.decoding.noise import NoiseCache
+from dspark_stream.decoding.schedule import Adaptive, Candidate, EarlyStop, Fixed, Lagged, RoundCost, Threshold, admit
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.stream import round_key
-from dspark_stream.load.costs import RoundCost
-from dspark_stream.load.schedule import Adaptive, Candidate, EarlyStop, Fixed, Lagged, Threshold, admit
 from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.native.distributions import NativeDistributions

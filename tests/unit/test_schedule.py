@@ -10,19 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_stream.engine.profile import Point, _Bench, fit, sweep
-from dspark_stream.load.costs import CostTable, RoundCost, Shape, convex
-from dspark_stream.load.curve import CapacityCurve, Company, ladder, monotone
-from dspark_stream.load.schedule import (
+from dspark_stream.decoding.schedule import (
     Adaptive,
     Candidate,
     EarlyStop,
     Fixed,
     Lagged,
+    RoundCost,
     Threshold,
     admit,
+    convex,
     parse_schedule,
 )
+from dspark_stream.engine.profile import Point, _Bench, fit, ladder, monotone, sweep
+from dspark_stream.load.costs import CostTable, Shape
+from dspark_stream.load.curve import CapacityCurve, Company
 from dspark_stream.models.cache import ExtentAllocator
 
 rows = st.lists(
@@ -228,7 +230,6 @@ def test_all_choices_at_once_cost_what_each_of_them_does():
     for turn in range(40):  # and so it is once corrections were learnt
         shape = Shape(company, 2 * (turn // 4 % 2), 3 * (turn // 4 % 2), 9 if turn // 4 % 2 else 3)
         costs.learn(shape, costs.ms(shape) * (1.3 if shape.drafting else 1.0))
-    costs.settle()
     assert costs.plain_ms(company) == costs.round_cost(company, 0, 0)(3)
     drafting, slots, tokens = np.arange(1.0, 3.0)[:, None, None], np.arange(1.0, 5.0)[:, None], np.arange(3.0, 12.0)
     ms = costs.round_ms(company, tokens, drafting, slots)
@@ -236,17 +237,6 @@ def test_all_choices_at_once_cost_what_each_of_them_does():
         cost = costs.round_cost(company, n, k)
         assert [cost(b) for b in range(3, 4 + n * k)] == pytest.approx(ms[n - 1, k - 1, : 1 + n * k])
     assert costs.round_cost(company, 2, 3)(9) > 1.1 * CostTable(curve).round_cost(company, 2, 3)(9)
-
-
-def test_companies_that_are_nearly_alike_share_a_table():
-    """A table is made for every sixteenth of the streams that draw, and every 32 positions."""
-    curve = msgspec.structs.replace(CURVE, context=100, read_us=10.0, sample_us=100.0)
-    costs = CostTable(curve)
-    assert costs.round_cost(Company(2, 290.0, 0.51), 2, 1) is costs.round_cost(Company(2, 300.0, 0.49), 2, 1)
-    assert costs.plain_ms(Company(2, 300.0, 0.02)) == costs.plain_ms(Company(2, 300.0))
-    assert (
-        costs.plain_ms(Company(2, 300.0, 0.5)) > costs.plain_ms(Company(2, 300.0)) > costs.plain_ms(Company(2, 200.0))
-    )
 
 
 def test_a_slope_that_was_measured_wrong_makes_nothing_free():

@@ -1,6 +1,6 @@
 """The contract of admission, in plain torch: verification lengths chosen and packed without asking the host.
 
-Four rules (`load/schedule.py`), a number each in ``rule``:
+Four rules (`decoding/schedule.py`), a number each in ``rule``:
 FIXED: ``n`` draft tokens of every stream. EARLY_STOP: Algorithm 1, admissions by falling survival, ties by j then r,
 until one does not raise Θ = τ·SPS(B). BUDGET: the ``n`` best prefixes, the paper's production variant; ``n`` must come
 from the past, as the host chooses it. THRESHOLD: draft tokens whose survival is at least the number, a float32 whose

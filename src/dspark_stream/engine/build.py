@@ -18,6 +18,7 @@ from dspark_stream.config import Config
 from dspark_stream.console import Progress
 from dspark_stream.decoding.calibration import Calibration, load_calibration
 from dspark_stream.decoding.lookup import LONGEST
+from dspark_stream.decoding.schedule import parse_schedule
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.drafters import shipped_drafter
 from dspark_stream.engine.eager import EagerRounds
@@ -27,7 +28,6 @@ from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.errors import ConfigError, InvalidRequestError, ModelLoadError
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import GRAIN, ExtentAllocator, slots_for_budget
 from dspark_stream.models.checkpoint import load_drafter
 from dspark_stream.models.fetch import model_path

@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dspark_stream.load.acceptance import Past
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.protocols import Drafter, Store
 
@@ -98,7 +97,6 @@ class Owner(Protocol):
 
     extent: Extent
     backlog: Backlog
-    past: Past | None
     max_chunk_gap_ms: float
 
 
@@ -146,7 +144,6 @@ class Context:
             at = 0
             for stream, row, size, position, _ in mine:
                 stream.backlog.add(copy, row if whole else at, size, position, self._drafter.context_window)
-                _tell(stream)
                 at += size
         # where rounds are bounded, nobody should have much to catch up with
         bounded = any(stream.max_chunk_gap_ms < inf for stream in company)
@@ -170,15 +167,7 @@ class Context:
         assert self._store is not None
         begun = time.perf_counter()
         hand_over([(s.extent, s.backlog) for s in streams], self._drafter, self._store, most)
-        for stream in streams:
-            _tell(stream)
         return (time.perf_counter() - begun) * 1e3
-
-
-def _tell(stream: Owner) -> None:
-    """Who plans knows what a stream would have to catch up with."""
-    if stream.past is not None:
-        stream.past.owed = stream.backlog.count
 
 
 def hand_over(owed: Iterable[tuple[Extent, Backlog]], drafter: Drafter, store: Store, most: int = sys.maxsize) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 
+from dspark_stream.decoding.schedule import Schedule
 from dspark_stream.engine.context import Context
 from dspark_stream.engine.prompts import prefill
 from dspark_stream.engine.rounds import Committed, Models, RoundCounters, Timings
@@ -14,7 +15,6 @@ from dspark_stream.engine.stream import Stream
 from dspark_stream.load.controller import Plan
 from dspark_stream.load.costs import Shape
 from dspark_stream.load.curve import Company
-from dspark_stream.load.schedule import Schedule
 
 
 class EagerRounds:

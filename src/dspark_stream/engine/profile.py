@@ -6,6 +6,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -19,6 +20,7 @@ from dspark_stream.console import Progress
 from dspark_stream.decoding.accept import accept
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.draft import Block
+from dspark_stream.decoding.schedule import Candidate, RoundCost
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.context import PIECE
@@ -27,9 +29,8 @@ from dspark_stream.engine.rounds import Models
 from dspark_stream.engine.stream import Stream
 from dspark_stream.files import write_whole
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.costs import CostTable, RoundCost
-from dspark_stream.load.curve import CapacityCurve, Company, ladder, monotone
-from dspark_stream.load.schedule import Candidate
+from dspark_stream.load.costs import CostTable
+from dspark_stream.load.curve import CapacityCurve, Company
 from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator
 from dspark_stream.models.protocols import Drafter, Store, Target
 from dspark_stream.types import GenerationRequest, SamplingParams
@@ -53,6 +54,8 @@ SLOW_MS, ONCE_MS = 80.0, 240.0
 """Points that take so long are run twice, or once: buffers and what is left of the noise are small beside them."""
 FORMAT = "curve 14"
 _LARGEST_FILE = 1 << 20
+_LARGEST, _SLOWEST_MS = 1 << 24, 1e7
+"""Greatest values that a measured curve can have; larger ones are a damaged file."""
 ANY_CURVE = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0])
 """Rounds that are measured need one to go by."""
 
@@ -142,11 +145,39 @@ def _stored(path: Path, key: list[str], progress: Progress) -> CapacityCurve | N
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:  # ValueError: bytes that are no text
             why = str(error)
         else:
-            flaw = stored.curve.flaw() if stored.key == key else "it is another machine's or model's"
+            flaw = _flaw(stored.curve) if stored.key == key else "it is another machine's or model's"
             if flaw is None:
                 return stored.curve
             why = flaw
     progress.say(f"the capacity curve in {path} cannot be used ({why}): measuring it anew")
+    return None
+
+
+def _flaw(curve: CapacityCurve) -> str | None:
+    """Why a curve from a file cannot have been measured; None: it can."""
+    for name, sizes in (("tokens", curve.tokens), ("streams", curve.streams)):
+        if not sizes or sizes[0] != 1 or sizes[-1] > _LARGEST or any(b <= a for a, b in pairwise(sizes)):
+            return f"{name} do not ascend from 1"
+    beside = len(curve.streams)
+    drafted = beside if curve.gamma else 0
+    for name, values, count in (
+        ("verify_ms", curve.verify_ms, len(curve.tokens)),
+        ("stream_ms", curve.stream_ms, beside),
+        ("draft_ms", curve.draft_ms, beside),
+        ("rest_ms", curve.rest_ms, beside),
+        ("after_draft_ms", curve.after_draft_ms, drafted),
+        ("slot_ms", curve.slot_ms, drafted),
+    ):
+        if len(values) != count:
+            return f"{name} are {len(values)}, not {count}"
+        if not all(0 <= value <= _SLOWEST_MS for value in values) or any(b < a for a, b in pairwise(values)):
+            return f"{name} are not times that grow with what is done"
+    if curve.verify_ms[0] <= 0:
+        return "passes take no time"
+    for name in curve.__struct_fields__:
+        value = getattr(curve, name)
+        if not isinstance(value, list) and not 0 <= value <= _SLOWEST_MS:
+            return f"{name} is {value}"
     return None
 
 
@@ -203,6 +234,27 @@ def sweep(
         counted = sorted(seen[1:] or seen)
         times.setdefault(point.what, {})[point.size] = counted[len(counted) // 4]
     return times
+
+
+def ladder(largest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, … 128, then doubling, up to and including ``largest``: few points, where curves bend."""
+    sizes = {1, 3, largest} if largest >= 3 else {1, largest}
+    step = 2
+    while step <= largest:
+        sizes |= {step, step * 3 // 2} if 2 < step < 128 else {step}
+        step *= 2
+    return sorted(s for s in sizes if s <= largest)
+
+
+def monotone(values: Sequence[float]) -> list[float]:
+    """The closest non-decreasing sequence in least squares (pool adjacent violators): more never costs less."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    return [mean for mean, n in blocks for _ in range(n)]
 
 
 def fit(

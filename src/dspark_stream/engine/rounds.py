@@ -10,12 +10,12 @@ from typing import NamedTuple, Protocol
 from dspark_stream.decoding.accept import Outcome
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.draft import Block
+from dspark_stream.decoding.schedule import Schedule
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.context import Context
 from dspark_stream.engine.stream import Stream
 from dspark_stream.errors import NoTokenError
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.schedule import Schedule
 from dspark_stream.models.protocols import Drafter, Store, Target
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 

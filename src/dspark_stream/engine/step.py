@@ -12,6 +12,8 @@ from itertools import accumulate
 from dspark_stream.decoding.accept import Outcome, accept
 from dspark_stream.decoding.draft import Block, draft
 from dspark_stream.decoding.lookup import Found
+from dspark_stream.decoding.repeats import confidence
+from dspark_stream.decoding.schedule import Candidate, Schedule
 from dspark_stream.decoding.survival import prefix_survival
 from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.context import HANDED_A_ROUND, Context, Part
@@ -20,8 +22,6 @@ from dspark_stream.engine.stream import Stream
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Plan
 from dspark_stream.load.curve import Company
-from dspark_stream.load.repeats import confidence
-from dspark_stream.load.schedule import Candidate, Schedule
 from dspark_stream.models.protocols import Verified
 
 

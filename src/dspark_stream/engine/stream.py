@@ -12,10 +12,10 @@ from typing import NamedTuple
 from dspark_stream.decoding.draft import acceptance_of
 from dspark_stream.decoding.lookup import LONGEST, Found, Lookup
 from dspark_stream.decoding.noise import NoiseCache
+from dspark_stream.decoding.repeats import Repeats
 from dspark_stream.engine.context import Backlog
 from dspark_stream.engine.text import TextStream
 from dspark_stream.load.acceptance import Past
-from dspark_stream.load.repeats import Repeats
 from dspark_stream.models.adjustment import Adjustment
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.tokenizer import TokenBytes
@@ -37,7 +37,7 @@ def round_key(request: GenerationRequest) -> int:
 
     Not the seed alone: two streams of one batch with the same seed at the same position would draw the same x_1, and
     the one's confidence, which knows its x_1, would decide about admitting the other's. Streams that are the same in
-    everything draw the same and do no harm: ties are admitted by position first (load/schedule.py).
+    everything draw the same and do no harm: ties are admitted by position first (decoding/schedule.py).
     """
     s = request.sampling
     what = (s.seed, s.temperature, s.top_p, s.top_k, s.min_p, request.prompt_ids, *adjustments_of(s))
@@ -174,8 +174,6 @@ class Stream:
             self.lookup.extend(self.request.prompt_ids[: mark.prefilled])
         self.prefilled = mark.prefilled
         self.backlog.cut(mark.owed_end)
-        if self.past is not None:
-            self.past.owed = self.backlog.count
         return True
 
     def read(self, count: int) -> None:

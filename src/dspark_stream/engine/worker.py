@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dspark_stream.decoding.lookup import LONGEST
+from dspark_stream.decoding.schedule import parse_schedule
 from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.pacing import SAFE, pace
 from dspark_stream.engine.rounds import Committed, Rounds
@@ -33,7 +34,6 @@ from dspark_stream.errors import (
     ShutdownError,
 )
 from dspark_stream.load.curve import CapacityCurve, Company
-from dspark_stream.load.schedule import parse_schedule
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.types import (

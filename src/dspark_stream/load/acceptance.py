@@ -13,8 +13,8 @@ from typing import get_args
 
 import numpy as np
 
+from dspark_stream.decoding.repeats import FADE, HOPE, LEAN, Repeats
 from dspark_stream.load.curve import Array
-from dspark_stream.load.repeats import FADE, HOPE, LEAN, Repeats
 from dspark_stream.types import Acceptance as Way
 
 THRESHOLDS: Array = np.array([0.0, 0.2, 0.5])
@@ -53,8 +53,6 @@ class Past:
         self.ledger = _Ledger(gamma, BLOCKS)
         self.survivals: deque[Sequence[float]] = deque([(), ()], maxlen=2)
         """Of the last two rounds, oldest first; empty for a round without drafts."""
-        self.owed = 0
-        """Positions whose context features the drafter has to be given before it can draft for the stream."""
 
 
 class Acceptance:
@@ -79,7 +77,7 @@ class Acceptance:
         """Learn from a stream's round: what its draft promised (empty if it had none), and what was accepted."""
         past.survivals.append(survival)
         if survival and isfinite(survival[-1]):
-            row = self._whole(survival, self._usual[past.way])
+            row = _whole(survival, self._usual[past.way])
             past.ledger.add(row, verified, accepted)
             self._pools[past.way].add(row, verified, accepted)
 
@@ -98,9 +96,9 @@ class Acceptance:
         """Accepted and verified tokens that each stream's next draft brings, by threshold and slots, [2, m, T, γ]."""
         pools = {}
         for way in {past.way for past in pasts}:
-            pool = self._pools[way]
-            pools[way] = _sums(pool.rows) / min(pool.count, len(pool.rows))
-            self._usual[way] = pools[way][0, 0].tolist()
+            rows = self._pools[way].rows[: self._pools[way].count]
+            self._usual[way] = rows.mean(axis=0).tolist()
+            pools[way] = _sums(rows) / len(rows)
         own = _sums(np.array([past.ledger.rows for past in pasts]))  # [2, m, T, γ]
         # all blocks that it ever drafted, not only those remembered: the pool is mostly of streams that draft well, and
         # would make a bad one look better than it is
@@ -112,13 +110,14 @@ class Acceptance:
         expected: Array = np.minimum(shares, 1.0).cumsum(axis=3)
         return expected
 
-    def _whole(self, survival: Sequence[float], usual: Sequence[float]) -> Sequence[float]:
-        """The survival of all γ slots if only some were drafted: the others go on as the mean of recent blocks does."""
-        drafted = len(survival)
-        if drafted == self._gamma:
-            return survival
-        onward = survival[-1] / max(usual[drafted - 1], 1e-9)
-        return [*survival, *(onward * a for a in usual[drafted:])]
+
+def _whole(survival: Sequence[float], usual: Sequence[float]) -> Sequence[float]:
+    """The survival of all γ slots if only some were drafted: the others go on as the mean of recent blocks does."""
+    drafted = len(survival)
+    if drafted == len(usual):
+        return survival
+    onward = survival[-1] / max(usual[drafted - 1], 1e-9)
+    return [*survival, *(onward * a for a in usual[drafted:])]
 
 
 def _sums(rows: Array) -> Array:

@@ -7,7 +7,6 @@ p̄ the streams' mean position, γ the draft block's size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,8 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
-_LARGEST, _SLOWEST_MS = 1 << 24, 1e7
-"""Greatest values that a measured curve can have; larger ones are a damaged file."""
 LEAST_OF_BASE = 0.25
 """Share of a measured time that is left at least for a shorter context or fewer slots: slopes may be measured wrong."""
 
@@ -69,33 +66,6 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     feature_us: float = 0.0
     """Microseconds that a position takes whose context features are handed over late."""
 
-    def flaw(self) -> str | None:
-        """Why a curve from a file cannot have been measured; None: it can."""
-        for name, sizes in (("tokens", self.tokens), ("streams", self.streams)):
-            if not sizes or sizes[0] != 1 or sizes[-1] > _LARGEST or any(b <= a for a, b in pairwise(sizes)):
-                return f"{name} do not ascend from 1"
-        beside = len(self.streams)
-        drafted = beside if self.gamma else 0
-        for name, values, count in (
-            ("verify_ms", self.verify_ms, len(self.tokens)),
-            ("stream_ms", self.stream_ms, beside),
-            ("draft_ms", self.draft_ms, beside),
-            ("rest_ms", self.rest_ms, beside),
-            ("after_draft_ms", self.after_draft_ms, drafted),
-            ("slot_ms", self.slot_ms, drafted),
-        ):
-            if len(values) != count:
-                return f"{name} are {len(values)}, not {count}"
-            if not all(0 <= value <= _SLOWEST_MS for value in values) or any(b < a for a, b in pairwise(values)):
-                return f"{name} are not times that grow with what is done"
-        if self.verify_ms[0] <= 0:
-            return "passes take no time"
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if not isinstance(value, list) and not 0 <= value <= _SLOWEST_MS:
-                return f"{name} is {value}"
-        return None
-
     def drafted_from(self, position: float) -> float:
         """Positions that a draft at ``position`` reads."""
         return min(position, self.draft_window or position)
@@ -130,30 +100,6 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         company = Company(streams, self.context if position is None else position)
         draft = float(self.drafting_ms(drafting, self.gamma if slots is None else slots, company)) if drafting else 0.0
         return float(self.pass_ms(batch_tokens, company)) + draft + self.beside_ms(streams)
-
-
-# --- fitting -------------------------------------------------------------------------------------------------
-
-
-def ladder(largest: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, … 128, then doubling, up to and including ``largest``: few points, where curves bend."""
-    sizes = {1, 3, largest} if largest >= 3 else {1, largest}
-    step = 2
-    while step <= largest:
-        sizes |= {step, step * 3 // 2} if 2 < step < 128 else {step}
-        step *= 2
-    return sorted(s for s in sizes if s <= largest)
-
-
-def monotone(values: Sequence[float]) -> list[float]:
-    """The closest non-decreasing sequence in least squares (pool adjacent violators): more never costs less."""
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        blocks.append((value, 1))
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            (a, n), (b, m) = blocks[-2:]
-            blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
-    return [mean for mean, n in blocks for _ in range(n)]
 
 
 def interpolated(xs: Sequence[int], ys: Sequence[float], x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Admission on the device: the references against load/schedule.py, the kernels against the references."""
+"""Admission on the device: the references against decoding/schedule.py, the kernels against the references."""
 
 from __future__ import annotations
 

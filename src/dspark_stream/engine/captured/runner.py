@@ -22,6 +22,7 @@ from dspark_kernels.admission import BUDGET, EARLY_STOP, FIXED, THRESHOLD
 from dspark_stream.decoding.accept import Outcome
 from dspark_stream.decoding.calibration import logit
 from dspark_stream.decoding.draft import Block
+from dspark_stream.decoding.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
 from dspark_stream.engine.captured.graphs import Round, RoundLadder, Size
 from dspark_stream.engine.captured.round import RoundModels, run_round
 from dspark_stream.engine.captured.sizing import Sizing
@@ -31,7 +32,6 @@ from dspark_stream.engine.prompts import prefill
 from dspark_stream.engine.rounds import Committed, Judged, Models, RoundCounters, Timings, settle
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
-from dspark_stream.load.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
 from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.store import KVStore

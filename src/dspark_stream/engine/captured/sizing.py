@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from math import inf
 from statistics import median
 
+from dspark_stream.decoding.schedule import EarlyStop, Fixed, Schedule, Threshold
 from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.engine.captured.graphs import RoundLadder, Size
 from dspark_stream.engine.stream import Stream
-from dspark_stream.load.schedule import EarlyStop, Fixed, Schedule, Threshold
 
 WORTHWHILE = 1.02
 """Drafting must promise so many times the throughput of leaving it out."""

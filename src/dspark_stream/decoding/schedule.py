@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
-from dspark_stream.load.costs import RoundCost
+import numpy as np
 
 Survival = Sequence[float]
 """a_1 ≥ a_2 ≥ … of one stream; empty for a stream that did not draft."""
@@ -27,6 +27,32 @@ class Candidate(NamedTuple):
     """Greedy, coupled or looked up: nothing that decides about ℓ can bias the text, so the search may be global."""
     earlier: Survival = ()
     """Survivals of the stream's drafts two rounds ago; empty where it had none."""
+
+
+class RoundCost:
+    """One round's milliseconds as a function of B, from ``first`` = R tokens on. All else is fixed."""
+
+    def __init__(self, first: int, ms: Sequence[float]) -> None:
+        self.first = first
+        self.ms = list(ms)
+        self._hull: RoundCost | None = None
+
+    def __call__(self, batch_tokens: int) -> float:
+        """Milliseconds at B."""
+        return self.ms[batch_tokens - self.first]
+
+    def within(self, slowest_ms: float) -> RoundCost:
+        """The same, but sizes that take more than ``slowest_ms`` cost so much that none is chosen; B = R stays."""
+        if max(self.ms) <= slowest_ms:
+            return self
+        return RoundCost(self.first, [self.ms[0], *(ms if ms <= slowest_ms else 1e9 for ms in self.ms[1:])])
+
+    @property
+    def hull(self) -> RoundCost:
+        """The greatest convex function below it: without steps, on which an admission with early stop gets stuck."""
+        if self._hull is None:
+            self._hull = RoundCost(self.first, convex(self.ms))
+        return self._hull
 
 
 class Schedule(Protocol):
@@ -202,6 +228,20 @@ class Fixed:
     def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
         """See `Schedule`."""
         return [min(self.length, len(c.survival)) for c in candidates]
+
+
+def convex(values: Sequence[float]) -> list[float]:
+    """The greatest convex sequence below ``values`` (their lower hull)."""
+    corners: list[int] = []
+    for i, value in enumerate(values):
+        while len(corners) > 1:
+            a, b = corners[-2:]
+            if (values[b] - values[a]) * (i - b) < (value - values[b]) * (b - a):
+                break
+            corners.pop()
+        corners.append(i)
+    hull = np.interp(np.arange(len(values)), corners, [values[i] for i in corners])
+    return [float(v) for v in hull]
 
 
 def parse_schedule(text: str) -> Schedule:
