@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,13 +83,27 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def in_a_hurry(load_or_measure: Callable[..., Any]) -> Callable[..., Any]:
+    """Every size is run all the same, but not over and over."""
+
+    def measure(*args: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dspark_stream.engine.profile.BUDGET_S", 1.0)
+            return load_or_measure(*args, **options)
+
+    return measure
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cheap_starts() -> Iterator[None]:
     """An engine that starts looks through all of the heap for garbage, and one that ends gives all of it back to the
     collector: a quarter of a second a test beside torch and transformers. `engine/test_garbage.py` has the real thing.
+    And it measures its machine for eight seconds on every core.
     """
-    worker = sys.modules.get("dspark_stream.engine.worker")
+    worker, build = (sys.modules.get(f"dspark_stream.engine.{name}") for name in ("worker", "build"))
     with pytest.MonkeyPatch.context() as patch:
+        if build is not None:
+            patch.setattr(build, "load_or_measure", in_a_hurry(build.load_or_measure))
         if worker is not None:
             nothing = dict.fromkeys(("collect", "freeze", "unfreeze", "set_threshold"), lambda *_: None)
             patch.setattr(worker, "gc", SimpleNamespace(**nothing))

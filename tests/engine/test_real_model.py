@@ -26,7 +26,7 @@ QUESTIONS = (
     "Name three planets and say one thing about each.",
     "Write a short letter to a friend about a day at the sea. Use é, ü and 日本 once.",
 )
-TOKENS = 28
+TOKENS = 16
 TIE = 0.25
 """Nats. Where two runs part, the two tokens' scores must be this close: bfloat16 logits around 16 are 0.06 to 0.12
 apart, so a reduction in another order can turn round what lies within two such steps. A wrong position or a stale

@@ -18,7 +18,7 @@ OPERATIONS = (acceptance, admission, ragged_attention, sequential_head, weight_o
 
 
 def rounds_of(head: str, quant: str, device: torch.device) -> tuple[list, list[torch.Tensor]]:
-    """Outcomes of two drafted rounds and a plain one between them of three streams among four seats, and the caches after."""
+    """Outcomes of two drafted rounds and a plain one between, of three streams among four seats; the caches after."""
     target = Target(tiny_target(hidden_size=64).model.to(device))
     drafter = tiny_drafter(target, head=head).to(device)
     quantise_linears(drafter, quant)
