@@ -44,13 +44,14 @@ LONGEST = (
     "tests/kernels/test_cpu.py::test_the_sanitizers_find_nothing",
     "tests/page/test_page.py",
     "tests/kernels/test_interpreter.py::test_kernels_agree_with_their_references",
-    "tests/engine/test_real_model.py",
-    "tests/unit/test_bench_gpu.py",
     "tests/kernels/test_compiles.py",
-    "tests/unit/test_training_run.py",
     "tests/engine/test_gpu_round.py",
+    "tests/unit/test_training_run.py",
+    "tests/engine/test_real_model.py",
+    "tests/unit/test_fetch.py",
+    "tests/kernels/test_cpu.py",
 )
-"""What takes most of a minute or more: workers begin with these, so that none is left with one at the end."""
+"""What takes half a minute or more: workers begin with these, so that none is left with one at the end."""
 
 
 def part_of(nodeid: str) -> str:
