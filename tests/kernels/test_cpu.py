@@ -1250,7 +1250,7 @@ def test_the_sanitizers_find_nothing():
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, and many
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", __file__],
         capture_output=True,
         text=True,
         env=environment,
