@@ -18,6 +18,7 @@ from dspark_stream.console import SILENT
 from dspark_stream.decoding.calibration import Calibration
 from dspark_stream.decoding.schedule import Adaptive, EarlyStop, Fixed, Lagged, Threshold
 from dspark_stream.engine.build import build_engine
+from dspark_stream.engine.captured import graphs
 from dspark_stream.engine.captured.graphs import RoundLadder, Size, row_ladder, seat_ladder
 from dspark_stream.engine.captured.round import RoundModels, run_round
 from dspark_stream.engine.captured.runner import MOST_SEATS, CapturedRounds
@@ -35,6 +36,13 @@ from tiny import request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = ["qwen3-vanilla", "qwen3-gated", "gemma4-vanilla"]
+
+
+@pytest.fixture(autouse=True)
+def timed_once(monkeypatch):
+    """What rounds take on a CPU decides nothing here."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graphs, "TIMED", 1)
 
 
 def rounds_of(

@@ -11,11 +11,12 @@ import io, random, re, threading
 import msgspec
 from dspark_stream.config import Config
 from dspark_stream.console import Progress
-from dspark_stream.engine import memory
+from dspark_stream.engine import memory, profile
 from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.types import FinishedEvent, GenerationRequest, SamplingParams
 
+profile.BUDGET_S = 1.0
 STREAMS, KV = 6, 192 << 20
 config = Config(model="smollm2-135m", max_num_seqs=STREAMS, kv_memory=KV, max_model_len=1152)
 said = io.StringIO()

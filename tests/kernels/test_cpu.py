@@ -48,6 +48,7 @@ from dspark_stream.models.torch.distributions import Dense
 from dspark_stream.models.torch.walk import walk
 
 SANITIZE = os.environ.get("DSPARK_CPU_SANITIZE") == "1"
+"""Then less is done of everything: what a sanitizer looks for shows the first time, and each step takes far longer."""
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler: apt-get install g++")
 
 FORMATS = {source: gguf.GGMLQuantizationType(source) for source in Source if source != Source.F32}
@@ -441,7 +442,7 @@ def test_layers_are_the_references(context, shape):
     store = Store.zeros(shape["layers"], 256, shape["kv_heads"], shape["size"])
     plain = reference()
     taps = list(range(shape["layers"] - 1))
-    for start, count in ((0, 19), (19, 1), (20, 5), (25, 17), (42, 71)):
+    for start, count in ((0, 19), (19, 1), (20, 5), (25, 17), (42, 25 if SANITIZE else 71)):
         x = random(count, hidden, seed=start)
         out, kept = forward(llama, x, start, 32, store, taps)
         positions = torch.arange(start, start + count)
@@ -470,7 +471,7 @@ def test_a_row_does_not_know_its_neighbours(context, shape):
         return Store.zeros(shape["layers"], 256, shape["kv_heads"], shape["size"])
 
     whole, _ = forward(llama, rows, 0, 16, new_store())
-    for sizes in ([1] * 40, [3, 17, 20], [16, 16, 8]):
+    for sizes in ([1] * (4 if SANITIZE else 40), [3, 17, 20], [16, 16, 8]):
         store, at = new_store(), 0
         for size in sizes:
             out, _ = forward(llama, rows[at : at + size], at, 16, store)
@@ -715,7 +716,7 @@ def test_a_ring_is_a_store_of_which_only_the_latest_positions_are_looked_at(cont
     )
     head = Head(None, None, random(hidden, seed=5), 0.0, None, vocabulary=50, hidden_size=hidden)
     at = 0
-    for rows in (3, 30, 1, 17, 2, 26, 40):
+    for rows in (30, 17, 26) if SANITIZE else (3, 30, 1, 17, 2, 26, 40):
         taps, positions = random(rows, hidden, seed=at), list(range(at, at + rows))
         llama.append_context(fc, norm, taps, positions, [16 + p for p in positions], whole.place)
         llama.append_context(fc, norm, taps, positions, [32 + p % 64 for p in positions], ring.place)
@@ -903,7 +904,7 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("width", [100, 5000, 20_000 if SANITIZE else 150_000])
+@pytest.mark.parametrize("width", [100, 5000, *([] if SANITIZE else [150_000])])
 @pytest.mark.parametrize("shape", ["random", "peaked", "flat", "ties", "all alike"])
 def test_cuts_are_those_of_torch(context, width, shape):
     """Every cut is a threshold: the same tokens stay, those of one score together, and in the same proportions."""
@@ -957,7 +958,7 @@ def test_what_is_left_after_a_rejection(context, reduced, share):
     p = torch.from_numpy(weights.probabilities(0))
     left = residual(p, share, q, None if ids is None else torch.from_numpy(ids).long())
     assert weights.overlap(0, share, q.numpy(), ids) == pytest.approx(share - float(left.sum()), abs=1e-6)
-    uniforms = np.linspace(0, 1, 4001)[:-1]
+    uniforms = np.linspace(0, 1, 201 if SANITIZE else 4001)[:-1]
     drawn = [weights.draw_rest(0, u, share, q.numpy(), ids) for u in uniforms]
     assert all(left[token] > 0 for token in drawn)
     apart = sum(a != draw(left, u) for a, u in zip(drawn, uniforms, strict=True))
@@ -973,7 +974,7 @@ def test_blocks_are_judged_as_by_the_reference(context, reduced):
     width, gamma, rng = 203, 5, np.random.default_rng(5)
     ids = np.sort(rng.permutation(width)[:71]).astype(np.int32) if reduced else np.arange(width, dtype=np.int32)
     outcomes = set()
-    for trial in range(400):
+    for trial in range(40 if SANITIZE else 400):
         length, before = 1 + trial % gamma, trial % 3  # rows of others lie before
         scores = 2 * random(gamma + 1, width, seed=trial)
         scores[:, ids] += 2.0
@@ -989,7 +990,7 @@ def test_blocks_are_judged_as_by_the_reference(context, reduced):
         block.q = Dense(torch.stack([torch.from_numpy(q.probabilities(before + k)) for k in range(gamma)]))
         assert got == rejection(NativeDistributions(p, before), 0, None, block, length, draft_ids)
         outcomes.add((length, got.accepted))
-    assert len(outcomes) == 20  # every prefix of every length, and none
+    assert SANITIZE or len(outcomes) == 20  # every prefix of every length, and none
     fine = {"first": 0, "tokens": [0], "q": q, "q_first": 0, "indices": [0], "ids": ids, "accept": [0.5]}
     for wrong in ({"tokens": [width]}, {"indices": [len(ids)]}, {"indices": []}, {"accept": []}, {"first": 99}):
         with pytest.raises(ValueError, match="drafts"):
@@ -1049,7 +1050,7 @@ def test_tokens_of_no_weight_are_never_drawn(context):
 RACES = [*CUTS, Sampling(0.7, top_p=0.8, top_k=20), Sampling(0.05)]
 
 
-@pytest.mark.parametrize("width", [1, 15, 63, 100, 5000, 30_003])
+@pytest.mark.parametrize("width", [1, 15, 63, 100, 5000, *([] if SANITIZE else [30_003])])
 @pytest.mark.parametrize("shape", ["random", "peaked", "flat", "ties"])
 def test_races_are_won_as_the_reference_says(context, width, shape):
     """Guards against noise of a kernel's own, and against a token that is passed over though it would have won."""
@@ -1080,6 +1081,7 @@ def test_races_are_won_as_the_reference_says(context, width, shape):
     np.testing.assert_array_equal(alone[5], p.values[5])
 
 
+@pytest.mark.skipif(SANITIZE, reason="a law, and of calls that others make")
 def test_a_race_draws_by_the_weights(context):
     """Guards against a wrong law, whatever the reference thinks: over many positions tokens come up as often as they
     should, far down the row too."""
@@ -1248,7 +1250,7 @@ def test_the_sanitizers_find_nothing():
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, and many
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", __file__],
         capture_output=True,
         text=True,
         env=environment,

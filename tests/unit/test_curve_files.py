@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
 
 import msgspec
 import pytest
 
-from dspark_stream.console import Progress
-from dspark_stream.engine.profile import _Stored, _stored
+from dspark_stream.console import SILENT, Progress
+from dspark_stream.engine import profile
+from dspark_stream.engine.profile import MOST_FILES, _forget_the_oldest, _Stored, _stored, load_or_measure
 from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.models.cache import ExtentAllocator
+from tiny import tiny_target
 
 KEY = ["a machine"]
 CURVE = CapacityCurve(
@@ -113,3 +117,39 @@ def test_a_curve_of_another_machine_is_not_taken(tmp_path):
     curve, said = kept(tmp_path, msgspec.json.encode(_Stored(["another"], CURVE)))
     assert curve is None
     assert said
+
+
+def test_curves_that_are_longest_unused_go(tmp_path):
+    """Guards against a folder that grows with every model, version and size; what is taken at each start stays."""
+    for i in range(MOST_FILES + 3):
+        path = tmp_path / f"{i}.json"
+        path.write_bytes(GOOD)
+        os.utime(path, (i, i))
+    assert _stored(tmp_path / "1.json", KEY, Progress(io.StringIO())) == CURVE
+    (tmp_path / "notes.txt").touch()
+    _forget_the_oldest(tmp_path)
+    gone = {str(i) for i in range(MOST_FILES + 3)} - {path.stem for path in tmp_path.glob("*.json")}
+    assert gone == {"0", "2", "3"}
+    assert (tmp_path / "notes.txt").exists()
+    _forget_the_oldest(tmp_path / "nowhere")
+
+
+def test_what_was_measured_is_kept_within_bounds(tmp_path, monkeypatch):
+    """Guards against curves that nobody clears up, and against clearing up those that are in use."""
+    measured = []
+    monkeypatch.setattr(profile, "MOST_FILES", 2)
+    monkeypatch.setattr(profile, "sweep", lambda *_: measured.append(1))
+    monkeypatch.setattr(profile, "fit", lambda *_, **__: CURVE)
+    target = tiny_target()
+    store, allocator = target.make_store(512), ExtentAllocator(512)
+    counts = []
+    for name in "abacab":  # a is taken before c comes, so b goes
+        load_or_measure(
+            target, store, None, None, allocator,
+            max_seqs=1, max_model_len=64, key=[name], folder=tmp_path, progress=SILENT,
+        )  # fmt: skip
+        counts.append(len(measured))
+        for path in tmp_path.iterdir():  # a day goes by: the clock of files has ticks
+            os.utime(path, ns=(0, path.stat().st_mtime_ns - 86_400 * 10**9))
+    assert counts == [1, 2, 2, 3, 3, 4]
+    assert len(list(tmp_path.iterdir())) == 2

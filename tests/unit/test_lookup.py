@@ -117,7 +117,7 @@ def kernels(request):
     return Context(1, best_isa())  # rows this short are done before a second thread has woken
 
 
-CELLS = 1000
+CELLS = 400
 
 
 @pytest.mark.parametrize("tokens", list(product(range(3), repeat=2)))
@@ -125,7 +125,7 @@ def test_what_is_known_beforehand_is_judged_by_the_targets_law(tokens, kernels):
     """By enumeration over the cells of all uniforms: x_1, and x_2 after it, come as the target would draw them."""
     vocab = 3
     p = torch.softmax(torch.randn(3, vocab, generator=torch.Generator().manual_seed(4)) * 1.5, -1)
-    law = dict.fromkeys(product(range(vocab), repeat=2), 0.0)
+    own, law = distributions(kernels, p), dict.fromkeys(product(range(vocab), repeat=2), 0.0)
     for stands in product([True, False], repeat=2):
         weight, accept = 1.0, []
         for k, stood in enumerate(stands):
@@ -133,7 +133,7 @@ def test_what_is_known_beforehand_is_judged_by_the_targets_law(tokens, kernels):
             weight *= share if stood else 1 - share
             accept.append(share / 2 if stood else (1 + share) / 2)
         for bonus in (i / CELLS + 0.5 / CELLS for i in range(CELLS)):
-            accepted, token = certain(distributions(kernels, p), 0, list(tokens), Scripted(accept, bonus))
+            accepted, token = certain(own, 0, list(tokens), Scripted(accept, bonus))
             assert accepted == (0 if not stands[0] else 1 if not stands[1] else 2)
             committed = [*tokens[:accepted], token]
             if accepted:
@@ -142,7 +142,7 @@ def test_what_is_known_beforehand_is_judged_by_the_targets_law(tokens, kernels):
                 for second in range(vocab):
                     law[token, second] += weight / CELLS * float(p[1, second])
     for (first, second), probability in law.items():
-        assert probability == pytest.approx(float(p[0, first] * p[1, second]), abs=2e-3)
+        assert probability == pytest.approx(float(p[0, first] * p[1, second]), abs=4e-3)
 
 
 def test_what_cannot_be_never_stands():

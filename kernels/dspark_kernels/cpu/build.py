@@ -38,9 +38,9 @@ NEEDS: dict[Isa, frozenset[str]] = {
     "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
     "portable": frozenset(),
 }
-# Nothing is optimised: that would take longer than all that then runs.
+# Hardly optimised: more would take longer than all that then runs, and so would less.
 SANITIZERS = (
-    "-O0",
+    "-Og",
     "-g1",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",

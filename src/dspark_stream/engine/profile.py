@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -53,6 +55,8 @@ SOME_STREAMS = 16
 SLOW_MS, ONCE_MS = 80.0, 240.0
 """Points that take so long are run twice, or once: buffers and what is left of the noise are small beside them."""
 FORMAT = "curve 14"
+MOST_FILES = 64
+"""Curves that are kept: every model, drafter, version and size has its own, and those longest unused go."""
 _LARGEST_FILE = 1 << 20
 _LARGEST, _SLOWEST_MS = 1 << 24, 1e7
 """Greatest values that a measured curve can have; larger ones are a damaged file."""
@@ -125,7 +129,16 @@ def load_or_measure(
         write_whole(path, msgspec.json.encode(_Stored(key, curve)))
     except OSError as error:
         progress.say(f"the capacity curve could not be kept in {folder}: {error}; it will be measured again next time")
+    _forget_the_oldest(folder)
     return curve
+
+
+def _forget_the_oldest(folder: Path) -> None:
+    """Keep the `MOST_FILES` that were measured or taken last."""
+    with contextlib.suppress(OSError):  # a folder that may not be written, or another start that clears up as well
+        by_use = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        for path in by_use[:-MOST_FILES]:
+            path.unlink(missing_ok=True)
 
 
 def _stored(path: Path, key: list[str], progress: Progress) -> CapacityCurve | None:
@@ -147,6 +160,8 @@ def _stored(path: Path, key: list[str], progress: Progress) -> CapacityCurve | N
         else:
             flaw = _flaw(stored.curve) if stored.key == key else "it is another machine's or model's"
             if flaw is None:
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # it is in use: others go first
                 return stored.curve
             why = flaw
     progress.say(f"the capacity curve in {path} cannot be used ({why}): measuring it anew")

@@ -18,7 +18,7 @@ OPERATIONS = (acceptance, admission, ragged_attention, sequential_head, weight_o
 
 
 def rounds_of(head: str, quant: str, device: torch.device) -> tuple[list, list[torch.Tensor]]:
-    """Outcomes of three drafted rounds and a plain one of three streams among four seats, and the caches after."""
+    """Outcomes of two drafted rounds and a plain one between, of three streams among four seats; the caches after."""
     target = Target(tiny_target(hidden_size=64).model.to(device))
     drafter = tiny_drafter(target, head=head).to(device)
     quantise_linears(drafter, quant)
@@ -40,7 +40,7 @@ def rounds_of(head: str, quant: str, device: torch.device) -> tuple[list, list[t
     )
     parts = RoundModels(target, models.target_kv, drafter, models.drafter_kv, head_weights(drafter), 24, 100)
     outcomes = []
-    for size in ((4, 12, True), (4, 20, True), (4, 4, False), (4, 12, True)):
+    for size in ((4, 20, True), (4, 4, False), (4, 12, True)):
         run_round(parts, state, *size)
         outcomes.append((state.outcome.tolist(), state.position.tolist(), state.anchor.tolist()))
     stores = (models.target_kv, models.drafter_kv)
@@ -59,4 +59,4 @@ def test_rounds_by_either_implementation(implementation, device, monkeypatch, he
     assert got == expected
     for a, b in zip(caches, other, strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
-    assert sum(row[0] >= 0 for outcome, _, _ in expected for row in outcome) == 12
+    assert sum(row[0] >= 0 for outcome, _, _ in expected for row in outcome) == 9
