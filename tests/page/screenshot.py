@@ -135,7 +135,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("out")
-    parser.add_argument("--ask", default="What makes a rainbow?", help="empty: the page before any question")
+    asked = "Explain recursion with one short example."
+    parser.add_argument("--ask", default=asked, help="empty: the page before any question")
     parser.add_argument("--race", action="store_true")
     parser.add_argument("--film")
     parser.add_argument("--compare", action="store_true", help="answer once more without drafting, open the figures")
