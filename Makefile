@@ -216,6 +216,10 @@ abuse: $(DEV_STAMP) model ## Try on a service of its own what strangers may do t
 soak: $(DEV_STAMP) model ## Half an hour of mixed clients: memory, descriptors, threads (ARGS="--minutes 5" for less)
 	@$(PY) bench/soak.py $(ARGS)
 
+.PHONY: pictures
+pictures: $(DEV_STAMP) chromium ## Take docs/page.png and docs/race.webm anew: a race with the default model
+	@$(PY) bench/pictures.py $(ARGS)
+
 $(DOCS_VENV)/.ready: Makefile pyproject.toml
 	$(call make_venv,$(DOCS_VENV))
 	@echo "==> installing what the pages are built with into $(DOCS_VENV)"
