@@ -20,7 +20,7 @@ const page = {
   scroller: byId("main"), chat: byId("chat"), intro: byId("intro"), turns: byId("turns"),
   race: byId("race"), raceIntro: byId("race-intro"), raceStage: byId("race-stage"),
   form: byId("composer"), question: byId("question"), send: byId("send"), stop: byId("stop"), hint: byId("hint"),
-  settings: byId("settings"), settingsToggle: byId("settings-toggle"), settingsDigest: byId("settings-digest"),
+  settings: byId("settings"), raceNote: byId("race-note"), settingsToggle: byId("settings-toggle"), settingsDigest: byId("settings-digest"),
   modeSwitch: byId("mode-switch"), marks: byId("marks"), newChat: byId("new-chat"), exported: byId("export"),
   latest: byId("latest"), connection: byId("connection"), connectionText: byId("connection-text"),
   retryNow: byId("retry-now"), model: byId("model"), keyForm: byId("key-form"), key: byId("key"),
@@ -387,6 +387,7 @@ function applyView() {
   page.race.hidden = !racing;
   page.modeSwitch.hidden = racing;
   page.exported.hidden = racing;
+  page.raceNote.hidden = !racing;
   page.newChat.textContent = racing ? "Clear" : "New chat";
   page.send.firstElementChild.textContent = racing ? "Race" : "Send";
   page.question.placeholder = racing ? "A question for both" : "Ask something";

@@ -689,6 +689,10 @@ async def test_race_is_greedy_unless_a_temperature_was_chosen(launch: Launch) ->
     assert [r.sampling.temperature for r in site.engine.submitted] == [0.0, 0.0]
     assert {r.verification for r in site.engine.submitted} == {"rejection"}
     await expect(page.locator(".how")).to_contain_text("Greedy")
+    await page.locator("#settings-toggle").click()
+    await expect(page.locator("#race-note")).to_be_visible()
+    await choose(page, "view-chat")
+    await expect(page.locator("#race-note")).to_be_hidden()
 
 
 async def test_race_texts_differ(launch: Launch) -> None:
@@ -1280,6 +1284,7 @@ async def test_axe_finds_nothing_serious(launch: Launch, scheme: str, width: int
     await race(page)
     await check("race")
     await page.goto(f"{site.server.url}help.html")
+    await expect(page.locator("pre")).to_contain_text(f"curl {site.server.url}v1/chat/completions")
     await check("help")
 
 
