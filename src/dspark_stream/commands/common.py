@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import math
 import sys
 from collections.abc import Callable
@@ -44,6 +43,8 @@ class Parser(argparse.ArgumentParser):
         """Parse; a command itself says what it does not know, and what of its own is like it."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown and self._subparsers is None:
+            import difflib
+
             flags = [flag for action in self._actions for flag in action.option_strings]
             like = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
             text = next((a.dest for a in self._actions if not a.option_strings), None)
