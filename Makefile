@@ -14,8 +14,9 @@ DOCS_VENV := .venv-docs
 OPENAI_PACKAGE := openai[realtime]==3.54.0
 CLIENT_PACKAGES := langchain-openai==1.7.4 litellm==1.110.2 guidellm==0.8.1 aiperf==0.13.0
 
-# The pages of events are made from the structs themselves, which need msgspec alone.
-DOCS_PACKAGES := mkdocs==1.6.1 mkdocs-material==9.8.2 $(shell sed -n 's/^ *"\(msgspec==[^"]*\)".*/\1/p' pyproject.toml)
+# The pages of events are made from the structs themselves, which need these two alone.
+DOCS_PACKAGES := mkdocs==1.6.1 mkdocs-material==9.8.2 \
+  $(shell sed -n 's/^ *\("\(msgspec\|numpy\)[=>][^"]*"\).*/\1/p' pyproject.toml)
 
 TEST_MODEL := smollm2-135m
 BIG_MODELS := qwen2.5-coder-0.5b qwen2.5-coder-1.5b
@@ -214,6 +215,10 @@ abuse: $(DEV_STAMP) model ## Try on a service of its own what strangers may do t
 .PHONY: soak
 soak: $(DEV_STAMP) model ## Half an hour of mixed clients: memory, descriptors, threads (ARGS="--minutes 5" for less)
 	@$(PY) bench/soak.py $(ARGS)
+
+.PHONY: pictures
+pictures: $(DEV_STAMP) chromium ## Take docs/page.png and docs/race.webm anew: a race with the default model
+	@$(PY) bench/pictures.py $(ARGS)
 
 $(DOCS_VENV)/.ready: Makefile pyproject.toml
 	$(call make_venv,$(DOCS_VENV))

@@ -16,7 +16,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from dspark_stream.server import openapi, wire  # noqa: E402  (needs nothing but msgspec)
+from dspark_stream.server import openapi, wire  # noqa: E402  (needs nothing but msgspec and numpy)
 
 OUTSIDE = {"README.md": "index.md", **{name: name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")}}
 """Pages that do not lie in docs/, and where they are shown."""

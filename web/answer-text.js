@@ -39,7 +39,7 @@ export class AnswerText {
   paint(answer) {
     this.#answer = answer;
     if (answer.end) {
-      if (!this.#finished) this.markdown.finish(answer.text, answer.runs);
+      if (!this.#finished) this.markdown.finish(answer.text, answer.runs, answer.end.status !== "completed");
       this.#finished = true;
       const first = this.element.querySelector("mark");
       if (first) first.tabIndex = 0; // one stop for the tab key; the arrows go on from there

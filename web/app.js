@@ -20,7 +20,7 @@ const page = {
   scroller: byId("main"), chat: byId("chat"), intro: byId("intro"), turns: byId("turns"),
   race: byId("race"), raceIntro: byId("race-intro"), raceStage: byId("race-stage"),
   form: byId("composer"), question: byId("question"), send: byId("send"), stop: byId("stop"), hint: byId("hint"),
-  settings: byId("settings"), settingsToggle: byId("settings-toggle"), settingsDigest: byId("settings-digest"),
+  settings: byId("settings"), raceNote: byId("race-note"), settingsToggle: byId("settings-toggle"), settingsDigest: byId("settings-digest"),
   modeSwitch: byId("mode-switch"), marks: byId("marks"), newChat: byId("new-chat"), exported: byId("export"),
   latest: byId("latest"), connection: byId("connection"), connectionText: byId("connection-text"),
   retryNow: byId("retry-now"), model: byId("model"), keyForm: byId("key-form"), key: byId("key"),
@@ -33,6 +33,9 @@ const conversation = new Conversation();
 let running = null;
 let drafting = { gamma: 0, schedule: "adaptive" };
 let modelName = "the model";
+/** On a screen that is touched a question box with the focus brings up a keyboard over half the page. */
+const touch = matchMedia("(pointer: coarse)");
+const toQuestion = () => touch.matches || page.question.focus();
 
 /** @param {string} text read out by screen readers, once */
 const announce = (text) => (page.status.textContent = text);
@@ -270,6 +273,7 @@ function submit() {
   }
   page.question.value = "";
   fit();
+  if (touch.matches) page.question.blur(); // the keyboard would stand where the answer comes
   if (chosen("view") === "race") startRace(question);
   else chat.ask(question);
 }
@@ -308,7 +312,7 @@ page.newChat.addEventListener("click", () => {
     redraw();
     undo("A new chat was begun.", before);
   }
-  page.question.focus();
+  toQuestion();
 });
 
 page.exported.addEventListener("click", () => {
@@ -323,7 +327,7 @@ for (const example of document.querySelectorAll("[data-ask]")) {
   example.addEventListener("click", () => {
     page.question.value = example.textContent;
     fit();
-    page.question.focus();
+    toQuestion();
     submit();
   });
 }
@@ -383,6 +387,7 @@ function applyView() {
   page.race.hidden = !racing;
   page.modeSwitch.hidden = racing;
   page.exported.hidden = racing;
+  page.raceNote.hidden = !racing;
   page.newChat.textContent = racing ? "Clear" : "New chat";
   page.send.firstElementChild.textContent = racing ? "Race" : "Send";
   page.question.placeholder = racing ? "A question for both" : "Ask something";
@@ -458,4 +463,4 @@ page.intro.hidden = conversation.turns.length > 0;
 applyView();
 connection.open();
 loadColours(() => toast("The colours for code could not be loaded; code is shown without."));
-page.question.focus();
+toQuestion();

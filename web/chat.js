@@ -94,7 +94,7 @@ export class Chat {
       const answered = end.status === "completed" || end.status === "incomplete";
       const actions = [];
       if (i === turns.length - 1 && !this.views[i].retries) {
-        actions.push({ label: "Regenerate", title: "Answer once more, with another seed", run: () => this.#again(turn) });
+        actions.push({ label: "Regenerate", title: "Answer once more, with another seed unless the settings name one", run: () => this.#again(turn) });
       }
       if (answered && turn.answer.mode === "dspark" && this.page.drafting().gamma > 0) {
         actions.push({ label: "The same without drafting", title: "Answer once more from the same seed, and compare",

@@ -6,7 +6,7 @@
 
 import { addLines, colour, colourSoFar } from "./code.js";
 import { copyButton, h } from "./dom.js";
-import { mark } from "./marks.js";
+import { firstRun, mark } from "./marks.js";
 import DOMPurify from "./vendor/dompurify-3.4.18/purify.es.js";
 import { Marked } from "./vendor/marked-18.2.1/marked.esm.js";
 
@@ -71,6 +71,30 @@ function closed(source) {
 
 /** A last block longer than this is no longer rendered anew: what comes is appended to it until it ends. */
 const LONG = 1000;
+/** What a later sign may turn into formatting, a link or a tag, together with all that lies between. */
+const OPENS = /[*~](?=\S)|(?<![\p{L}\p{N}])_|[`[]|<[a-z/!?]/iu;
+
+/**
+ * Up to where a part of a paragraph is finished: behind a space at which nothing is open. 0: nowhere.
+ * @param {string} source
+ * @param {(at: number) => boolean} inside whether a run goes across that place
+ */
+function finishedUpTo(source, inside) {
+  let at = 0;
+  let found = 0;
+  for (const { type, raw } of marked.Lexer.lexInline(source, marked.defaults)) {
+    if (type === "text") {
+      const said = raw.replace(/\[[^[\]]*\]/g, (whole) => "-".repeat(whole.length)); // "[1]" is no link by itself
+      const open = said.search(OPENS);
+      for (const { index } of (open < 0 ? said : said.slice(0, open)).matchAll(/(?<=\S) (?=\S)/g)) {
+        if (!inside(at + index)) found = at + index + 1;
+      }
+      if (open >= 0) return found;
+    }
+    at += raw.length;
+  }
+  return found;
+}
 
 /**
  * @param {string} text
@@ -131,8 +155,9 @@ export class GrowingMarkdown {
   #settled = 0;
   /** @type {ChildNode[]} nodes of the last block */
   #tail = [];
-  /** @type {{into: HTMLElement, at: number, fence: string, language: string}|null} where the last block is appended to;
-   *  `fence` is empty for a paragraph */
+  /** @type {{into: HTMLElement, at: number, fence: string, language: string, tail: ChildNode[], plain: boolean}|null}
+   *  where the last block is appended to; `fence` is empty for a paragraph. Of a paragraph `tail` is what stands behind
+   *  `at`; `plain`: something was never ended, and what comes is shown as it is until the paragraph ends */
   #grows = null;
   /** @type {{into: HTMLElement, loose: boolean}|null} a list of which the first items are settled */
   #list = null;
@@ -148,8 +173,9 @@ export class GrowingMarkdown {
    */
   update(text, runs = []) {
     if (this.#grows && this.#append(text, runs)) return;
+    let tokens = marked.lexer(text.slice(this.#settled));
+    if (tokens.length > 1 && this.#endParagraph(text, tokens[0], runs)) tokens = tokens.slice(1);
     this.#grows = null;
-    const tokens = marked.lexer(text.slice(this.#settled));
     let last = tokens.length - 1;
     while (last > 0 && tokens[last].type === "space") last -= 1;
     // "2" after a list may be its next item's number, and half an item may look like a list of its own.
@@ -171,8 +197,9 @@ export class GrowingMarkdown {
   /**
    * @param {string} text the whole
    * @param {Run[]} [runs]
+   * @param {boolean} [cut] whether it ends in the middle
    */
-  finish(text, runs = []) {
+  finish(text, runs = [], cut = false) {
     if (/^ {0,3}\[[^\]\n]+\]:/m.test(text)) { // links may be defined after their use
       this.#settled = 0;
       this.root.replaceChildren();
@@ -181,9 +208,12 @@ export class GrowingMarkdown {
     } else if (this.#grows?.fence && this.#append(`${text}\n`, runs)) {
       const { into, language } = this.#grows;
       return colour(into, language); // a program that was cut in the middle
+    } else if (this.#grows) {
+      const tokens = marked.lexer(text.slice(this.#settled));
+      if (tokens.slice(1).every(({ type }) => type === "space") && this.#endParagraph(text, tokens[0], runs, cut)) return;
     }
     this.#grows = null;
-    this.#replaceTail(text, text.length, runs, false);
+    this.#replaceTail(text, text.length, runs, false, cut);
   }
 
   /** @param {number} length */
@@ -221,9 +251,9 @@ export class GrowingMarkdown {
       // The page ends code with a line break that the model has yet to write.
       const end = into.lastElementChild?.lastChild;
       if (end instanceof Text && end.data.endsWith("\n") && !text.endsWith("\n")) end.data = end.data.slice(0, -1);
-      this.#grows = { into, at, fence, language: /\S*/.exec(token.lang ?? "")?.[0].toLowerCase() ?? "" };
+      this.#grows = { into, at, fence, language: /\S*/.exec(token.lang ?? "")?.[0].toLowerCase() ?? "", tail: [], plain: false };
     } else if (token?.type === "paragraph" && token.raw.length > LONG && parent?.localName === "p") {
-      this.#grows = { into: parent, at, fence: "", language: "" };
+      this.#grows = { into: parent, at: this.#settled, fence: "", language: "", tail: [...parent.childNodes], plain: false };
     }
   }
 
@@ -235,12 +265,7 @@ export class GrowingMarkdown {
   #append(text, runs) {
     const grows = /** @type {any} */ (this.#grows);
     const { into, at, fence, language } = grows;
-    if (!fence) {
-      if (text.indexOf("\n", at) >= 0) return false;
-      into.append(...plain(text, at, text.length, runs));
-      grows.at = text.length;
-      return true;
-    }
+    if (!fence) return this.#appendToParagraph(text, runs);
     // What may be the fence at the end is held back until its line is whole.
     const line = text.lastIndexOf("\n", at - 1) + 1;
     const end = new RegExp(`^ {0,3}(?:${fence}${fence[0]}*[ \\t]*(?:\\n|$(?![^]))|${fence[0]}+$(?![^]))`, "m");
@@ -255,6 +280,50 @@ export class GrowingMarkdown {
     this.#settle(line + found.index + found[0].length - this.#settled);
     colour(into, language);
     return false;
+  }
+
+  /**
+   * Of a paragraph too what is finished is not touched again, up to the last place where nothing is open.
+   * @param {string} text
+   * @param {Run[]} runs
+   */
+  #appendToParagraph(text, runs) {
+    const grows = /** @type {any} */ (this.#grows);
+    const line = text.indexOf("\n", grows.at);
+    if (line >= 0 && (grows.plain || line < text.length - 1)) return false; // after one line break it may yet go on
+    if (!grows.plain) {
+      for (const node of grows.tail) node.remove();
+      if (text.length - grows.at > LONG) {
+        const inside = (/** @type {number} */ at) => (runs[firstRun(runs, grows.at + at)]?.start ?? Infinity) < grows.at + at;
+        const to = grows.at + finishedUpTo(text.slice(grows.at), inside);
+        grows.into.append(...inline(text, grows.at, to, runs));
+        grows.at = to;
+      }
+      grows.plain = text.length - grows.at > 4 * LONG;
+    }
+    grows.tail = grows.plain ? plain(text, grows.at, text.length, runs) : inline(text, grows.at, text.length, runs, true);
+    grows.into.append(...grows.tail);
+    if (grows.plain) grows.at = text.length;
+    return true;
+  }
+
+  /**
+   * @param {string} text
+   * @param {any} token the first one that is not settled
+   * @param {Run[]} runs
+   * @param {boolean} [cut]
+   * @returns {boolean} whether that was the growing paragraph, and only its end had to be rendered
+   */
+  #endParagraph(text, token, runs, cut = false) {
+    const grows = this.#grows;
+    if (!grows || grows.fence || grows.plain || token?.type !== "paragraph") return false;
+    const to = this.#settled + token.raw.replace(/\n+$/, "").length;
+    if (to < grows.at || text.slice(grows.at, to).includes("\n")) return false;
+    for (const node of grows.tail) node.remove();
+    grows.into.append(...inline(text, grows.at, to, runs, cut));
+    this.#settle(token.raw.length);
+    this.#grows = null;
+    return true;
   }
 
   /**
@@ -284,11 +353,27 @@ export class GrowingMarkdown {
  * @param {number} from
  * @param {number} to
  * @param {Run[]} runs
+ * @param {Node|string} [said] what the page shows of it
+ * @returns {ChildNode[]}
  */
-function plain(text, from, to, runs) {
-  const holder = h("div", {}, h("span", {}, text.slice(from, to)));
+function plain(text, from, to, runs, said = text.slice(from, to)) {
+  const holder = h("div", {}, h("span", {}, said));
   mark(holder, text, from, to, runs);
-  return /** @type {HTMLElement} */ (holder.firstChild).childNodes;
+  return [.../** @type {HTMLElement} */ (holder.firstChild).childNodes];
+}
+
+/**
+ * A part of a paragraph, with its runs.
+ * @param {string} text
+ * @param {number} from
+ * @param {number} to
+ * @param {Run[]} runs
+ * @param {boolean} [growing]
+ */
+function inline(text, from, to, runs, growing = false) {
+  const source = text.slice(from, to);
+  const html = /** @type {string} */ (marked.parseInline(growing ? closed(source) : source));
+  return plain(text, from, to, runs, /** @type {any} */ (DOMPurify.sanitize(html, ALLOWED)));
 }
 
 /** @param {any} token a fenced piece of code whose end is still to come */

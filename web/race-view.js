@@ -19,8 +19,9 @@ class Lane {
     this.clock = h("span", { class: "clock" });
     this.value = svg("rect", { class: "value", width: "0%" });
     this.text = new AnswerText();
+    this.count = h("p", { class: "lane-count", hidden: true });
     this.scroller = h("div", { class: "lane-text", tabindex: 0, role: "region", "aria-label": `${this.name} answer` },
-      this.text.element);
+      this.count, this.text.element);
     this.notice = h("div", { class: "notice", role: "alert", hidden: true });
     this.element = h("article", { class: "lane answer", "data-mode": mode, "aria-label": `${this.name}’s lane` },
       h("p", { class: "lane-head" }, h("b", {}, this.name), this.state, this.clock),
@@ -31,6 +32,7 @@ class Lane {
   /** To the start line. */
   begin() {
     this.play = this.recording.play();
+    this.count.hidden = true;
     this.text.element.remove();
     this.text = new AnswerText();
     this.scroller.append(this.text.element);
@@ -100,8 +102,7 @@ export class RaceView {
       this.#say(`${lane.name} runs, alone.`, "Each side is recorded on its own, and unseen: to draw it would cost it speed. Then both are replayed from the same start.");
       const end = await this.#record(lane, mode, verification, ask);
       if (end.status === "failed" || end.status === "lost") this.#cancelled = true;
-      lane.state.textContent = { failed: "failed", lost: "connection lost", cancelled: "stopped" }[end.status] ??
-        count(lane.recording.answer.snapshot().tokens, "token");
+      lane.state.textContent = { failed: "failed", lost: "connection lost", cancelled: "stopped" }[end.status] ?? "recorded";
       if (!this.#cancelled || end.status !== "cancelled") explainEnd(lane, end);
     }
     const verdict = judge(this.lanes.plain.recording, this.lanes.dspark.recording);
@@ -156,7 +157,9 @@ export class RaceView {
     recording.answer.sent(performance.now());
     const tell = () => {
       const { tokens } = recording.answer.snapshot();
-      state.textContent = this.#cancelled ? "stopping" : `${count(tokens, "token")} …`;
+      const [figure, ...word] = count(tokens, "token").split(" ");
+      lane.count.replaceChildren(h("b", {}, figure), ` ${word} recorded`);
+      lane.count.hidden = false;
       lane.value.setAttribute("width", `${Math.min(100, (100 * tokens) / this.options.settings.max_output_tokens)}%`);
     };
     return new Promise((resolve) => {
@@ -169,6 +172,8 @@ export class RaceView {
         end: (/** @type {End} */ end) => {
           recording.answer.finish(end);
           delete state.dataset.runs;
+          const done = end.status === "completed" || end.status === "incomplete";
+          if (done) paintSoon(() => lane.value.setAttribute("width", "100%"));
           setTimeout(() => resolve(end), 50); // after the last count
         },
       });

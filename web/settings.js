@@ -67,7 +67,7 @@ export class SettingsForm {
     if (!max_model_len || !input) return;
     input.setAttribute("max", String(max_model_len - 1));
     if (!("max_output_tokens" in this.chosen)) {
-      input.value = String(Math.min(Number(this.starts.max_output_tokens), max_model_len >> 1));
+      input.value = String(Math.min(Number(this.starts.max_output_tokens), max_model_len >> 2));
     }
   }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -103,6 +104,53 @@ def test_compose_and_prometheus_agree():
     assert secret in services["prometheus"]["secrets"]
     assert compose["secrets"][secret]["environment"] in services["dspark"]["environment"]
     assert all(name in compose["secrets"] for service in services.values() for name in service.get("secrets", ()))
+
+
+def accepted(folder: Path, name: str, places: dict[str, str], *command: str) -> str:
+    """What a tool says that accepts its file, with what lies elsewhere on a server put into ``folder``."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    text = (ROOT / "deploy" / name).read_text()
+    for there, here in places.items():
+        assert there in text
+        text = text.replace(there, here)
+    (folder / name).write_text(text)
+    environ = {**os.environ, "HOME": str(folder)}
+    done = subprocess.run(
+        command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
+        stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_systemd_accepts_the_unit(tmp_path):
+    """A directive that systemd does not know is one that it does not keep."""
+    name = "dspark-stream.service"
+    places = {"/opt/dspark-stream/.venv/bin/dspark-stream": shutil.which("true") or "/bin/true"}
+    assert name not in accepted(tmp_path, name, places, "systemd-analyze", "verify", f"./{name}")  # it only warns
+
+
+def test_nginx_accepts_its_file(tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=chat.example.org",
+         "-keyout", tmp_path / "privkey.pem", "-out", tmp_path / "fullchain.pem"],
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    places = {"/etc/ssl/dspark-stream": str(tmp_path), "http {": f"pid {tmp_path}/pid; error_log stderr;\nhttp {{"}
+    accepted(tmp_path, "nginx.conf", places, "nginx", "-t", "-c", str(tmp_path / "nginx.conf"))
+
+
+def test_caddy_accepts_its_file(tmp_path):
+    accepted(tmp_path, "Caddyfile", {}, "caddy", "validate", "--adapter", "caddyfile", "--config", "Caddyfile")
+
+
+def test_prometheus_accepts_its_file(tmp_path):
+    (tmp_path / "key").write_text("key")
+    places = {"/run/secrets/dspark_metrics_key": str(tmp_path / "key")}
+    accepted(tmp_path, "prometheus.yml", places, "promtool", "check", "config", "prometheus.yml")
 
 
 # --- Grafana ----------------------------------------------------------------------------------------------------

@@ -242,8 +242,8 @@ async def test_set_takes_what_the_service_takes(running: Running, monkeypatch, c
     [
         ("temperature 2.5", "`temperature` must be from 0 to 2, but is 2.5"),
         ("max_tokens 0", "`max_output_tokens` must be at least 1"),
-        ("temprature 1", "temprature"),
-        ("temperature hot", "temperature"),
+        ("temprature 1", "`temprature` is not a known field; /set lists those that there are"),
+        ("temperature hot", "'hot' is no value of `temperature`"),
         ("tools [1]", "calls of tools are not read"),
         ("instructions x", "/system does it"),
         ("input x", "the chat fills it in"),

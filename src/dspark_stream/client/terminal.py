@@ -159,7 +159,9 @@ class _Chat:
             # Nothing is generated, but all is checked: what is wrong is said in the service's own words.
             self._run({**self._body(wanted), "input": [], "generate": False})
         except RefusedError as error:
-            return f"refused: {error}"
+            if error.param == name and isinstance(wanted[name], str) and "got `str`" in str(error):
+                return f"refused: {text!r} is no value of `{name}`; /set shows what it is now"
+            return f"refused: {error}" + ("" if name in words.SETTINGS else "; /set lists those that there are")
         self.options.settings = {key: value for key, value in wanted.items() if value is not None}
         if wanted[name] is None:
             return f"{name} is the service's own again"

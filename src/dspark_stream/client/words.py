@@ -25,7 +25,7 @@ HELP = """\
 
 Turns = Sequence[Mapping[str, str]]
 SAVED_AS = (".md", ".json")
-_DEFAULTS = {
+SETTINGS = {
     "temperature": "1",
     "top_p": "1",
     "top_k": "off",
@@ -116,7 +116,7 @@ def tinted(pieces: Iterable[tuple[str, bool]]) -> str:
 
 def settings(chosen: Mapping[str, Any], recommended: Mapping[str, Any]) -> str:
     """A line for each sampling value: what was chosen, else what the model's makers recommend, else the default."""
-    names = [*_DEFAULTS, *(name for name in chosen if name not in _DEFAULTS)]
+    names = [*SETTINGS, *(name for name in chosen if name not in SETTINGS)]
     width = max(map(len, names))
     return "\n".join(f"{name:<{width}}  {_setting(name, chosen, recommended)}" for name in names)
 
@@ -126,7 +126,7 @@ def _setting(name: str, chosen: Mapping[str, Any], recommended: Mapping[str, Any
         return json.dumps(chosen[name], ensure_ascii=False)
     if recommended.get(name) is not None:
         return f"{recommended[name]} (recommended for the model)"
-    return f"{_DEFAULTS[name]} (default)"
+    return f"{SETTINGS[name]} (default)"
 
 
 def served(hello: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeAlias, TypeVar
 
 from dspark_stream import __version__
 from dspark_stream.console import COLOURS
@@ -38,6 +38,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Leave with ``message`` and the code of a user's mistake."""
         self.exit(EXIT_USER, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; a command itself says what it does not know, and what of its own is like it."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown and self._subparsers is None:
+            import difflib
+
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            like = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+            text = next((a.dest for a in self._actions if not a.option_strings), None)
+            mends = f"; did you mean {like[0]}?" if like else ""
+            if text and not unknown[0].startswith("-"):
+                mends = f"; a {text} of several words has to be in quotes"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{mends}")
+        return found, unknown
 
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"

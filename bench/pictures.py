@@ -1,6 +1,7 @@
-"""Take a picture of the page in use: python tests/page/screenshot.py URL OUT [--race] [--dark] [--width N] …
+"""Take docs/page.png and docs/race.webm anew: a race on the page, of a service of its own, pictured and filmed.
 
-With ``--film OUT.webm`` a race is filmed as well: its replay, in real time.
+python bench/pictures.py               # or make pictures
+python bench/pictures.py --url http://127.0.0.1:8000/ --picture /tmp/phone.png --film "" --width 390 --dark
 """
 
 from __future__ import annotations
@@ -17,18 +18,16 @@ from typing import Any
 
 from playwright.async_api import Browser, Page, async_playwright
 
-ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+from dspark_stream.config import Config
+from own_service import KEYS, OwnService
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+ARGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+QUESTION = "Write a Python function that checks for a palindrome."
 MAX_BYTES = 300_000
 """A picture in the repository should not be larger."""
 MAX_FILM_BYTES = 2_000_000
+RACE_S = 180.0
 
 # The browser has an encoder; a second page of it plays the pictures into it at their times.
 ENCODE = """async ({shots, width, height}) => {
@@ -71,16 +70,16 @@ async def film(page: Page, browser: Browser, options: argparse.Namespace) -> Non
     session.on("Page.screencastFrame", lambda frame: asyncio.ensure_future(keep(frame)))
     await session.send("Page.startScreencast", {"format": "jpeg", "quality": 90})
     await page.get_by_role("button", name="Play again").click()
-    await page.locator(".race-line[data-same]").wait_for(timeout=options.timeout_s * 1000)
+    await page.locator(".race-line[data-same]").wait_for(timeout=RACE_S * 1000)
     await page.wait_for_timeout(1500)
     await session.send("Page.stopScreencast")
     encoder = await browser.new_page()
-    size = {"width": options.width, "height": options.height}
-    data = await encoder.evaluate(ENCODE, {"shots": shots, **size})
+    data = await encoder.evaluate(ENCODE, {"shots": shots, "width": options.width, "height": options.height})
     await asyncio.to_thread(Path(options.film).write_bytes, base64.b64decode(data))
 
 
-async def take(options: argparse.Namespace) -> None:
+async def take(url: str, key: str | None, options: argparse.Namespace) -> None:
+    """Run a race on the page, and keep what it looks like."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     executable = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     if not executable:
@@ -91,40 +90,35 @@ async def take(options: argparse.Namespace) -> None:
             viewport={"width": options.width, "height": options.height},
             color_scheme="dark" if options.dark else "light",
         )
-        await page.goto(options.url)
+        await page.goto(url)
+        if key:
+            await page.locator("#key").fill(key)
+            await page.locator("#key").press("Enter")
         await page.wait_for_selector('#connection[data-phase="open"]')
-        await page.locator("#settings-toggle").click()
-        await page.locator('[name="max_output_tokens"]').fill(str(options.max_tokens))
-        await page.locator('[name="temperature"]').fill(str(options.temperature))
-        await page.locator('[name="seed"]').fill("7")
-        await page.locator("#settings-toggle").click()
-        if options.race:
-            await page.locator('label[for="view-race"]').click()
-        if options.ask:
-            await page.locator("#question").fill(options.ask)
-            await page.locator("#question").press("Enter")
-            await page.locator("#stop").wait_for(state="visible")
-            await page.locator("#send").wait_for(state="visible", timeout=options.timeout_s * 1000)
-        if options.compare:
-            await page.get_by_role("button", name="The same without drafting").click()
-            await page.locator("#send").wait_for(state="visible", timeout=options.timeout_s * 1000)
-            await page.locator("summary", has_text="How it was made").click()
-            await page.evaluate("document.getElementById('main').scrollTop = 0")
-        if options.point:
-            await page.evaluate("document.getElementById('main').scrollTop = 0")
-            await page.locator(".prose mark.starts").nth(3).hover()
-        else:
-            await page.mouse.move(1, 1)
-        await page.wait_for_timeout(300)
-        await page.screenshot(path=options.out)
+        await page.locator('label[for="view-race"]').click()
+        await page.locator("#question").fill(options.ask)
+        await page.locator("#question").press("Enter")
+        await page.locator(".race-line[data-same]").wait_for(timeout=RACE_S * 1000)
+        print(await page.locator(".race-line").inner_text())
+        await page.mouse.move(1, 1)
+        await page.screenshot(path=options.picture)
         if options.film:
             await film(page, browser, options)
         await browser.close()
 
 
 def main(options: argparse.Namespace) -> None:
-    asyncio.run(take(options))
-    for path, most in [(options.out, MAX_BYTES)] + ([(options.film, MAX_FILM_BYTES)] if options.film else []):
+    """With a service of its own, unless one is named."""
+    if options.url:
+        asyncio.run(take(options.url, None, options))
+    else:
+        service = OwnService(Config().model, [])
+        try:
+            service.start(1200.0)  # its model may have to be fetched
+            asyncio.run(take(service.url, KEYS["victim"], options))
+        finally:
+            service.close()
+    for path, most in [(options.picture, MAX_BYTES)] + ([(options.film, MAX_FILM_BYTES)] if options.film else []):
         size = Path(path).stat().st_size
         if size > most:
             sys.exit(f"{path} has {size} bytes, more than {most}")
@@ -132,18 +126,12 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("url")
-    parser.add_argument("out")
-    parser.add_argument("--ask", default="What makes a rainbow?", help="empty: the page before any question")
-    parser.add_argument("--race", action="store_true")
-    parser.add_argument("--film")
-    parser.add_argument("--compare", action="store_true", help="answer once more without drafting, open the figures")
-    parser.add_argument("--point", action="store_true", help="point at a run")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="of a service that runs already, and asks for no key")
+    parser.add_argument("--picture", default=str(DOCS / "page.png"))
+    parser.add_argument("--film", default=str(DOCS / "race.webm"), help="empty: none")
+    parser.add_argument("--ask", default=QUESTION)
     parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--max-tokens", type=int, default=160)
-    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, default=800)
-    parser.add_argument("--timeout-s", type=float, default=120.0)
     main(parser.parse_args())
