@@ -300,7 +300,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
     max_queue: Annotated[
         int, Setting("most streams that wait for a place; past it clients get 503", "service", 0, 1_000_000)
-    ] = 64
+    ] = 24_576
+    queue_memory: Annotated[
+        int,
+        Setting(
+            "memory for requests, those that wait and those that are answered, half of it for a client alone; past it "
+            "503, 429",
+            "service",
+            64 << 20,
+            1 << 50,
+            metavar="SIZE",
+            parse=parse_bytes,
+        ),
+    ] = 1 << 30
     max_streams_per_client: Annotated[
         int,
         Setting(
@@ -321,7 +333,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             1,
             1_000_000,
         ),
-    ] = 4096
+    ] = 16_384
     max_connections_per_address: Annotated[
         int,
         Setting(
@@ -330,7 +342,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             1,
             1_000_000,
         ),
-    ] = 2048
+    ] = 12_288
     max_sockets: Annotated[
         int, Setting("most open WebSockets, half of them for a client alone; past it 503, 429", "service", 1, 1_000_000)
     ] = 1024

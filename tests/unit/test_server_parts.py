@@ -248,6 +248,40 @@ def test_places_are_shared_by_those_who_want_them(clients: int, each: int) -> No
     assert admission.in_flight == 0
 
 
+def test_a_benchmark_from_one_address_is_not_refused() -> None:
+    """Guards against guidellm's default sweep, which has up to 10,240 requests open at once, counting errors."""
+    config = ServerConfig()
+    admission = Admission(32 + config.max_queue, config.max_streams_per_client, config.queue_memory)
+    assert admission.most_alone() >= 10_240
+    assert min(config.max_connections, config.max_connections_per_address) >= 10_240
+
+
+def test_memory_is_shared_like_places() -> None:
+    """Guards against one client whose waiting prompts fill the machine, or leave nothing for the prompts of others."""
+    admission = Admission(capacity=96, memory=96 << 20)
+    with ExitStack() as stack:
+        hog, late = (stack.enter_context(admission.holding(client)) for client in ("hog", "late"))
+        for _ in range(48):
+            hog.grow(1 << 20)
+        with pytest.raises(RateLimitError, match="take 48 of the server's 96 MiB.*what is left is for others"):
+            hog.grow(1)
+        assert admission.bytes_held == 48 << 20  # what was refused is not counted
+        for _ in range(24):
+            late.grow(1 << 20)
+        with pytest.raises(RateLimitError):
+            late.grow(1 << 20)
+        with pytest.raises(OverloadedError, match="96 MiB"):
+            stack.enter_context(admission.holding("another")).grow(25 << 20)
+        stack.enter_context(admission.holding("another")).grow(12 << 20)
+    assert admission.bytes_held == 0
+    assert not admission._bytes
+    alone = Admission(capacity=4, per_client=4, memory=96 << 20)  # no shares
+    with alone.holding("a") as held:
+        held.grow(96 << 20)
+        with pytest.raises(OverloadedError):
+            held.grow(1)
+
+
 def test_a_client_that_was_there_first_gives_way() -> None:
     """Guards against shares that only count at the beginning: places that become free go to whoever has fewer."""
     admission = Admission(capacity=96)
