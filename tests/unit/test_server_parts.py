@@ -263,7 +263,7 @@ def test_memory_is_shared_like_places() -> None:
         hog, late = (stack.enter_context(admission.holding(client)) for client in ("hog", "late"))
         for _ in range(48):
             hog.grow(1 << 20)
-        with pytest.raises(RateLimitError, match="take 48 of the server's 96 MiB.*what is left is for others"):
+        with pytest.raises(RateLimitError, match=r"take 48 of the server's 96 MiB.*what is left is for others"):
             hog.grow(1)
         assert admission.bytes_held == 48 << 20  # what was refused is not counted
         for _ in range(24):

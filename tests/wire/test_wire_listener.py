@@ -282,7 +282,8 @@ async def test_half_heads_take_only_so_much_memory(launch: Launch, monkeypatch: 
         halves = [await stack.enter_async_context(connect(running)) for _ in range(4)]
         for i, raw in enumerate(halves, 1):
             raw.send(f"POST /v1/responses HTTP/1.1\r\n{HEAD}X: {'x' * 3000}")
-            await eventually(lambda count=min(i, 3): heads.half_heads >= 3000 * count)  # type: ignore[misc]
+            least = 3000 * min(i, 3)
+            await eventually(lambda least=least: heads.half_heads >= least)  # type: ignore[misc]
         answer = await halves[3].answer()
         assert (answer.status, answer.error["code"]) == (503, "overloaded")
         assert (await ask(running, post(headers=BEARER))).status == 200

@@ -91,7 +91,8 @@ async def test_bodies_on_their_way_take_only_so_much_memory(launch: Launch) -> N
         for i, raw in enumerate(begun, 1):
             raw.send(f"POST /v1/responses HTTP/1.1\r\n{HEAD}Content-Length: 400000\r\n\r\n")
             raw.send(b" " * 300_000)
-            await eventually(lambda count=min(i, 3): admission.bytes_held >= 300_000 * count)  # type: ignore[misc]
+            least = 300_000 * min(i, 3)
+            await eventually(lambda least=least: admission.bytes_held >= least)  # type: ignore[misc]
         for raw in begun[3:]:
             answer = await raw.answer()
             assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
