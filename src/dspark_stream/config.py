@@ -300,7 +300,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
     max_queue: Annotated[
         int, Setting("most streams that wait for a place; past it clients get 503", "service", 0, 1_000_000)
-    ] = 24_576
+    ] = 2048
     queue_memory: Annotated[
         int,
         Setting(
@@ -312,7 +312,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             metavar="SIZE",
             parse=parse_bytes,
         ),
-    ] = 1 << 30
+    ] = 512 << 20
     max_streams_per_client: Annotated[
         int,
         Setting(
@@ -333,7 +333,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             1,
             1_000_000,
         ),
-    ] = 16_384
+    ] = 4096
     max_connections_per_address: Annotated[
         int,
         Setting(
@@ -342,7 +342,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             1,
             1_000_000,
         ),
-    ] = 12_288
+    ] = 2048
     max_sockets: Annotated[
         int, Setting("most open WebSockets, half of them for a client alone; past it 503, 429", "service", 1, 1_000_000)
     ] = 1024

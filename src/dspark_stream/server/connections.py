@@ -19,7 +19,7 @@ from aiohttp.web_request import BaseRequest
 
 from dspark_stream.errors import BusyError, DsparkError, InternalError, OverloadedError
 from dspark_stream.server.delivery import bound_buffers
-from dspark_stream.server.frames import FrameCheck, LastWords
+from dspark_stream.server.frames import CrowdedTurns, FrameCheck, LastWords
 from dspark_stream.server.heads import HeadTooLargeError, RequestTimeoutError, error_response, refusal, whole_answer
 from dspark_stream.server.metrics import Metrics
 from dspark_stream.server.seldom import Seldom
@@ -45,6 +45,7 @@ class Owner(Protocol):
     metrics: Metrics
     refused: Seldom
     half_heads: int
+    crowds: CrowdedTurns
 
     def admit(self, connection: Connection, peername: object) -> BusyError | None:
         """It has come; what it is told if it may only ask for the service's health."""
@@ -188,10 +189,29 @@ class Connection(web.RequestHandler):
 
     def set_parser(self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None) -> None:
         """From here on the client sends frames."""
-        frames = FrameCheck(parser)
+        frames = FrameCheck(parser, self, self._listener.crowds)
         if self._wire is not None:
             self.transport = cast(asyncio.Transport, LastWords(self._wire, frames, LINGER_S))
         super().set_parser(cast(WebSocketReader, frames), data_received_cb)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether enough is decoded that nobody has taken yet."""
+        return self._reading_paused
+
+    def hold_reading(self) -> None:
+        """Read no more until `release_reading`."""
+        self._pause_reading_for_buffer()
+
+    def release_reading(self) -> None:
+        """Go on reading."""
+        self._resume_reading_for_buffer()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """What was decoded has been taken."""
+        super().resume_reading(resume_parser)
+        if isinstance(self._payload_parser, FrameCheck):
+            self._payload_parser.resume()
 
     def _fail_broken_body(self) -> None:
         # aiohttp puts the parser's error behind the request that it belongs to, whose handler still waits for a body.

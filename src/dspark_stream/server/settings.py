@@ -39,16 +39,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     web_dir: Path | None = None
     """Folder of the demo page; None serves no page."""
 
-    max_queue: int = 24_576
+    max_queue: int = 2048
     """Streams that may wait beyond the engine's ``max_num_seqs``; past it 503."""
-    queue_memory: int = 1 << 30
+    queue_memory: int = 512 << 20
     """Bytes of what clients have sent and of the streams that it became; past it 503."""
     max_streams_per_client: int = 0
     """0: a fair share of all places, half of them for a client alone (`Admission`)."""
     max_sockets: int = 1024
-    max_connections: int = 16_384
+    max_connections: int = 4096
     """In all; fewer where the process may not have so many files open."""
-    max_connections_per_address: int = 12_288
+    max_connections_per_address: int = 2048
     max_message_bytes: int = 1 << 20
     """Longest message on a socket and longest HTTP body."""
     max_lanes: int = 64
