@@ -153,6 +153,30 @@ async def test_long_prompts_of_one_client_do_not_hold_up_anothers(launch: Launch
         assert {status for status, _ in await asyncio.gather(*greedy)} == {200}
 
 
+async def test_long_prompts_of_many_clients_hold_up_no_short_one(launch: Launch) -> None:
+    """Guards against a few addresses, with a megabyte of underscores each, that take every thread of the tokenizer."""
+    info = model_info(max_model_len=60_000)
+    running = await launch(FakeEngine(Script(tokens=["a"], rounds=(1,)), info=info), tokenizer_threads=2)
+    gate = threading.Event()
+    real: Any = FakeTokenizer.encode_chat
+
+    def encode_chat(messages: Any, most: int | None = None) -> list[int]:
+        if len(messages[0][1]) > 10_000:
+            gate.wait(10)
+        return real(running.tokenizer, messages, most)  # type: ignore[no-any-return]
+
+    running.tokenizer.encode_chat = encode_chat  # type: ignore[method-assign]
+    async with AsyncExitStack() as stack:
+        hogs = [await stack.enter_async_context(client(running, f"127.0.0.{i}")) for i in range(3, 9)]
+        polite = await stack.enter_async_context(client(running, "127.0.0.2"))
+        greedy = [asyncio.create_task(ask(hog, "_" * 40_000, max_output_tokens=1)) for hog in hogs]
+        await eventually(lambda: running.server.service.admission.in_flight == 6)
+        for _ in range(3):
+            assert (await ask(polite, "hello"))[0] == 200
+        gate.set()
+        assert {status for status, _ in await asyncio.gather(*greedy)} == {200}
+
+
 async def test_a_crowd_of_messages_is_refused_at_once(launch: Launch) -> None:
     """Guards against a body whose every message costs the loop time, whatever is in it."""
     running = await launch()

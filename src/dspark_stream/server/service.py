@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 STREAM_BYTES = 48 << 10
 """What a stream takes that waits, with its connection and without its prompt; measured: 45 kB."""
+LONG_TEXT = 32 << 10
+"""From so many characters on a prompt waits in a line of its own: a megabyte of one letter can take seconds."""
 TOKEN_BYTES = 48
 """Of a prompt: a Python integer, and where it stands in a list and in a tuple."""
 
@@ -73,6 +75,7 @@ class Service:
         self.idle.set()
         self._tokenizer = tokenizer
         self._turns = Turns(config.tokenizer_threads, "dspark-tokenize")
+        self._long_turns = Turns(1, "dspark-tokenize-long")
 
     @property
     def draining(self) -> bool:
@@ -91,7 +94,7 @@ class Service:
             earlier = self.store.get(plan.previous_response_id, owner)
             conversation = plan.conversation(earlier)
             self.planner.refuse_oversized(conversation, plan.input_param)
-            memory.grow(STREAM_BYTES + sys.getsizeof(plan.prompt) + sum([sys.getsizeof(t) for _, t in conversation]))
+            memory.grow(STREAM_BYTES + sum(map(sys.getsizeof, _texts(plan, conversation))))
             if not plan.generate:
                 self.keep(plan, [*earlier, *plan.messages], owner)
                 entry = access.current()
@@ -164,10 +167,11 @@ class Service:
         if isinstance(prompt, tuple):
             return list(prompt)
         tokenizer = self._tokenizer
+        turns = self._turns if sum(map(len, _texts(plan, conversation))) < LONG_TEXT else self._long_turns
         try:
             if prompt is not None:
-                return await self._turns.run(client, lambda: tokenizer.encode_prompt(prompt, most))
-            return await self._turns.run(client, lambda: tokenizer.encode_chat(conversation, most))
+                return await turns.run(client, lambda: tokenizer.encode_prompt(prompt, most))
+            return await turns.run(client, lambda: tokenizer.encode_chat(conversation, most))
         except InvalidRequestError as error:
             # A template may refuse an order of roles; which field they came in is ours to say.
             raise InvalidRequestError(error.message, param=param, code=error.code) from None
@@ -189,6 +193,14 @@ class Service:
     def close(self) -> None:
         """Let go of the threads."""
         self._turns.close()
+        self._long_turns.close()
+
+
+def _texts(plan: Plan, conversation: list[Message]) -> list[str]:
+    """All that a request's prompt is made of; none of token ids."""
+    if plan.prompt is not None:
+        return [plan.prompt] if isinstance(plan.prompt, str) else []
+    return [part for _, said in conversation for part in ([said] if isinstance(said, str) else said)]
 
 
 def _digest(client: str) -> str:

@@ -58,6 +58,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_socket_queue: int = 128
     """Responses, running and waiting, of one socket."""
     tokenizer_threads: int = 2
+    """And one more for long prompts."""
 
     default_max_output_tokens: int = 1024
     """For a request that does not say; less where the context has less room."""
