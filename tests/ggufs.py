@@ -37,8 +37,16 @@ def split(path: Path, count: int, *, everywhere: bool = False, **change: object)
     return paths
 
 
-def changed(path: Path, out: Path, fields: dict[str, object], tensors: dict[str, np.ndarray]) -> Path:
-    """A copy of a file with some fields (strings, whole numbers, floats) and tensors more."""
+def changed(
+    path: Path,
+    out: Path,
+    fields: dict[str, object],
+    tensors: dict[str, np.ndarray],
+    kind: gguf.GGMLQuantizationType | None = None,
+) -> Path:
+    """A copy of a file with some fields (strings, whole numbers, floats) more, and tensors more or otherwise, which are
+    blocks of a ``kind`` where one is given.
+    """
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
     writer.kv_data[0].pop("general.architecture")
@@ -50,9 +58,10 @@ def changed(path: Path, out: Path, fields: dict[str, object], tensors: dict[str,
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
         add[type(value)](key, value)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        if tensor.name not in tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, data in tensors.items():
-        writer.add_tensor(name, data)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

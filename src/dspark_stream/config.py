@@ -300,7 +300,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
     max_queue: Annotated[
         int, Setting("most streams that wait for a place; past it clients get 503", "service", 0, 1_000_000)
-    ] = 64
+    ] = 2048
+    queue_memory: Annotated[
+        int,
+        Setting(
+            "memory for requests, those that wait and those that are answered, half of it for a client alone; past it "
+            "503, 429",
+            "service",
+            64 << 20,
+            1 << 50,
+            metavar="SIZE",
+            parse=parse_bytes,
+        ),
+    ] = 512 << 20
     max_streams_per_client: Annotated[
         int,
         Setting(

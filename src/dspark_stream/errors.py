@@ -33,7 +33,7 @@ class InternalError(DsparkError):
 
 
 class NoTokenError(InternalError):
-    """The model has no next token for one stream: nothing that it may write has a score that is a finite number."""
+    """The model has no next token for one stream: everything is ruled out, or a score is no finite number."""
 
     code = "no_token"
 

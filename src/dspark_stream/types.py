@@ -5,7 +5,8 @@ No tensor appears in this file: these records cross the engine's boundary, and o
 
 from __future__ import annotations
 
-from typing import Literal
+from math import inf
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -23,15 +24,43 @@ Message = tuple[str, Text]
 """(role, what is said)."""
 
 MAX_SEED = 2**63 - 1
-MAX_TEMPERATURE = 2
-"""The most that people may ask for, whatever the way."""
-MAX_PENALTY = 2
-"""Of frequency and presence, either way."""
-MAX_REPETITION_PENALTY = 2
-MAX_BIAS = 100
-"""Of `SamplingParams.logit_bias`, either way."""
 MAX_BIASES = 1024
-"""Tokens of it, as in vLLM."""
+"""Tokens of `SamplingParams.logit_bias`, as in vLLM."""
+
+
+class Range(NamedTuple):
+    """What a number may be; ``value in range`` is false for NaN."""
+
+    low: float
+    high: float = inf
+    low_open: bool = False
+    """Not ``low`` itself."""
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high and not self._left_out(value)
+
+    def _left_out(self, value: float) -> bool:
+        return self.low_open and value == self.low
+
+    def __str__(self) -> str:
+        least = f"above {self.low:.10g}" if self.low_open else f"from {self.low:.10g}"
+        if self.high < inf:
+            return f"{least} to {self.high:.10g}"
+        return least if self.low_open else f"at least {self.low:.10g}"
+
+
+RANGES = {
+    "temperature": Range(0, 2),
+    "top_p": Range(0, 1, low_open=True),
+    "top_k": Range(0),
+    "min_p": Range(0, 1),
+    "frequency_penalty": Range(-2, 2),
+    "presence_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, 2, low_open=True),
+    "logit_bias": Range(-100, 100),
+    "seed": Range(0, MAX_SEED),
+}
+"""Of `SamplingParams`, whatever way a number comes in: wire, command line, a model's own file, the engine."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -44,7 +44,8 @@ def damage_drafter(drafter, part: str) -> None:
 
 @pytest.fixture(params=["torch", "captured", "kernels"])
 def make(request, tmp_path):
-    """Rounds on every runner: with one token whose embedding is NaN, with a part of the drafter that is."""
+    """Rounds on every runner: with one token whose embedding is NaN, with one whose score always is, with a part of the
+    drafter that is."""
     runner = request.param
     if runner == "kernels" and compiler() is None:
         pytest.skip("no C++ compiler: apt-get install g++")
@@ -66,13 +67,17 @@ def make(request, tmp_path):
         models.controller.costs.learn = lambda *_: None
         return EagerRounds(models, Fixed(GAMMA), looks_up=lookup)
 
-    def rounds(token: int | None = None, part: str | None = None, lookup: bool = True) -> Rounds:
+    def rounds(
+        token: int | None = None, part: str | None = None, lookup: bool = True, scored: int | None = None
+    ) -> Rounds:
         made = tiny_target(hidden_size=128, intermediate_size=160)
         for weight in made.model.parameters():
             weight.mul_(0.5 if weight.ndim > 1 else 1.0)
         drafter = tiny_drafter(made, draft_vocab=40, rank=32)
         if token is not None:
             made.embed_tokens.weight.data[token] = torch.nan
+        if scored is not None:
+            made.lm_head.weight.data[scored] = torch.nan
         if part is not None:
             damage_drafter(drafter, part)
         if runner == "kernels":
@@ -141,6 +146,13 @@ def test_a_prompt_that_gives_no_token_ends_alone(make):
     ids, ends = run(make(13), sent)
     assert {n: e.reason for n, e in ends.items()} == {n: "failed" if n.endswith("13") else "length" for n in ids}
     assert not any(own for name, own in ids.items() if name.endswith("13"))
+
+
+def test_a_row_with_one_score_that_is_no_number_has_no_token(make):
+    """Guards against an answer by one runner where another one says that the model is broken."""
+    ids, ends = run(make(scored=41), asked("dspark"))
+    assert not any(ids.values())
+    assert {end.error.code for end in ends.values()} == {"no_token"}
 
 
 @pytest.mark.parametrize("part", ["norm.weight", "confidence_head", "markov_w2"])

@@ -50,7 +50,7 @@ def test_every_setting_has_a_flag_and_a_variable_that_do_the_same():
         "draft_quant": "int8",
         "target_quant": "nf4",
     }
-    samples |= {"slow_reader_bytes": "2MiB", "open_metrics": "on"}
+    samples |= {"slow_reader_bytes": "2MiB", "queue_memory": "64MiB", "open_metrics": "on"}
     samples |= {"access_log": "off", "log_format": "json", "log_level": "debug"}
     for action in parser._actions:
         if action.dest in ("help", "speculative_config"):

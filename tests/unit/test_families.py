@@ -30,6 +30,7 @@ from dspark_stream.models.loading import load_target
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.protocols import Rows
 from dspark_stream.models.rotary import Rotary, RotaryError, rotary_of_config, rotary_of_gguf
+from ggufs import changed
 from tiny_families import HEAD, POSITIONS, SCALINGS, THETA, VOCAB, WINDOW, config_of, randomise, save, write_gguf
 
 IDS = [int(i) for i in np.random.default_rng(1).integers(0, VOCAB, 48)]
@@ -444,3 +445,23 @@ def test_an_architecture_that_is_not_known(made, tmp_path, kernels):
     path.write_bytes(path.read_bytes().replace(b"llama", b"phi33"))
     with pytest.raises(ModelLoadError, match=r"is a phi33; supported.*llama, qwen2, qwen3, gemma3"):
         load_target(str(path), kernels=kernels)
+
+
+def test_a_type_that_only_torch_reads(made, tmp_path, kernels, caplog, monkeypatch):
+    """Guards against a minute of the library's own reader, and against a slow model that nobody can explain."""
+    model = AutoModelForCausalLM.from_pretrained(made("llama", "plain").folder)
+    path = write_gguf(tmp_path / "a.gguf", model, {"rope_type": "default"})
+    kind = gguf.GGMLQuantizationType.IQ4_NL
+    name = "blk.0.ffn_down.weight"
+    rows, inputs = model.model.layers[0].mlp.down_proj.weight.shape
+    blocks = np.random.default_rng(1).integers(0, 256, (rows * inputs // 32, 18), dtype=np.uint8)
+    blocks[:, :2] = np.frombuffer(np.float16(0.01).tobytes(), dtype=np.uint8)
+    blocks = blocks.reshape(rows, -1)
+    changed(path, tmp_path / "b.gguf", {}, {name: blocks}, kind)
+    monkeypatch.setattr(type(model), "from_pretrained", None)
+    target = load_target(str(tmp_path / "b.gguf"), kernels=kernels).target
+    assert not isinstance(target, NativeTarget)
+    weight = target.model.model.layers[0].mlp.down_proj.weight
+    np.testing.assert_allclose(weight.float().numpy(), gguf.dequantize(blocks, kind), rtol=2**-8)
+    assert "runs on torch" in caplog.text
+    assert f"do not know {name}, which is of type IQ4_NL" in caplog.text

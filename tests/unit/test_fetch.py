@@ -27,7 +27,7 @@ from dspark_stream.errors import DownloadError, ModelLoadError
 from dspark_stream.models import fetch, sources
 from dspark_stream.models.fetch import arrived_bytes, ensure_model, find_model, model_path
 from dspark_stream.models.names import MODELS, Hub, NamedModel, Part, PypiParts, recognise
-from dspark_stream.types import MAX_TEMPERATURE, RecommendedSampling
+from dspark_stream.types import RANGES, RecommendedSampling
 
 CONTENT = b"GGUF" + os.urandom(150_000)
 HUB = Hub("someone/tiny", "tiny.gguf")
@@ -575,7 +575,7 @@ def test_the_table_is_consistent(model):
     assert re.fullmatch(r"[0-9a-f]{64}", model.sha256)
     assert model.file_name.endswith(".gguf")
     assert all((model.title, model.licence, model.parameters, model.sources))
-    assert 0 <= model.sampling.temperature <= MAX_TEMPERATURE
+    assert model.sampling.temperature in RANGES["temperature"]
     assert 0 < model.sampling.top_p <= 1
     for source in model.sources:
         if isinstance(source, Hub):

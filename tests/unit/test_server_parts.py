@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import re
+import struct
 from collections import Counter
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -36,7 +39,9 @@ from dspark_stream.server.bodies import (
 )
 from dspark_stream.server.conversation import ConversationStore
 from dspark_stream.server.exposition import Histogram, Page
+from dspark_stream.server.frames import MOST_AT_ONCE, CrowdedTurns, FrameCheck
 from dspark_stream.server.plan import Planner
+from dspark_stream.server.service import STREAM_BYTES, TOKEN_BYTES
 from dspark_stream.server.settings import ServerConfig
 from fakes import model_info
 
@@ -248,6 +253,45 @@ def test_places_are_shared_by_those_who_want_them(clients: int, each: int) -> No
     assert admission.in_flight == 0
 
 
+def test_a_benchmark_from_one_address_is_not_refused() -> None:
+    """Guards against errors in what others' benchmarks do by default: guidellm has 512 requests open, vLLM's 1,000."""
+    config = ServerConfig()
+    admission = Admission(32 + config.max_queue, config.max_streams_per_client, config.queue_memory)
+    assert admission.most_alone() >= 1000
+    assert min(config.max_connections, config.max_connections_per_address) >= 1000
+    with ExitStack() as held:
+        for _ in range(1000):
+            held.enter_context(admission.place("bench"))
+            held.enter_context(admission.holding("bench")).grow(STREAM_BYTES + 1024 * (TOKEN_BYTES + 5))
+        held.enter_context(admission.place("another"))
+
+
+def test_memory_is_shared_like_places() -> None:
+    """Guards against one client whose waiting prompts fill the machine, or leave nothing for the prompts of others."""
+    admission = Admission(capacity=96, memory=96 << 20)
+    with ExitStack() as stack:
+        hog, late = (stack.enter_context(admission.holding(client)) for client in ("hog", "late"))
+        for _ in range(48):
+            hog.grow(1 << 20)
+        with pytest.raises(RateLimitError, match=r"take 48 of the server's 96 MiB.*what is left is for others"):
+            hog.grow(1)
+        assert admission.bytes_held == 48 << 20  # what was refused is not counted
+        for _ in range(24):
+            late.grow(1 << 20)
+        with pytest.raises(RateLimitError):
+            late.grow(1 << 20)
+        with pytest.raises(OverloadedError, match="96 MiB"):
+            stack.enter_context(admission.holding("another")).grow(25 << 20)
+        stack.enter_context(admission.holding("another")).grow(12 << 20)
+    assert admission.bytes_held == 0
+    assert not admission._bytes
+    alone = Admission(capacity=4, per_client=4, memory=96 << 20)  # no shares
+    with alone.holding("a") as held:
+        held.grow(96 << 20)
+        with pytest.raises(OverloadedError):
+            held.grow(1)
+
+
 def test_a_client_that_was_there_first_gives_way() -> None:
     """Guards against shares that only count at the beginning: places that become free go to whoever has fewer."""
     admission = Admission(capacity=96)
@@ -342,3 +386,57 @@ def test_values_of_a_body_are_counted_and_what_texts_look_like_is_not(body, valu
     assert not bodies._has_more_values(data, "json", int(1.01 * values) + 2)
     if values > 2:
         assert bodies._has_more_values(data, "json", int(0.99 * values) - 2)
+
+
+class OneReader:
+    """A reader of frames, and the connection that they come from."""
+
+    def __init__(self) -> None:
+        self.taken: list[bytes] = []
+        self.stalled = False
+        self.held = False
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        if data:
+            self.taken.append(data)
+        return False, b""
+
+    def feed_eof(self) -> None: ...
+
+    def hold_reading(self) -> None:
+        self.held = True
+
+    def release_reading(self) -> None:
+        self.held = False
+
+
+async def test_frames_are_taken_a_few_at_once_and_none_is_lost() -> None:
+    """Guards against bytes that are lost or turned round between turns, whatever pieces they come in, and against
+    frames taken while nobody takes what is decoded."""
+    chance = random.Random(5)
+    turns = CrowdedTurns()
+    both = []
+    for _ in range(2):
+        frames = [bytes([0x81, 0x80 | n]) + bytes(4) + chance.randbytes(n) for n in chance.choices(range(126), k=900)]
+        frames += [bytes([0x81, 0xFE]) + struct.pack("!H", n) + bytes(4 + n) for n in (126, 9000)]
+        chance.shuffle(frames)
+        reader, sent = OneReader(), b"".join(frames)
+        check, at = FrameCheck(reader, reader, turns), 0  # type: ignore[arg-type]
+        both.append((reader, check, sent))
+        while at < len(sent):
+            size = chance.choice((1, 7, 300, 30_000))
+            check.feed_data(sent[at : at + size])
+            at += size
+            reader.stalled = chance.random() < 0.3
+            for _ in range(chance.choice((0, 1, 9))):
+                before = len(reader.taken)
+                await asyncio.sleep(0)
+                assert not (reader.stalled and len(reader.taken) > before)
+            reader.stalled = False
+            check.resume()
+    for reader, _, sent in both:
+        for _ in range(2 * 902 // MOST_AT_ONCE + 2):
+            await asyncio.sleep(0)
+        assert not reader.held
+        assert b"".join(reader.taken) == sent
+        assert len(reader.taken) > 900 // MOST_AT_ONCE

@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import struct
+import time
+from contextlib import AsyncExitStack
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ import pytest
 from dspark_stream.server import bodies
 from fakes import FakeEngine, model_info
 from wire.harness import Launch, Running, eventually
+from wire.raw import UPGRADE, Raw, connect, frame
 
 CREATE: dict[str, Any] = {"type": "response.create", "input": "hello"}
 
@@ -318,6 +321,47 @@ async def test_a_flood_of_bad_events_is_answered_in_step(launch: Launch) -> None
 async def _flood(connection: Any, count: int) -> None:
     for _ in range(count):
         await connection.send("{}")
+
+
+CROWDS = {
+    "pings": [frame(9, b"x")] * 20_000,
+    "pongs": [frame(10, b"")] * 20_000,
+    "texts": [frame(1, b"{}")] * 4000,
+    "fragments": [bytes([1, 0x81]) + bytes(4) + b"{", *[bytes([0, 0x81]) + bytes(4) + b" "] * 20_000, frame(0, b"}")],
+}
+
+
+@pytest.mark.parametrize("kind", CROWDS)
+async def test_crowds_of_frames_hold_up_nobody(running: Running, kind: str) -> None:
+    """Guards against a quarter of a megabyte of the smallest frames, which the loop took in one go, for half a second:
+    whatever is sent, everybody else comes in between, and it is answered frame by frame."""
+    longest, at = 0.0, time.perf_counter()
+    async with AsyncExitStack() as stack:
+        sockets = [await stack.enter_async_context(connect(running)) for _ in range(4)]
+        for raw in sockets:
+            raw.send(f"GET /v1/responses HTTP/1.1\r\nHost: localhost\r\n{UPGRADE}\r\n")
+            await raw.reader.readuntil(b"\r\n\r\n")
+        read = [asyncio.create_task(_until(raw, b"is the last")) for raw in sockets]
+        last = b'{"type":"response.create","input":"x","max_output_tokens":1,"metadata":{"it":"is the last"}}'
+        for raw in sockets:
+            raw.send(b"".join(CROWDS[kind]) + frame(1, last))
+        while not all(task.done() for task in read):
+            await asyncio.sleep(0)
+            longest, at = max(longest, time.perf_counter() - at), time.perf_counter()
+        for said in await asyncio.gather(*read):
+            assert said.count(frame(10, b"x", masked=False)) == (20_000 if kind == "pings" else 0)
+            errors = {"texts": 4000, "fragments": 1}.get(kind, 0)
+            assert said.count(b'"type":"error"') == errors
+    assert longest < 0.15
+
+
+async def _until(raw: Raw, end: bytes) -> bytes:
+    said = bytearray()
+    while end not in said[-100_000:]:
+        more = await raw.reader.read(65_536)
+        assert more
+        said += more
+    return bytes(said)
 
 
 FLOODS: list[tuple[str, Any, str]] = [

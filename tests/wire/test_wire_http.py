@@ -293,7 +293,7 @@ async def test_models_probes_and_props(running: Running) -> None:
         async with http.get("/props") as answer:
             props = await answer.json()
         assert props["model"]["drafter"] == "fake-drafter"
-        assert props["limits"]["max_queue"] == 64
+        assert props["limits"]["max_queue"] == 2048
         async with http.get("/ready") as answer:
             assert (answer.status, await answer.json()) == (200, {"status": "ready"})
         running.engine.stuck_for_s = 60.0

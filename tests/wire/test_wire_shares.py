@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
@@ -13,6 +14,7 @@ from aiohttp import web
 
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
 from wire.harness import Launch, Running, eventually
+from wire.raw import HEAD, connect
 
 LONG = Script(tokens=["word "] * 1000, rounds=(1,))
 
@@ -52,6 +54,52 @@ async def test_a_greedy_client_leaves_places_for_another(launch: Launch) -> None
         await eventually(lambda: engine.live == 1)
         engine.gate.set()
         assert (await second)[0] == 200
+
+
+async def test_prompts_that_wait_take_only_so_much_memory(launch: Launch) -> None:
+    """Guards against thousands of long prompts that fit the queue and not the machine; another client has room left."""
+    engine = FakeEngine(LONG, info=model_info(max_num_seqs=4))
+    running = await launch(engine, queue_memory=2 << 20)
+    admission = running.server.service.admission
+    engine.gate.clear()
+    async with client(running, "127.0.0.1") as hog, client(running, "127.0.0.2") as polite:
+        greedy = [asyncio.create_task(ask(hog, "hog " * 300)) for _ in range(40)]
+        await eventually(lambda: engine.live + running.server.service.metrics.refused.total() == 40)
+        there = engine.live
+        assert 5 < there < 22  # of a megabyte, with more than 48 kB each
+        assert admission.bytes_held <= 1 << 20
+        second = asyncio.create_task(ask(polite, "polite", max_output_tokens=1))
+        await eventually(lambda: engine.live == there + 1)
+        for task in greedy:
+            if task.done():
+                status, body = task.result()
+                assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert "of the server's 2 MiB" in body["error"]["message"]
+            task.cancel()
+        await asyncio.gather(*greedy, return_exceptions=True)
+        engine.gate.set()
+        assert (await second)[0] == 200
+    assert admission.bytes_held == 0
+
+
+async def test_bodies_on_their_way_take_only_so_much_memory(launch: Launch) -> None:
+    """Guards against strangers who fill the memory with bodies whose ends never come."""
+    running = await launch(queue_memory=2 << 20)
+    admission = running.server.service.admission
+    async with AsyncExitStack() as stack:
+        begun = [await stack.enter_async_context(connect(running)) for _ in range(5)]
+        for i, raw in enumerate(begun, 1):
+            raw.send(f"POST /v1/responses HTTP/1.1\r\n{HEAD}Content-Length: 400000\r\n\r\n")
+            raw.send(b" " * 300_000)
+            least = 300_000 * min(i, 3)
+            await eventually(lambda least=least: admission.bytes_held >= least)  # type: ignore[misc]
+        for raw in begun[3:]:
+            answer = await raw.answer()
+            assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
+            assert "retry-after" in answer.headers
+        begun[0].send(b'{"input":"x"}'.ljust(100_000))
+        assert (await begun[0].answer()).status == 200
+    await eventually(lambda: admission.bytes_held == 0)
 
 
 async def test_an_ipv6_network_is_one_client(
@@ -101,6 +149,30 @@ async def test_long_prompts_of_one_client_do_not_hold_up_anothers(launch: Launch
         for _ in range(3):
             assert (await ask(polite, "hello"))[0] == 200
         assert len(began) == 1
+        gate.set()
+        assert {status for status, _ in await asyncio.gather(*greedy)} == {200}
+
+
+async def test_long_prompts_of_many_clients_hold_up_no_short_one(launch: Launch) -> None:
+    """Guards against a few addresses, with a megabyte of underscores each, that take every thread of the tokenizer."""
+    info = model_info(max_model_len=60_000)
+    running = await launch(FakeEngine(Script(tokens=["a"], rounds=(1,)), info=info), tokenizer_threads=2)
+    gate = threading.Event()
+    real: Any = FakeTokenizer.encode_chat
+
+    def encode_chat(messages: Any, most: int | None = None) -> list[int]:
+        if len(messages[0][1]) > 10_000:
+            gate.wait(10)
+        return real(running.tokenizer, messages, most)  # type: ignore[no-any-return]
+
+    running.tokenizer.encode_chat = encode_chat  # type: ignore[method-assign]
+    async with AsyncExitStack() as stack:
+        hogs = [await stack.enter_async_context(client(running, f"127.0.0.{i}")) for i in range(3, 9)]
+        polite = await stack.enter_async_context(client(running, "127.0.0.2"))
+        greedy = [asyncio.create_task(ask(hog, "_" * 40_000, max_output_tokens=1)) for hog in hogs]
+        await eventually(lambda: running.server.service.admission.in_flight == 6)
+        for _ in range(3):
+            assert (await ask(polite, "hello"))[0] == 200
         gate.set()
         assert {status for status, _ in await asyncio.gather(*greedy)} == {200}
 

@@ -143,8 +143,9 @@ def _scan(
     for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, V), BLOCK):
         v = start + tl.arange(0, BLOCK)
         raw = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        raw = tl.where(raw >= -float("inf"), raw, float("inf"))  # one that is no number leaves the row without a token
         x = tl.math.div_rn(raw, temperature)
-        x = tl.where((v < V) & (x >= cut), x, -float("inf"))
+        x = tl.where((v < V) & ((x >= cut) | (x == float("inf"))), x, -float("inf"))
         if mode == REJECTION:
             new_top = tl.maximum(top, tl.max(x, 0))
             level = tl.where(new_top == -float("inf"), 0.0, new_top)

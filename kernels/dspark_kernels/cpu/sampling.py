@@ -80,7 +80,8 @@ def edit_rows(context: Context, scores: Floats, blocks: Sequence[EditedBlock]) -
 
 
 def best_tokens(context: Context, scores: Floats, rows: Sequence[int]) -> list[int]:
-    """The greatest of each of those rows of scores [N, V], the first of equal ones; -1 where none is a finite number.
+    """The greatest of each of those rows of scores [N, V], the first of equal ones; -1 where that is no finite number,
+    or any is NaN.
 
     Raises:
         ValueError: rows that are not there.

@@ -11,7 +11,7 @@ import msgspec
 from dspark_stream import config as settings
 from dspark_stream.commands import common
 from dspark_stream.errors import ConfigError
-from dspark_stream.types import MAX_SEED
+from dspark_stream.types import RANGES
 
 _EPILOG = """\
 Runs the prompts with every draft verified, greedily and at temperature 1 under both verifications, and fits a
@@ -42,7 +42,7 @@ def add(into: common.Subparsers) -> None:
         metavar="N",
         help="most tokens of an answer (default: 128)",
     )
-    parser.add_argument("--seed", type=common.number(int, 0, MAX_SEED), default=0, metavar="S", help="(default: 0)")
+    parser.add_argument("--seed", type=common.number(int, *RANGES["seed"]), default=0, metavar="S", help="(default: 0)")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where calibration.json is written (default: the drafter's folder)"
     )

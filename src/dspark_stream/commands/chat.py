@@ -8,7 +8,7 @@ from textwrap import indent
 
 from dspark_stream.client.words import HELP
 from dspark_stream.commands import common
-from dspark_stream.types import MAX_SEED, MAX_TEMPERATURE
+from dspark_stream.types import RANGES
 
 _EPILOG = f"""\
 commands in the chat:
@@ -53,14 +53,15 @@ def add(into: common.Subparsers) -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=common.number(float, 0, MAX_TEMPERATURE),
+        type=common.number(float, *RANGES["temperature"]),
         default=None,
         metavar="T",
-        help=f"0 takes the likeliest token; at most {MAX_TEMPERATURE} (default: what is recommended for the model)",
+        help=f"0 takes the likeliest token; at most {RANGES['temperature'].high} (default: what is recommended for the "
+        "model)",
     )
     parser.add_argument(
         "--seed",
-        type=common.number(int, 0, MAX_SEED),
+        type=common.number(int, *RANGES["seed"]),
         default=None,
         metavar="S",
         help="the same seed gives the same answer to the same question (default: any)",

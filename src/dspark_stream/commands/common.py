@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from dspark_stream import __version__
 from dspark_stream.console import COLOURS
 from dspark_stream.errors import ConfigError
 from dspark_stream.stopping import stoppable
-from dspark_stream.types import MAX_SEED, MAX_TEMPERATURE, RecommendedSampling, SamplingParams
+from dspark_stream.types import RANGES, Range, RecommendedSampling, SamplingParams
 
 if TYPE_CHECKING:
     from dspark_stream.config import Config
@@ -78,8 +77,9 @@ def add_command(
     return parser
 
 
-def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """Make an argparse type for a number from ``low`` to ``high``."""
+def number(kind: type[int] | type[float], low: float, high: float, low_open: bool = False) -> Callable[[str], float]:
+    """Make an argparse type for a number of a range."""
+    allowed = Range(low, high, low_open)
 
     def read(text: str) -> float:
         try:
@@ -87,9 +87,8 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
         except ValueError:
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {what}") from None
-        if not low <= value <= high:  # NaN is in no range
-            above = f"at least {low:.10g}" if math.isinf(high) else f"from {low:.10g} to {high:.10g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {above}")
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {allowed}")
         return value
 
     return read
@@ -134,14 +133,14 @@ def add_decoding(parser: argparse.ArgumentParser, max_tokens: int, *, recommende
     )
     group.add_argument(
         "--temperature",
-        type=number(float, 0, MAX_TEMPERATURE),
+        type=number(float, *RANGES["temperature"]),
         default=None if recommended else 0.0,
         metavar="T",
-        help=f"0 takes the likeliest token; at most {MAX_TEMPERATURE} (default: {otherwise}0)",
+        help=f"0 takes the likeliest token; at most {RANGES['temperature'].high} (default: {otherwise}0)",
     )
     group.add_argument(
         "--top-p",
-        type=number(float, 0, 1),
+        type=number(float, *RANGES["top_p"]),
         default=None if recommended else 1.0,
         metavar="P",
         help=f"1 is off (default: {otherwise}1)",
@@ -153,9 +152,11 @@ def add_decoding(parser: argparse.ArgumentParser, max_tokens: int, *, recommende
         metavar="K",
         help=f"0 is off (default: {otherwise}0)",
     )
-    group.add_argument("--min-p", type=number(float, 0, 1), default=0.0, metavar="P", help="0 is off (default: 0)")
     group.add_argument(
-        "--seed", type=number(int, 0, MAX_SEED), default=0, metavar="S", help="of all randomness (default: 0)"
+        "--min-p", type=number(float, *RANGES["min_p"]), default=0.0, metavar="P", help="0 is off (default: 0)"
+    )
+    group.add_argument(
+        "--seed", type=number(int, *RANGES["seed"]), default=0, metavar="S", help="of all randomness (default: 0)"
     )
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's own stop tokens")
 

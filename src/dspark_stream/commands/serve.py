@@ -112,6 +112,7 @@ def _server_config(config: Config) -> ServerConfig:
         served_names=config.served_model_name,
         web_dir=_web_dir(),
         max_queue=config.max_queue,
+        queue_memory=config.queue_memory,
         max_streams_per_client=config.max_streams_per_client,
         max_connections=config.max_connections,
         max_connections_per_address=config.max_connections_per_address,

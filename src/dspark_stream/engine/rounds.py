@@ -166,8 +166,8 @@ def _without_bonus(stream: Stream, tokens: list[int], accepted: int, record: Rou
     if done.reason is not None:
         return done
     error = NoTokenError(
-        f"the model has no next token after {stream.output_tokens} of its own: no score that is a finite number is "
-        "left to choose from"
+        f"the model has no next token after {stream.output_tokens} of its own: everything is ruled out, or a "
+        "score is no finite number"
     )
-    log.error("the model gave a stream no next token: no score was a finite number; is its file damaged?")
+    log.error("the model gave a stream no next token: is its file damaged, or everything ruled out?")
     return done._replace(reason="failed", error=error)

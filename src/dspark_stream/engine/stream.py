@@ -126,8 +126,8 @@ class Stream:
         self._scheduled = 0
         self._accepted = 0
         self._per_position = [0] * self.widest
-        self._t_submit = time.perf_counter()
-        self._t_admit = self._t_first = self._t_submit
+        self.submitted_s = time.perf_counter()
+        self._t_admit = self._t_first = self.submitted_s
 
     @property
     def drafts(self) -> bool:
@@ -273,7 +273,7 @@ class Stream:
             scheduled=self._scheduled,
             accepted=self._accepted,
             accepted_per_position=self._per_position,
-            queue_ms=(self._t_admit - self._t_submit) * 1e3,
+            queue_ms=(self._t_admit - self.submitted_s) * 1e3,
             prefill_ms=(self._t_first - self._t_admit) * 1e3,
             decode_ms=(now - self._t_first) * 1e3,
         )

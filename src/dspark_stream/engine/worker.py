@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 import numpy as np
@@ -37,12 +38,8 @@ from dspark_stream.load.curve import CapacityCurve, Company
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.types import (
-    MAX_BIAS,
     MAX_BIASES,
-    MAX_PENALTY,
-    MAX_REPETITION_PENALTY,
-    MAX_SEED,
-    MAX_TEMPERATURE,
+    RANGES,
     EngineEvent,
     EngineSnapshot,
     ErrorInfo,
@@ -124,6 +121,8 @@ class EngineThread:
         self._max_chunk_gap_ms = max_chunk_gap_ms
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}  # every stream that has not ended, oldest first
+        self._placed: dict[str, Stream] = {}  # those of them that have a place: all that a step looks at
+        self._waiting: dict[str, dict[str, Stream]] = {}  # the others by client, each client's oldest first
         self._known: dict[str, Stream] = {}  # between submit and terminal event, as callers see them
         self._lock = threading.Lock()  # guards _known, _closing and _failure, the only state that callers touch
         self._closing = False
@@ -186,7 +185,7 @@ class EngineThread:
                 raise InvalidRequestError(f"request id {request.request_id} is in use", param="request_id")
             self._known[request.request_id] = stream
             # under the lock: after `close` nothing may enter, or it would wait for a thread that has gone
-            self._inbox.put(lambda: self._streams.__setitem__(request.request_id, stream))
+            self._inbox.put(lambda: self._enter(stream))
 
     @property
     def capacity(self) -> CapacityCurve:
@@ -212,11 +211,11 @@ class EngineThread:
 
     def snapshot(self) -> EngineSnapshot:
         """See `boundary.Engine`."""
-        streams = list(self._streams.values())
+        streams = list(self._placed.values())
         c, of_rounds = self._counters, self._rounds.counters()
         return EngineSnapshot(
             running=sum(s.phase in (Phase.PREFILL, Phase.DECODE) for s in streams),
-            waiting=max(0, len(self._known) - sum(s.phase is not Phase.WAITING for s in streams)),
+            waiting=max(0, len(self._known) - len(streams)),
             held=sum(s.held for s in streams),
             kv_tokens_used=self._allocator.used,
             kv_tokens_total=self._allocator.total,
@@ -305,7 +304,8 @@ class EngineThread:
         ended = {event.request_id for event in self._events if isinstance(event, FinishedEvent)}
         info = _info(error)
         self._events += [stream.finished("failed", info) for name, stream in known.items() if name not in ended]
-        self._streams.clear()
+        for streams in (self._streams, self._placed, self._waiting):
+            streams.clear()
         self._hand_over(self._events)
 
     def _hand_over(self, events: list[EngineEvent]) -> None:
@@ -318,7 +318,7 @@ class EngineThread:
     def _take_commands(self) -> None:
         """Everything that callers asked for since the last step; waits for it when there is nothing to do."""
         self._admit()
-        if not any(s.phase is not Phase.WAITING and not s.held for s in self._streams.values()):
+        if all(s.held for s in self._placed.values()):
             wake = min(self._deadline, self._next_look)
             timeout = None if wake == float("inf") else max(0.0, wake - time.perf_counter())
             self._resting = True
@@ -336,12 +336,30 @@ class EngineThread:
             except queue.Empty:
                 return
 
+    def _enter(self, stream: Stream) -> None:
+        self._streams[stream.request.request_id] = stream
+        self._waiting.setdefault(stream.request.client, {})[stream.request.request_id] = stream
+
+    def _leave_queue(self, stream: Stream) -> None:
+        own = self._waiting[stream.request.client]
+        del own[stream.request.request_id]
+        if not own:
+            del self._waiting[stream.request.client]
+
     def _admit(self) -> None:
         """Give places, and slots, to whoever is next. A stream that does not fit yet is not overtaken."""
-        for stream in in_turn(list(self._streams.values()), self.info.max_num_seqs):
+        free = self.info.max_num_seqs - len(self._placed)
+        if not free or not self._waiting:
+            return
+        # nobody gets more than these: thousands may wait, and each step comes by here
+        first = [s for own in self._waiting.values() for s in islice(own.values(), free)]
+        first.sort(key=lambda s: s.submitted_s)
+        for stream in in_turn([*self._placed.values(), *first], self.info.max_num_seqs):
             extent = self._allocator.allocate(stream.slots_needed)
             if extent is None:
                 return
+            self._leave_queue(stream)
+            self._placed[stream.request.request_id] = stream
             try:
                 stream.admitted(extent)
             except Exception as error:
@@ -362,10 +380,10 @@ class EngineThread:
         return bool(joining or decoding)
 
     def _active(self, phase: Phase) -> list[Stream]:
-        return [s for s in self._streams.values() if s.phase is phase and not s.held]
+        return [s for s in self._placed.values() if s.phase is phase and not s.held]
 
     def _read(self, joining: Sequence[Stream]) -> list[Committed]:
-        company = [s for s in self._streams.values() if s.phase is not Phase.WAITING] or joining
+        company = list(self._placed.values()) or joining
         chunk = self._chunk(self._active(Phase.DECODE), max([s.prefilled for s in joining]))
         return self._rounds.prefill(shares(joining, chunk), company)
 
@@ -528,6 +546,8 @@ class EngineThread:
             self._events.append(rest)
         self._counters.late_chunks += stream.late_chunks
         had_slots = stream.phase is not Phase.WAITING
+        if self._placed.pop(stream.request.request_id, None) is None:
+            self._leave_queue(stream)
         self._events.append(stream.finished(reason, error))
         with self._lock:
             self._known.pop(stream.request.request_id, None)
@@ -560,16 +580,10 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
             refuse("prompt_ids", f"token ids in 0 … {info.vocab_size - 1}", token)
     if s.max_tokens < 1:
         refuse("max_tokens", "at least 1", s.max_tokens)
-    if not 0.0 <= s.temperature <= MAX_TEMPERATURE:
-        refuse("temperature", f"in [0, {MAX_TEMPERATURE}]", s.temperature)
-    if not 0.0 < s.top_p <= 1.0:
-        refuse("top_p", "in (0, 1]", s.top_p)
-    if not 0.0 <= s.min_p <= 1.0:
-        refuse("min_p", "in [0, 1]", s.min_p)
-    if s.top_k < 0:
-        refuse("top_k", "at least 0 (off)", s.top_k)
-    if not 0 <= s.seed <= MAX_SEED:
-        refuse("seed", f"in 0 … {MAX_SEED}", s.seed)
+    for param, allowed in RANGES.items():
+        for value in [bias for _, bias in s.logit_bias] if param == "logit_bias" else [getattr(s, param)]:
+            if value not in allowed:
+                refuse(param, str(allowed), value)
     _check_adjustments(s, info, refuse)
     if not 0.0 <= request.max_chunk_gap_ms < float("inf"):
         refuse("max_chunk_gap_ms", "a number ≥ 0", request.max_chunk_gap_ms)
@@ -585,19 +599,12 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
 
 
 def _check_adjustments(s: SamplingParams, info: ModelInfo, refuse: Callable[[str, str, object], None]) -> None:
-    for param in ("frequency_penalty", "presence_penalty"):
-        if not abs(penalty := getattr(s, param)) <= MAX_PENALTY:
-            refuse(param, f"in [-{MAX_PENALTY}, {MAX_PENALTY}]", penalty)
-    if not 0.0 < s.repetition_penalty <= MAX_REPETITION_PENALTY:
-        refuse("repetition_penalty", f"in (0, {MAX_REPETITION_PENALTY}]", s.repetition_penalty)
     if not 0 <= s.min_tokens <= s.max_tokens:
         refuse("min_tokens", f"in 0 … max_tokens, {s.max_tokens}", s.min_tokens)
     if len(s.logit_bias) > MAX_BIASES:
         refuse("logit_bias", f"at most {MAX_BIASES:,} tokens", len(s.logit_bias))
-    for before, (token, bias) in zip([(-1, 0.0), *s.logit_bias], s.logit_bias, strict=False):
+    for before, (token, _) in zip([(-1, 0.0), *s.logit_bias], s.logit_bias, strict=False):
         if not 0 <= token < info.vocab_size:
             refuse("logit_bias", f"of token ids in 0 … {info.vocab_size - 1}", token)
         if token <= before[0]:
             refuse("logit_bias", "of ascending token ids, each once", token)
-        if not abs(bias) <= MAX_BIAS:
-            refuse("logit_bias", f"of values in [-{MAX_BIAS}, {MAX_BIAS}]", bias)

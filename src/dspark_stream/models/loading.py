@@ -19,10 +19,10 @@ from dspark_stream.files import read_json
 from dspark_stream.models.families import Family, by_gguf, family_named, supported
 from dspark_stream.models.geometry import UnsupportedError, geometry_of, geometry_of_gguf
 from dspark_stream.models.gguf import GgufFile
-from dspark_stream.models.native.loading import check_tensors, target_from_folder, target_from_gguf
+from dspark_stream.models.native.loading import check_tensors, gguf_name, target_from_folder, target_from_gguf
 from dspark_stream.models.native.target import NativeTarget
 from dspark_stream.models.tokenizer import TextCodec, codec_from_gguf, codec_from_hub
-from dspark_stream.models.torch.from_gguf import config_of, turn_as
+from dspark_stream.models.torch.from_gguf import config_of, fill, turn_as
 from dspark_stream.models.torch.target import Target
 from dspark_stream.models.vocabulary import end_ids
 
@@ -219,22 +219,23 @@ def _gguf_model(gguf: GgufFile, dtype: DType, device: torch.device, ends: tuple[
         raise ModelLoadError(f"{path}: {error} is not supported from GGUF", param="model") from error
     check_tensors(gguf, geometry)
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     from dspark_stream.models.torch.layers import ATTENTION_NAME
 
     try:
-        with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                str(path.parent),
-                gguf_file=path.name,
-                config=config_of(geometry, tied="output.weight" not in gguf.tensors, ends=ends),
+        with quiet(), no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                config_of(geometry, tied="output.weight" not in gguf.tensors, ends=ends),
                 dtype=pick_dtype(dtype, None, device),
                 attn_implementation=ATTENTION_NAME,
-                output_loading_info=True,
-            )
+            ).eval()
+        model.tie_weights()
+        fill(model, gguf, geometry, lambda name: gguf_name(name, geometry.family))
+    except ModelLoadError:
+        raise
     except Exception as error:  # as above: any error class, all meaning a file that cannot be used
         raise ModelLoadError(f"{path} does not load: {error}", param="model") from error
-    _check_complete(str(path), report)
     turn_as(model, geometry)
     return model.to(device)
 

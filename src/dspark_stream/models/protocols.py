@@ -61,8 +61,7 @@ class AdjustedBlock(NamedTuple):
 class Verified(Protocol):
     """What a target pass says of the rows asked for; good until the next pass.
 
-    A token is -1 where a row has none: everything is ruled out, or nothing is a finite number. Where some are no
-    numbers, the kernels take the rest of them, and torch has no token.
+    A token is -1 where a row has none: everything is ruled out, or a score is no number or has no bound.
     """
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from typing import Any
 import msgspec
 
 from dspark_stream.models.names import MODELS, recognise
-from dspark_stream.types import MAX_TEMPERATURE, RecommendedSampling
+from dspark_stream.types import RANGES, RecommendedSampling
 
 log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
 _USABLE: dict[str, Callable[[Any], bool]] = {
-    "temperature": lambda value: _is_number(value) and 0 <= value <= MAX_TEMPERATURE,
-    "top_p": lambda value: _is_number(value) and 0 < value <= 1,
-    "top_k": lambda value: type(value) is int and value >= 0,
+    "temperature": lambda value: _is_number(value) and value in RANGES["temperature"],
+    "top_p": lambda value: _is_number(value) and value in RANGES["top_p"],
+    "top_k": lambda value: type(value) is int and value in RANGES["top_k"],
 }
 """What a recommendation has to be: within what the API allows."""
 
@@ -61,4 +60,4 @@ def _generation_config(model: str) -> Path | None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float)  # and no bool

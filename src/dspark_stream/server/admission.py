@@ -1,4 +1,4 @@
-"""Places for streams: one is taken before a prompt is tokenised, and given back on every way out."""
+"""Places for streams, and memory for what clients send: taken before there is work, given back on every way out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ class Admission:
         per_client: places of one client at most. 0: as many as are free. Below ``capacity``: both limits hold. From
             ``capacity`` on: neither does. "As many as are free" gives one client alone half of all, two a third each,
             and so on (dynamic thresholds, as switches share their buffers). So there is always room for a newcomer.
+        memory: bytes in all, shared in the same way.
     """
 
-    def __init__(self, capacity: int, per_client: int = 0) -> None:
+    def __init__(self, capacity: int, per_client: int = 0, memory: int = 1 << 30) -> None:
         self.capacity = capacity
+        self.memory = memory
         self.per_client = per_client or capacity
         self.limits: Mapping[str, int] = {}
         """Of clients that have one of their own, instead of ``per_client``."""
@@ -32,6 +34,8 @@ class Admission:
         """Whether a client may have no more than are free."""
         self._clients: Counter[str] = Counter()
         self.in_flight = 0
+        self._bytes: Counter[str] = Counter()
+        self.bytes_held = 0
         self._stream_s = 2.0
         """How long streams last, lately: after so long about every place that is taken now is free again."""
 
@@ -93,3 +97,53 @@ class Admission:
             self._clients[client] -= 1
             if not self._clients[client]:
                 del self._clients[client]
+
+    @contextmanager
+    def holding(self, client: str) -> Iterator[Held]:
+        """Memory that this client takes as long as the block runs, as much as `Held.grow` says."""
+        held = Held(self, client)
+        try:
+            yield held
+        finally:
+            self._give(client, held.size)
+
+    def take(self, client: str, size: int) -> None:
+        """Memory for a client.
+
+        Raises:
+            RateLimitError: this client has as much as one client may have.
+            OverloadedError: the server has no more.
+        """
+        mine, free = self._bytes[client] + size, self.memory - self.bytes_held - size
+        if free < 0:
+            raise OverloadedError(
+                f"what is waiting takes all of the {self.memory >> 20} MiB for requests; try again in a moment",
+                retry_after_s=self.wait_s,
+            )
+        if self.shared and mine > free:
+            raise RateLimitError(
+                f"this client's (key's or address') requests take {mine >> 20} of the server's {self.memory >> 20} MiB "
+                "for them, and what is left is for others; wait for a stream to end",
+                retry_after_s=self.wait_s,
+            )
+        self._bytes[client] = mine
+        self.bytes_held += size
+
+    def _give(self, client: str, size: int) -> None:
+        self.bytes_held -= size
+        self._bytes[client] -= size
+        if not self._bytes[client]:
+            del self._bytes[client]
+
+
+class Held:
+    """What a client's request takes of the memory for requests."""
+
+    def __init__(self, admission: Admission, client: str) -> None:
+        self.size = 0
+        self._admission, self._client = admission, client
+
+    def grow(self, size: int) -> None:
+        """So many bytes more; raises what `Admission.take` raises."""
+        self._admission.take(self._client, size)
+        self.size += size

@@ -17,9 +17,9 @@ from aiohttp.http import HttpProcessingError, RawRequestMessage, WebSocketReader
 from aiohttp.web_protocol import PayloadAccessError
 from aiohttp.web_request import BaseRequest
 
-from dspark_stream.errors import BusyError, DsparkError, InternalError
+from dspark_stream.errors import BusyError, DsparkError, InternalError, OverloadedError
 from dspark_stream.server.delivery import bound_buffers
-from dspark_stream.server.frames import FrameCheck, LastWords
+from dspark_stream.server.frames import CrowdedTurns, FrameCheck, LastWords
 from dspark_stream.server.heads import HeadTooLargeError, RequestTimeoutError, error_response, refusal, whole_answer
 from dspark_stream.server.metrics import Metrics
 from dspark_stream.server.seldom import Seldom
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's head in all; aiohttp bounds only its lines and their number."""
+MAX_HALF_HEADS = 64 << 20
+"""Bytes of all heads together whose end has not come; nearly every head comes whole."""
 LINGER_S = 2.0
 """How long the rest of a body that nobody wants is read, so that its sender sees the answer."""
 RESERVE_HEAD_TIMEOUT_S = 2.0
@@ -42,6 +44,8 @@ class Owner(Protocol):
     manager: web.Server
     metrics: Metrics
     refused: Seldom
+    half_heads: int
+    crowds: CrowdedTurns
 
     def admit(self, connection: Connection, peername: object) -> BusyError | None:
         """It has come; what it is told if it may only ask for the service's health."""
@@ -98,6 +102,7 @@ class Connection(web.RequestHandler):
         """The transport is closed."""
         self._wire = None
         self._disarm()
+        self._count_head(-self._head_bytes)
         self._listener.lost(self)
         super().connection_lost(exc)
 
@@ -160,7 +165,7 @@ class Connection(web.RequestHandler):
             self.force_close()
             return
         if self._request_count != heads:
-            self._head_bytes = 0
+            self._count_head(-self._head_bytes)
             self.in_hand = True
             self._disarm()
             self._listener.busy(self)
@@ -168,17 +173,45 @@ class Connection(web.RequestHandler):
         elif expected and data:
             if not self._head_bytes:
                 self._arm("head_timeout", self._head_timeout_s)
-            self._head_bytes += len(data)
+            self._count_head(len(data))
+            refused: DsparkError | None = None
             if self._head_bytes > MAX_HEAD_BYTES:
-                self._listener.metrics.heads_refused["head_too_large"] += 1
-                self._say_and_close(HeadTooLargeError(f"the request's head is longer than {MAX_HEAD_BYTES} bytes"))
+                refused = HeadTooLargeError(f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
+            elif self._listener.half_heads > MAX_HALF_HEADS:
+                refused = OverloadedError("too many requests have begun and not come; try again in a moment")
+            if refused is not None:
+                self._listener.metrics.heads_refused[refused.code] += 1
+                self._say_and_close(refused)
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        self._listener.half_heads += size
 
     def set_parser(self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None) -> None:
         """From here on the client sends frames."""
-        frames = FrameCheck(parser)
+        frames = FrameCheck(parser, self, self._listener.crowds)
         if self._wire is not None:
             self.transport = cast(asyncio.Transport, LastWords(self._wire, frames, LINGER_S))
         super().set_parser(cast(WebSocketReader, frames), data_received_cb)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether enough is decoded that nobody has taken yet."""
+        return self._reading_paused
+
+    def hold_reading(self) -> None:
+        """Read no more until `release_reading`."""
+        self._pause_reading_for_buffer()
+
+    def release_reading(self) -> None:
+        """Go on reading."""
+        self._resume_reading_for_buffer()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """What was decoded has been taken."""
+        super().resume_reading(resume_parser)
+        if isinstance(self._payload_parser, FrameCheck):
+            self._payload_parser.resume()
 
     def _fail_broken_body(self) -> None:
         # aiohttp puts the parser's error behind the request that it belongs to, whose handler still waits for a body.

@@ -62,7 +62,7 @@ class HttpApi:
 
     async def responses(self, request: web.Request, client: str) -> web.StreamResponse:
         """``POST /v1/responses``."""
-        plan = self._service.planner.response(await self._body(request, ResponseBody))
+        plan = self._service.planner.response(await self._body(request, client, ResponseBody))
         machine = ResponseMachine(plan)
         if plan.stream:
             return await self._stream(request, client, machine, _response_frames)
@@ -71,12 +71,12 @@ class HttpApi:
 
     async def chat(self, request: web.Request, client: str) -> web.StreamResponse:
         """``POST /v1/chat/completions``."""
-        plan = self._service.planner.chat(await self._body(request, ChatBody))
+        plan = self._service.planner.chat(await self._body(request, client, ChatBody))
         return await self._completion(request, client, plan, chat.chunks, chat.completion)
 
     async def completions(self, request: web.Request, client: str) -> web.StreamResponse:
         """``POST /v1/completions``."""
-        plan = self._service.planner.completion(await self._body(request, CompletionBody))
+        plan = self._service.planner.completion(await self._body(request, client, CompletionBody))
         return await self._completion(request, client, plan, completions.chunks, completions.completion)
 
     async def _completion(
@@ -90,7 +90,7 @@ class HttpApi:
         ended = await self._collect(client, machine)
         return json_response(whole(ended, machine, gamma), headers=_warnings(machine))
 
-    async def _body(self, request: web.Request, kind: type[T]) -> T:
+    async def _body(self, request: web.Request, client: str, kind: type[T]) -> T:
         config = self._service.config
         if request.content_type != "application/json":
             raise UnsupportedMediaTypeError("the body must be JSON, with `Content-Type: application/json`")
@@ -101,18 +101,24 @@ class HttpApi:
             # Now that it is known who asks, and not before.
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # the answer has not begun
-        try:
-            async with asyncio.timeout(config.body_timeout_s):
-                data = await request.read()
-        except TimeoutError:
-            raise RequestTimeoutError(f"the request's body did not arrive within {config.body_timeout_s:g} s") from None
-        except web.HTTPRequestEntityTooLarge:
-            raise too_large from None
-        except web.RequestPayloadError:
-            raise InvalidRequestError(
-                "the request's body is not framed as its head says", code="invalid_body"
-            ) from None
-        return decode(data, kind, most=self._service.most_values)
+        data = bytearray()  # not `request.read`, which keeps it as long as the request lasts
+        with self._service.admission.holding(client) as memory:
+            try:
+                async with asyncio.timeout(config.body_timeout_s):
+                    async for chunk in request.content.iter_any():
+                        if len(data) + len(chunk) > config.max_message_bytes:
+                            raise too_large
+                        memory.grow(len(chunk))
+                        data += chunk
+            except TimeoutError:
+                raise RequestTimeoutError(
+                    f"the request's body did not arrive within {config.body_timeout_s:g} s"
+                ) from None
+            except web.RequestPayloadError:
+                raise InvalidRequestError(
+                    "the request's body is not framed as its head says", code="invalid_body"
+                ) from None
+            return decode(bytes(data), kind, most=self._service.most_values)
 
     async def _collect(self, client: str, machine: ResponseMachine) -> wire.TerminalEvent:
         listener = _Listener(machine, lambda event: None, self._service)

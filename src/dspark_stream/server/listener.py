@@ -13,6 +13,7 @@ from aiohttp import web
 from dspark_stream.errors import BusyError, OverloadedError, RateLimitError
 from dspark_stream.server.connections import Connection
 from dspark_stream.server.descriptors import connections_that_fit
+from dspark_stream.server.frames import CrowdedTurns
 from dspark_stream.server.metrics import Metrics
 from dspark_stream.server.seldom import Seldom
 from dspark_stream.server.settings import ServerConfig
@@ -37,6 +38,9 @@ class Listener:
         self.refused = Seldom(log, "%d requests that are not HTTP were refused; what they said is not logged")
         self._evicted = Seldom(log, "%d connections without a request made room for new ones; see --max-connections")
         self._beyond = Seldom(log, "%d connections too many, all with requests in hand; see --max-connections")
+        self.crowds = CrowdedTurns()
+        self.half_heads = 0
+        """Bytes of heads whose end has not come."""
         self._limit = config.max_connections
         self._per_address = config.max_connections_per_address
         self._open: dict[Connection, str] = {}
@@ -58,7 +62,7 @@ class Listener:
         self._per_address = max(1, self.config.max_connections_per_address * self._limit // wanted)
         host = self.config.host.strip("[]")
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(self), host, self.config.port, backlog=1024)
+        self._server = await loop.create_server(lambda: Connection(self), host, self.config.port, backlog=4096)
         return int(self._server.sockets[0].getsockname()[1])
 
     def close(self) -> None:

@@ -19,17 +19,17 @@ from dspark_stream.server.bodies import Body, ChatBody, CompletionBody, DsparkOp
 from dspark_stream.server.messages import chat_messages, input_messages
 from dspark_stream.server.refusals import refuse_unsupported
 from dspark_stream.types import (
-    MAX_PENALTY,
-    MAX_REPETITION_PENALTY,
-    MAX_TEMPERATURE,
+    RANGES,
     GenerationRequest,
     Message,
     Mode,
     ModelInfo,
+    Range,
     SamplingParams,
     Verification,
 )
 
+_GAP_MS = Range(0, 600_000)
 LEGACY_MAX_TOKENS = 16
 """What /v1/completions means by no `max_tokens`, at OpenAI and vLLM."""
 
@@ -200,8 +200,11 @@ class Planner:
         extra = body.dspark or DsparkOptions()
         options = values.stream_options(body.stream_options, streams=streams)
         limit_param, max_tokens = limit[0], values.max_tokens(limit[1], limit[0])
+
+        def ranged(value: float | None, param: str, default: float = 0.0) -> float:
+            return values.ranged(value, param, RANGES[param.removeprefix("dspark.")], default=default)
+
         seed, chosen = values.seed(*values.either(body.seed, "seed", extra.seed))
-        penalty = MAX_PENALTY
         plan = Plan(
             response_id=new_id(prefix),
             model=self._model(body.model),
@@ -209,19 +212,15 @@ class Planner:
             limit_param=limit_param,
             max_output_tokens=max_tokens,
             min_tokens=values.min_tokens(body.min_tokens, max_tokens, limit_param),
-            temperature=values.ranged(body.temperature, "temperature", 0, MAX_TEMPERATURE, default=self._temperature),
-            top_p=values.ranged(body.top_p, "top_p", 0, 1, default=self._top_p),
+            temperature=ranged(body.temperature, "temperature", default=self._temperature),
+            top_p=values.ranged(body.top_p, "top_p", RANGES["top_p"]._replace(low_open=False), default=self._top_p),
             top_k=values.top_k(
                 *values.either(body.top_k, "top_k", extra.top_k), self.info.vocab_size, self._default_top_k
             ),
-            min_p=values.ranged(*values.either(body.min_p, "min_p", extra.min_p), 0, 1, default=0.0),
-            frequency_penalty=values.ranged(
-                body.frequency_penalty, "frequency_penalty", -penalty, penalty, default=0.0
-            ),
-            presence_penalty=values.ranged(body.presence_penalty, "presence_penalty", -penalty, penalty, default=0.0),
-            repetition_penalty=values.ranged(
-                body.repetition_penalty, "repetition_penalty", 0, MAX_REPETITION_PENALTY, default=1.0, low_open=True
-            ),
+            min_p=ranged(*values.either(body.min_p, "min_p", extra.min_p)),
+            frequency_penalty=ranged(body.frequency_penalty, "frequency_penalty"),
+            presence_penalty=ranged(body.presence_penalty, "presence_penalty"),
+            repetition_penalty=ranged(body.repetition_penalty, "repetition_penalty", default=1.0),
             logit_bias=values.logit_bias(body.logit_bias, self.info.vocab_size),
             seed=seed,
             stop=values.stop(*values.either(body.stop, "stop", extra.stop)),
@@ -229,7 +228,7 @@ class Planner:
                 body.stop_token_ids, "stop_token_ids", self.info.vocab_size, most=values.MAX_STOP_TOKENS
             ),
             ignore_eos=bool(values.either(body.ignore_eos, "ignore_eos", extra.ignore_eos)[0]),
-            max_chunk_gap_ms=values.ranged(extra.max_chunk_gap_ms, "dspark.max_chunk_gap_ms", 0, 600_000, default=0.0),
+            max_chunk_gap_ms=values.ranged(extra.max_chunk_gap_ms, "dspark.max_chunk_gap_ms", _GAP_MS, default=0.0),
             mode=extra.mode or "dspark",
             # Rejection's text depends on where its rounds end, and so on the load; who chooses a seed wants it again.
             verification=extra.verification or ("coupled" if chosen else "rejection"),

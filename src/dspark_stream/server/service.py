@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,13 @@ from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, M
 
 log = logging.getLogger(__name__)
 
+STREAM_BYTES = 48 << 10
+"""What a stream takes that waits, with its connection and without its prompt; measured: 45 kB."""
+LONG_TEXT = 32 << 10
+"""From so many characters on a prompt waits in a line of its own: a megabyte of one letter can take seconds."""
+TOKEN_BYTES = 48
+"""Of a prompt: a Python integer, and where it stands in a list and in a tuple."""
+
 
 class Listener(Protocol):
     """Who is told about a stream. Both are called on the loop and must not block."""
@@ -55,7 +63,8 @@ class Service:
         self.most_values = most_values(engine.info.max_model_len)
         """Of a message."""
         self.planner = Planner(engine.info, config.served_names)
-        self.admission = Admission(engine.info.max_num_seqs + config.max_queue, config.max_streams_per_client)
+        places = engine.info.max_num_seqs + config.max_queue
+        self.admission = Admission(places, config.max_streams_per_client, config.queue_memory)
         self.store = ConversationStore(config.store_max_responses, config.store_max_bytes)
         self.metrics = Metrics()
         self.hub = EventHub(asyncio.get_running_loop())
@@ -66,6 +75,7 @@ class Service:
         self.idle.set()
         self._tokenizer = tokenizer
         self._turns = Turns(config.tokenizer_threads, "dspark-tokenize")
+        self._long_turns = Turns(1, "dspark-tokenize-long")
 
     @property
     def draining(self) -> bool:
@@ -80,10 +90,11 @@ class Service:
             DsparkError: refused; ``listener`` has heard nothing.
         """
         arrived = time.monotonic()
-        with self._place(client):
+        with self._place(client), self.admission.holding(client) as memory:
             earlier = self.store.get(plan.previous_response_id, owner)
             conversation = plan.conversation(earlier)
             self.planner.refuse_oversized(conversation, plan.input_param)
+            memory.grow(STREAM_BYTES + sum(map(sys.getsizeof, _texts(plan, conversation))))
             if not plan.generate:
                 self.keep(plan, [*earlier, *plan.messages], owner)
                 entry = access.current()
@@ -94,6 +105,7 @@ class Service:
                 listener.engine_event(FinishedEvent(request_id=plan.response_id, reason="stop", usage=nothing))
                 return
             prompt_ids = await self._tokenise(plan, conversation, client)
+            memory.grow(TOKEN_BYTES * len(prompt_ids))
             self.admission.check()
             limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
             stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived, owner)
@@ -155,10 +167,11 @@ class Service:
         if isinstance(prompt, tuple):
             return list(prompt)
         tokenizer = self._tokenizer
+        turns = self._turns if sum(map(len, _texts(plan, conversation))) < LONG_TEXT else self._long_turns
         try:
             if prompt is not None:
-                return await self._turns.run(client, lambda: tokenizer.encode_prompt(prompt, most))
-            return await self._turns.run(client, lambda: tokenizer.encode_chat(conversation, most))
+                return await turns.run(client, lambda: tokenizer.encode_prompt(prompt, most))
+            return await turns.run(client, lambda: tokenizer.encode_chat(conversation, most))
         except InvalidRequestError as error:
             # A template may refuse an order of roles; which field they came in is ours to say.
             raise InvalidRequestError(error.message, param=param, code=error.code) from None
@@ -180,6 +193,14 @@ class Service:
     def close(self) -> None:
         """Let go of the threads."""
         self._turns.close()
+        self._long_turns.close()
+
+
+def _texts(plan: Plan, conversation: list[Message]) -> list[str]:
+    """All that a request's prompt is made of; none of token ids."""
+    if plan.prompt is not None:
+        return [plan.prompt] if isinstance(plan.prompt, str) else []
+    return [part for _, said in conversation for part in ([said] if isinstance(said, str) else said)]
 
 
 def _digest(client: str) -> str:

@@ -39,8 +39,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     web_dir: Path | None = None
     """Folder of the demo page; None serves no page."""
 
-    max_queue: int = 64
+    max_queue: int = 2048
     """Streams that may wait beyond the engine's ``max_num_seqs``; past it 503."""
+    queue_memory: int = 512 << 20
+    """Bytes of what clients have sent and of the streams that it became; past it 503."""
     max_streams_per_client: int = 0
     """0: a fair share of all places, half of them for a client alone (`Admission`)."""
     max_sockets: int = 1024
@@ -56,6 +58,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_socket_queue: int = 128
     """Responses, running and waiting, of one socket."""
     tokenizer_threads: int = 2
+    """And one more for long prompts."""
 
     default_max_output_tokens: int = 1024
     """For a request that does not say; less where the context has less room."""
@@ -119,6 +122,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _POSITIVE = (
+    "queue_memory",
     "max_sockets",
     "max_connections",
     "max_connections_per_address",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from dspark_stream.errors import InvalidRequestError
 from dspark_stream.server.bodies import StreamOptions
 from dspark_stream.server.refusals import unsupported
-from dspark_stream.types import MAX_BIAS, MAX_BIASES, MAX_SEED
+from dspark_stream.types import MAX_BIASES, MAX_SEED, RANGES, Range
 
 UNLIMITED = -1
 """As a limit of tokens: all that there is room for."""
@@ -27,16 +26,12 @@ def either(value: Any, param: str, extra: Any) -> tuple[Any, str]:
     return (value, param) if value is not None else (extra, f"dspark.{param}")
 
 
-def ranged(
-    value: float | None, param: str, low: float, high: float, *, default: float, low_open: bool = False
-) -> float:
-    """A number from ``low``, or above it, to ``high``."""
+def ranged(value: float | None, param: str, allowed: Range, *, default: float) -> float:
+    """A number of a range."""
     if value is None:
         return default
-    # NaN fails every comparison; MessagePack can carry one.
-    if not (math.isfinite(value) and low <= value <= high) or (low_open and value == low):
-        begin = f"above {low}" if low_open else f"from {low}"
-        raise InvalidRequestError(f"`{param}` must be {begin} to {high}, but is {value}", param=param)
+    if value not in allowed:
+        raise InvalidRequestError(f"`{param}` must be {allowed}, but is {value}", param=param)
     return value
 
 
@@ -133,7 +128,7 @@ def logit_bias(value: Mapping[str, float] | None, vocab_size: int) -> tuple[tupl
                 f"`logit_bias`: {key[:40]!r} is not a token id from 0 to {vocab_size - 1}, each once",
                 param="logit_bias",
             )
-        biases[token] = ranged(bias, f"logit_bias.{key}", -MAX_BIAS, MAX_BIAS, default=0.0)
+        biases[token] = ranged(bias, f"logit_bias.{key}", RANGES["logit_bias"], default=0.0)
     return tuple((token, bias) for token, bias in sorted(biases.items()) if bias)
 
 

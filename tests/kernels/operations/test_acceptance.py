@@ -133,11 +133,17 @@ def test_a_row_of_nan_refuses_its_draft(load, device):
 
 
 @pytest.mark.parametrize("mode", [GREEDY, REJECTION, COUPLED])
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-def test_a_row_without_a_token(load, device, mode, value):
-    """Guards against a token made up where everything is ruled out: it would be a text that nobody wrote."""
-    case = make([0, 2, 2], sampling_of([mode] * 3, temperature=[1.0] * 3), 1003, 33, near=1.0)
-    case.logits[0] = case.logits[1] = value
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [(torch.nan, slice(None)), (-torch.inf, slice(None)), (torch.nan, slice(500, 501))],
+    ids=["NaN", "ruled out", "one NaN"],
+)
+@pytest.mark.parametrize("cuts", [{}, {"top_k": [20] * 3}, {"top_p": [0.9] * 3, "min_p": [0.01] * 3}], ids=str)
+def test_a_row_without_a_token(load, device, mode, value, where, cuts):
+    """Guards against a token made up where everything is ruled out or a score is no number: it would be a text that
+    nobody wrote."""
+    case = make([0, 2, 2], sampling_of([mode] * 3, temperature=[1.0] * 3, **cuts), 1003, 33, near=1.0)
+    case.logits[0, where] = case.logits[1, where] = value
     on_device = case.to(device)
     got = load("acceptance").accept(
         on_device.logits, on_device.first, on_device.length, on_device.drafts, on_device.sampling

@@ -245,10 +245,18 @@ struct Drafts {  // of R streams and γ slots
     float* logits;              // of confidence
 };
 
-// The largest of a whole row.
+// The largest of a whole row: which piece it is in, and then where there.
 Found best_of(const float* row, int count) {
+    constexpr int PIECE = 256 * LANES;
+    float most = -INFINITY;
+    int at = 0;
+    for (int from = 0; from < count; from += PIECE) {
+        const float here = greatest(row + from, std::min(PIECE, count - from));
+        if (here > most) most = here, at = from;
+    }
     Best best;
-    for (int i = 0; i < count; i += LANES) best.see(load_some(row + i, count - i).keep(count - i, -INFINITY), i / LANES);
+    for (int i = at; i < std::min(at + PIECE, count); i += LANES)
+        best.see(load_some(row + i, count - i).keep(count - i, -INFINITY), i / LANES);
     Found found;
     best.onto(found.score, found.index);
     return found;

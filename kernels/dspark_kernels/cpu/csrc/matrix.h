@@ -583,14 +583,17 @@ inline void product(const Matrix& w, int t, const Quantised& x, int rows, Use us
 // The largest score of a row and where it stands, tile after tile: of equal ones the first. Indices are exact as floats
 // up to 2^24.
 struct Best {
-    Floats score = Floats::all(-INFINITY), tile = Floats::zero();
+    Floats score = Floats::all(-INFINITY), tile = Floats::zero(), sum = Floats::zero();
 
     void see(Floats scores, int t) {
         tile = pick(scores, score, Floats::all(static_cast<float>(t)), tile);
         score = max(scores, score);
+        sum = sum + scores;  // NaN from the first one on that is, which max and pick pass over
     }
-    // The best of all lanes, as a channel, unless `index` with `most` is better.
+    // The best of all lanes, as a channel, unless `index` with `most` is better. Infinite where a score is no number (or
+    // more than 1e33: sums may run over).
     void onto(float& most, int32_t& index) const {
+        if (std::isnan(sum_of(sum))) most = INFINITY;
         alignas(64) float scores[LANES], tiles[LANES];
         score.store(scores);
         tile.store(tiles);

@@ -25,10 +25,19 @@ inline void store_some(Floats v, int lanes, float* to) {
     std::memcpy(to, some, sizeof(float) * lanes);
 }
 
+// Infinite where a score is no number, as by Best in matrix.h: nothing weighs anything then.
 inline float greatest(const float* row, int count) {
-    Floats most = Floats::all(-INFINITY);
-    for (int i = 0; i < count; i += LANES) most = max(load_some(row + i, count - i).keep(count - i, -INFINITY), most);
-    return max_of(most);
+    Floats most = Floats::all(-INFINITY), sum = Floats::zero();
+    int i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {  // two at a time: each sum waits for the one before
+        const Floats a = Floats::load(row + i), b = Floats::load(row + i + LANES);
+        most = max(max(a, b), most), sum = sum + (a + b);
+    }
+    for (; i < count; i += LANES) {
+        const Floats scores = load_some(row + i, count - i).keep(count - i, -INFINITY);
+        most = max(scores, most), sum = sum + scores;
+    }
+    return std::isnan(sum_of(sum)) ? INFINITY : max_of(most);
 }
 
 // What a row's token is drawn by, as Python hands it over; temperature 0 takes the greatest.
@@ -72,7 +81,7 @@ inline void those_from(const float* row, int count, float least, std::vector<flo
 inline float kth_greatest(const float* row, int count, int k, std::vector<float>& room) {
     if (k <= 0 || k >= count) return -INFINITY;
     those_from(row, count, about_greatest(row, count, k, room), room);
-    if (static_cast<size_t>(k) > room.size()) return -INFINITY;  // NaN among them
+    if (static_cast<size_t>(k) > room.size()) return -INFINITY;  // NaN among them: nothing weighs anything then
     std::nth_element(room.begin(), room.begin() + (k - 1), room.end(), std::greater<float>());
     return room[k - 1];
 }

@@ -1,15 +1,19 @@
 """GGUF files on the library's layers. Its reader drops or guesses much of what the metadata says, rotary scaling, head
-sizes and score scales among it, without a word: so configs are made here, and frequencies set.
+sizes and score scales among it, without a word, and takes a minute for what takes seconds: so configs are made here,
+weights read, and frequencies set.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from dspark_stream.errors import ModelLoadError
 from dspark_stream.models.geometry import Geometry
+from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.rotary import Rotary
 
 
@@ -41,6 +45,32 @@ def config_of(geometry: Geometry, *, tied: bool, ends: tuple[int, ...]) -> Any:
         fields["sliding_window"] = g.window
         fields["query_pre_attn_scalar"] = g.head_size if g.score_scale is None else round(g.score_scale**-2)
     return AutoConfig.for_model(g.model_type, **fields)
+
+
+def fill(model: Any, gguf: GgufFile, geometry: Geometry, name_of: Callable[[str], str]) -> None:
+    """Give a causal language model its file's weights; ``name_of``: what a parameter is called there.
+
+    Raises:
+        ModelLoadError: a tensor missing, of the wrong shape, or of a type that nobody reads.
+    """
+    from gguf import GGMLQuantizationType, dequantize
+
+    heads = {"q_proj": geometry.heads, "k_proj": geometry.kv_heads} if geometry.family.interleaved else {}
+    for name, parameter in model.named_parameters():
+        own = name_of(name)
+        info, shape = gguf.tensor(own), tuple(parameter.shape)
+        if info.shape != shape:
+            raise ModelLoadError(f"{gguf.path}: {own} is {info.shape}, expected {shape}", param="model")
+        blocks = gguf.bytes_of(own).reshape(*shape[:-1], -1)
+        try:
+            values = dequantize(blocks, GGMLQuantizationType(info.type)).reshape(shape)
+        except NotImplementedError as error:
+            raise ModelLoadError(f"{gguf.path}: {own} is of type {info.type_name}: {error}", param="model") from error
+        if "norm" in name:
+            values = values - np.float32(geometry.family.norm_offset)
+        if count := heads.get(name.split(".")[-2]):
+            values = values.reshape(count, shape[0] // count // 2, 2, -1).swapaxes(1, 2).reshape(shape)
+        parameter.data.copy_(torch.from_numpy(np.array(values, dtype=np.float32)))
 
 
 def turn_as(model: Any, geometry: Geometry) -> None:
