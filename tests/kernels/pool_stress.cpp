@@ -1,5 +1,6 @@
 // The pool under a thread sanitizer: some thousand steps with threads that are away at the worst of times. Everything that
 // steps write and read is plain memory, so that a unit done twice, too early or unseen is a data race as well.
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <random>

@@ -10,7 +10,7 @@
 // - A thread that does not hold anything is nowhere: the caller's job may end, and its memory go, while others are away.
 //
 // Who waits looks on for some microseconds, because steps are shorter than a wake-up. After that it sleeps and leaves its core
-// to the thread that it waits for. Yielding instead is no good: schedulers take it for a time slice that was given away.
+// to the thread that it waits for. It does not yield: Linux takes that for a whole time slice that was given away.
 #pragma once
 
 #include <algorithm>
@@ -106,9 +106,9 @@ class Pool {
         std::atomic<uint32_t> step{0};  // the last whose piece of this thread somebody has claimed
     };
 
-    static constexpr int RELIEF = 100;   // looks, some 2 µs, before others' pieces are taken
-    static constexpr int SPINS = 2000;   // some 50 µs; a wake-up takes about as long
-    static constexpr int YIELDS = 4000;  // between two jobs, before a worker goes to sleep
+    static constexpr int RELIEF = 40;    // looks, a microsecond, before others' pieces are taken
+    static constexpr int SPINS = 1000;   // 25 µs, before a thread sleeps that waits for others' units
+    static constexpr int IDLE = 8000;    // 200 µs, likewise for another job
 
     // What take_part and relieve do counts from here on. Units before it is added hold the step, and so job and fields below.
     void count_done(int thread, int done) {
@@ -147,12 +147,12 @@ class Pool {
     // A thread's part of the step of that state, if it still is the one.
     void take_part(int thread, State of) {
         int done = of.pieces() ? piece(thread, of.step(), thread) : 0;
-        for (State now; (now = state_.load(std::memory_order_acquire)).step() == of.step() && now.left();) {
-            if (!state_.compare_exchange_weak(now, {now.word - 1}, std::memory_order_acq_rel)) continue;
+        for (State now = of; now.step() == of.step() && now.left();) {
+            if (!state_.compare_exchange_strong(now, {now.word - 1}, std::memory_order_acq_rel)) continue;
             const Job::Step& step = (*steps_)[at_];
             const int unit = units_ - now.left();
             step.part(thread, unit * step.grain, std::min((unit + 1) * step.grain, step.count));
-            done++;
+            done++, now.word--;  // as it is if nobody else has been there
         }
         count_done(thread, done);
     }
@@ -160,7 +160,10 @@ class Pool {
     // Pieces that have not been begun: their threads are away.
     void relieve(int thread, State of) {
         int done = 0;
-        for (int other = 0; of.pieces() && other < count_; other++) done += piece(thread, of.step(), other);
+        for (int other = 0; of.pieces() && other < count_; other++) {
+            if (state_.load(std::memory_order_acquire).step() != of.step()) break;
+            done += piece(thread, of.step(), other);
+        }
         count_done(thread, done);
     }
 
@@ -180,16 +183,13 @@ class Pool {
     // Until another step is under way than in that state.
     void wait_beyond(int thread, State seen) {
         for (int i = 0; state_.load(std::memory_order_acquire).step() == seen.step(); i++) {
-            if (i < SPINS) {
-                if (i == RELIEF) relieve(thread, seen);
+            if (i == RELIEF) relieve(thread, seen);
+            if (i < (seen.idle() ? IDLE : SPINS)) {
                 pause_briefly();
                 continue;
             }
-            if (i == SPINS) leave_matrix_unit();
-            if (seen.idle() && i < SPINS + YIELDS)
-                std::this_thread::yield();
-            else
-                sleep(seen);
+            leave_matrix_unit();
+            sleep(seen);
         }
     }
 
