@@ -93,9 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[DEFAULT_MODEL, "smollm2-135m"])
     parser.add_argument("--source", action="append", metavar="NAME=FOLDER", help="a tree of this project")
-    parser.add_argument(
-        "--busy", type=int, nargs="+", default=[0, 1, 2, 4], help="loops; the first is what parts are of"
-    )
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4], help="loops; parts are of the first")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
     parser.add_argument("--limit", type=int, default=2, help="prompts")
     parser.add_argument("--streams", type=int, default=1)
