@@ -10,11 +10,12 @@
 // - A thread that does not hold anything is nowhere: the caller's job may end, and its memory go, while others are away.
 //
 // Who waits looks on for some microseconds, because steps are shorter than a wake-up. After that it sleeps and leaves its core
-// to the thread that it waits for. It does not yield: Linux takes that for a whole time slice that was given away.
+// to the thread that it waits for. It does not yield: Linux puts who yields behind the others by a whole time slice.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -106,11 +107,13 @@ class Pool {
         std::atomic<uint32_t> step{0};  // the last whose piece of this thread somebody has claimed
     };
 
-    static constexpr int RELIEF = 40;    // looks, a microsecond, before others' pieces are taken
-    static constexpr int SPINS = 1000;   // 25 µs, before a thread sleeps that waits for others' units
-    static constexpr int IDLE = 8000;    // 200 µs, likewise for another job
+    using Clock = std::chrono::steady_clock;
+    static constexpr int RELIEF = 40;  // looks, a microsecond or less, before others' pieces are taken
+    static constexpr auto UNITS = std::chrono::microseconds(25);  // that a thread looks on for others' units before it sleeps
+    static constexpr auto JOBS = std::chrono::microseconds(200);  // likewise for another job
 
-    // What take_part and relieve do counts from here on. Units before it is added hold the step, and so job and fields below.
+    // That a thread has done so many units. Until then they hold the step, and with it the job and the fields below: whoever
+    // reads those has claimed a unit after the step began, and whoever writes them has seen all units counted.
     void count_done(int thread, int done) {
         if (!done) return;
         const int units = units_;  // by the next line the step may be over
@@ -167,8 +170,8 @@ class Pool {
         count_done(thread, done);
     }
 
-    // Does a thread's piece of a step, unless somebody has claimed it. Returns the units done. While it has not been claimed
-    // the step is not over: so what an older step could be taken for is never there.
+    // Does a thread's piece of a step, unless somebody has claimed it. Returns the units done. A step is not over before all its
+    // pieces are claimed: who comes late finds that step or a later one in `begun`, and so nothing to do.
     int piece(int thread, uint32_t of_step, int owner) {
         std::atomic<uint32_t>& begun = begun_[owner].step;
         uint32_t last = begun.load(std::memory_order_relaxed);
@@ -182,14 +185,16 @@ class Pool {
 
     // Until another step is under way than in that state.
     void wait_beyond(int thread, State seen) {
+        Clock::time_point until;
         for (int i = 0; state_.load(std::memory_order_acquire).step() == seen.step(); i++) {
-            if (i == RELIEF) relieve(thread, seen);
-            if (i < (seen.idle() ? IDLE : SPINS)) {
-                pause_briefly();
-                continue;
+            if (i == RELIEF) {
+                relieve(thread, seen);
+                until = Clock::now() + (seen.idle() ? JOBS : UNITS);
+            } else if (i > RELIEF && i % 64 == 0 && Clock::now() > until) {
+                leave_matrix_unit();
+                sleep(seen);
             }
-            leave_matrix_unit();
-            sleep(seen);
+            pause_briefly();
         }
     }
 
