@@ -1225,6 +1225,25 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     assert not list((tmp_path / "dspark-stream" / "kernels").iterdir())
 
 
+@pytest.mark.skipif(SANITIZE, reason="a program of its own")
+def test_the_pool_does_each_unit_once_and_shows_it_to_all(tmp_path):
+    """Guards against races of threads that were away when a step or a job ended: a program under a thread sanitizer."""
+    program, sources = tmp_path / "stress", building.SOURCE
+    built = subprocess.run(
+        [*building.compiler(), "-std=c++17", "-O1", "-g1", "-fsanitize=thread", "-pthread", f"-I{sources}",
+         "-o", str(program), str(Path(__file__).with_name("pool_stress.cpp"))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "cannot find" in built.stderr:
+        pytest.skip("the compiler has no sanitizer runtime")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the sanitizer cannot run under this kernel's address layout")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "each unit once\n"
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(SANITIZE, reason="this is what it runs")
 def test_the_sanitizers_find_nothing():

@@ -63,11 +63,11 @@ struct Found {  // the largest score that a thread has seen for one row
 struct Context {  // a pool, and room for what products need
     Quantised input;
     std::vector<Found> found;  // [threads, rows]
-    std::vector<double> sums;  // likewise, of weights
+    std::vector<double> sums;  // [parts, rows], of weights; there are as many parts of a row as threads
     std::vector<Leader> ahead;  // likewise, of races
     std::vector<float> least;  // of each row, the score from which on tokens count
     std::vector<std::vector<float>> rooms;  // of each thread
-    Buffer<Best> best;         // likewise
+    Buffer<Best> best;         // [threads, rows]
     size_t best_size = 0;
     std::vector<int32_t> position, slot, first_slot, visible, from;  // of a pass's rows
     Buffer<float> hidden;
@@ -171,45 +171,51 @@ Quants quantise_group(Kind kind, const float* x) {
     return to;
 }
 
+// Of what was found for a row by all; the first of equal ones.
+Found greatest(const Context& context, int row, int rows, int parts) {
+    Found most;
+    for (int part = 0; part < parts; part++) {
+        const Found& theirs = context.found[static_cast<size_t>(part) * rows + row];
+        if (theirs.score > most.score || (theirs.score == most.score && theirs.index < most.index)) most = theirs;
+    }
+    return most;
+}
+
 // out [rows, stride] = x [rows, inputs] · Wᵀ; stride ≥ outputs. best [rows]: each row's argmax, -1 where there is none. Either
 // may be null.
 void multiply(Context* context, const Matrix& w, const float* x, int rows, float* out, int stride, int32_t* best) {
     Pool& pool = context->pool;
     context->input.reserve(rows, w.inputs);
     if (best) context->reserve_best(rows);
-    pool.run([&](int thread) {
-        int first_row, last_row;
-        share(rows, 1, thread, pool.size(), &first_row, &last_row);
-        for (int r = first_row; r < last_row; r++) context->input.put_row(r, x + static_cast<size_t>(r) * w.inputs);
-        pool.barrier();
+    if (best) context->found.assign(static_cast<size_t>(pool.size()) * rows, Found());
+    Job job;
+    job.step(rows, pool.shares(rows), [&](int, int first, int last) {
+        for (int r = first; r < last; r++) context->input.put_row(r, x + static_cast<size_t>(r) * w.inputs);
+    });
+    job.step(w.tiles(), TILES, [&](int thread, int first, int last) {
         Best* const own = best ? context->best.get() + static_cast<size_t>(thread) * rows : nullptr;
-        if (best)
-            for (int r = 0; r < rows; r++) own[r] = Best();
-        pool.each(thread, w.tiles(), TILES, [&](int first, int last) {
-            for (int t = first; t < last; t++) {
-                const int lanes = std::min(LANES, w.outputs - t * LANES);
-                product(w, t, context->input, rows, [&](int r, Floats v) {
-                    if (best) own[r].see(v.keep(lanes, -INFINITY), t);
-                    if (out) store_some(v, lanes, out + static_cast<size_t>(r) * stride + t * LANES);
-                });
-            }
-        });
-        if (!best) return;
-        pool.barrier();
-        for (int r = first_row; r < last_row; r++) {
-            Found found;
-            for (int other = 0; other < pool.size(); other++)
-                context->best[static_cast<size_t>(other) * rows + r].onto(found.score, found.index);
-            best[r] = found.token();
+        for (int r = 0; best && r < rows; r++) own[r] = Best();
+        for (int t = first; t < last; t++) {
+            const int lanes = std::min(LANES, w.outputs - t * LANES);
+            product(w, t, context->input, rows, [&](int r, Floats v) {
+                if (best) own[r].see(v.keep(lanes, -INFINITY), t);
+                if (out) store_some(v, lanes, out + static_cast<size_t>(r) * stride + t * LANES);
+            });
+        }
+        for (int r = 0; best && r < rows; r++) {  // tiles come in any order, but of equal scores the first counts
+            Found& found = context->found[static_cast<size_t>(thread) * rows + r];
+            own[r].onto(found.score, found.index);
         }
     });
+    pool.run(job);
+    for (int r = 0; best && r < rows; r++) best[r] = greatest(*context, r, rows, pool.size()).token();
 }
 
-// Who won a row's race, of which every thread has run a part; -1 where no weight is.
-int32_t winner(const std::vector<Leader>& ahead, int row, int rows, int threads) {
+// Who won a row's race, which was run in parts; -1 where no weight is.
+int32_t winner(const std::vector<Leader>& ahead, int row, int rows, int parts) {
     Leader best;
-    for (int thread = 0; thread < threads; thread++) {
-        const Leader& theirs = ahead[static_cast<size_t>(thread) * rows + row];
+    for (int part = 0; part < parts; part++) {
+        const Leader& theirs = ahead[static_cast<size_t>(part) * rows + row];
         if (theirs.index >= 0) best.see(theirs.ratio, theirs.index);
     }
     return best.index;
@@ -279,8 +285,8 @@ std::vector<std::optional<Prefix>> prefixes_of(const Edits* const* edits, int st
 void walk(Context* context, const Heads& heads, float* base, const float* hidden, int streams, int gamma,
           const int32_t* anchors, const Sampling* sampling, const double* uniforms, const Noise* noise,
           const Edits* const* edits, const Drafts& to) {
-    const int threads = context->pool.size(), vocabulary = heads.vocabulary, rank = heads.rank;
-    const int tiles = (vocabulary + LANES - 1) / LANES;
+    const int parts = context->pool.size(), vocabulary = heads.vocabulary, rank = heads.rank;  // parts of each row
+    const int tiles = (vocabulary + LANES - 1) / LANES, shares = context->pool.shares(streams);
     const Matrix* const w2 = heads.w2;
     const auto scores = [&](int r, int k) { return base + (static_cast<size_t>(r) * gamma + k) * vocabulary; };
     const auto sampled = [&](int r) { return sampling && sampling[r].temperature > 0.0f; };
@@ -293,113 +299,124 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
     context->least.assign(streams, -INFINITY);
     if (any_sampled) context->reserve_rooms(vocabulary);
     if (w2) context->input.reserve(streams, rank);
-    context->found.resize(static_cast<size_t>(threads) * streams);
+    context->found.resize(static_cast<size_t>(parts) * streams);
     context->sums.resize(context->found.size());
     context->ahead.resize(context->found.size());
-    context->pool.run([&](int thread) {
+
+    const auto begin = [&](int k, int r) {
         alignas(64) float e[4096];
-        int first_row, last_row, first, last;
-        share(streams, 1, thread, threads, &first_row, &last_row);
-        share(tiles, 1, thread, threads, &first, &last);
-        const size_t own = static_cast<size_t>(thread) * streams;
-        Found* const found = context->found.data() + own;
-        const auto greatest = [&](int r) {
-            Found most = context->found[r];
-            for (int other = 1; other < threads; other++) {
-                const Found theirs = context->found[static_cast<size_t>(other) * streams + r];
-                if (theirs.score > most.score) most = theirs;
-            }
-            return most;
-        };
-        for (int k = 0; k < gamma; k++) {
-            for (int r = first_row; r < last_row; r++) {
-                const float* h = hidden + static_cast<size_t>(r * gamma + k) * heads.hidden_size;
-                if (heads.w1) {
-                    const int before = r * gamma + k - 1;
-                    const uint16_t* row = k ? heads.row_of(to.tokens[before], to.indices[before]) : heads.row_of(anchors[r], -1);
-                    for (int i = 0; i < rank; i += LANES) (row ? Floats::load_half(row + i) : Floats::zero()).store(e + i);
-                }
-                if (w2) context->input.put_row(r, e);
-                if (heads.confidence) {
-                    float logit = heads.confidence_bias + dot(h, heads.confidence, heads.hidden_size);
-                    if (heads.with_markov) logit += dot(e, heads.confidence + heads.hidden_size, rank);
-                    to.logits[r * gamma + k] = logit;
-                }
-            }
-            if (w2) context->pool.barrier();
-            for (int from = 0; from < streams; from += ROWS) {
-                const int some = std::min(ROWS, streams - from);
-                Best best[ROWS];
-                for (int t = first; t < last; t++) {
-                    Floats bias[ROWS];
-                    for (int r = 0; r < some; r++) bias[r] = Floats::zero();
-                    if (w2) tile_rows(*w2, t, context->input, from, some, bias);
-                    const int lanes = std::min(LANES, vocabulary - t * LANES);
-                    for (int r = 0; r < some; r++) {
-                        float* at = scores(from + r, k) + t * LANES;
-                        const Floats score = load_some(at, lanes) + bias[r];
-                        if (w2 && (sampled(from + r) || edited(from + r))) store_some(score, lanes, at);
-                        best[r].see(score.keep(lanes, -INFINITY), t);
-                    }
-                }
-                for (int r = 0; r < some; r++) {
-                    found[from + r] = Found();
-                    best[r].onto(found[from + r].score, found[from + r].index);
-                }
-            }
-            context->pool.barrier();
-            if (edits) {
-                for (int r = first_row; r < last_row; r++) {
-                    if (!edited(r)) continue;
-                    prefixes[r]->apply(scores(r, k));
-                    for (int other = 1; other < threads; other++)
-                        context->found[static_cast<size_t>(other) * streams + r] = Found();
-                    context->found[r] = best_of(scores(r, k), vocabulary);
-                }
-                context->pool.barrier();
-            }
-            if (any_top_k) {
-                for (int r = first_row; r < last_row; r++)
-                    if (sampled(r))
-                        context->least[r] =
-                            kth_greatest(scores(r, k), vocabulary, sampling[r].top_k, context->rooms[thread]);
-                context->pool.barrier();
-            }
-            if (any_sampled) {
-                for (int r = 0; r < streams; r++)
-                    if (sampled(r))
-                        context->sums[own + r] = weigh(scores(r, k), first * LANES, std::min(last * LANES, vocabulary),
-                                                       greatest(r).score, sampling[r].temperature, context->least[r]);
-                context->pool.barrier();
-            }
-            for (int r = first_row; r < last_row; r++) {
-                if (!sampled(r)) continue;
-                double total = 0;
-                for (int other = 0; other < threads; other++) total += context->sums[static_cast<size_t>(other) * streams + r];
-                to.totals[r * gamma + k] = cut(scores(r, k), vocabulary, total, sampling[r], context->rooms[thread]);
-            }
-            if (any_raced) {
-                context->pool.barrier();
-                for (int r = 0; r < streams; r++)
-                    if (raced(r))
-                        context->ahead[own + r] = race(scores(r, k), first * LANES, std::min(last * LANES, vocabulary),
-                                                       heads.draft_ids, {noise[r].seed, noise[r].position + k});
-                context->pool.barrier();
-            }
-            for (int r = first_row; r < last_row; r++) {  // whoever drafts on for a stream says what it has come to
-                const int at = r * gamma + k;
-                int32_t index = greatest(r).token();
-                if (raced(r))
-                    index = winner(context->ahead, r, streams, threads);
-                else if (sampled(r))
-                    index = draw(scores(r, k), vocabulary, uniforms[at] * to.totals[at]);
-                if (edited(r) && index >= 0) prefixes[r]->add(index);
-                to.indices[at] = index;
-                to.tokens[at] = heads.draft_ids && index >= 0 ? heads.draft_ids[index] : index;
-            }
-            context->pool.barrier();
+        const float* h = hidden + static_cast<size_t>(r * gamma + k) * heads.hidden_size;
+        if (heads.w1) {
+            const int before = r * gamma + k - 1;
+            const uint16_t* row = k ? heads.row_of(to.tokens[before], to.indices[before]) : heads.row_of(anchors[r], -1);
+            for (int i = 0; i < rank; i += LANES) (row ? Floats::load_half(row + i) : Floats::zero()).store(e + i);
         }
-    });
+        if (w2) context->input.put_row(r, e);
+        if (heads.confidence) {
+            float logit = heads.confidence_bias + dot(h, heads.confidence, heads.hidden_size);
+            if (heads.with_markov) logit += dot(e, heads.confidence + heads.hidden_size, rank);
+            to.logits[r * gamma + k] = logit;
+        }
+    };
+    const auto score = [&](int k, int part) {
+        Found* const found = context->found.data() + static_cast<size_t>(part) * streams;
+        int first, last;
+        share(tiles, part, parts, &first, &last);
+        for (int from = 0; from < streams; from += ROWS) {
+            const int some = std::min(ROWS, streams - from);
+            Best best[ROWS];
+            for (int t = first; t < last; t++) {
+                Floats bias[ROWS];
+                for (int r = 0; r < some; r++) bias[r] = Floats::zero();
+                if (w2) tile_rows(*w2, t, context->input, from, some, bias);
+                const int lanes = std::min(LANES, vocabulary - t * LANES);
+                for (int r = 0; r < some; r++) {
+                    float* at = scores(from + r, k) + t * LANES;
+                    const Floats score = load_some(at, lanes) + bias[r];
+                    if (w2 && (sampled(from + r) || edited(from + r))) store_some(score, lanes, at);
+                    best[r].see(score.keep(lanes, -INFINITY), t);
+                }
+            }
+            for (int r = 0; r < some; r++) {
+                found[from + r] = Found();
+                best[r].onto(found[from + r].score, found[from + r].index);
+            }
+        }
+    };
+    const auto edit = [&](int k, int r) {
+        if (!edited(r)) return;
+        prefixes[r]->apply(scores(r, k));
+        for (int part = 1; part < parts; part++) context->found[static_cast<size_t>(part) * streams + r] = Found();
+        context->found[r] = best_of(scores(r, k), vocabulary);
+    };
+    const auto limit = [&](int k, int r, int thread) {
+        if (sampled(r))
+            context->least[r] = kth_greatest(scores(r, k), vocabulary, sampling[r].top_k, context->rooms[thread]);
+    };
+    const auto weigh_part = [&](int k, int part) {
+        int first, last;
+        share(tiles, part, parts, &first, &last);
+        for (int r = 0; r < streams; r++)
+            if (sampled(r))
+                context->sums[static_cast<size_t>(part) * streams + r] =
+                    weigh(scores(r, k), first * LANES, std::min(last * LANES, vocabulary),
+                          greatest(*context, r, streams, parts).score, sampling[r].temperature, context->least[r]);
+    };
+    const auto cut_row = [&](int k, int r, int thread) {
+        if (!sampled(r)) return;
+        double total = 0;
+        for (int part = 0; part < parts; part++) total += context->sums[static_cast<size_t>(part) * streams + r];
+        to.totals[r * gamma + k] = cut(scores(r, k), vocabulary, total, sampling[r], context->rooms[thread]);
+    };
+    const auto race_part = [&](int k, int part) {
+        int first, last;
+        share(tiles, part, parts, &first, &last);
+        for (int r = 0; r < streams; r++)
+            if (raced(r))
+                context->ahead[static_cast<size_t>(part) * streams + r] =
+                    race(scores(r, k), first * LANES, std::min(last * LANES, vocabulary), heads.draft_ids,
+                         {noise[r].seed, noise[r].position + k});
+    };
+    const auto decide = [&](int k, int r) {
+        const int at = r * gamma + k;
+        int32_t index = greatest(*context, r, streams, parts).token();
+        if (raced(r))
+            index = winner(context->ahead, r, streams, parts);
+        else if (sampled(r))
+            index = draw(scores(r, k), vocabulary, uniforms[at] * to.totals[at]);
+        if (edited(r) && index >= 0) prefixes[r]->add(index);
+        to.indices[at] = index;
+        to.tokens[at] = heads.draft_ids && index >= 0 ? heads.draft_ids[index] : index;
+    };
+
+    Job job;
+    const auto by_row = [&](auto part) {
+        job.step(streams, shares, [part](int thread, int first, int last) {
+            for (int r = first; r < last; r++) part(r, thread);
+        });
+    };
+    const auto by_part = [&](auto part) {
+        job.step(parts, 1, [part](int, int first, int last) {
+            for (int i = first; i < last; i++) part(i);
+        });
+    };
+    by_row([&](int r, int) { begin(0, r); });
+    for (int k = 0; k < gamma; k++) {
+        by_part([&, k](int part) { score(k, part); });
+        if (edits) by_row([&, k](int r, int) { edit(k, r); });
+        if (any_top_k) by_row([&, k](int r, int thread) { limit(k, r, thread); });
+        if (any_sampled) by_part([&, k](int part) { weigh_part(k, part); });
+        if (any_raced) {
+            by_row([&, k](int r, int thread) { cut_row(k, r, thread); });
+            by_part([&, k](int part) { race_part(k, part); });
+        }
+        by_row([&, k](int r, int thread) {
+            if (!any_raced) cut_row(k, r, thread);
+            decide(k, r);
+            if (k + 1 < gamma) begin(k + 1, r);
+        });
+    }
+    context->pool.run(job);
 }
 
 // What rows of a pass read and write goes by where they stand.
@@ -541,9 +558,8 @@ bool dspark_pack(Context* context, Matrix* to, const int32_t* rows, const void* 
     return guarded([&] {
         const int groups = to->groups();
         const Layout layout = layout_of(type);
-        context->pool.run([&](int thread) {
-            int from, until;
-            share(to->tiles(), 1, thread, context->pool.size(), &from, &until);
+        Job job;
+        job.step(to->tiles(), 1, [&](int, int from, int until) {
             Quants block[8][LANES];  // of the groups of a block, all channels of a tile
             for (int t = from; t < until; t++) {
                 const int lanes = std::min(LANES, to->outputs - t * LANES);
@@ -567,6 +583,7 @@ bool dspark_pack(Context* context, Matrix* to, const int32_t* rows, const void* 
                 }
             }
         });
+        context->pool.run(job);
         return true;
     });
 }
@@ -746,17 +763,13 @@ bool dspark_draft(Context* context, Llama* model, const Table* embedding, float 
 // The greatest of each of `rows` [count] of scores, the first of equal ones; -1 where there is none.
 bool dspark_best(Context* context, const float* scores, int width, const int32_t* rows, int count, int32_t* best) {
     return guarded([&] {
-        const auto some = [&](int first, int last) {
+        Job job;
+        job.step(count, 1, [&](int, int first, int last) {
             for (int i = first; i < last; i++) {
                 best[i] = best_of(scores + static_cast<size_t>(rows[i]) * width, width).token();
             }
-        };
-        if (count == 1) return some(0, 1), true;
-        context->pool.run([&](int thread) {
-            int first, last;
-            share(count, 1, thread, context->pool.size(), &first, &last);
-            some(first, last);
         });
+        context->pool.run(job);
         return true;
     });
 }
@@ -773,20 +786,16 @@ bool dspark_edit(Context* context, float* scores, int width, int blocks, const i
             longest = std::max(longest, length[b]);
         }
         auto prefixes = prefixes_of(edits, blocks, longest);
-        const auto some = [&](int from, int until) {
+        Job job;
+        job.step(blocks, 1, [&](int, int from, int until) {
             for (int b = from; b < until; b++) {
                 for (int j = 0; j <= length[b]; j++) {
                     prefixes[b]->apply(scores + static_cast<size_t>(first[b] + j) * width);
                     if (j < length[b]) prefixes[b]->add(drafts[before[b] + j]);
                 }
             }
-        };
-        if (blocks == 1) return some(0, 1), true;  // done before another thread has woken up
-        context->pool.run([&](int thread) {
-            int from, until;
-            share(blocks, 1, thread, context->pool.size(), &from, &until);
-            some(from, until);
         });
+        context->pool.run(job);
         return true;
     });
 }
@@ -794,17 +803,13 @@ bool dspark_edit(Context* context, float* scores, int width, int blocks, const i
 // Scores [rows, width] to weights where they stand, by each row's sampling, temperature > 0; totals [rows]: their sums.
 bool dspark_weigh(Context* context, float* scores, int rows, int width, const Sampling* sampling, double* totals) {
     return guarded([&] {
-        const auto some = [&](int first, int last, int thread) {
+        context->reserve_rooms(width);
+        Job job;
+        job.step(rows, 1, [&](int thread, int first, int last) {
             for (int r = first; r < last; r++)
                 totals[r] = weigh_row(scores + static_cast<size_t>(r) * width, width, sampling[r], context->rooms[thread]);
-        };
-        context->reserve_rooms(width);
-        if (rows == 1) return some(0, 1, 0), true;  // done before another thread has woken up
-        context->pool.run([&](int thread) {
-            int first, last;
-            share(rows, 1, thread, context->pool.size(), &first, &last);
-            some(first, last, thread);
         });
+        context->pool.run(job);
         return true;
     });
 }
@@ -814,21 +819,25 @@ bool dspark_weigh(Context* context, float* scores, int rows, int width, const Sa
 bool dspark_race(Context* context, float* scores, int width, const int32_t* rows, int count, const Sampling* sampling,
                  const Noise* noise, int32_t* tokens) {
     return guarded([&] {
-        const int threads = context->pool.size(), tiles = (width + LANES - 1) / LANES;
+        const int parts = context->pool.size(), tiles = (width + LANES - 1) / LANES;  // parts of each row
         const auto row = [&](int i) { return scores + static_cast<size_t>(rows[i]) * width; };
         context->reserve_rooms(width);
-        context->ahead.resize(static_cast<size_t>(threads) * count);
-        context->pool.run([&](int thread) {
-            int first, last;
-            share(count, 1, thread, threads, &first, &last);
+        context->ahead.resize(static_cast<size_t>(parts) * count);
+        Job job;
+        job.step(count, 1, [&](int thread, int first, int last) {
             for (int i = first; i < last; i++) weigh_row(row(i), width, sampling[i], context->rooms[thread]);
-            context->pool.barrier();
-            share(tiles, 1, thread, threads, &first, &last);
-            for (int i = 0; i < count; i++)
-                context->ahead[static_cast<size_t>(thread) * count + i] =
-                    race(row(i), first * LANES, std::min(last * LANES, width), nullptr, noise[i]);
         });
-        for (int i = 0; i < count; i++) tokens[i] = winner(context->ahead, i, count, threads);
+        job.step(parts, 1, [&](int, int some, int until) {
+            for (int part = some; part < until; part++) {
+                int first, last;
+                share(tiles, part, parts, &first, &last);
+                for (int i = 0; i < count; i++)
+                    context->ahead[static_cast<size_t>(part) * count + i] =
+                        race(row(i), first * LANES, std::min(last * LANES, width), nullptr, noise[i]);
+            }
+        });
+        context->pool.run(job);
+        for (int i = 0; i < count; i++) tokens[i] = winner(context->ahead, i, count, parts);
         return true;
     });
 }

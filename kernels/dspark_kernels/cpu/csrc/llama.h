@@ -51,7 +51,7 @@ class Llama {
     void run(Pool& pool, const Pass& pass, const Store& store, float* x, const int32_t* tap_layers, int taps,
              float* tap_out) {
         const Shape& s = shape;
-        own_.resize(pool.size());
+        attention_.resize(pool.size());
         input_.reserve(pass.rows, s.hidden);
         aq_.reserve(pass.rows, s.heads * s.head_size);
         hq_.reserve(pass.rows, s.inner);
@@ -60,45 +60,32 @@ class Llama {
             make_room(branch_, branch_size_, static_cast<size_t>(pass.rows) * s.hidden);
         squares_.resize(static_cast<size_t>(pass.rows) * input_.groups);
         const int longest = pass.rows ? *std::max_element(pass.visible, pass.visible + pass.rows) : 0;
-        for (Own& own : own_) {
-            own.norm.resize(pass.rows);
-            own.attention.reserve(s, longest);
-        }
+        norm_.resize(pass.rows);
+        for (Attention& attention : attention_) attention.reserve(s, longest);
         put_together(pass);
         make_turns(pass);
-        pool.run([&](int thread) {
-            Own& own = own_[thread];
-            pool.each(thread, input_.groups, 1, [&](int first, int last) {
-                for (int g = first; g < last; g++) settle(x, layers[0].input_norm.get(), pass.rows, g);
-            });
-            pool.barrier();
-            for (int l = 0; l < static_cast<int>(layers.size()); l++) {
-                const Layer& layer = layers[l];
-                const Cache cache = store.layer(l, s);
-                const bool last_layer = l + 1 == static_cast<int>(layers.size());
-                norm_rows(pass.rows, own);
-                project(pool, thread, layer, cache, pass, input_, own.norm.data(), 0, s.heads + 2 * s.kv_heads);
-                pool.barrier();
-                attend(pool, thread, cache, pass, layer.window, own.attention);
-                pool.barrier();
-                add_product(pool, thread, layer.o, aq_, pass.rows, x, layer.after_attention.get(), layer.post_norm.get());
-                pool.barrier();
-                norm_rows(pass.rows, own);
-                gate_up(pool, thread, layer, pass.rows, own.norm.data());
-                pool.barrier();
-                add_product(pool, thread, layer.down, hq_, pass.rows, x, layer.after_mlp.get(),
-                            last_layer ? nullptr : layers[l + 1].input_norm.get());
-                pool.barrier();
-                for (int i = 0; i < taps; i++) {
-                    if (tap_layers[i] != l) continue;
-                    int first, last;
-                    share(pass.rows, 1, thread, pool.size(), &first, &last);
+        Job job;
+        settle_all(job, pass.rows, x, layers[0].input_norm.get());
+        for (int l = 0; l < static_cast<int>(layers.size()); l++) {
+            const Layer& layer = layers[l];
+            const Cache cache = store.layer(l, s);
+            const bool last_layer = l + 1 == static_cast<int>(layers.size());
+            project(job, layer, cache, pass, norm_.data(), 0, s.heads + 2 * s.kv_heads);
+            attend(job, cache, pass, layer.window);
+            add_product(pool, job, layer.o, aq_, pass.rows, x, layer.after_attention.get(), layer.post_norm.get());
+            gate_up(job, layer, pass.rows);
+            add_product(pool, job, layer.down, hq_, pass.rows, x, layer.after_mlp.get(),
+                        last_layer ? nullptr : layers[l + 1].input_norm.get());
+            for (int i = 0; i < taps; i++) {
+                if (tap_layers[i] != l) continue;
+                job.step(pass.rows, TAPS, [=](int, int first, int last) {
                     for (int r = first; r < last; r++)
-                        std::memcpy(tap_out + (static_cast<size_t>(r) * taps + i) * s.hidden,
-                                    x + static_cast<size_t>(r) * s.hidden, sizeof(float) * s.hidden);
-                }
+                        std::memcpy(tap_out + (static_cast<size_t>(r) * taps + i) * shape.hidden,
+                                    x + static_cast<size_t>(r) * shape.hidden, sizeof(float) * shape.hidden);
+                });
             }
-        });
+        }
+        pool.run(job);
     }
 
     // Keys and values of `features` [T, H] (normed already), every layer, without attention: a drafter's context.
@@ -107,31 +94,28 @@ class Llama {
         input_.reserve(pass.rows, s.hidden);
         make_room(qkv_, qkv_size_, static_cast<size_t>(pass.rows) * s.qkv());
         make_turns(pass);
-        pool.run([&](int thread) {
-            int first, last;
-            share(pass.rows, 1, thread, pool.size(), &first, &last);
-            for (int r = first; r < last; r++) input_.put_row(r, features + static_cast<size_t>(r) * s.hidden);
-            pool.barrier();
-            for (const Layer& layer : layers) {
-                const Cache cache = store.layer(static_cast<int>(&layer - layers.data()), s);
-                project(pool, thread, layer, cache, pass, input_, nullptr, s.heads, s.heads + 2 * s.kv_heads);
-                pool.barrier();
-            }
+        Job job;
+        job.step(pass.rows, pool.shares(pass.rows), [=](int, int first, int last) {
+            for (int r = first; r < last; r++) input_.put_row(r, features + static_cast<size_t>(r) * shape.hidden);
         });
+        for (const Layer& layer : layers) {
+            const Cache cache = store.layer(static_cast<int>(&layer - layers.data()), s);
+            project(job, layer, cache, pass, nullptr, s.heads, s.heads + 2 * s.kv_heads);
+        }
+        pool.run(job);
     }
 
    private:
-    struct Own {  // a thread's
-        std::vector<float> norm;  // 1/rms of each row
-        Attention attention;
-    };
+    static constexpr int TAPS = 16;  // rows that are copied before another thread is of use
+
     struct Together {  // neighbouring rows of one stream
         int first, count;
     };
-    std::vector<Own> own_;
+    std::vector<Attention> attention_;  // of each thread
     std::vector<Together> together_;
     Quantised input_, aq_, hq_;
     std::vector<float> squares_;  // [groups][rows] of the residual stream
+    std::vector<float> norm_;  // what they come to: 1/rms of each row
     Buffer<float> turns_;  // [ropes][rows][D]: cosines and then sines of a row's position
     size_t turns_size_ = 0;
     Buffer<float> qkv_, branch_;  // branch: what attention or MLP add, before a norm of its own
@@ -183,28 +167,35 @@ class Llama {
         }
     }
 
-    void norm_rows(int rows, Own& own) const {
-        std::fill_n(own.norm.begin(), rows, 0.0f);
+    void settle_all(Job& job, int rows, const float* x, const float* weight) {
+        job.step(input_.groups, 1, [=](int, int first, int last) {
+            for (int g = first; g < last; g++) settle(x, weight, rows, g);
+        }, [=] { norm_rows(rows); });
+    }
+
+    // When all groups have settled.
+    void norm_rows(int rows) {
+        std::fill_n(norm_.begin(), rows, 0.0f);
         for (int g = 0; g < input_.groups; g++)
-            for (int r = 0; r < rows; r++) own.norm[r] += squares_[static_cast<size_t>(g) * rows + r];
+            for (int r = 0; r < rows; r++) norm_[r] += squares_[static_cast<size_t>(g) * rows + r];
         for (int r = 0; r < rows; r++)
-            own.norm[r] = 1.0f / std::sqrt(own.norm[r] / static_cast<float>(shape.hidden) + shape.eps);
+            norm_[r] = 1.0f / std::sqrt(norm_[r] / static_cast<float>(shape.hidden) + shape.eps);
     }
 
     // Heads first_head…last_head-1 of Q, K and V, counted through; whoever takes one turns it too. norm: what to multiply
     // each row's by, or null.
-    void project(Pool& pool, int thread, const Layer& layer, const Cache& cache, const Pass& pass,
-                 const Quantised& input, const float* norm, int first_head, int last_head) {
-        const Shape& s = shape;
-        const int tiles = s.head_size / LANES, width = s.qkv();
-        pool.each(thread, last_head - first_head, 1, [&](int first, int last) {
+    void project(Job& job, const Layer& layer, const Cache& cache, const Pass& pass, const float* norm, int first_head,
+                 int last_head) {
+        job.step(last_head - first_head, 1, [=, &layer, &pass](int, int first, int last) {
+            const Shape& s = shape;
+            const int tiles = s.head_size / LANES, width = s.qkv();
             for (int head = first_head + first; head < first_head + last; head++) {
                 const bool is_query = head < s.heads, is_key = !is_query && head < s.heads + s.kv_heads;
                 const Matrix& w = is_query ? layer.q : is_key ? layer.k : layer.v;
                 const int before = is_query ? 0 : is_key ? s.heads : s.heads + s.kv_heads;  // heads of other matrices
                 for (int t = head * tiles; t < (head + 1) * tiles; t++) {
                     const Floats more = layer.bias ? Floats::load(layer.bias.get() + t * LANES) : Floats::zero();
-                    product(w, t - before * tiles, input, pass.rows, [&](int r, Floats v) {
+                    product(w, t - before * tiles, input_, pass.rows, [&](int r, Floats v) {
                         const Floats by = Floats::all(norm ? norm[r] : 1.0f);
                         fma(v, by, more).store(qkv_.get() + static_cast<size_t>(r) * width + t * LANES);
                     });
@@ -233,23 +224,23 @@ class Llama {
     }
 
     // By key head and what is attended to together, key head after key head.
-    void attend(Pool& pool, int thread, const Cache& cache, const Pass& pass, int window, Attention& attention) {
+    void attend(Job& job, const Cache& cache, const Pass& pass, int window) {
         const int together = static_cast<int>(together_.size());
-        pool.each(thread, together * shape.kv_heads, 1, [&](int first, int last) {
+        job.step(together * shape.kv_heads, 1, [=, &pass](int thread, int first, int last) {
             for (int item = first; item < last; item++) {
                 const Together& rows = together_[item % together];
-                attention.run(shape, cache, pass, window, rows.first, rows.count, item / together, qkv_.get(), aq_);
+                attention_[thread].run(shape, cache, pass, window, rows.first, rows.count, item / together, qkv_.get(), aq_);
             }
         });
     }
 
     // x += w · input; after: the weight of the norm that this goes through before it is added, or null; next: of the norm that
     // x goes through then, or null.
-    void add_product(Pool& pool, int thread, const Matrix& w, const Quantised& input, int rows, float* x, const float* after,
-                     const float* next) {
+    void add_product(const Pool& pool, Job& job, const Matrix& w, const Quantised& input, int rows, float* x,
+                     const float* after, const float* next) {
         constexpr int grain = GROUP / LANES;
-        if (after) return add_normed(pool, thread, w, input, rows, x, after, next);
-        pool.each(thread, w.tiles(), grain, [&](int first, int last) {
+        if (after) return add_normed(pool, job, w, input, rows, x, after, next);
+        job.step(w.tiles(), grain, [=, &w, &input](int, int first, int last) {
             for (int t = first; t < last; t++) {
                 product(w, t, input, rows, [&](int r, Floats v) {
                     float* at = x + static_cast<size_t>(r) * shape.hidden + t * LANES;
@@ -257,30 +248,27 @@ class Llama {
                 });
                 if (next && t % grain == grain - 1) settle(x, next, rows, t / grain);
             }
+        }, [=] {
+            if (next) norm_rows(rows);
         });
     }
 
-    void add_normed(Pool& pool, int thread, const Matrix& w, const Quantised& input, int rows, float* x, const float* after,
-                    const float* next) {
+    void add_normed(const Pool& pool, Job& job, const Matrix& w, const Quantised& input, int rows, float* x,
+                    const float* after, const float* next) {
         const size_t hidden = shape.hidden;
-        pool.each(thread, w.tiles(), 1, [&](int first, int last) {
+        job.step(w.tiles(), 1, [=, &w, &input](int, int first, int last) {
             for (int t = first; t < last; t++)
                 product(w, t, input, rows, [&](int r, Floats v) { v.store(branch_.get() + r * hidden + t * LANES); });
         });
-        pool.barrier();
-        int first, last;
-        share(rows, 1, thread, pool.size(), &first, &last);
-        for (int r = first; r < last; r++) {
-            float* const own = branch_.get() + r * hidden;
-            rms_norm(own, after, shape.hidden, shape.eps, own);
-            float* const to = x + r * hidden;
-            for (size_t i = 0; i < hidden; i += LANES) (Floats::load(to + i) + Floats::load(own + i)).store(to + i);
-        }
-        if (!next) return;
-        pool.barrier();
-        pool.each(thread, input_.groups, 1, [&](int from, int until) {
-            for (int g = from; g < until; g++) settle(x, next, rows, g);
+        job.step(rows, pool.shares(rows), [=](int, int first, int last) {
+            for (int r = first; r < last; r++) {
+                float* const own = branch_.get() + r * hidden;
+                rms_norm(own, after, shape.hidden, shape.eps, own);
+                float* const to = x + r * hidden;
+                for (size_t i = 0; i < hidden; i += LANES) (Floats::load(to + i) + Floats::load(own + i)).store(to + i);
+            }
         });
+        if (next) settle_all(job, rows, x, next);
     }
 
     // The gate's activation: x·σ(x), or GELU by tanh, which is x·σ(2·√(2/π)·(x + 0.044715·x³)).
@@ -292,21 +280,21 @@ class Llama {
     }
 
     // activated(gate)·up, quantised for `down` where it arises: two tiles are one group.
-    void gate_up(Pool& pool, int thread, const Layer& layer, int rows, const float* norm) {
-        pool.each(thread, layer.gate.tiles(), GROUP / LANES, [&](int first, int last) {
+    void gate_up(Job& job, const Layer& layer, int rows) {
+        job.step(layer.gate.tiles(), GROUP / LANES, [=, &layer](int, int first, int last) {
             for (int t = first; t < last; t += GROUP / LANES)
-                for (int from = 0; from < rows; from += ROWS) gate_up_group(layer, t, from, std::min(ROWS, rows - from), norm);
+                for (int from = 0; from < rows; from += ROWS) gate_up_group(layer, t, from, std::min(ROWS, rows - from));
         });
     }
 
-    void gate_up_group(const Layer& layer, int t, int from, int rows, const float* norm) {
+    void gate_up_group(const Layer& layer, int t, int from, int rows) {
         float inner[ROWS][GROUP];
         for (int half = 0; half < GROUP / LANES; half++) {
             Floats gate[ROWS], up[ROWS];
             tile_rows(layer.gate, t + half, input_, from, rows, gate);
             tile_rows(layer.up, t + half, input_, from, rows, up);
             for (int r = 0; r < rows; r++) {
-                const Floats by = Floats::all(norm[from + r]), x = gate[r] * by;
+                const Floats by = Floats::all(norm_[from + r]), x = gate[r] * by;
                 (activated(x) * (up[r] * by)).store(inner[r] + half * LANES);
             }
         }

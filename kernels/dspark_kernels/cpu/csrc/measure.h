@@ -16,16 +16,18 @@ inline double seconds() {
 inline double read_rate(Pool& pool, const float* data, size_t count) {
     std::vector<float> sums(static_cast<size_t>(pool.size()) * LANES);
     const double begun = seconds();
-    pool.run([&](int thread) {
+    Job job;
+    job.step(pool.size(), 1, [&](int, int part, int) {
         const size_t step = 8 * LANES, blocks = count / step;
-        const size_t first = blocks * thread / pool.size(), last = blocks * (thread + 1) / pool.size();
+        const size_t first = blocks * part / pool.size(), last = blocks * (part + 1) / pool.size();
         Floats sum[8];
         for (auto& s : sum) s = Floats::zero();
         for (size_t b = first; b < last; b++)
             for (int i = 0; i < 8; i++) sum[i] = sum[i] + Floats::load(data + b * step + i * LANES);
         for (int i = 1; i < 8; i++) sum[0] = sum[0] + sum[i];
-        sums[static_cast<size_t>(thread) * LANES] = sum_of(sum[0]);
+        sums[static_cast<size_t>(part) * LANES] = sum_of(sum[0]);
     });
+    pool.run(job);
     volatile float kept = sums[0];
     (void)kept;
     return static_cast<double>(count) * sizeof(float) / (seconds() - begun);
@@ -39,11 +41,12 @@ inline double multiply_rate(Pool& pool, int rounds) {
     for (int i = 0; i < 64; i++) weights[i] = static_cast<uint8_t>((7 * i + i / 32) % 16);
     double multiplied = 0;
     const double begun = seconds();
-    pool.run([&](int thread) {
+    Job job;
+    job.step(pool.size(), 1, [&](int, int part, int) {
 #if defined(DSPARK_AVX2)
         alignas(32) int8_t x[ROWS][GROUP];
         for (int r = 0; r < ROWS; r++)
-            for (int k = 0; k < GROUP; k++) x[r][k] = static_cast<int8_t>(r * GROUP + k + thread);
+            for (int k = 0; k < GROUP; k++) x[r][k] = static_cast<int8_t>(r * GROUP + k + part);
         __m256i w[2];  // of two values, or both halves would be one
         for (int side = 0; side < 2; side++) {
             w[side] = _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + 32 * side));
@@ -56,20 +59,21 @@ inline double multiply_rate(Pool& pool, int rounds) {
             for (const auto& row : pairs) all = all + Ints{row[0], row[1]};
         }
         const Floats total = Floats::from(all);
-        if (thread == 0) multiplied = 4.0 * LANES * GROUP * rounds * pool.size();
+        if (part == 0) multiplied = 4.0 * LANES * GROUP * rounds * pool.size();
 #else
         const Bytes w = Bytes::load(weights);
-        const int8_t x[4] = {1, -2, 3, static_cast<int8_t>(thread)};
+        const int8_t x[4] = {1, -2, 3, static_cast<int8_t>(part)};
         Ints sum[12];
         for (auto& s : sum) s = no_ints();
         for (int r = 0; r < rounds; r++)
             for (int i = 0; i < 12; i++) sum[i] = dot4(sum[i], w, x);
         Floats total = Floats::zero();
         for (int i = 0; i < 12; i++) total = total + Floats::from(sum[i]);
-        if (thread == 0) multiplied = 12.0 * 64 * rounds * pool.size();
+        if (part == 0) multiplied = 12.0 * 64 * rounds * pool.size();
 #endif
-        sums[static_cast<size_t>(thread) * LANES] = sum_of(total);
+        sums[static_cast<size_t>(part) * LANES] = sum_of(total);
     });
+    pool.run(job);
     volatile float kept = sums[0];
     (void)kept;
     return multiplied / (seconds() - begun);
