@@ -122,10 +122,11 @@ CELLS = 400
 
 @pytest.mark.parametrize("tokens", list(product(range(3), repeat=2)))
 def test_what_is_known_beforehand_is_judged_by_the_targets_law(tokens, kernels):
-    """By enumeration over the cells of all uniforms: x_1, and x_2 after it, come as the target would draw them."""
+    """By enumeration over the cells of all uniforms: x_1, x_2 and x_3 come as the target would draw them."""
     vocab = 3
     p = torch.softmax(torch.randn(3, vocab, generator=torch.Generator().manual_seed(4)) * 1.5, -1)
     own, law = distributions(kernels, p), dict.fromkeys(product(range(vocab), repeat=2), 0.0)
+    third = [0.0] * vocab
     for stands in product([True, False], repeat=2):
         weight, accept = 1.0, []
         for k, stood in enumerate(stands):
@@ -136,6 +137,8 @@ def test_what_is_known_beforehand_is_judged_by_the_targets_law(tokens, kernels):
             accepted, token = certain(own, 0, list(tokens), Scripted(accept, bonus))
             assert accepted == (0 if not stands[0] else 1 if not stands[1] else 2)
             committed = [*tokens[:accepted], token]
+            if accepted == 2:
+                third[token] += 1 / CELLS
             if accepted:
                 law[tuple(committed[:2])] += weight / CELLS
             else:  # x_2 is the target's own in the next round
@@ -143,6 +146,7 @@ def test_what_is_known_beforehand_is_judged_by_the_targets_law(tokens, kernels):
                     law[token, second] += weight / CELLS * float(p[1, second])
     for (first, second), probability in law.items():
         assert probability == pytest.approx(float(p[0, first] * p[1, second]), abs=4e-3)
+    assert third == pytest.approx(p[2].tolist(), abs=4e-3)
 
 
 def test_what_cannot_be_never_stands():
