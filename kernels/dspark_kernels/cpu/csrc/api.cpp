@@ -172,7 +172,7 @@ Quants quantise_group(Kind kind, const float* x) {
 }
 
 // Of what was found for a row by all; the first of equal ones.
-Found greatest(const Context& context, int row, int rows, int parts) {
+Found found_of(const Context& context, int row, int rows, int parts) {
     Found most;
     for (int part = 0; part < parts; part++) {
         const Found& theirs = context.found[static_cast<size_t>(part) * rows + row];
@@ -208,7 +208,7 @@ void multiply(Context* context, const Matrix& w, const float* x, int rows, float
         }
     });
     pool.run(job);
-    for (int r = 0; best && r < rows; r++) best[r] = greatest(*context, r, rows, pool.size()).token();
+    for (int r = 0; best && r < rows; r++) best[r] = found_of(*context, r, rows, pool.size()).token();
 }
 
 // Who won a row's race, which was run in parts; -1 where no weight is.
@@ -360,7 +360,7 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
             if (sampled(r))
                 context->sums[static_cast<size_t>(part) * streams + r] =
                     weigh(scores(r, k), first * LANES, std::min(last * LANES, vocabulary),
-                          greatest(*context, r, streams, parts).score, sampling[r].temperature, context->least[r]);
+                          found_of(*context, r, streams, parts).score, sampling[r].temperature, context->least[r]);
     };
     const auto cut_row = [&](int k, int r, int thread) {
         if (!sampled(r)) return;
@@ -379,7 +379,7 @@ void walk(Context* context, const Heads& heads, float* base, const float* hidden
     };
     const auto decide = [&](int k, int r) {
         const int at = r * gamma + k;
-        int32_t index = greatest(*context, r, streams, parts).token();
+        int32_t index = found_of(*context, r, streams, parts).token();
         if (raced(r))
             index = winner(context->ahead, r, streams, parts);
         else if (sampled(r))
