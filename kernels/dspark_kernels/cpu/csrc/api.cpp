@@ -56,6 +56,9 @@ struct Found {  // the largest score that a thread has seen for one row
     float score = -INFINITY;
     int32_t index = INT32_MAX;
 
+    void see(const Found& other) {  // of equal ones the first
+        if (other.score > score || (other.score == score && other.index < index)) *this = other;
+    }
     // -1 where there is none: everything is ruled out, nothing is a number, or sums have run over.
     int32_t token() const { return std::isfinite(score) ? index : -1; }
 };
@@ -176,16 +179,19 @@ Quants quantise_group(Kind kind, const float* x) {
 void multiply(Context* context, const Matrix& w, const float* x, int rows, float* out, int stride, int32_t* best) {
     Pool& pool = context->pool;
     context->input.reserve(rows, w.inputs);
-    if (best) context->reserve_best(rows);
+    if (best) {
+        context->reserve_best(rows);
+        context->found.assign(static_cast<size_t>(pool.size()) * rows, Found());
+    }
     pool.run([&](int thread) {
         int first_row, last_row;
         share(rows, 1, thread, pool.size(), &first_row, &last_row);
         for (int r = first_row; r < last_row; r++) context->input.put_row(r, x + static_cast<size_t>(r) * w.inputs);
         pool.barrier();
         Best* const own = best ? context->best.get() + static_cast<size_t>(thread) * rows : nullptr;
-        if (best)
-            for (int r = 0; r < rows; r++) own[r] = Best();
+        Found* const found = best ? context->found.data() + static_cast<size_t>(thread) * rows : nullptr;
         pool.each(thread, w.tiles(), TILES, [&](int first, int last) {
+            for (int r = 0; best && r < rows; r++) own[r] = Best();
             for (int t = first; t < last; t++) {
                 const int lanes = std::min(LANES, w.outputs - t * LANES);
                 product(w, t, context->input, rows, [&](int r, Floats v) {
@@ -193,14 +199,15 @@ void multiply(Context* context, const Matrix& w, const float* x, int rows, float
                     if (out) store_some(v, lanes, out + static_cast<size_t>(r) * stride + t * LANES);
                 });
             }
+            for (int r = 0; best && r < rows; r++) own[r].onto(found[r].score, found[r].index);
         });
         if (!best) return;
         pool.barrier();
         for (int r = first_row; r < last_row; r++) {
-            Found found;
+            Found most;
             for (int other = 0; other < pool.size(); other++)
-                context->best[static_cast<size_t>(other) * rows + r].onto(found.score, found.index);
-            best[r] = found.token();
+                most.see(context->found[static_cast<size_t>(other) * rows + r]);
+            best[r] = most.token();
         }
     });
 }
