@@ -62,8 +62,8 @@ class Pool {
 
     // Inside a job, between two barriers: part(first, last) over 0…count-1 in multiples of `grain`, by all threads
     // together. Each has a piece of its own, which it reads front to back, every time three quarters of what is left of it;
-    // who is done takes from the ends of others' pieces, so that nobody waits long for a thread that has lost its core for a
-    // while.
+    // who is done takes half of what is left of others' from their ends, so that nobody waits long for a thread that has
+    // lost its core for a while.
     template <typename Part>
     void each(int thread, int count, int grain, Part part) {
         const int units = (count + grain - 1) / grain;
@@ -98,9 +98,9 @@ class Pool {
             const auto end = [size](uint64_t taken) { return size - static_cast<int>(taken & UINT32_MAX); };
             uint64_t seen = taken.load(std::memory_order_relaxed);
             if (front(seen) >= end(seen)) return false;
-            const int some = own ? (3 * (end(seen) - front(seen)) + 3) / 4 : 1;
-            seen = taken.fetch_add(own ? static_cast<uint64_t>(some) << 32 : 1, std::memory_order_relaxed);
-            *first = own ? front(seen) : end(seen) - 1;
+            const int left = end(seen) - front(seen), some = own ? (3 * left + 3) / 4 : (left + 1) / 2;
+            seen = taken.fetch_add(static_cast<uint64_t>(some) << (own ? 32 : 0), std::memory_order_relaxed);
+            *first = own ? front(seen) : std::max(front(seen), end(seen) - some);
             *last = own ? std::min(front(seen) + some, end(seen)) : end(seen);
             return front(seen) < end(seen);
         }
