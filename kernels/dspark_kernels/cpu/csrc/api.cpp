@@ -56,6 +56,9 @@ struct Found {  // the largest score that a thread has seen for one row
     float score = -INFINITY;
     int32_t index = INT32_MAX;
 
+    void see(const Found& other) {  // of equal ones the first
+        if (other.score > score || (other.score == score && other.index < index)) *this = other;
+    }
     // -1 where there is none: everything is ruled out, nothing is a number, or sums have run over.
     int32_t token() const { return std::isfinite(score) ? index : -1; }
 };

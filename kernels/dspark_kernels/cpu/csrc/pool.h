@@ -4,9 +4,10 @@
 //
 // - A step is over when its units are done. Whoever does the last of them begins the next step. A thread that comes late
 //   finds a later step, and there is nothing that it has to make up for.
-// - A unit is claimed by whoever does it. Most units are meant for one thread each, in one piece, so that it reads memory
-//   front to back and finds in its caches what it wrote a step before. Others take that piece if it has not been begun when
-//   all else is done. So only a thread that loses its core in the middle of a piece or a unit holds others up.
+// - A unit is claimed by whoever does it. Each thread has a piece of its own, which it reads front to back, every time three
+//   quarters of what is left of it; so it finds in its caches what it wrote a step before. Who is done takes half of what is
+//   left of others' pieces, from their ends, and those that nobody has begun a little later. So only a thread that loses its
+//   core in the middle of what it has claimed holds others up.
 // - A thread that does not hold anything is nowhere: the caller's job may end, and its memory go, while others are away.
 //
 // Who waits looks on for some microseconds, because steps are shorter than a wake-up. After that it sleeps and leaves its core
@@ -62,7 +63,7 @@ class Job {
 
 class Pool {
    public:
-    explicit Pool(int threads) : count_(threads < 1 ? 1 : threads), begun_(new Begun[count_]) {
+    explicit Pool(int threads) : count_(threads < 1 ? 1 : threads), pieces_(new Piece[count_]) {
         try {
             for (int i = 1; i < count_; i++) workers_.emplace_back([this, i] { work(i); });
         } catch (...) {  // no more threads to be had: those that are there must not outlive us
@@ -91,24 +92,42 @@ class Pool {
     }
 
    private:
-    // Which step it is, counted through all jobs, whether none is under way, whether threads have pieces of their own in it,
-    // and how many of its other units nobody has claimed. One word, so that a claim can only be one in the step that it is
-    // meant for. (The count comes round after a day or so; a thread would have to be away for just so long.)
+    // Which step it is, counted through all jobs, and whether none is under way.
     struct State {
         uint64_t word = IDLE;
 
-        static constexpr uint64_t IDLE = 1u << 31, PIECES = 1u << 30, LEFT = PIECES - 1;
+        static constexpr uint64_t IDLE = 1;
         uint32_t step() const { return static_cast<uint32_t>(word >> 32); }
         bool idle() const { return word & IDLE; }
-        bool pieces() const { return word & PIECES; }
-        int left() const { return static_cast<int>(word & LEFT); }
     };
-    struct alignas(64) Begun {  // a line of the cache of its own
-        std::atomic<uint32_t> step{0};  // the last whose piece of this thread somebody has claimed
+    // What nobody has claimed of a thread's units of a step: from the front, in the second 16 bits, to the end, in the last.
+    // One word with the step, so that a claim can only be one in the step that it is meant for. (The count comes round after a
+    // day or so; a thread would have to be away for just so long.) To claim costs up to 0.2 µs, since what is being read has to
+    // arrive first.
+    struct alignas(64) Piece {
+        static constexpr int LARGEST = UINT16_MAX;
+        std::atomic<uint64_t> word{0};
+
+        void begin(uint32_t step, int size) {
+            word.store(static_cast<uint64_t>(step) << 32 | static_cast<uint64_t>(size), std::memory_order_relaxed);
+        }
+        bool claim(uint32_t step, bool own, bool begun, int* first, int* last) {
+            uint64_t seen = word.load(std::memory_order_relaxed);
+            while (true) {
+                const int front = seen >> 16 & LARGEST, end = seen & LARGEST, left = end - front;
+                if (static_cast<uint32_t>(seen >> 32) != step || left <= 0 || (begun && !front)) return false;
+                const int some = own ? (3 * left + 3) / 4 : (left + 1) / 2;
+                const uint64_t now = own ? seen + (static_cast<uint64_t>(some) << 16) : seen - static_cast<uint64_t>(some);
+                if (!word.compare_exchange_weak(seen, now, std::memory_order_acq_rel, std::memory_order_relaxed)) continue;
+                *first = own ? front : end - some;
+                *last = *first + some;
+                return true;
+            }
+        }
     };
 
     using Clock = std::chrono::steady_clock;
-    static constexpr int RELIEF = 40;  // looks, a microsecond or less, before others' pieces are taken
+    static constexpr int RELIEF = 40;  // looks, a microsecond or less, before pieces are taken that others have not begun
     static constexpr auto UNITS = std::chrono::microseconds(25);  // that a thread looks on for others' units before it sleeps
     static constexpr auto JOBS = std::chrono::microseconds(200);  // likewise for another job
 
@@ -128,7 +147,8 @@ class Pool {
         const State before = state_.load(std::memory_order_relaxed);
         for (; at_ < steps_->size(); at_++) {
             const Job::Step& step = (*steps_)[at_];
-            units_ = (step.count + step.grain - 1) / step.grain;
+            grain_ = step.grain * (1 + step.count / step.grain / Piece::LARGEST);
+            units_ = (step.count + grain_ - 1) / grain_;
             if (units_ > 1 && count_ > 1) break;
             if (units_) step.part(thread, 0, step.count);  // no help is needed, or there is none
             if (step.then) step.then();
@@ -139,48 +159,29 @@ class Pool {
             if (before.idle()) return;  // nobody has been told of this job
             now.word |= State::IDLE;
         } else {
-            own_ = units_ < 2 * count_ ? units_ / count_ : units_ * 3 / (4 * count_);
-            now.word |= (own_ ? State::PIECES : 0) | static_cast<uint64_t>(units_ - own_ * count_);
+            for (int i = 0; i < count_; i++) pieces_[i].begin(now.step(), begin_of(i + 1) - begin_of(i));
             done_.store(0, std::memory_order_relaxed);
         }
         state_.store(now, std::memory_order_seq_cst);  // all that was written before is seen by who reads this
         wake();
     }
 
-    // A thread's part of the step of that state, if it still is the one.
-    void take_part(int thread, State of) {
-        int done = of.pieces() ? piece(thread, of.step(), thread) : 0;
-        for (State now = of; now.step() == of.step() && now.left();) {
-            if (!state_.compare_exchange_strong(now, {now.word - 1}, std::memory_order_acq_rel)) continue;
-            const Job::Step& step = (*steps_)[at_];
-            const int unit = units_ - now.left();
-            step.part(thread, unit * step.grain, std::min((unit + 1) * step.grain, step.count));
-            done++, now.word--;  // as it is if nobody else has been there
+    int begin_of(int piece) const { return static_cast<int>(static_cast<int64_t>(units_) * piece / count_); }
+
+    // A thread's part of the step of that state, if it still is the one, and of what others are behind with; or, if not
+    // only what others have ``begun``, of what nobody does either.
+    void take_part(int thread, State of, bool begun = true) {
+        int done = 0, first, last;
+        for (int i = 0; i < count_; i++) {
+            const int owner = (thread + i) % count_;
+            while (pieces_[owner].claim(of.step(), i == 0, i != 0 && begun, &first, &last)) {
+                const Job::Step& step = (*steps_)[at_];
+                const int from = begin_of(owner);
+                step.part(thread, (from + first) * grain_, std::min((from + last) * grain_, step.count));
+                done += last - first;
+            }
         }
         count_done(thread, done);
-    }
-
-    // Pieces that have not been begun: their threads are away.
-    void relieve(int thread, State of) {
-        int done = 0;
-        for (int other = 0; of.pieces() && other < count_; other++) {
-            if (state_.load(std::memory_order_acquire).step() != of.step()) break;
-            done += piece(thread, of.step(), other);
-        }
-        count_done(thread, done);
-    }
-
-    // Does a thread's piece of a step, unless somebody has claimed it. Returns the units done. A step is not over before all its
-    // pieces are claimed: who comes late finds that step or a later one in `begun`, and so nothing to do.
-    int piece(int thread, uint32_t of_step, int owner) {
-        std::atomic<uint32_t>& begun = begun_[owner].step;
-        uint32_t last = begun.load(std::memory_order_relaxed);
-        if (static_cast<int32_t>(of_step - last) <= 0) return 0;
-        if (!begun.compare_exchange_strong(last, of_step, std::memory_order_acq_rel)) return 0;
-        const Job::Step& step = (*steps_)[at_];
-        const int own = own_;
-        step.part(thread, own * owner * step.grain, std::min(own * (owner + 1) * step.grain, step.count));
-        return own;
     }
 
     // Until another step is under way than in that state.
@@ -188,7 +189,7 @@ class Pool {
         Clock::time_point until;
         for (int i = 0; state_.load(std::memory_order_acquire).step() == seen.step(); i++) {
             if (i == RELIEF) {
-                relieve(thread, seen);
+                take_part(thread, seen, false);
                 until = Clock::now() + (seen.idle() ? JOBS : UNITS);
             } else if (i > RELIEF && i % 64 == 0 && Clock::now() > until) {
                 leave_matrix_unit();
@@ -235,13 +236,13 @@ class Pool {
     }
 
     const int count_;
-    std::unique_ptr<Begun[]> begun_;
+    std::unique_ptr<Piece[]> pieces_;
     std::vector<std::thread> workers_;
     alignas(64) std::atomic<State> state_{State()};
     std::atomic<bool> asleep_{false}, closing_{false};
     alignas(64) std::atomic<int> done_{0};  // units of the step
     // Of the step under way. Written by who begins it, read by who has claimed some of it.
-    int units_ = 0, own_ = 0;  // units in all, and of each thread's piece
+    int units_ = 0, grain_ = 1;
     size_t at_ = 0;
     const std::vector<Job::Step>* steps_ = nullptr;
     std::mutex mutex_;

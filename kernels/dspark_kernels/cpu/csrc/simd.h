@@ -44,6 +44,13 @@ namespace dspark {
 
 constexpr int LANES = 16;
 constexpr int GROUP = 32;  // weights that share a scale, and activations that do
+constexpr int MIDDLE = 128;  // of a byte
+
+// What GROUP activations have beside their signed bytes q: a scale, scale·Σq, and -MIDDLE·Σq, of all and of either half.
+struct Rounded {
+    float scale, sum;
+    int32_t start, half[2];
+};
 
 #if defined(DSPARK_AVX512)
 
@@ -57,6 +64,8 @@ constexpr int sums_at_once(int /*heads*/) { return 4; }  // of 16 floats to so m
 
 struct Ints {
     __m512i v;
+    static Ints all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    static Ints load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 };
 
 struct Floats {
@@ -116,8 +125,9 @@ struct Bytes {
     __m512i v;
     static Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
     void store(uint8_t* p) const { _mm512_store_si512(p, v); }
-    Bytes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
-    Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
+    // nibbles, as the high ones
+    Bytes low() const { return {_mm512_and_si512(_mm512_slli_epi16(v, 4), _mm512_set1_epi8(-16))}; }
+    Bytes high() const { return {_mm512_and_si512(v, _mm512_set1_epi8(-16))}; }
 };
 
 // The bits MASK of `more`, each byte shifted up (SHIFT below 0: down), set in w.
@@ -130,6 +140,7 @@ inline void with_bits(Bytes& w, Bytes more) {
 }
 
 inline Ints no_ints() { return {_mm512_setzero_si512()}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 // sum + Σ_j weight[lane][j]·x[j]; x: 4 signed bytes
 inline Ints dot4(Ints sum, Bytes w, const int8_t* x) {
     int32_t four;
@@ -275,6 +286,7 @@ constexpr int sums_at_once(int heads) { return heads > 3 ? 1 : 2; }
 
 struct Ints {
     __m256i lo, hi;
+    static Ints all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 };
 
 struct Floats {
@@ -412,6 +424,7 @@ inline Ints widened(const __m256i* sums, short by) {
     const __m256i each = _mm256_set1_epi16(by);
     return {_mm256_madd_epi16(sums[0], each), _mm256_madd_epi16(sums[1], each)};
 }
+inline Ints no_ints() { return Ints::all(0); }
 inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 
 #else
@@ -453,6 +466,11 @@ inline uint16_t float_to_half(float x) {  // to nearest, ties to even, as the ha
 
 struct Ints {
     int32_t v[LANES];
+    static Ints all(int32_t x) {
+        Ints out;
+        for (int32_t& v : out.v) v = x;
+        return out;
+    }
 };
 
 struct Floats {
@@ -523,14 +541,15 @@ struct Bytes {
         std::memcpy(out.v, p, 64);
         return out;
     }
+    // nibbles, as the high ones
     Bytes low() const {
         Bytes out;
-        for (int i = 0; i < 64; i++) out.v[i] = v[i] & 15;
+        for (int i = 0; i < 64; i++) out.v[i] = static_cast<uint8_t>(v[i] << 4);
         return out;
     }
     Bytes high() const {
         Bytes out;
-        for (int i = 0; i < 64; i++) out.v[i] = v[i] >> 4;
+        for (int i = 0; i < 64; i++) out.v[i] = v[i] & 0xf0;
         return out;
     }
 };
@@ -604,8 +623,8 @@ inline __m128 fold_four(const __m512* x, Two two) {
 }
 
 // Four times 32 floats in signed bytes with a scale each, as `Quantised::put` does one, to the bit, at less than half the
-// cost. q, scale, sum, half: where each goes. False, and nothing done, where one of them is nothing, endless or no number.
-inline bool quantise_four(const float* x, int8_t* const* q, float* const* scale, float* const* sum, float* const (*half)[2]) {
+// cost. q, of: where each goes. False, and nothing done, where one of them is nothing, endless or no number.
+inline bool quantise_four(const float* x, int8_t* const* q, Rounded* const* of) {
     __m512 v[8], most[4];
     __mmask16 unordered = 0;
 DSPARK_UNROLL(4)
@@ -619,7 +638,8 @@ DSPARK_UNROLL(4)
     const __mmask8 usable =
         _mm_cmp_ps_mask(top, _mm_set1_ps(1e-30f), _CMP_GT_OQ) & _mm_cmp_ps_mask(top, _mm_set1_ps(INFINITY), _CMP_LT_OQ);
     if (unordered || (usable & 15) != 15) return false;
-    alignas(16) float up[4], down[4], sums[2][4];
+    alignas(16) float up[4], down[4], sums[4];
+    alignas(16) int32_t halves[2][4];
     _mm_store_ps(up, _mm_div_ps(_mm_set1_ps(127.0f), top));
     const __m128 scales = _mm_div_ps(top, _mm_set1_ps(127.0f));
     _mm_store_ps(down, scales);
@@ -635,11 +655,9 @@ DSPARK_UNROLL(4)
         return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
     };
     const __m128i first = _mm_castps_si128(fold_four(firsts, add)), second = _mm_castps_si128(fold_four(seconds, add));
-    _mm_store_ps(sums[0], _mm_mul_ps(scales, _mm_cvtepi32_ps(first)));
-    _mm_store_ps(sums[1], _mm_mul_ps(scales, _mm_cvtepi32_ps(second)));
-    const __m128 all = _mm_mul_ps(scales, _mm_cvtepi32_ps(_mm_add_epi32(first, second)));
-    for (int i = 0; i < 4; i++) *half[i][0] = sums[0][i], *half[i][1] = sums[1][i];
-    _mm_store_ps(sums[0], all);
+    _mm_store_ps(sums, _mm_mul_ps(scales, _mm_cvtepi32_ps(_mm_add_epi32(first, second))));
+    _mm_store_si128(reinterpret_cast<__m128i*>(halves[0]), _mm_mullo_epi32(first, _mm_set1_epi32(-MIDDLE)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(halves[1]), _mm_mullo_epi32(second, _mm_set1_epi32(-MIDDLE)));
     // fours of both halves of two groups, lane by lane of 128 bits: set in order again
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 DSPARK_UNROLL(2)
@@ -650,7 +668,7 @@ DSPARK_UNROLL(2)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(q[i]), _mm512_castsi512_si256(bytes));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(q[i + 1]), _mm512_extracti64x4_epi64(bytes, 1));
     }
-    for (int i = 0; i < 4; i++) *scale[i] = down[i], *sum[i] = sums[0][i];
+    for (int i = 0; i < 4; i++) *of[i] = {down[i], sums[i], halves[0][i] + halves[1][i], {halves[0][i], halves[1][i]}};
     return true;
 }
 
