@@ -4,7 +4,7 @@ Rounds are those that bench/regret.py recorded; a machine that swings is played 
 printed is how throughput over plain decoding changes in the mean over all recordings, loads and orders, and the least
 ratio among them.
 
-    python bench/constants.py runs/rounds-0.json=0 runs/rounds-0.7.json=0.7
+    python bench/constants.py bench/recordings/smollm2-135m-T0.json.gz=0 bench/recordings/smollm2-135m-T0.7.json.gz=0.7
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from pathlib import Path
 from statistics import fmean
 from types import ModuleType
 
-import msgspec
 import numpy as np
 
 from dspark_stream.decoding.schedule import parse_schedule
 from dspark_stream.load import acceptance, controller, costs
 from dspark_stream.load.costs import CostTable
-from regret import Machine, Recording, Seat, engine_like, timeline
+from regret import Machine, Recording, Seat, engine_like, read_recording, timeline
 
 TRIED: list[tuple[str, list[ModuleType], list[object]]] = [
     ("HOLD", [controller], [4, 16]),
@@ -47,7 +46,7 @@ def main() -> None:
     played: list[tuple[list[list[Seat]], Recording, float, int]] = []
     for text in args.recorded:
         file, _, temperature = text.rpartition("=")
-        recording = msgspec.json.decode(Path(file).read_bytes(), type=Recording)
+        recording = read_recording(Path(file))
         for streams in args.streams:
             for seed in range(args.seeds):
                 line = timeline(recording.rounds, streams, 2 * args.steps, random.Random(seed))

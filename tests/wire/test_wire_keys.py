@@ -162,7 +162,7 @@ async def test_a_key_goes_by_its_label(launch: Launch, file: Path, caplog: pytes
 
 async def test_limits_of_a_key(launch: Launch, file: Path) -> None:
     """Guards against one holder's streams that count against another's, or do not count across connections."""
-    running = await launch(Script(tokens=("w",) * 5), api_key_file=file)
+    running = await launch(Script(tokens=("w",) * 5), api_key_file=file, max_queue=64)
     running.engine.gate.clear()
     async with (
         running.socket(additional_headers=bearer("sekret-a")) as alice,
