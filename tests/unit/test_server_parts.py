@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import inspect
 
 from dspark_stream.errors import (
     ConfigError,
@@ -32,6 +33,7 @@ from dspark_stream.server.bodies import (
     ChatBody,
     CompletionBody,
     ResponseBody,
+    ResponseCancel,
     ResponseCreate,
     decode,
     decode_envelope,
@@ -63,6 +65,37 @@ FIELDS = st.sampled_from(
 )
 TYPES = st.sampled_from(["response.create", "response.cancel", "dspark:resume"])
 PLANNER = Planner(model_info())
+
+
+def closed(info: Any, path: str = "") -> dict[str, list[Any]]:
+    """Paths of the fields of a message that may have a few values only, and these."""
+    found = {}
+    for part in info.types if isinstance(info, inspect.UnionType) else [info]:
+        if isinstance(part, inspect.LiteralType | inspect.EnumType):
+            found[path[1:]] = part.values if isinstance(part, inspect.LiteralType) else [e.value for e in part.cls]
+        elif isinstance(part, inspect.StructType):
+            for field in part.fields:
+                found |= closed(field.type, f"{path}.{field.encode_name}")
+    return found
+
+
+@pytest.mark.parametrize("kind", [ChatBody, CompletionBody, ResponseBody, ResponseCreate, ResponseCancel])
+def test_a_value_that_is_none_of_a_few_is_told_them(kind: type[Any]) -> None:
+    """Guards against fields, those to come too, whose error does not say what is possible."""
+    fields = closed(inspect.type_info(kind))
+    assert bool(fields) == (kind is not ResponseCancel)
+    for path, possible in fields.items():
+        *outer, name = path.split(".")
+        body: Any = {name: "foo"}
+        for around in reversed(outer):
+            body = {around: body}
+        if kind.__struct_config__.tag is not None:
+            body["type"] = kind.__struct_config__.tag
+        with pytest.raises(InvalidRequestError, match=re.escape(f"`{path}` must be `")) as caught:
+            decode(json.dumps(body), kind)
+        assert all(f"`{value}`" in caught.value.message for value in possible)
+        assert caught.value.message.endswith("but is `foo`")
+        assert caught.value.param == path
 
 
 @given(kind=TYPES, fields=st.dictionaries(FIELDS, JSON, max_size=5))

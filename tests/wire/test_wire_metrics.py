@@ -15,6 +15,7 @@ from dspark_stream.errors import ConfigError
 from dspark_stream.server.settings import ServerConfig
 from fakes import FakeEngine, Script
 from wire.harness import Launch, Running, eventually
+from wire.raw import connect, post
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "deploy" / "grafana" / "dashboards" / "dspark-stream.json"
 SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)\{(?P<labels>.*)\} (?P<value>\S+)")
@@ -183,6 +184,33 @@ async def test_a_client_that_leaves_is_one(running: Running) -> None:
     metrics = running.server.service.metrics
     await eventually(lambda: sum(metrics.http.values()) == 1)
     assert metrics.http == {("POST", "/v1/responses", 499): 1}
+
+
+LAST = {
+    "/v1/responses": b"event: response.completed",
+    "/v1/chat/completions": b"data: [DONE]",
+    "/v1/completions": b"data: [DONE]",
+}
+
+
+@pytest.mark.parametrize("route", LAST)
+@pytest.mark.parametrize("early", [False, True], ids=["read", "left"])
+async def test_a_client_that_has_read_its_events_has_its_answer(running: Running, route: str, early: bool) -> None:
+    """Guards against answers counted as lost because their clients close at once; and against the opposite."""
+    if early:
+        running.engine.gate.clear()
+    asked = {"messages": [{"role": "user", "content": "x"}]} if "chat" in route else {"input": "x"}
+    asked = {"prompt": "x"} if route == "/v1/completions" else asked
+    body = json.dumps({**asked, "stream": True}).encode()
+    times = 1 if early else 20
+    for _ in range(times):
+        async with connect(running) as raw:
+            raw.send(post(body, path=route))
+            await raw.reader.readuntil(b"\r\n\r\n" if early else LAST[route])
+            raw.writer.transport.abort()
+    metrics = running.server.service.metrics
+    await eventually(lambda: sum(metrics.http.values()) == times)
+    assert metrics.http == {("POST", route, 499 if early else 200): times}
 
 
 async def test_the_dashboard_asks_for_what_is_there(running: Running) -> None:

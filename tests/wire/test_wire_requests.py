@@ -303,6 +303,32 @@ async def test_what_is_refused_says_why_it_is(running: Running, fields: dict[str
     assert not running.engine.submitted
 
 
+@routes
+async def test_rounds_are_told_where_there_are_events_and_refused_elsewhere(running: Running, route: str) -> None:
+    """Guards against `steps` that does nothing, and says nothing of it."""
+    for streams in (False, True):
+        if streams and route == "/v1/responses":
+            events = await stream(running, route, {"dspark": {"steps": True}})
+            assert sum(event["type"] == "dspark:step" for event in events) == 5
+            continue
+        error = (await post(running, route, {"stream": streams, "dspark": {"steps": True}}, 400))[0]["error"]
+        assert (error["param"], error["code"]) == ("dspark.steps", "unsupported_value")
+        assert "/v1/responses" in error["message"]
+    await post(running, route, {"dspark": {"steps": False}})
+
+
+@routes
+async def test_what_a_route_calls_otherwise_is_named(running: Running, route: str) -> None:
+    """Guards against "not a known field" for what the route has by another name, or elsewhere."""
+    names = {"max_tokens", "max_completion_tokens", "max_output_tokens"} - set(BODIES[route].__struct_fields__)
+    assert names
+    limit = "max_completion_tokens" if "chat" in route else LIMITS[route]
+    for name, here in [(name, limit) for name in names] + [("mode", "dspark.mode")]:
+        error = (await post(running, route, {name: 5}, 400))[0]["error"]
+        assert (error["param"], error["code"]) == (name, "unknown_field")
+        assert error["message"].endswith(f"here it is `{here}`")
+
+
 # --- prompts that are too long ---------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ _EPILOG = """\
 examples:
   dspark-stream generate "Why is the sky blue?"
   dspark-stream generate "Why is the sky blue?" --mode plain --max-tokens 64
-  git diff | dspark-stream generate --max-tokens 64
+  git show | dspark-stream generate --max-tokens 64
   dspark-stream generate --input-ids 1,2,3 --model ./target --drafter ./draft --ignore-eos --json
 
 --json prints one object: output_ids, text, finish_reason (stop, length), accepted_length (tokens a

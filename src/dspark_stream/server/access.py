@@ -41,6 +41,8 @@ class Entry:
         self.status = 0
         self.answer_status: int | None = None
         """Of the head that was sent; None: none was."""
+        self.whole = False
+        """Whether an event stream was written to its last event: a client that closes then has read its answer."""
         self.error_status: int | None = None
         """Of the error that ended it."""
         self.response_id = ""

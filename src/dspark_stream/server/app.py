@@ -300,8 +300,10 @@ async def _errors_and_checks(request: web.Request, handler: Handler) -> web.Stre
             headers={"Allow": error.headers["Allow"]} if "Allow" in error.headers else None,
         )
     except asyncio.CancelledError:
-        # A socket's handler ends so whenever the connection goes before it; else as nginx says it: the client left.
-        status = 101 if entry.answer_status == 101 else 499
+        # So ends a socket's handler whenever the connection goes before it, and an event stream's whose client closes
+        # as soon as it has read the last event. Else, as nginx says it, the client left.
+        over = entry.answer_status == 101 or entry.whole
+        status = entry.answer_status if over and entry.answer_status is not None else 499
         raise
     except ConnectionError:
         status = 499

@@ -6,7 +6,8 @@ Null in any field is the same as the field left out. Fields that are known and c
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, TypeVar
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 import numpy as np
@@ -246,7 +247,7 @@ def decode(data: str | bytes, kind: type[T] | Any, encoding: Encoding = "json", 
     try:
         decoded: T = _decoder(kind, encoding).decode(data)
     except msgspec.ValidationError as error:
-        raise field_error(error) from None
+        raise field_error(error, kind) from None
     except (msgspec.DecodeError, UnicodeError) as error:
         raise InvalidRequestError(
             f"the message is not valid {'JSON' if encoding == 'json' else 'MessagePack'}: {error}",
@@ -318,8 +319,8 @@ _AT = re.compile(r"^(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>[^`]*)`
 _FIELD = re.compile(r"Object (?P<how>contains unknown|missing required) field `(?P<name>[^`]*)`")
 
 
-def field_error(error: msgspec.ValidationError) -> InvalidRequestError:
-    """Say which field a validation error is about, in the client's words."""
+def field_error(error: msgspec.ValidationError, kind: Any) -> InvalidRequestError:
+    """Say which field of ``kind`` a validation error is about, in the client's words."""
     text = str(error)
     if len(text) > 2000:  # a pattern takes its time over a megabyte; where it happened stands at the end
         text = f"{text[:1000]}...{text[-1000:]}"
@@ -333,7 +334,9 @@ def field_error(error: msgspec.ValidationError) -> InvalidRequestError:
         name = shorten(named["name"])
         param = f"{where}.{name}" if where else name
         if named["how"].startswith("contains"):
-            return InvalidRequestError(f"`{param}` is not a known field", param=param, code="unknown_field")
+            return InvalidRequestError(
+                f"`{param}` is not a known field{_here(where, name, kind)}", param=param, code="unknown_field"
+            )
         return InvalidRequestError(f"`{param}` is required", param=param, code="missing_required_field")
     if where == "type":
         return InvalidRequestError(
@@ -343,6 +346,40 @@ def field_error(error: msgspec.ValidationError) -> InvalidRequestError:
         )
     if not where:
         return InvalidRequestError(f"the message must be an object: {what}", code="invalid_type")
+    possible = " or ".join(f"`{value}`" for value in choices(kind, where))
     if what.startswith("Invalid enum value"):
-        what = what.replace("enum value", "value")
-    return InvalidRequestError(f"`{where}`: {what}", param=where, code="invalid_type" if "Expected" in what else None)
+        wrong = what.removeprefix("Invalid enum value ").removeprefix("'").removesuffix("'")
+        return InvalidRequestError(f"`{where}` must be {possible}, but is `{wrong}`", param=where)
+    must = f" must be {possible}" if possible else ""
+    code = "invalid_type" if "Expected" in what else None
+    return InvalidRequestError(f"`{where}`{must}: {what}", param=where, code=code)
+
+
+_SAME = (("max_output_tokens", "max_completion_tokens", "max_tokens"), ("input", "messages", "prompt"))
+"""What each API has a name of its own for."""
+
+
+@cache
+def _fields(kind: Any) -> dict[str, Any]:
+    """A struct's fields and their types; of several structs, as events are, those of all."""
+    kinds = [k for k in get_args(kind) or (kind,) if isinstance(k, type) and issubclass(k, msgspec.Struct)]
+    return {field.name: field.type for k in reversed(kinds) for field in msgspec.structs.fields(k)}
+
+
+def _here(where: str, name: str, kind: Any) -> str:
+    """By which name, or where, ``kind`` has what was looked for in vain; empty if it has nothing like it."""
+    fields = _fields(kind)
+    if not where and name in _fields(DsparkOptions):
+        return f"; here it is `dspark.{name}`"
+    if where not in ("", "dspark"):
+        return ""
+    same = next((names for names in _SAME if name in names), (name,))
+    found = next((known for known in same if known in fields), None)
+    return f"; here it is `{found}`" + (", at the top of the body" if where else "") if found else ""
+
+
+def choices(kind: Any, path: str) -> tuple[str, ...]:
+    """The values that a field may have if it may have only a few; ``path``: as an error names it."""
+    for name in path.split("."):
+        kind = _fields(kind).get(name)
+    return tuple(value for one in get_args(kind) if get_origin(one) is Literal for value in get_args(one))

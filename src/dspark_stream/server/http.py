@@ -10,7 +10,7 @@ from typing import TypeVar
 from aiohttp import HttpVersion11, web
 
 from dspark_stream.errors import BusyError, InternalError, InvalidRequestError
-from dspark_stream.server import chat, completions, wire
+from dspark_stream.server import access, chat, completions, wire
 from dspark_stream.server.bodies import ChatBody, CompletionBody, ResponseBody, decode
 from dspark_stream.server.delivery import Delivery, SlowReaderError, bound_buffers
 from dspark_stream.server.heads import RequestTimeoutError
@@ -62,7 +62,8 @@ class HttpApi:
 
     async def responses(self, request: web.Request, client: str) -> web.StreamResponse:
         """``POST /v1/responses``."""
-        plan = self._service.planner.response(await self._body(request, client, ResponseBody))
+        body = await self._body(request, client, ResponseBody)
+        plan = self._service.planner.response(body, events=bool(body.stream))
         machine = ResponseMachine(plan)
         if plan.stream:
             return await self._stream(request, client, machine, _response_frames)
@@ -150,6 +151,8 @@ class HttpApi:
             data = frames(event)
             if data:
                 await answer.write(data)
+            if isinstance(event, wire.TerminalEvent):
+                access.current().whole = True
 
         async def keep_alive() -> None:
             await answer.write(b": still here\n\n")

@@ -17,7 +17,7 @@ from dspark_stream.errors import ContextLengthError, InvalidRequestError, NotFou
 from dspark_stream.server import values
 from dspark_stream.server.bodies import Body, ChatBody, CompletionBody, DsparkOptions, ResponseBody
 from dspark_stream.server.messages import chat_messages, input_messages
-from dspark_stream.server.refusals import refuse_unsupported
+from dspark_stream.server.refusals import refuse_unsupported, unsupported
 from dspark_stream.types import (
     RANGES,
     GenerationRequest,
@@ -142,8 +142,9 @@ class Planner:
         self._default_top_k = min(info.sampling.top_k or 0, info.vocab_size)
         self.fingerprint = _fingerprint(info)
 
-    def response(self, body: ResponseBody) -> Plan:
-        """Plan for a ``response.create`` event or a body of ``POST /v1/responses``.
+    def response(self, body: ResponseBody, *, events: bool = True) -> Plan:
+        """Plan for a ``response.create`` event or a body of ``POST /v1/responses``; ``events``: the answer is sent as
+        such.
 
         Raises:
             InvalidRequestError: naming the field and its limit.
@@ -151,6 +152,8 @@ class Planner:
             NotFoundError: an unknown model.
         """
         refuse_unsupported(body)
+        if not events:
+            _refuse_steps(body)
         generate = body.generate is not False
         return self._plan(
             body,
@@ -168,6 +171,7 @@ class Planner:
     def chat(self, body: ChatBody) -> Plan:
         """Plan for a body of ``POST /v1/chat/completions``; raises as `response`."""
         refuse_unsupported(body)
+        _refuse_steps(body)
         limit = ("max_tokens", body.max_tokens)
         if body.max_completion_tokens is not None:
             limit = ("max_completion_tokens", body.max_completion_tokens)
@@ -184,6 +188,7 @@ class Planner:
     def completion(self, body: CompletionBody) -> Plan:
         """Plan for a body of ``POST /v1/completions``; raises as `response`."""
         refuse_unsupported(body, but=("prompt",))
+        _refuse_steps(body)
         return self._plan(
             body,
             "cmpl",
@@ -301,6 +306,15 @@ class Planner:
             f"This model's maximum context length is {self.info.max_model_len} tokens. However, {however}. Please "
             f"reduce the length of the prompt ({ContextLengthError.code}).",
             param=param,
+        )
+
+
+def _refuse_steps(body: Body) -> None:
+    """Raise where rounds were asked for and the answer has no room for them."""
+    if body.dspark is not None and body.dspark.steps:
+        raise unsupported(
+            "dspark.steps",
+            "rounds are told in events of /v1/responses; ask there, over a WebSocket or with `stream: true`",
         )
 
 
