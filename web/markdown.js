@@ -57,6 +57,18 @@ const marked = new Marked({
 const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
 
 /**
+ * Whether a text of these tokens ends in words: not in code, to which nothing may be added.
+ * @param {any[]} tokens
+ * @returns {boolean}
+ */
+function endsInWords(tokens) {
+  const last = tokens.findLast(({ type }) => type !== "space");
+  if (last?.type === "list") return endsInWords(last.items);
+  if (last?.type === "list_item" || last?.type === "blockquote") return endsInWords(last.tokens);
+  return ["heading", "paragraph", "table", "text"].includes(last?.type);
+}
+
+/**
  * Bold text and code that the last line has begun are ended, so that their signs do not show until the end has come.
  * @param {string} source
  */
@@ -107,7 +119,8 @@ function finishedUpTo(source, inside) {
  */
 export function render(text, from = 0, to = text.length, runs = [], { open = false, loose = false, growing = false } = {}) {
   const source = text.slice(from, to);
-  const tokens = marked.lexer(growing && !open ? closed(source) : source);
+  let tokens = marked.lexer(source);
+  if (growing && endsInWords(tokens)) tokens = marked.lexer(closed(source));
   if (loose && tokens[0]?.type === "list") {
     for (const token of tokens[0].items.flatMap((/** @type {any} */ item) => item.tokens)) {
       if (token.type === "text") token.type = "paragraph";

@@ -105,13 +105,13 @@ export function mark(root, text, from, to, runs) {
  * @param {number} to
  */
 function find(sign, text, at, to) {
-  if (at >= to) return -1;
-  if (text[at] === sign) return at;
   const space = !sign.trim();
-  if (space && !text[at].trim()) return at;
-  if (text[at] === "]" && text[at + 1] === "(") { // the target of a link is not on the page
+  while (at < to) {
+    if (text[at] === sign || (space && !text[at].trim())) return at;
+    if (text[at] !== "]" || text[at + 1] !== "(") break;
     const close = text.indexOf(")", at);
-    if (close >= 0 && close < to) return find(sign, text, close + 1, to);
+    if (close < 0 || close >= to) break;
+    at = close + 1; // the target of a link is not on the page
   }
   const limit = Math.min(to, at + AHEAD);
   for (let i = at + 1; i < limit; i++) if (text[i] === sign || (space && !text[i].trim())) return i;

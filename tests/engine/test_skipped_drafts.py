@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import groupby
 
 import pytest
 import torch
@@ -129,6 +130,20 @@ def test_what_late_features_take_is_not_taken_for_slow_drafting():
     assert len(drafted) == sum(bool(r.draft_tokens) for r in rounds) >= 4
     assert max(drafted) < slow_ms  # some of these began with 22 rounds' features
     assert max(r.t_draft_ms for r in rounds) > slow_ms
+
+
+def test_the_first_round_after_a_rest_is_compared_with_none():
+    """Guards against a machine that changed while nobody asked, taken for what drafting costs."""
+    engine, seen = engine_with(Adaptive()), []
+    costs = engine._models.controller.costs
+    learn, rest = costs.learn, costs.rest
+    costs.learn = lambda *round_: (seen.append("round"), learn(*round_))
+    costs.rest = lambda: (seen.append("rest"), rest())
+    with LocalEngine(engine) as local:
+        for name in "ab":
+            assert list(local.run([request(name, (5, 6, 7), max_tokens=20, ignore_eos=True)], 1))
+    assert [kind for kind, _ in groupby(seen)][:4] == ["rest", "round"] * 2
+    assert seen.count("round") > 6
 
 
 STEEP = CapacityCurve(

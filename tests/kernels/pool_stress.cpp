@@ -3,14 +3,22 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <future>
 #include <random>
+#include <utility>
 #include <vector>
 
+void before_claims(int thread);
+#define DSPARK_BEFORE_CLAIMS(thread) before_claims(thread)
 #include "pool.h"
 
 using namespace dspark;
 
 namespace {
+
+static_assert(noexcept(std::declval<Pool&>().run(std::declval<const Job&>())), "a part that throws leaves no job behind");
+
+std::atomic<bool> hold{false}, held{false};  // worker 1, before it claims anything
 
 void be_away(uint32_t chance) {
     if (chance % 64 == 0)
@@ -72,9 +80,39 @@ void work_through(int threads, int jobs) {
     }
 }
 
+// Jobs end while a worker that has claimed nothing is away for all of them.
+void work_without_one(int threads) {
+    Pool pool(threads);
+    hold = true, held = false;
+    for (int number = 0; number < 20; number++) {
+        std::vector<int> times(8 * threads, 0);
+        auto ended = std::async(std::launch::async, [&] {
+            Job job;
+            job.step(static_cast<int>(times.size()), 1, [&](int thread, int first, int last) {
+                must(thread != 1, "nobody is held", threads, number, 0);
+                while (!held) std::this_thread::yield();
+                for (int u = first; u < last; u++) times[u]++;
+            });
+            pool.run(job);
+        });
+        must(ended.wait_for(std::chrono::seconds(20)) == std::future_status::ready, "waits for who is away", threads, number, 0);
+        for (int done : times) must(done == 1, "not once", threads, number, 0);
+    }
+    hold = false;
+}
+
 }  // namespace
+
+void before_claims(int thread) {
+    if (thread != 1) return;
+    while (hold) {
+        held = true;
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+}
 
 int main() {
     for (int threads : {1, 2, 3, 8}) work_through(threads, 250);
+    for (int threads : {2, 3}) work_without_one(threads);
     std::puts("each unit once");
 }

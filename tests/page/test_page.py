@@ -592,6 +592,52 @@ async def test_bold_text_is_bold_from_its_first_word_on(site: Site) -> None:
     assert seen == [[], 100, "half of the co"]
 
 
+async def test_nothing_is_added_to_code_that_grows_or_is_cut(site: Site) -> None:
+    """Signs that end bold text or code, within a program: "Copy" would copy them."""
+    page = await site.connected()
+    cases = {
+        "- so:\n  ```python\n  call(**kwargs": "call(**kwargs",
+        "1. > so:\n   > ```sh\n   > echo `date": "echo `date",
+        "> ~~~\n> f(**kw": "f(**kw",
+        "Words.\n\n    f(**kw": "f(**kw",
+        "Words.\n\n    echo `date\n\n": "echo `date",
+        "- run\n  ```sh": "",
+        "- run **this": None,
+        "> run `this": None,
+        "| a |\n| - |\n| run **this": None,
+        "# run **this": None,
+    }
+    for text, code in cases.items():
+        for ends in (False, True):
+            shown = await page.evaluate(
+                """async ([text, ends]) => {
+                  const { GrowingMarkdown } = await import("/markdown.js");
+                  const root = document.createElement("div"), growing = new GrowingMarkdown(root);
+                  growing.update(text);
+                  if (ends) growing.finish(text, [], true);
+                  return [root.querySelector("pre > code")?.textContent.trimEnd() ?? null, root.textContent];
+                }""",
+                [text, ends],
+            )
+            assert shown[0] == code, text
+            assert code or not any(sign in shown[1] for sign in "*`"), text
+
+
+async def test_runs_are_found_behind_any_number_of_brackets(site: Site) -> None:
+    """A text of nothing but targets of links, which nest no calls."""
+    page = await site.connected()
+    marked = await page.evaluate(
+        """async () => {
+          const { mark } = await import("/marks.js");
+          const root = document.createElement("div"), text = "a" + "]()".repeat(20000) + "b";
+          root.innerHTML = "<p>ab</p>";
+          mark(root, text, 0, text.length, [{ start: text.length - 1, end: text.length, round: 1 }]);
+          return root.innerHTML;
+        }"""
+    )
+    assert marked == '<p>a<mark class="run starts ends" data-round="1">b</mark></p>'
+
+
 # --- the race -------------------------------------------------------------------------------------------------------
 
 

@@ -180,6 +180,37 @@ def test_looks_keep_within_their_share_of_time(truth, streams):
     assert all(share(played, r) < 0.03 for r in range(streams))
 
 
+def churning(machine, promise, rounds):
+    """Streams of which one comes or goes every round."""
+    those, played = pasts(4), []
+    for i in range(rounds):
+        if i % 2:
+            del those[0]
+        else:
+            those.append(*pasts(1))
+        played += machine.play(those, 1, [promise] * len(those))
+    return played
+
+
+def test_looks_get_somewhere_while_streams_come_and_go():
+    """Guards against looks for which the streams would have to stay the same ones, and against more of them where every
+    round is decided anew."""
+    machine = Machine(BUSY)
+    played = churning(machine, BAD, 3000)
+    plain_ms = {n: machine.table.plain_ms(Company(n, 96.0)) for n in (4, 5)}
+    best = sum(one.tokens * plain_ms[len(one.plan.drafting)] / len(one.plan.drafting) for one in played)
+    assert machine.controller.looks > 10
+    assert 0.98 < best / sum(one.ms for one in played) <= 1.0
+
+    for learns in (True, False):
+        wrong = Machine(IDLE, DEAR_DRAFTS)
+        if not learns:
+            wrong.controller.costs.learn = lambda *_: None
+        played = churning(wrong, [0.4, 0.1, 0.05, 0.01], 2000)
+        drafted = sum(any(one.plan.drafting) for one in played) / len(played)
+        assert drafted > 0.8 if learns else drafted < 0.1
+
+
 def test_who_comes_and_goes_is_not_mixed_up():
     """Guards against pasts by batch row instead of by stream."""
     machine, those, promises = Machine(IDLE), pasts(8), [GOOD if r > 4 else BAD for r in range(8)]
@@ -338,6 +369,19 @@ def test_what_drafting_costs_is_learnt_from_neighbouring_rounds():
     assert after[0] == before[0]
     assert after[-1] == pytest.approx(1.5 * before[-1], rel=0.05)
     assert table.pass_ms([1.0, 4.0], company) == pytest.approx(CostTable(IDLE).pass_ms([1.0, 4.0], company))
+
+
+def test_rounds_before_and_after_a_rest_are_not_neighbours():
+    """Guards against hours in which the machine changed, held against the first round's drafts."""
+    for rests in (False, True):
+        table, company = CostTable(IDLE), Company(1, 96.0)
+        plain, drafts = Shape(company, 0, 0, 1), Shape(company, 1, 3, 4)
+        before = table.ms(drafts)
+        table.learn(plain, table.ms(plain))
+        if rests:
+            table.rest()
+        table.learn(drafts, 2 * before)
+        assert (table.ms(drafts) == before) is rests
 
 
 def test_price_is_the_throughput_that_the_past_lets_expect():

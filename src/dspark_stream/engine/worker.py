@@ -322,6 +322,7 @@ class EngineThread:
             wake = min(self._deadline, self._next_look)
             timeout = None if wake == float("inf") else max(0.0, wake - time.perf_counter())
             self._resting = True
+            self._models.controller.costs.rest()
             try:
                 command = self._inbox.get(timeout=timeout)
             except queue.Empty:

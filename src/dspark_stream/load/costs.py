@@ -120,6 +120,10 @@ class CostTable:
             self._by_drafting[max(last.drafting, drafting)] += surprise if drafting >= 0 else -surprise
         self._costs.cache_clear()
 
+    def rest(self) -> None:
+        """Time goes by without rounds: the next one has no neighbour."""
+        self._last = None
+
     def _correction(self, batch_tokens: Array) -> Array:
         return np.interp(np.log(batch_tokens), self._sizes, self._by_size)
 
