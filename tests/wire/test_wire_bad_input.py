@@ -335,7 +335,7 @@ CROWDS = {
 async def test_crowds_of_frames_hold_up_nobody(running: Running, kind: str) -> None:
     """Guards against a quarter of a megabyte of the smallest frames, which the loop took in one go, for half a second:
     whatever is sent, everybody else comes in between, and it is answered frame by frame."""
-    longest, at = 0.0, time.perf_counter()
+    longest, at = 0.0, time.thread_time()  # the loop's own work: what else the machine does is not meant
     async with AsyncExitStack() as stack:
         sockets = [await stack.enter_async_context(connect(running)) for _ in range(4)]
         for raw in sockets:
@@ -347,7 +347,7 @@ async def test_crowds_of_frames_hold_up_nobody(running: Running, kind: str) -> N
             raw.send(b"".join(CROWDS[kind]) + frame(1, last))
         while not all(task.done() for task in read):
             await asyncio.sleep(0)
-            longest, at = max(longest, time.perf_counter() - at), time.perf_counter()
+            longest, at = max(longest, time.thread_time() - at), time.thread_time()
         for said in await asyncio.gather(*read):
             assert said.count(frame(10, b"x", masked=False)) == (20_000 if kind == "pings" else 0)
             errors = {"texts": 4000, "fragments": 1}.get(kind, 0)
