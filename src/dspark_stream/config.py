@@ -305,7 +305,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Setting(
             "memory for requests, those that wait and those that are answered, half of it for a client alone; past it "
-            "503, 429",
+            "503, 429. A request takes at least 48 KiB, so a small value shortens the queue; messages on sockets whose "
+            "end has not come are not counted",
             "service",
             64 << 20,
             1 << 50,

@@ -43,10 +43,11 @@ class Range(NamedTuple):
         return self.low_open and value == self.low
 
     def __str__(self) -> str:
-        least = f"above {self.low:.10g}" if self.low_open else f"from {self.low:.10g}"
+        low, high = (f"{end}" if isinstance(end, int) else f"{end:.10g}" for end in (self.low, self.high))
+        least = f"above {low}" if self.low_open else f"from {low}"
         if self.high < inf:
-            return f"{least} to {self.high:.10g}"
-        return least if self.low_open else f"at least {self.low:.10g}"
+            return f"{least} to {high}"
+        return least if self.low_open else f"at least {low}"
 
 
 RANGES = {

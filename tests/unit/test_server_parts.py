@@ -45,6 +45,7 @@ from dspark_stream.server.frames import MOST_AT_ONCE, CrowdedTurns, FrameCheck
 from dspark_stream.server.plan import Planner
 from dspark_stream.server.service import STREAM_BYTES, TOKEN_BYTES
 from dspark_stream.server.settings import ServerConfig
+from dspark_stream.types import MAX_SEED, RANGES, Range
 from fakes import model_info
 
 JSON = st.recursive(
@@ -325,6 +326,31 @@ def test_memory_is_shared_like_places() -> None:
             held.grow(1)
 
 
+def test_the_last_places_and_bytes_are_for_those_who_have_none() -> None:
+    """Guards against greedy clients that come one after the other, each of whom takes half of what is left: after the
+    twelfth nothing was."""
+    admission = Admission(capacity=2080, memory=512 << 20)
+    counts = Counter[str]()
+    with ExitStack() as stack:
+        for client in map(str, range(20)):
+            memory = stack.enter_context(admission.holding(client))
+            with suppress(RateLimitError):
+                while True:
+                    stack.enter_context(admission.place(client))
+                    counts[client] += 1
+            with suppress(RateLimitError):
+                while True:
+                    memory.grow(STREAM_BYTES)
+            assert memory.size >= 2 * STREAM_BYTES
+        assert list(counts.values())[:7] == [1040, 520, 260, 130, 65, 33, 1]
+        for client in ("a", "b"):
+            stack.enter_context(admission.place(client))
+            stack.enter_context(admission.holding(client)).grow(2 * STREAM_BYTES)
+        with pytest.raises(RateLimitError, match="what is left is for others"):
+            stack.enter_context(admission.place("a"))
+    assert (admission.in_flight, admission.bytes_held) == (0, 0)
+
+
 def test_a_client_that_was_there_first_gives_way() -> None:
     """Guards against shares that only count at the beginning: places that become free go to whoever has fewer."""
     admission = Admission(capacity=96)
@@ -424,7 +450,8 @@ def test_values_of_a_body_are_counted_and_what_texts_look_like_is_not(body, valu
 class OneReader:
     """A reader of frames, and the connection that they come from."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
         self.taken: list[bytes] = []
         self.stalled = False
         self.held = False
@@ -432,7 +459,7 @@ class OneReader:
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         if data:
             self.taken.append(data)
-        return False, b""
+        return self.broken, b""
 
     def feed_eof(self) -> None: ...
 
@@ -473,3 +500,20 @@ async def test_frames_are_taken_a_few_at_once_and_none_is_lost() -> None:
         assert not reader.held
         assert b"".join(reader.taken) == sent
         assert len(reader.taken) > 900 // MOST_AT_ONCE
+
+
+async def test_a_broken_rule_ends_a_crowd() -> None:
+    """Guards against a connection that is never read again, and so is never seen to end."""
+    reader = OneReader(broken=True)
+    check = FrameCheck(reader, reader, CrowdedTurns())  # type: ignore[arg-type]
+    assert check.feed_data((bytes([0x81, 0x80]) + bytes(4)) * (MOST_AT_ONCE + 1))[0]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not reader.held
+    assert len(reader.taken) == 1
+
+
+def test_the_bound_that_an_error_names_is_allowed() -> None:
+    """Guards against a seed that is refused, and is what the error says a seed may be."""
+    assert str(RANGES["seed"]) == f"from 0 to {MAX_SEED}"
+    assert str(Range(0.25, 2e6, low_open=True)) == "above 0.25 to 2000000"

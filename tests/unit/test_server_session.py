@@ -11,15 +11,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dspark_stream.errors import InvalidRequestError
 from dspark_stream.server import wire
+from dspark_stream.server.admission import Admission, Held
 from dspark_stream.server.bodies import DsparkOptions, ResponseCancel, ResponseCreate
 from dspark_stream.server.lifecycle import TRANSITIONS, IllegalTransitionError, Input, ResponseMachine, State
 from dspark_stream.server.outbox import Outbox
-from dspark_stream.server.plan import Planner
+from dspark_stream.server.plan import Plan, Planner
 from dspark_stream.server.session import Abandon, Cancel, Outcome, Session, SessionLimits, Start
 from dspark_stream.types import EngineEvent, FinishedEvent, FinishReason, Piece, RoundRecord, TokensEvent, Usage
 from fakes import model_info
 
 LANES = st.sampled_from([None, "a", "b"])
+SIZE = 1000
 LIMITS = SessionLimits(max_lanes=2, max_lane_queue=2, max_responses=5)
 ROUND = RoundRecord(
     start=1,
@@ -53,7 +55,8 @@ class Socket(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.session = Session(LIMITS, Planner(model_info()).response)
+        self.admission = Admission(10, memory=10 * SIZE)
+        self.session = Session(LIMITS, Planner(model_info()).response, self.hold)
         self.outbox = Outbox()
         self.starting: dict[str, str] = {}
         """What the shell was asked to start: response id -> the create's event id."""
@@ -66,6 +69,11 @@ class Socket(RuleBasedStateMachine):
         """Numbers of the creates in each lane, in order."""
         self.begun: dict[str | None, list[str]] = defaultdict(list)
         self.numbers = 0
+
+    def hold(self, plan: Plan) -> Held:
+        held = self.admission.holding("me")
+        held.grow(SIZE)
+        return held
 
     # --- the shell ------------------------------------------------------------------------------------------
 
@@ -178,6 +186,10 @@ class Socket(RuleBasedStateMachine):
         assert self.session.open_responses <= LIMITS.max_responses
 
     @invariant()
+    def what_is_open_is_counted(self) -> None:
+        assert self.admission.bytes_held == SIZE * self.session.open_responses
+
+    @invariant()
     def events_keep_the_rules(self) -> None:
         for events in self.written.values():
             assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -247,7 +259,7 @@ def test_what_cannot_happen_is_an_error_and_says_nothing(state: State) -> None:
 
 def test_a_bug_in_the_engine_still_ends_the_response() -> None:
     """Guards against a client that waits for ever because of an event that makes no sense."""
-    session = Session(LIMITS, Planner(model_info()).response)
+    session = Session(LIMITS, Planner(model_info()).response, lambda plan: Admission(9).holding("me"))
     (start,) = session.receive(ResponseCreate(input="x")).commands
     assert isinstance(start, Start)
     response_id = start.plan.response_id

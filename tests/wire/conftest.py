@@ -38,8 +38,9 @@ async def launch() -> AsyncIterator[Launch]:
     for running in started:
         running.tokenizer.gate.set()
         await running.server.stop()
-        # Whatever a test did to it: no stream, no place and no receiver may be left.
+        # Whatever a test did to it: no stream, no place, no memory and no receiver may be left.
         assert running.server.service.admission.in_flight == 0
+        assert running.server.service.admission.bytes_held == 0
         assert len(running.server.service.hub) == 0
         assert set(running.engine.finished) == {request.request_id for request in running.engine.submitted}
 

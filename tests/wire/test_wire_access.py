@@ -201,6 +201,6 @@ async def test_one_client_leaves_sockets_for_others(launch: Launch, tmp_path: Pa
     async with running.socket(**alice):
         pass
     # Where shares are off, for whoever stands behind one address.
-    running = await launch(max_sockets=2, max_queue=64, max_streams_per_client=72)
+    running = await launch(max_sockets=2, max_streams_per_client=10_000)
     async with running.socket(), running.socket():
         assert await refusal(running) == 503

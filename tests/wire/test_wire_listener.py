@@ -273,22 +273,28 @@ async def test_half_requests_lock_nobody_out(launch: Launch) -> None:
 
 
 async def test_half_heads_take_only_so_much_memory(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against thousands of long heads that never end, all within the limit of one; whole ones are answered."""
+    """Guards against thousands of long heads that never end, all within the limit of one, and against refusing whoever
+    comes next instead of whoever holds the most."""
     monkeypatch.setattr(connections, "MAX_HALF_HEADS", 10_000)
     running = await launch(api_key=KEY)
     heads = running.server._listener
     assert heads is not None
     async with AsyncExitStack() as stack:
-        halves = [await stack.enter_async_context(connect(running)) for _ in range(4)]
-        for i, raw in enumerate(halves, 1):
-            raw.send(f"POST /v1/responses HTTP/1.1\r\n{HEAD}X: {'x' * 3000}")
-            least = 3000 * min(i, 3)
+        shorter, longest, newcomer, longer = [await stack.enter_async_context(connect(running)) for _ in range(4)]
+        least = 0
+        for raw, size in ((shorter, 3000), (longest, 4000), (newcomer, 2000)):
+            raw.send(f"POST /v1/responses HTTP/1.1\r\n{HEAD}X: {'x' * size}")
+            least += size
             await eventually(lambda least=least: heads.half_heads >= least)  # type: ignore[misc]
-        answer = await halves[3].answer()
+        newcomer.send("x" * 1000)
+        answer = await longest.answer()
         assert (answer.status, answer.error["code"]) == (503, "overloaded")
         assert (await ask(running, post(headers=BEARER))).status == 200
-        halves[0].send(f"\r\n{BEARER}Content-Length: 13\r\n\r\n" + '{"input":"x"}')
-        assert (await halves[0].answer()).status == 200
+        longer.send(f"POST /v1/responses HTTP/1.1\r\n{HEAD}X: {'x' * 5000}")
+        assert (await longer.answer()).status == 503
+        for raw in (shorter, newcomer):
+            raw.send(f"\r\n{BEARER}Content-Length: 13\r\n\r\n" + '{"input":"x"}')
+            assert (await raw.answer()).status == 200
     await eventually(lambda: heads.half_heads == 0)
 
 

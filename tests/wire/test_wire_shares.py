@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
-from wire.harness import Launch, Running, eventually
+from wire.harness import Launch, Running, Socket, eventually
 from wire.raw import HEAD, connect
 
 LONG = Script(tokens=["word "] * 1000, rounds=(1,))
@@ -99,6 +99,32 @@ async def test_bodies_on_their_way_take_only_so_much_memory(launch: Launch) -> N
             assert "retry-after" in answer.headers
         begun[0].send(b'{"input":"x"}'.ljust(100_000))
         assert (await begun[0].answer()).status == 200
+    await eventually(lambda: admission.bytes_held == 0)
+
+
+async def test_what_waits_in_a_lane_takes_only_so_much_memory(launch: Launch) -> None:
+    """Guards against sockets full of long texts that wait behind one response, which nothing counted."""
+    engine = FakeEngine(LONG, info=model_info(max_num_seqs=4, max_model_len=400_000))
+    running = await launch(engine, queue_memory=2 << 20)
+    admission = running.server.service.admission
+    engine.gate.clear()
+
+    async def fill(socket: Socket) -> None:
+        await socket.create(stream_id="a")
+        await socket.until("response.in_progress")
+        for number in range(4):
+            await socket.create(input="x" * 280_000, stream_id="a", event_id=str(number))
+        error = (await socket.until("error"))[-1]
+        assert (error["status"], error["error"]["code"], error["event_id"]) == (429, "rate_limit_exceeded", "3")
+        assert 900_000 < admission.bytes_held <= 1 << 20
+
+    async with running.socket() as socket:
+        await fill(socket)
+        await socket.send({"type": "response.cancel", "stream_id": "a"})
+        for _ in range(4):
+            await socket.until("response.cancelled")
+        await eventually(lambda: admission.bytes_held == 0)
+        await fill(socket)
     await eventually(lambda: admission.bytes_held == 0)
 
 

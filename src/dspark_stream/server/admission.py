@@ -6,8 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Self
 
 from dspark_stream.errors import DrainingError, EngineFailedError, OverloadedError, RateLimitError
+
+KEPT_FREE = 64
+"""Of so many places one is for clients that have none, and of so many bytes one for clients that hold little."""
+LITTLE_BYTES = 128 << 10
+"""One stream and some text."""
 
 
 class Admission:
@@ -16,8 +22,9 @@ class Admission:
     Args:
         capacity: places in all.
         per_client: places of one client at most. 0: as many as are free. Below ``capacity``: both limits hold. From
-            ``capacity`` on: neither does. "As many as are free" gives one client alone half of all, two a third each,
-            and so on (dynamic thresholds, as switches share their buffers). So there is always room for a newcomer.
+            ``capacity`` on: neither does. "As many as are free" (dynamic thresholds, as switches share their buffers)
+            gives one client alone half of all, the next one half of what is left, and two that come together a third
+            each. The last ones are kept for newcomers (`KEPT_FREE`).
         memory: bytes in all, shared in the same way.
     """
 
@@ -82,7 +89,7 @@ class Admission:
             raise OverloadedError(f"all {self.capacity} places are taken; try again in a moment", retry_after_s=wait_s)
         if mine >= self.limits.get(client, self.per_client):
             raise RateLimitError(f"this client already has {mine} streams; wait for one to end", retry_after_s=wait_s)
-        if self.shared and mine >= free:
+        if self.shared and mine and (mine >= free or free <= self.capacity // KEPT_FREE):
             raise RateLimitError(
                 f"this client (key or address) already has {mine} of the server's {self.capacity} places, and what is "
                 "left is for others; wait for a stream to end (--max-streams-per-client sets another limit)",
@@ -98,14 +105,9 @@ class Admission:
             if not self._clients[client]:
                 del self._clients[client]
 
-    @contextmanager
-    def holding(self, client: str) -> Iterator[Held]:
-        """Memory that this client takes as long as the block runs, as much as `Held.grow` says."""
-        held = Held(self, client)
-        try:
-            yield held
-        finally:
-            self._give(client, held.size)
+    def holding(self, client: str) -> Held:
+        """Memory that this client takes until the block ends or `Held.give` is called, as much as `Held.grow` says."""
+        return Held(self, client)
 
     def take(self, client: str, size: int) -> None:
         """Memory for a client.
@@ -120,7 +122,7 @@ class Admission:
                 f"what is waiting takes all of the {self.memory >> 20} MiB for requests; try again in a moment",
                 retry_after_s=self.wait_s,
             )
-        if self.shared and mine > free:
+        if self.shared and (mine > free or (mine > LITTLE_BYTES and free < self.memory // KEPT_FREE)):
             raise RateLimitError(
                 f"this client's (key's or address') requests take {mine >> 20} of the server's {self.memory >> 20} MiB "
                 "for them, and what is left is for others; wait for a stream to end",
@@ -129,7 +131,8 @@ class Admission:
         self._bytes[client] = mine
         self.bytes_held += size
 
-    def _give(self, client: str, size: int) -> None:
+    def give(self, client: str, size: int) -> None:
+        """What was taken."""
         self.bytes_held -= size
         self._bytes[client] -= size
         if not self._bytes[client]:
@@ -147,3 +150,14 @@ class Held:
         """So many bytes more; raises what `Admission.take` raises."""
         self._admission.take(self._client, size)
         self.size += size
+
+    def give(self) -> None:
+        """Back, all of it; more than once does no harm."""
+        size, self.size = self.size, 0
+        self._admission.give(self._client, size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give()

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's head in all; aiohttp bounds only its lines and their number."""
 MAX_HALF_HEADS = 64 << 20
-"""Bytes of all heads together whose end has not come; nearly every head comes whole."""
+"""Bytes of all heads together whose end has not come; past it the longest gives way. Nearly every head comes whole."""
 LINGER_S = 2.0
 """How long the rest of a body that nobody wants is read, so that its sender sees the answer."""
 RESERVE_HEAD_TIMEOUT_S = 2.0
@@ -58,6 +58,9 @@ class Owner(Protocol):
 
     def idle(self, connection: Connection) -> None:
         """Its requests are answered."""
+
+    def longest_half_head(self) -> Connection | None:
+        """Whoever holds the most bytes of a head whose end has not come."""
 
 
 class Connection(web.RequestHandler):
@@ -174,14 +177,21 @@ class Connection(web.RequestHandler):
             if not self._head_bytes:
                 self._arm("head_timeout", self._head_timeout_s)
             self._count_head(len(data))
-            refused: DsparkError | None = None
             if self._head_bytes > MAX_HEAD_BYTES:
-                refused = HeadTooLargeError(f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
+                self._refuse_head(HeadTooLargeError(f"the request's head is longer than {MAX_HEAD_BYTES} bytes"))
             elif self._listener.half_heads > MAX_HALF_HEADS:
-                refused = OverloadedError("too many requests have begun and not come; try again in a moment")
-            if refused is not None:
-                self._listener.metrics.heads_refused[refused.code] += 1
-                self._say_and_close(refused)
+                busy = OverloadedError("too many requests have begun and not come; try again in a moment")
+                (self._listener.longest_half_head() or self)._refuse_head(busy)
+
+    @property
+    def head_bytes(self) -> int:
+        """What has come of a head whose end has not."""
+        return self._head_bytes
+
+    def _refuse_head(self, error: DsparkError) -> None:
+        self._listener.metrics.heads_refused[error.code] += 1
+        self._count_head(-self._head_bytes)
+        self._say_and_close(error)
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size

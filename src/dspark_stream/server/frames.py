@@ -129,8 +129,9 @@ class FrameCheck:
 
     def _pass_on(self, data: bytes) -> tuple[bool, bytes]:
         self.broken, rest = self._reader.feed_data(data)
-        if self.broken:
+        if self.broken and self._crowd:
             self._crowd = memoryview(b"")
+            self._source.release_reading()  # no turn comes that would
         return self.broken, rest
 
 

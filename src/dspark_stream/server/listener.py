@@ -110,6 +110,10 @@ class Listener:
         if connection in self._open:
             self._waiting[connection] = None
 
+    def longest_half_head(self) -> Connection | None:
+        """Whoever holds the most bytes of a head whose end has not come."""
+        return max((*self._waiting, *self._reserve), key=lambda c: c.head_bytes, default=None)
+
     def _make_room(self, peer: str) -> BusyError | None:
         most = self._per_address
         crowd = self._addresses[peer] >= most and most < self._limit

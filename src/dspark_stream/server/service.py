@@ -7,7 +7,7 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from dspark_stream.errors import (
     InvalidRequestError,
 )
 from dspark_stream.server import access, wire
-from dspark_stream.server.admission import Admission
+from dspark_stream.server.admission import Admission, Held
 from dspark_stream.server.bodies import most_values
 from dspark_stream.server.conversation import ConversationStore
 from dspark_stream.server.hub import EventHub
@@ -82,19 +82,34 @@ class Service:
         """Whether the service is going down."""
         return self.admission.draining
 
-    async def run(self, plan: Plan, client: str, listener: Listener, owner: object = None) -> None:
-        """One stream from admission to its end; cancelling this task cancels the stream. What is not to be stored is
-        kept for its ``owner``, where there is one: a socket can go on with its own responses.
+    def hold(self, plan: Plan, client: str) -> Held:
+        """The memory of a request, from when it is there on: it may have to wait for its turn before `run`.
+
+        Raises:
+            RateLimitError, OverloadedError: there is not so much left, for this client or for anybody.
+        """
+        held = self.admission.holding(client)
+        held.grow(STREAM_BYTES + _size(_texts(plan, plan.conversation(()))))
+        return held
+
+    async def run(
+        self, plan: Plan, client: str, listener: Listener, *, owner: object = None, memory: Held | None = None
+    ) -> None:
+        """One stream from admission to its end; cancelling this task cancels the stream.
+
+        Args:
+            owner: for whom what is not to be stored is kept: a socket can go on with its own responses.
+            memory: what `hold` took for it; given back at the end.
 
         Raises:
             DsparkError: refused; ``listener`` has heard nothing.
         """
         arrived = time.monotonic()
-        with self._place(client), self.admission.holding(client) as memory:
+        with self._place(client), memory or self.hold(plan, client) as held:
             earlier = self.store.get(plan.previous_response_id, owner)
             conversation = plan.conversation(earlier)
             self.planner.refuse_oversized(conversation, plan.input_param)
-            memory.grow(STREAM_BYTES + sum(map(sys.getsizeof, _texts(plan, conversation))))
+            held.grow(_size(_parts(earlier)))
             if not plan.generate:
                 self.keep(plan, [*earlier, *plan.messages], owner)
                 entry = access.current()
@@ -105,7 +120,7 @@ class Service:
                 listener.engine_event(FinishedEvent(request_id=plan.response_id, reason="stop", usage=nothing))
                 return
             prompt_ids = await self._tokenise(plan, conversation, client)
-            memory.grow(TOKEN_BYTES * len(prompt_ids))
+            held.grow(TOKEN_BYTES * len(prompt_ids))
             self.admission.check()
             limit = self.planner.room(plan, len(prompt_ids), self.config.default_max_output_tokens)
             stream = _Stream(self, plan, [*earlier, *plan.messages], listener, arrived, owner)
@@ -196,10 +211,18 @@ class Service:
         self._long_turns.close()
 
 
+def _size(texts: list[str]) -> int:
+    return sum(map(sys.getsizeof, texts))
+
+
 def _texts(plan: Plan, conversation: list[Message]) -> list[str]:
     """All that a request's prompt is made of; none of token ids."""
     if plan.prompt is not None:
         return [plan.prompt] if isinstance(plan.prompt, str) else []
+    return _parts(conversation)
+
+
+def _parts(conversation: Sequence[Message]) -> list[str]:
     return [part for _, said in conversation for part in ([said] if isinstance(said, str) else said)]
 
 

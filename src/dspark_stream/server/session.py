@@ -22,6 +22,7 @@ from dspark_stream.errors import (
     RateLimitError,
 )
 from dspark_stream.server import wire
+from dspark_stream.server.admission import Held
 from dspark_stream.server.bodies import ClientEvent, ResponseCancel, ResponseCreate
 from dspark_stream.server.lifecycle import ResponseMachine
 from dspark_stream.server.plan import Plan
@@ -45,6 +46,8 @@ class Start(msgspec.Struct, frozen=True):
     """Command: admit, tokenise, submit. Answer with `Session.started` or `Session.refused`."""
 
     plan: Plan
+    memory: Held
+    """Given back here, when the response ends."""
 
 
 class Abandon(msgspec.Struct, frozen=True):
@@ -78,21 +81,28 @@ class Phase(enum.Enum):
 
 
 class _Work:
-    def __init__(self, machine: ResponseMachine, lane: Lane, event_id: str | None) -> None:
+    def __init__(self, machine: ResponseMachine, lane: Lane, event_id: str | None, memory: Held) -> None:
         self.machine = machine
         self.lane = lane
         self.event_id = event_id
+        self.memory = memory
         self.phase = Phase.WAITING
         self.unwanted = False
         """Cancelled while it waited."""
 
 
 class Session:
-    """The lanes of one socket. The head of a lane is starting or running; the rest waits."""
+    """The lanes of one socket. The head of a lane is starting or running; the rest waits.
 
-    def __init__(self, limits: SessionLimits, plan: Callable[[ResponseCreate], Plan]) -> None:
+    ``hold`` takes the memory of a response, which counts from here on to its end: what waits in a lane has a text too.
+    """
+
+    def __init__(
+        self, limits: SessionLimits, plan: Callable[[ResponseCreate], Plan], hold: Callable[[Plan], Held]
+    ) -> None:
         self._limits = limits
         self._plan = plan
+        self._hold = hold
         self._lanes: dict[Lane, deque[_Work]] = {}
         self._works: dict[str, _Work] = {}
         self._out = Outcome([], [])
@@ -157,6 +167,11 @@ class Session:
         """Ids of the responses whose turn in their lanes has not come."""
         return [name for name, work in self._works.items() if work.phase is Phase.WAITING]
 
+    def close(self) -> None:
+        """The socket has gone: whatever is open holds no memory any more."""
+        for work in self._works.values():
+            work.memory.give()
+
     # --- what they lead to ---------------------------------------------------------------------------------
 
     def _create(self, event: ResponseCreate) -> None:
@@ -176,7 +191,7 @@ class Session:
                 f"{limits.max_lane_queue} responses already wait in this lane; use another `stream_id`, or wait",
                 param="stream_id",
             )
-        work = _Work(machine, lane, event.event_id)
+        work = _Work(machine, lane, event.event_id, self._hold(machine.plan))
         self._works[machine.response_id] = work
         if queue is None:
             self._lanes[lane] = deque([work])
@@ -221,21 +236,25 @@ class Session:
 
     def _start(self, work: _Work) -> None:
         work.phase = Phase.STARTING
-        self._out.commands.append(Start(work.machine.plan))
+        self._out.commands.append(Start(work.machine.plan, work.memory))
 
     def _end(self, work: _Work) -> None:
         """Take the head of a lane out and let the next one begin."""
         queue = self._lanes[work.lane]
         queue.popleft()
-        del self._works[work.machine.response_id]
+        self._forget(work)
         while queue and queue[0].unwanted:
             following = queue.popleft()
-            del self._works[following.machine.response_id]
+            self._forget(following)
             self._tell(following, following.machine.cancel())
         if queue:
             self._start(queue[0])
         else:
             del self._lanes[work.lane]
+
+    def _forget(self, work: _Work) -> None:
+        del self._works[work.machine.response_id]
+        work.memory.give()
 
     def _tell(self, work: _Work, events: list[wire.NumberedEvent | wire.Step]) -> None:
         for event in events:

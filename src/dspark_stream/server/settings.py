@@ -42,7 +42,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: int = 2048
     """Streams that may wait beyond the engine's ``max_num_seqs``; past it 503."""
     queue_memory: int = 512 << 20
-    """Bytes of what clients have sent and of the streams that it became; past it 503."""
+    """Bytes of what clients have sent and of the streams that it became; past it 503, past a client's share 429."""
     max_streams_per_client: int = 0
     """0: a fair share of all places, half of them for a client alone (`Admission`)."""
     max_sockets: int = 1024

@@ -11,6 +11,7 @@ from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 from dspark_stream import __version__
 from dspark_stream.errors import DrainingError, DsparkError, InvalidRequestError, OverloadedError, RateLimitError
 from dspark_stream.server import access, wire
+from dspark_stream.server.admission import Held
 from dspark_stream.server.bodies import Encoding, decode_envelope, decode_event
 from dspark_stream.server.delivery import Delivery, SlowReaderError, bound_buffers
 from dspark_stream.server.frames import may_be_sent
@@ -40,6 +41,7 @@ class SocketShell:
                 max_responses=config.max_socket_queue,
             ),
             service.planner.response,
+            lambda plan: service.hold(plan, client),
         )
         self._delivery = Delivery(self._write, engine=service.engine, config=config, metrics=service.metrics)
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -116,6 +118,7 @@ class SocketShell:
             finally:
                 for response_id in self._session.waiting:
                     self._log_unbegun(response_id)
+                self._session.close()
                 self._service.store.forget(self)
                 if self._closer is not None:  # perhaps made meanwhile
                     await _ended([self._closer])
@@ -193,8 +196,8 @@ class SocketShell:
             match command:
                 case Start(plan=plan) if self._over:  # nobody would wait for its task
                     self._log_unbegun(plan.response_id)
-                case Start(plan=plan):
-                    self._spawn(plan)
+                case Start(plan=plan, memory=memory):
+                    self._spawn(plan, memory)
                 case Abandon(response_id=response_id):
                     self._tasks[response_id].cancel()
                 case Cancel(response_id=response_id):
@@ -217,10 +220,10 @@ class SocketShell:
         if self._service.config.access_log:
             line.write(status)
 
-    def _spawn(self, plan: Plan) -> None:
+    def _spawn(self, plan: Plan, memory: Held) -> None:
         response_id = plan.response_id
         line = self._entry.for_response(response_id)
-        task = asyncio.create_task(self._run(plan, line))
+        task = asyncio.create_task(self._run(plan, memory, line))
         self._tasks[response_id] = task
 
         def over(task: asyncio.Task[None]) -> None:
@@ -231,10 +234,11 @@ class SocketShell:
 
         task.add_done_callback(over)
 
-    async def _run(self, plan: Plan, line: access.Entry) -> None:
+    async def _run(self, plan: Plan, memory: Held, line: access.Entry) -> None:
         access.enter(line)
         try:
-            await self._service.run(plan, self.client, _Listener(self, plan.response_id), owner=self)
+            listener = _Listener(self, plan.response_id)
+            await self._service.run(plan, self.client, listener, owner=self, memory=memory)
         except DsparkError as error:
             line.error_status, line.error = error.status, error.code
             self._apply(self._session.refused(plan.response_id, error))
