@@ -68,7 +68,7 @@ def greedy(target, prompt):
 )
 def test_greedy_text_is_torchs_up_to_near_ties(both, text, record_property):
     native, plain, codec = both
-    prompt = codec._prompt(text)
+    prompt = codec.encode_prompt(text)
     own, want = greedy(native, prompt), greedy(plain, prompt)
     print(repr(codec.decode(own)))
     if own == want:
@@ -83,7 +83,7 @@ def test_greedy_text_is_torchs_up_to_near_ties(both, text, record_property):
 
 def test_perplexity_is_torchs(both, record_property):
     native, plain, codec = both
-    ids = codec._prompt(PERPLEXITY.read_text())[:600]
+    ids = codec.encode_prompt(PERPLEXITY.read_text())[:600]
     found = [
         float(torch.nn.functional.cross_entropy(logits(target, ids)[:-1].float(), torch.tensor(ids[1:])).exp())
         for target in (native, plain)
