@@ -120,7 +120,7 @@ class Controller:
 
         n, t, g = (int(i) for i in np.unravel_index(int(rates.argmax()), rates.shape))
         rate = float(rates[n, t, g])
-        spent = rate * float(costs.curve.drafting_ms(n + 1, g + 1, company)) / (n + 1)
+        spent = rate * float(costs.curve.drafting_ms(n + 1, g + 1)) / (n + 1)
         promised = {may[i]: float(alone[i, t, g]) - spent for i in order[: n + 1, t, g]}
         plan = Plan(
             [r in promised for r in range(streams)], g + 1, rate, [promised.get(r, 0.0) for r in range(streams)]

@@ -43,9 +43,6 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     """What the same pass costs more when its tokens belong to that many ``streams``."""
     draft_ms: list[float]
     """Drafting whole blocks for that many ``streams``."""
-    after_draft_ms: list[float] = []
-    """What drafting for that many ``streams`` adds to the pass that follows: it drives weights out of the processor's
-    caches."""
     slot_ms: list[float] = []
     """Of ``draft_ms``, what every slot after the first takes."""
     rest_ms: list[float] = []
@@ -56,19 +53,11 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     """Microseconds that a position of a stream's context costs a pass, however many rows the stream has."""
     attend_us: float = 0.0
     """Microseconds that it costs for every row."""
-    draft_read_us: float = 0.0
-    """Microseconds that it costs in drafting a block, as far as the drafter sees."""
-    draft_window: int = 0
-    """Positions of a context that a drafter sees at most; 0: all."""
     sample_us: float = 0.0
     """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one, whatever its
     verification."""
     feature_us: float = 0.0
     """Microseconds that a position takes whose context features are handed over late."""
-
-    def drafted_from(self, position: float) -> float:
-        """Positions that a draft at ``position`` reads."""
-        return min(position, self.draft_window or position)
 
     def pass_ms(self, batch_tokens: Any, company: Company) -> Any:
         """A target pass over B tokens; B may be an array."""
@@ -79,27 +68,14 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         context_ms = 1e-3 * (company.position - self.context) * read_us
         return np.maximum(base + context_ms, LEAST_OF_BASE * base) + 1e-3 * self.sample_us * company.sampled * rows
 
-    def drafting_ms(self, drafting: Any, slots: Any, company: Company) -> Any:
-        """Drafting ``slots`` tokens for so many streams, at least one, and what that adds to the pass after it; both
-        may be arrays."""
-        whole = interpolated(self.streams, self.draft_ms, drafting)
+    def drafting_ms(self, drafting: Any, slots: Any) -> Any:
+        """Drafting ``slots`` tokens for so many streams, at least one; both may be arrays."""
         spared = interpolated(self.streams, self.slot_ms, drafting) * (self.gamma - np.asarray(slots))
-        seen = self.drafted_from(company.position) - self.drafted_from(self.context)
-        context_ms = 1e-3 * seen * self.draft_read_us * np.asarray(drafting)
-        after_ms = interpolated(self.streams, self.after_draft_ms, drafting)
-        return np.maximum(whole - spared + context_ms, LEAST_OF_BASE * whole) + after_ms
+        return interpolated(self.streams, self.draft_ms, drafting) - spared
 
     def beside_ms(self, streams: int) -> float:
         """The rest of a round of R streams."""
         return float(interpolated(self.streams, self.rest_ms, streams))
-
-    def round_ms(
-        self, batch_tokens: int, streams: int, drafting: int, *, slots: int | None = None, position: float | None = None
-    ) -> float:
-        """A whole round: ``slots`` draft tokens for ``drafting`` of R streams, then a pass over B tokens."""
-        company = Company(streams, self.context if position is None else position)
-        draft = float(self.drafting_ms(drafting, self.gamma if slots is None else slots, company)) if drafting else 0.0
-        return float(self.pass_ms(batch_tokens, company)) + draft + self.beside_ms(streams)
 
 
 def interpolated(xs: Sequence[int], ys: Sequence[float], x: Any) -> Any:
