@@ -19,10 +19,10 @@ from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.captured.graphs import Round
 from dspark_stream.engine.captured.round import RoundModels, run_round
 from dspark_stream.engine.captured.runner import CapturedRounds
-from dspark_stream.engine.profile import ANY_CURVE
 from dspark_stream.engine.rounds import Models
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.controller import Controller
+from dspark_stream.load.curve import CapacityCurve
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.torch.drafter import Drafter, backbone_config
@@ -163,7 +163,7 @@ def random_models(shape: Shape, device: torch.device, slots: int, quant: Quant) 
         drafter_kv=drafter.make_store(slots),
         calibration=Calibration(),
         history=AcceptanceHistory(7),
-        controller=Controller(7, ANY_CURVE),
+        controller=Controller(7, CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], draft_ms=[0.0])),
     )
     for store in (models.target_kv, models.drafter_kv):
         assert store is not None

@@ -148,7 +148,7 @@ class Machine(NamedTuple):
 
     def company(self, streams: int) -> Company:
         """Of so many of the streams."""
-        return Company(streams, float(self.true.curve.context), self.sampled)
+        return Company(streams, float(self.true.curve.context))
 
 
 class Swings:
@@ -278,12 +278,12 @@ def engine_like(line: Sequence[Sequence[Seat]], machine: Machine, schedule: Sche
         took = [min(length, seat.round.accepted) for length, seat in zip(lengths, seats, strict=True)]
         shape = Shape(company, *plan.size, streams + sum(lengths))
         round_ms = machine.true.ms(shape)
-        controller.learn(pasts, drafted, lengths, took, shape, round_ms * swing())
         late_ms = 0.0
         for past, row, accepted in zip(pasts, drafted, took, strict=True):
             if row:
                 late_ms += 1e-3 * machine.true.curve.feature_us * owed.pop(past, 0)
             owed[past] = min(owed.get(past, 0) + 1 + accepted, HANDED_A_ROUND)
+        controller.learn(pasts, drafted, lengths, took, shape, round_ms * swing(), late_ms)
         if 2 * step >= len(line):
             tokens, ms = tokens + streams + sum(took), ms + round_ms + late_ms
     return tokens / ms

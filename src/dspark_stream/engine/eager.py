@@ -82,7 +82,7 @@ class EagerRounds:
         controller = self.models.controller
         survivals = [b.survival if b.source == "model" else () for b in run.blocks]
         accepted = [o.accepted for o in run.outcomes]
-        controller.learn([s.past for s in run.streams], survivals, run.lengths, accepted, shape, round_ms)
+        controller.learn([s.past for s in run.streams], survivals, run.lengths, accepted, shape, round_ms, run.late_ms)
         for stream, own, block, outcome in zip(run.streams, run.found, run.blocks, run.outcomes, strict=True):
             if own is not None:
                 for repeats in (stream.repeats, controller.acceptance.repeats):
@@ -91,9 +91,7 @@ class EagerRounds:
 
 def company_of(streams: Sequence[Stream]) -> Company:
     """What the cost of a round of these streams hangs on."""
-    count = len(streams)
-    drawn = sum(s.acceptance != "greedy" for s in streams)
-    return Company(count, sum([s.position for s in streams]) / count, drawn / count)
+    return Company(len(streams), sum([s.position for s in streams]) / len(streams))
 
 
 def _took_ms(word: Callable[[Round], None], run: Round) -> float:

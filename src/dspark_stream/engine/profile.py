@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import inf
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -21,17 +21,12 @@ from dspark_stream import __version__
 from dspark_stream.console import Progress
 from dspark_stream.decoding.accept import accept
 from dspark_stream.decoding.calibration import Calibration
-from dspark_stream.decoding.draft import Block
-from dspark_stream.decoding.schedule import Candidate, RoundCost
+from dspark_stream.decoding.draft import Block, draft
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.decoding.verify import verify
-from dspark_stream.engine.context import PIECE
-from dspark_stream.engine.eager import EagerRounds
-from dspark_stream.engine.rounds import Models
+from dspark_stream.engine.context import PIECE, hand_over
 from dspark_stream.engine.stream import Stream
 from dspark_stream.files import write_whole
-from dspark_stream.load.controller import Controller
-from dspark_stream.load.costs import CostTable
 from dspark_stream.load.curve import CapacityCurve, Company
 from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator
 from dspark_stream.models.protocols import Drafter, Store, Target
@@ -50,18 +45,14 @@ STEADY_RUNS, STEADY_MS = 5, 16.0
 again, and then finds weights in the processor's caches that another size's run would have driven out. Runs longer than
 that are made once a visit, and count."""
 SWEEPS = 9
-SOME_STREAMS = 16
-"""What drawing costs is measured with so many streams at most."""
 SLOW_MS, ONCE_MS = 80.0, 240.0
 """Points that take so long are run twice, or once: buffers and what is left of the noise are small beside them."""
-FORMAT = "curve 14"
+FORMAT = "curve 15"
 MOST_FILES = 64
 """Curves that are kept: every model, drafter, version and size has its own, and those longest unused go."""
 _LARGEST_FILE = 1 << 20
 _LARGEST, _SLOWEST_MS = 1 << 24, 1e7
 """Greatest values that a measured curve can have; larger ones are a damaged file."""
-ANY_CURVE = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], stream_ms=[0.0], draft_ms=[0.0])
-"""Rounds that are measured need one to go by."""
 
 
 class _Stored(msgspec.Struct):
@@ -122,7 +113,6 @@ def load_or_measure(
             context=bench.context,
             long_context=bench.long_context,
             long_streams=bench.long_streams,
-            draft_window=drafter.context_window if drafter else 0,
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,15 +163,10 @@ def _flaw(curve: CapacityCurve) -> str | None:
     for name, sizes in (("tokens", curve.tokens), ("streams", curve.streams)):
         if not sizes or sizes[0] != 1 or sizes[-1] > _LARGEST or any(b <= a for a, b in pairwise(sizes)):
             return f"{name} do not ascend from 1"
-    beside = len(curve.streams)
-    drafted = beside if curve.gamma else 0
     for name, values, count in (
         ("verify_ms", curve.verify_ms, len(curve.tokens)),
-        ("stream_ms", curve.stream_ms, beside),
-        ("draft_ms", curve.draft_ms, beside),
-        ("rest_ms", curve.rest_ms, beside),
-        ("after_draft_ms", curve.after_draft_ms, drafted),
-        ("slot_ms", curve.slot_ms, drafted),
+        ("draft_ms", curve.draft_ms, len(curve.streams)),
+        ("slot_ms", curve.slot_ms, len(curve.streams) if curve.gamma else 0),
     ):
         if len(values) != count:
             return f"{name} are {len(values)}, not {count}"
@@ -206,12 +191,6 @@ class Point(NamedTuple):
     size: int
     run: Callable[[int], float]
     """Milliseconds of one run at a size."""
-
-
-class _Round(NamedTuple):
-    pass_ms: float
-    rest_ms: float
-    """All but the pass."""
 
 
 Times = dict[str, dict[int, float]]
@@ -272,60 +251,30 @@ def monotone(values: Sequence[float]) -> list[float]:
     return [mean for mean, n in blocks for _ in range(n)]
 
 
-def fit(
-    times: Times, *, gamma: int, context: int, long_context: int, long_streams: int = 1, draft_window: int = 0
-) -> CapacityCurve:
+def fit(times: Times, *, gamma: int, context: int, long_context: int, long_streams: int = 1) -> CapacityCurve:
     """A curve from `_Bench`'s points."""
-    rows, plain = times["rows"], times["streams"]
-    tokens, streams = sorted(rows), sorted(plain)
-    verify_ms = monotone([rows[n] for n in tokens])
-    at = dict(zip(tokens, verify_ms, strict=True))
-    more = monotone([max(0.0, plain[r] - at[r]) for r in streams])
-    rest = times["rest"]
+    rows, whole, first = times["rows"], times.get("draft", {1: 0.0}), times.get("slot", {})
+    tokens, streams = sorted(rows), sorted(whole)
     curve = CapacityCurve(
         tokens=tokens,
-        verify_ms=verify_ms,
+        verify_ms=monotone([rows[n] for n in tokens]),
         streams=streams,
-        stream_ms=more,
-        draft_ms=[],
-        rest_ms=monotone([rest[r] for r in streams]),
+        draft_ms=monotone([whole[r] for r in streams]),
+        slot_ms=monotone([max(0.0, whole[r] - first[r]) / max(1, gamma - 1) for r in streams]) if first else [],
         gamma=gamma,
         context=context,
-        draft_window=draft_window,
-        sample_us=_each_us(times.get("sampled", {}), plain),
+        feature_us=max([0.0, *(1e3 * ms / n for n, ms in times.get("features", {}).items())]),
     )
-    spread = max(1, long_context - context)
     if "long" in times:  # one row a stream, and a block of them: what a position costs once, and for every row
         here = Company(long_streams, context)
         slopes = {
-            n: 1e3 * (ms - float(curve.pass_ms(n * long_streams, here))) / (spread * long_streams)
+            n: 1e3 * (ms - float(curve.pass_ms(n * long_streams, here))) / ((long_context - context) * long_streams)
             for n, ms in times["long"].items()
         }
         one, most = slopes[1], slopes[max(slopes)]
         attend_us = max(0.0, (most - one) / max(1, max(slopes) - 1))
         curve = msgspec.structs.replace(curve, attend_us=attend_us, read_us=max(0.0, one - attend_us))
-    if "draft" not in times:
-        return msgspec.structs.replace(curve, draft_ms=[0.0] * len(streams))
-    whole, first = times["draft"], times["slot"]
-    draft_ms = monotone([max(0.0, whole[r] - rest[r]) for r in streams])
-    after_ms = monotone([max(0.0, times["after"][r] - plain[r]) for r in streams])
-    slot_ms = [max(0.0, whole[r] - first[r]) / max(1, gamma - 1) for r in streams]
-    curve = msgspec.structs.replace(
-        curve,
-        draft_ms=draft_ms,
-        after_draft_ms=after_ms,
-        slot_ms=monotone(slot_ms),
-        feature_us=_each_us(times.get("features", {}), {}),
-    )
-    if "long draft" in times and (more_seen := curve.drafted_from(long_context) - curve.drafted_from(context)) > 0:
-        slope = 1e3 * (times["long draft"][1] - whole[1]) / more_seen
-        curve = msgspec.structs.replace(curve, draft_read_us=max(0.0, slope))
     return curve
-
-
-def _each_us(times: dict[int, float], less: dict[int, float]) -> float:
-    """Microseconds of each of so many, beyond what the same takes otherwise."""
-    return max([0.0, *(1e3 * (ms - less.get(n, 0.0)) / n for n, ms in times.items())])
 
 
 class _Bench:
@@ -350,7 +299,6 @@ class _Bench:
         self.max_tokens = max(1, min(widest, max_model_len - self.context))
         self.long_rows = max(2, 1 + self.gamma)
         self.long_context = min(LONG_CONTEXT, max_model_len - self.long_rows)
-        self._any_costs = CostTable(ANY_CURVE)
         self._extents: list[Extent] = []
         short, long = self.context + self.gamma + 1, self.long_context + self.long_rows
         for i in range(max_seqs):
@@ -381,31 +329,22 @@ class _Bench:
         streams = [n for n in ladder(self._max_seqs) if n in (1, self._max_seqs) or n & (n - 1) == 0]
         rows = sorted({*ladder(self.max_tokens), *(n for n in streams if n <= self.max_tokens)})
         points = [Point("rows", n, self.rows_ms) for n in rows]
-        streams = [n for n in streams if n in rows]
-        points += [Point("streams", n, self.streams_ms) for n in streams]
-        some = max(n for n in streams if n <= SOME_STREAMS)
-        points.append(Point("sampled", some, self.sampled_ms))
-        points += [Point("rest", n, self.rest_ms) for n in streams]
-        far = self.long_streams and self.long_context >= 2 * self.context
-        if far:
+        if self.long_streams and self.long_context >= 2 * self.context:
             points += [Point("long", n, self.long_ms) for n in (1, self.long_rows)]
         if self._drafter:
             features = min(PIECE, self._drafter.ring or PIECE, self._extents[0].size, self.context + self.max_tokens)
-            points += [Point("draft", n, self.draft_ms) for n in streams]
-            points += [Point("after", n, self.after_ms) for n in streams]
-            points += [Point("slot", n, self.slot_ms) for n in streams]
+            points += [Point("draft", n, self.draft_ms) for n in streams if n in rows]
+            points += [Point("slot", n, self.slot_ms) for n in streams if n in rows]
             points.append(Point("features", features, self.features_ms))
-            if far:
-                points.append(Point("long draft", 1, self.long_draft_ms))
         # large ones first: what a pass of 512 rows leaves in the processor's caches would cost a small one after it a
         # quarter of its time, for longer than it is run before it counts
         return sorted(points, key=lambda point: -point.size)
 
-    def _streams(self, count: int, context: int = 0, temperature: float = 0.0) -> list[Stream]:
+    def _streams(self, count: int, context: int = 0) -> list[Stream]:
         request = GenerationRequest(
             request_id="profile",
             prompt_ids=(0,) * ((context or self.context) + 1),
-            sampling=SamplingParams(max_tokens=1 << 20, temperature=temperature),
+            sampling=SamplingParams(max_tokens=1 << 20, temperature=0.0),
         )
         streams = [Stream(request, self._target.vocab_size, self.gamma, frozenset(), None) for _ in range(count)]
         for i, stream in enumerate(streams):
@@ -428,29 +367,13 @@ class _Bench:
         """Some streams with that many rows each, deep in a long context."""
         return self._verify_ms(self._streams(self.long_streams, self.long_context), tokens - 1)
 
-    def streams_ms(self, count: int) -> float:
-        """That many streams with a row each."""
-        return self._verify_ms(self._streams(count), 0)
-
-    def sampled_ms(self, count: int) -> float:
-        """As `streams_ms`, with a temperature."""
-        return self._verify_ms(self._streams(count, temperature=1.0), 0)
-
-    def rest_ms(self, count: int) -> float:
-        """A plain round of that many streams, without its pass."""
-        return self._round(count, 0).rest_ms
-
     def draft_ms(self, count: int) -> float:
-        """A round that drafts whole blocks for that many streams and verifies nothing, without its pass."""
-        return self._round(count, self.gamma).rest_ms
-
-    def after_ms(self, count: int) -> float:
-        """That round's pass."""
-        return self._round(count, self.gamma).pass_ms
+        """Drafting whole blocks for that many streams, in a round that verifies nothing."""
+        return self._draft_ms(count, self.gamma)
 
     def slot_ms(self, count: int) -> float:
-        """As `draft_ms` with the first token of each block only."""
-        return self._round(count, 1).rest_ms
+        """The same with the first token of each block only."""
+        return self._draft_ms(count, 1)
 
     def features_ms(self, count: int) -> float:
         """Context features of so many positions of one stream."""
@@ -469,46 +392,15 @@ class _Bench:
         width = len(self._target.tap_layers) * self._target.hidden_size
         return torch.zeros(count, width, dtype=self._target.dtype, device=self._target.device)
 
-    def long_draft_ms(self, count: int) -> float:
-        """As `draft_ms`, deep in a long context."""
-        return self._round(count, self.gamma, self.long_context).rest_ms
-
-    def _round(self, count: int, slots: int, context: int = 0) -> _Round:
-        """A real round."""
-        models = Models(
-            target=self._target,
-            target_kv=self._target_kv,
-            drafter=self._drafter,
-            drafter_kv=self._drafter_kv,
-            calibration=Calibration(),
-            history=AcceptanceHistory(self.gamma),
-            controller=Controller(self.gamma, ANY_CURVE),
-        )
-        models.controller.costs = self._any_costs  # a service remembers its tables, too
-        streams = self._streams(count, context)
-        if slots:  # what the drafter is handed in a round
-            taps = self._taps(count)
-            for i, stream in enumerate(streams):
-                stream.backlog.add(taps, i, 1, stream.position - 1)
-        rounds = EagerRounds(models, _DraftOnly(slots))
+    def _draft_ms(self, count: int, slots: int) -> float:
+        """After a pass, which leaves the drafter's weights where a round finds them, and what it is handed of that."""
+        assert self._drafter is not None
+        assert self._drafter_kv is not None
+        streams, taps = self._streams(count), self._taps(count)
+        for i, stream in enumerate(streams):
+            stream.backlog.add(taps, i, 1, stream.position - 1)
+        self._verify_ms(streams, 0)
         begun = time.perf_counter()
-        committed = rounds.decode(streams)
-        took_ms = (time.perf_counter() - begun) * 1e3
-        assert committed[0].round is not None
-        pass_ms = committed[0].round.t_verify_ms
-        return _Round(pass_ms, took_ms - pass_ms)
-
-
-class _DraftOnly:
-    """Drafts so many tokens for everybody and verifies none."""
-
-    looks_up: ClassVar[bool] = False
-
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
-
-    def slots(self, gamma: int) -> int | None:
-        return self._slots
-
-    def lengths(self, candidates: Sequence[Candidate], cost: RoundCost, price: float) -> list[int]:
-        return [0] * len(candidates)
+        hand_over([(s.extent, s.backlog) for s in streams], self._drafter, self._drafter_kv)
+        draft(self._drafter, self._drafter_kv, streams, Calibration(), AcceptanceHistory(self.gamma), slots)
+        return (time.perf_counter() - begun) * 1e3

@@ -492,7 +492,7 @@ class EngineThread:
         if tightest_ms < float("inf"):
             budget_ms = min(budget_ms, SAFE * tightest_ms - self._rounds.plain_ms(decoding)(len(decoding)))
         costs = self._models.controller.costs
-        passes_ms = costs.pass_ms(np.array(costs.curve.tokens), Company(1, max(position, costs.curve.context)))
+        passes_ms = costs.round_ms(Company(1, max(position, costs.curve.context)), np.array(costs.curve.tokens))
         fitting = [n for n, ms in zip(costs.curve.tokens, passes_ms, strict=True) if costs.pace * ms <= budget_ms]
         return max([PREFILL_LEAST, *fitting])
 

@@ -2,8 +2,7 @@
 
 *Ours*, not the paper's: the set of streams and the block length with the most expected tokens a second are taken. If
 none is better than plain decoding, nobody is drafted for. A small share of time goes to looks: rounds that are run
-another way than the best one, so that wrong costs or promises are found out. Decisions depend on past rounds alone, so
-they are lossless under every verification.
+another way than the best one, so that wrong costs or promises are found out. See docs/decisions/037.
 
 Symbols: R streams, m of them may be drafted for, γ the block's size, T thresholds.
 """
@@ -19,7 +18,6 @@ from dspark_stream.load.acceptance import THRESHOLDS, Acceptance, Past
 from dspark_stream.load.costs import CostTable, Shape
 from dspark_stream.load.curve import CapacityCurve, Company
 
-# What was tried instead is in docs/decisions/037.
 HOLD = 8
 """Rounds between two decisions while the streams are the same ones."""
 SHARE = 0.02
@@ -65,12 +63,9 @@ class Controller:
         self._gamma = gamma
         self.costs = CostTable(curve)
         self.acceptance = Acceptance(gamma)
+        self._plan, self._left = Plan((), 0, 0.0), 0  # and for how many rounds
         self._for: tuple[Past | None, ...] = ()
-        self._plan = Plan((), 0, 0.0)
-        self._left = 0
-        """Rounds for which the plan still holds."""
-        self._saved_ms = 0.0
-        """What looks may lose now."""
+        self._may_lose_ms = 0.0
         self._looked: dict[tuple[str, int], int] = {}
         """How often each kind was looked at, with streams of so many bits."""
 
@@ -86,32 +81,31 @@ class Controller:
         """
         present = tuple(pasts)
         if present != self._for or self._left == 0:
-            self._plan, self._left = self._decide(present, company, looks)
-            self._for = present
+            self._for, self._left = present, HOLD
+            self._plan = self._decide(present, company, looks)
         self._left -= 1
         return self._plan
 
-    def _decide(self, pasts: Sequence[Past | None], company: Company, looks: bool) -> tuple[Plan, int]:
-        """A plan, and the rounds for which it holds."""
+    def _decide(self, pasts: Sequence[Past | None], company: Company, looks: bool) -> Plan:
         streams, plain_ms = len(pasts), self.costs.plain_ms(company)
         rate = streams / plain_ms
         plain = _Choice(Plan([False] * streams, 0, rate, [0.0] * streams), rate, plain_ms)
-        may = [r for r, past in enumerate(pasts) if past is not None]
+        may = {r: past for r, past in enumerate(pasts) if past is not None}
         if not may:
-            return plain.plan, HOLD
-        drafts, whole = self._drafts([past for past in pasts if past is not None], may, company)
+            return plain.plan
+        drafts, whole = self._drafts(may, company)
         best = drafts if drafts.rate > plain.rate else plain
         look = self._look(best, {"plain": plain, "drafts": drafts, "whole": whole}, streams) if looks else None
         if look is None:
-            return best.plan._replace(price=best.rate), HOLD
+            return best.plan
+        self._left = 1
         # a price near zero: everything is worth its time, so that the whole block is verified
-        price = best.rate * (1e-3 if look is whole else 1.0)
-        return look.plan._replace(price=price, promised=()), 1
+        return look.plan._replace(price=best.rate * (1e-3 if look is whole else 1.0), promised=())
 
-    def _drafts(self, pasts: Sequence[Past], may: Sequence[int], company: Company) -> tuple[_Choice, _Choice]:
+    def _drafts(self, may: dict[int, Past], company: Company) -> tuple[_Choice, _Choice]:
         """The best set of streams and block length; and a whole block of the stream that drafted least."""
         streams, gamma, costs = company.streams, self._gamma, self.costs
-        alone, rows = expected = self.acceptance.expected(pasts)  # [m, T, γ]
+        alone, rows = expected = self.acceptance.expected(list(may.values()))  # [m, T, γ]
         order = (THRESHOLDS[:, None] * rows - alone).argsort(axis=0)
         accepted, verified = np.take_along_axis(expected, order[None], axis=1).cumsum(axis=1)
         drafting, slots = np.arange(1.0, len(may) + 1)[:, None, None], np.arange(1.0, gamma + 1)
@@ -119,31 +113,30 @@ class Controller:
         rates = (streams + accepted) / ms
 
         n, t, g = (int(i) for i in np.unravel_index(int(rates.argmax()), rates.shape))
-        rate = float(rates[n, t, g])
+        rate, best = float(rates[n, t, g]), set(order[: n + 1, t, g].tolist())
         spent = rate * float(costs.curve.drafting_ms(n + 1, g + 1)) / (n + 1)
-        promised = {may[i]: float(alone[i, t, g]) - spent for i in order[: n + 1, t, g]}
-        plan = Plan(
-            [r in promised for r in range(streams)], g + 1, rate, [promised.get(r, 0.0) for r in range(streams)]
-        )
-        drafts = _Choice(plan, rate, float(ms[n, t, g]))
+        promised = {r: float(alone[i, t, g]) - spent for i, r in enumerate(may) if i in best}
+        everyone = range(streams)
+        plan = Plan([r in promised for r in everyone], g + 1, rate, [promised.get(r, 0.0) for r in everyone])
 
-        seldom = min(range(len(may)), key=lambda i: pasts[i].ledger.count)
-        plan = Plan([r == may[seldom] for r in range(streams)], gamma, rate)
+        i, seldom = min(enumerate(may), key=lambda place: may[place[1]].ledger.count)
         one_ms = costs.ms(Shape(company, 1, gamma, streams + gamma))
-        return drafts, _Choice(plan, (streams + float(alone[seldom, 0, -1])) / one_ms, one_ms)
+        whole = _Choice(
+            Plan([r == seldom for r in everyone], gamma, 0.0), (streams + float(alone[i, 0, -1])) / one_ms, one_ms
+        )
+        return _Choice(plan, rate, float(ms[n, t, g])), whole
 
     def _look(self, best: _Choice, choices: dict[str, _Choice], streams: int) -> _Choice | None:
-        """The kind that was looked at least, if enough is saved up; the n-th look of a kind needs n times its cost."""
-        others = {kind: choice for kind, choice in choices.items() if choice.plan[:2] != best.plan[:2]}
-        if not others:
+        """The kind that was looked at least, if it may be lost; the n-th look of a kind needs n times its loss."""
+        looked = {
+            (kind, streams.bit_length()): choice for kind, choice in choices.items() if choice.plan[:2] != best.plan[:2]
+        }
+        kind = min(looked, key=lambda kind: self._looked.get(kind, 0))
+        look, times = looked[kind], 1 + self._looked.get(kind, 0)
+        if self._may_lose_ms < times * look.ms * max(SHARE, 1.0 - look.rate / best.rate):
             return None
-        looked = {kind: self._looked.get((kind, streams.bit_length()), 0) for kind in others}
-        kind = min(looked, key=looked.__getitem__)
-        look, times = others[kind], 1 + looked[kind]
-        if self._saved_ms < times * look.ms * max(SHARE, 1.0 - look.rate / best.rate):
-            return None
-        self._saved_ms = 0.0
-        self._looked[kind, streams.bit_length()] = times
+        self._may_lose_ms = 0.0
+        self._looked[kind] = times
         return look
 
     def learn(
@@ -154,11 +147,13 @@ class Controller:
         accepted: Sequence[int],
         shape: Shape,
         ms: float,
+        late_ms: float = 0.0,
     ) -> None:
         """Learn from a round: each stream's promises (empty if it did not draft), verified and accepted tokens; its
-        time."""
+        time, and what catching up took besides."""
         for past, survival, length, took in zip(pasts, survivals, lengths, accepted, strict=True):
             if past is not None:
                 self.acceptance.learn(past, survival, length, took)
-        self._saved_ms += SHARE * ms / self.costs.pace
+        lost_ms = 0.0 if self._plan.promised else late_ms  # where drafting pays, catching up does
+        self._may_lose_ms += (SHARE * ms - lost_ms) / self.costs.pace
         self.costs.learn(shape, ms)

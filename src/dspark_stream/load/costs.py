@@ -64,7 +64,7 @@ class CostTable:
 
     def round_ms(self, company: Company, batch_tokens: Array, drafting: Any = 0, slots: Any = 0) -> Array:
         """Rounds over so many tokens that draft so many slots for so many streams; all broadcast."""
-        ms = self.curve.pass_ms(batch_tokens, company) + self.curve.beside_ms(company.streams)
+        ms = self.curve.pass_ms(batch_tokens, company)
         over = np.interp(np.log(batch_tokens), self._sizes, self._by_size)
         if np.any(drafting):
             ms = ms + self.curve.drafting_ms(drafting, slots)
@@ -78,8 +78,7 @@ class CostTable:
 
     def round_cost(self, company: Company, drafting: int, slots: int, looked_up: int = 0) -> RoundCost:
         """What a round costs, for every B that it could have; ``looked_up``: tokens that may be verified besides."""
-        streams, position, sampled = company
-        near = Company(streams, 32 * round(position / 32), round(16 * sampled) / 16)  # so that answers are found again
+        near = company._replace(position=32 * round(company.position / 32))  # so that answers are found again
         return self._costs(near, drafting, slots, looked_up)
 
     def _cost(self, company: Company, drafting: int, slots: int, looked_up: int) -> RoundCost:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 LEAST_OF_BASE = 0.25
-"""Share of a measured time that is left at least for a shorter context or fewer slots: slopes may be measured wrong."""
+"""Share of a measured time that is left at least for a shorter context: its slope may be measured wrong."""
 
 
 class Company(NamedTuple):
@@ -23,59 +23,43 @@ class Company(NamedTuple):
 
     streams: int
     position: float
-    """p̄: passes and drafts cost more the more context they read."""
-    sampled: float = 0.0
-    """Share of the streams that have a temperature."""
+    """p̄: passes cost more the more context they read."""
 
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a round's parts, measured at streams that hold ``context`` positions; linear between points.
+    """Milliseconds of a round's two large parts, measured at streams that hold ``context`` positions.
 
-    A round is drafting (its context features included), a target pass with acceptance, and the rest. All lists over
-    ``streams`` may be left empty for nothing.
+    A round is drafting (its context features included) and a target pass with acceptance. Linear between points.
+    What else differs, say between one stream's rows and many streams', is less, and learnt (costs.py).
     """
 
     tokens: list[int]
     verify_ms: list[float]
-    """A target pass over that many ``tokens`` of one stream."""
+    """A pass over that many ``tokens``."""
     streams: list[int]
-    stream_ms: list[float]
-    """What the same pass costs more when its tokens belong to that many ``streams``."""
     draft_ms: list[float]
     """Drafting whole blocks for that many ``streams``."""
     slot_ms: list[float] = []
-    """Of ``draft_ms``, what every slot after the first takes."""
-    rest_ms: list[float] = []
-    """A round of that many ``streams`` outside drafting and the pass: committing, text, hand-over."""
+    """Of ``draft_ms``, what every slot after the first takes; empty for nothing."""
     gamma: int = 1
     context: int = 0
     read_us: float = 0.0
     """Microseconds that a position of a stream's context costs a pass, however many rows the stream has."""
     attend_us: float = 0.0
     """Microseconds that it costs for every row."""
-    sample_us: float = 0.0
-    """Microseconds that every row of a stream with a temperature costs a pass beyond a greedy one, whatever its
-    verification."""
     feature_us: float = 0.0
     """Microseconds that a position takes whose context features are handed over late."""
 
     def pass_ms(self, batch_tokens: Any, company: Company) -> Any:
         """A target pass over B tokens; B may be an array."""
-        rows = np.asarray(batch_tokens)
-        base = interpolated(self.tokens, self.verify_ms, rows)
-        base = base + interpolated(self.streams, self.stream_ms, company.streams)
-        read_us = self.read_us * company.streams + self.attend_us * rows
-        context_ms = 1e-3 * (company.position - self.context) * read_us
-        return np.maximum(base + context_ms, LEAST_OF_BASE * base) + 1e-3 * self.sample_us * company.sampled * rows
+        base = interpolated(self.tokens, self.verify_ms, batch_tokens)
+        read_us = self.read_us * company.streams + self.attend_us * np.asarray(batch_tokens)
+        return np.maximum(base + 1e-3 * (company.position - self.context) * read_us, LEAST_OF_BASE * base)
 
     def drafting_ms(self, drafting: Any, slots: Any) -> Any:
         """Drafting ``slots`` tokens for so many streams, at least one; both may be arrays."""
         spared = interpolated(self.streams, self.slot_ms, drafting) * (self.gamma - np.asarray(slots))
         return interpolated(self.streams, self.draft_ms, drafting) - spared
-
-    def beside_ms(self, streams: int) -> float:
-        """The rest of a round of R streams."""
-        return float(interpolated(self.streams, self.rest_ms, streams))
 
 
 def interpolated(xs: Sequence[int], ys: Sequence[float], x: Any) -> Any:
