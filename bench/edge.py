@@ -24,7 +24,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import msgspec
@@ -289,13 +289,16 @@ class Bench:
         asked = [prompts[i % len(prompts)] for i in range(count)]
         # lengths less or more a half, evenly: streams of one length would all end in the same round
         tokens = [max(1, round(self.tokens * (0.5 + i * GOLDEN % 1.0))) for i in range(count)]
-        turns = [v for v in self.one if v is not ONE and (sampled or not v.sampled)]
-        first = repeat % len(turns)
-        for variant in turns[first:] + turns[:first]:
-            answer = self.written(variant, asked, tokens, repeat, streams)
-            total = sum(map(len, answer["ids"])) / answer["seconds"]
-            self.figures.note(IN_ALL, variant.name, total, repeat, str(streams))
-            self.figures.note(LENGTH, variant.name, answer["accepted_length"], repeat, str(streams))
+        for pair in ((PLAIN, ADAPTIVE), (SAMPLED_PLAIN, SAMPLED))[: 1 + sampled]:
+            turns = [v for v in pair if v in self.one]
+            # there and back: a machine that becomes slower does so for both
+            answers = [(v, self.written(v, asked, tokens, repeat, streams)) for v in (*turns, *reversed(turns))]
+            for variant in turns:
+                own = [answer for v, answer in answers if v is variant]
+                written, seconds = sum(len(ids) for a in own for ids in a["ids"]), sum(a["seconds"] for a in own)
+                length = fmean(a["accepted_length"] for a in own)
+                self.figures.note(IN_ALL, variant.name, written / seconds, repeat, str(streams))
+                self.figures.note(LENGTH, variant.name, length, repeat, str(streams))
         self.memory_gives()
 
     def passes(self, repeat: int) -> None:
