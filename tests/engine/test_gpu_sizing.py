@@ -7,10 +7,10 @@ import itertools
 import pytest
 
 from dspark_stream.decoding.schedule import Adaptive, EarlyStop, Fixed, Schedule, Threshold
-from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.engine.captured.graphs import Size, row_ladder
 from dspark_stream.engine.captured.sizing import Sizing
 from dspark_stream.engine.stream import Stream
+from dspark_stream.load.acceptance import Acceptance
 from tiny import request
 
 GAMMA = 4
@@ -31,7 +31,7 @@ class Ladder:
 
 
 def sizing(draft_ms: float = 0.1, row_ms: float = 0.0, schedule: Schedule | None = None) -> Sizing:
-    return Sizing(Ladder(draft_ms, row_ms), schedule or Adaptive(), AcceptanceHistory(GAMMA))
+    return Sizing(Ladder(draft_ms, row_ms), schedule or Adaptive(), Acceptance(GAMMA))
 
 
 def streams(count: int = 4, mode: str = "dspark") -> list[Stream]:
@@ -45,7 +45,7 @@ def show(chooser: Sizing, company: list[Stream], survival: list[float], rounds: 
     """Rounds whose drafts promised ``survival`` and kept it."""
     for _ in range(rounds):
         for stream in company:
-            chooser.saw_drafts(stream, survival, GAMMA, round(sum(survival)))
+            chooser._acceptance.learn(stream.past, survival, GAMMA, round(sum(survival)))
 
 
 def test_rows_follow_promises_and_costs():
@@ -77,7 +77,7 @@ def test_promises_that_are_not_kept_count_less():
     chooser, company = sizing(draft_ms=0.5), streams()
     for _ in range(400):
         for stream in company:
-            chooser.saw_drafts(stream, GOOD, GAMMA, 0)
+            chooser._acceptance.learn(stream.past, GOOD, GAMMA, 0)
     assert not chooser.choose(company).drafting
 
 
@@ -115,10 +115,3 @@ def test_schedules_with_a_length_of_their_own():
     assert len(table) == 21
     assert table == sorted(table, reverse=True)
     assert table[20] == pytest.approx(1000 / 21.1)
-
-
-def test_who_has_gone_is_forgotten():
-    chooser, company = sizing(), streams()
-    show(chooser, company, GOOD)
-    chooser.keep(company[:1])
-    assert list(chooser._expected) == company[:1]

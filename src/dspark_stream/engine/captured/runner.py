@@ -140,7 +140,7 @@ class CapturedRounds:
         parts = _on_torch(models, candidates, longest)
         self.state = RoundState(seats, gamma, seats * (gamma + 1), device)
         self.ladder = RoundLadder(parts, self.state, replace=replace)
-        self.sizing = Sizing(self.ladder, schedule, models.history)
+        self.sizing = Sizing(self.ladder, schedule, models.controller.acceptance)
         pinned = device.type == "cuda"
         width = self.state.outcome.shape[1]
         self._hosts = [
@@ -207,7 +207,6 @@ class CapturedRounds:
 
     def _seat(self, streams: list[Stream]) -> None:
         self._seated = streams
-        self.sizing.keep(streams)
         self.state.bind([self.seat_of(s) for s in streams])
         if (table := self.sizing.steps_a_second(len(streams))) is not None:
             self.state.sps[: len(table)].copy_(torch.tensor(table))
@@ -270,7 +269,8 @@ class CapturedRounds:
             if stream.drafts and flight.size.drafting:
                 confidence = [a / b if b > 0 else 0.0 for a, b in zip(survival, [1.0, *survival], strict=False)]
                 block = Block(tokens, confidence, survival)
-                self.sizing.saw_drafts(stream, survival, length, accepted)
+                if stream.past is not None:
+                    self.models.controller.acceptance.learn(stream.past, survival, length, accepted)
             judged.append(Judged(stream, block, length, Outcome(accepted, bonus)))
         timings = Timings(0.0, round_ms)  # one graph: its parts are not timed apart
         history, streams = self.models.history, len(flight.streams)

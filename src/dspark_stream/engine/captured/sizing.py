@@ -15,17 +15,15 @@ from collections.abc import Sequence
 from math import inf
 from statistics import median
 
+import numpy as np
+
 from dspark_stream.decoding.schedule import EarlyStop, Fixed, Schedule, Threshold
-from dspark_stream.decoding.survival import AcceptanceHistory, prefix_survival
 from dspark_stream.engine.captured.graphs import RoundLadder, Size
 from dspark_stream.engine.stream import Stream
+from dspark_stream.load.acceptance import Acceptance
 
 WORTHWHILE = 1.02
 """Drafting must promise so many times the throughput of leaving it out."""
-MEMORY = 0.2
-"""Weight of a stream's newest survivals in what its next ones are expected to be."""
-FADE = 0.995
-"""What promises and acceptances of all streams keep of their weight, a drafted round of a stream."""
 FIRST_WAIT, LONGEST_WAIT = 32, 1024
 """Rounds without drafts until one is drafted only to look; doubled by every look that changes nothing."""
 TIMES = 9
@@ -33,24 +31,20 @@ TIMES = 9
 
 
 class Sizing:
-    """Chooses; told of every round that was read.
+    """Chooses; told what every round took.
 
     Args:
         ladder: the captured sizes and their times.
         schedule: which one holds; it may be changed.
-        history: acceptance by position, for streams that have not been drafted for yet.
+        acceptance: what drafts have been like, of every stream.
     """
 
-    def __init__(self, ladder: RoundLadder, schedule: Schedule, history: AcceptanceHistory) -> None:
-        self._ladder, self.schedule, self._history = ladder, schedule, history
-        self._expected: dict[Stream, list[float]] = {}
-        self._promised = self._accepted = 10.0  # in all, fading: what a promise has been worth
+    def __init__(self, ladder: RoundLadder, schedule: Schedule, acceptance: Acceptance) -> None:
+        self._ladder, self.schedule, self._acceptance = ladder, schedule, acceptance
         self._beyond: dict[bool, deque[float]] = {drafting: deque(maxlen=TIMES) for drafting in (True, False)}
         self._idle, self._wait = 0, FIRST_WAIT
         self.probes = 0
         """Rounds that were drafted only to look."""
-
-    # --- choosing --------------------------------------------------------------------------------------------
 
     def choose(self, streams: Sequence[Stream], slowest_ms: float = inf) -> Size:
         """The next round's size for these streams; one that takes no longer than ``slowest_ms``, if there is one."""
@@ -82,10 +76,9 @@ class Sizing:
 
     def _best(self, offered: Sequence[Size], drafting: Sequence[Stream], count: int) -> tuple[Size, float]:
         """The size that promises most committed tokens a millisecond, and how many."""
-        past = prefix_survival(self._history.confidence())
-        worth = min(1.0, self._accepted / self._promised)
-        promised = sorted((worth * a for s in drafting for a in self._expected.get(s, past)), reverse=True)
-        rates = [(count + sum(promised[: size.rows - count])) / self.ms(size) for size in offered]
+        accepted = self._acceptance.expected([s.past for s in drafting if s.past is not None])[0, :, 0]  # [m, γ]
+        promised = np.sort(np.diff(accepted, prepend=0.0), axis=None)[::-1]
+        rates = [(count + float(promised[: size.rows - count].sum())) / self.ms(size) for size in offered]
         most = max(rates)
         return offered[rates.index(most)], most
 
@@ -110,22 +103,7 @@ class Sizing:
             return None
         return [1000.0 / next(ms for rows, ms in steps if rows >= b) for b in range(steps[-1][0] + 1)]
 
-    # --- learning --------------------------------------------------------------------------------------------
-
-    def keep(self, streams: Sequence[Stream]) -> None:
-        """Forget all other streams."""
-        self._expected = {s: a for s, a in self._expected.items() if s in streams}
-
     def saw_round(self, size: Size, ms: float) -> None:
         """A round followed another one at once and took so long."""
         if (measured := self._ladder.round_ms.get(size)) is not None:
             self._beyond[size.drafting].append(max(0.0, ms - measured))
-
-    def saw_drafts(self, stream: Stream, survival: Sequence[float], verified: int, accepted: int) -> None:
-        """One stream's drafts in a round: what they promised, how many went to the target and stood."""
-        before = self._expected.get(stream)
-        self._expected[stream] = (
-            [*survival] if before is None else [b + MEMORY * (a - b) for a, b in zip(survival, before, strict=True)]
-        )
-        self._promised = FADE * self._promised + sum(survival[:verified])
-        self._accepted = FADE * self._accepted + accepted
