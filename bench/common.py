@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from dspark_kernels.cpu import cpu_name
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 
 
 class Stored(msgspec.Struct):

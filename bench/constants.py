@@ -29,7 +29,7 @@ TRIED: list[tuple[str, list[ModuleType], list[object]]] = [
     ("GAIN", [costs], [0.1, 0.4]),
     ("MOST", [costs], [0.12, 0.5, 9.0]),
     ("BLOCKS", [acceptance], [16, 64]),
-    ("LEAN", [acceptance], [4.0, 16.0]),
+    ("LEAN", [acceptance], [2.0, 8.0]),
     ("HOPE", [acceptance], [0.7, 0.85]),
     ("THRESHOLDS", [acceptance, controller], [np.array([0.0]), np.array([0.0, 0.05, 0.12, 0.22, 0.35, 0.5, 0.7])]),
 ]

@@ -22,7 +22,7 @@ from dspark_stream.engine.captured.runner import CapturedRounds
 from dspark_stream.engine.rounds import Models
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.models.cache import Extent
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.torch.drafter import Drafter, backbone_config

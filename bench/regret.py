@@ -49,8 +49,7 @@ from dspark_stream.engine.context import HANDED_A_ROUND
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Controller, Plan
-from dspark_stream.load.costs import CostTable, Shape
-from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.costs import CapacityCurve, Company, CostTable, Shape
 from dspark_stream.measure.evaluate import Prompt, read_prompts
 from dspark_stream.measure.plot import Series, line_chart
 from dspark_stream.measure.sweep import shipped_prompts
@@ -283,7 +282,7 @@ def engine_like(line: Sequence[Sequence[Seat]], machine: Machine, schedule: Sche
             if row:
                 late_ms += 1e-3 * machine.true.curve.feature_us * owed.pop(past, 0)
             owed[past] = min(owed.get(past, 0) + 1 + accepted, HANDED_A_ROUND)
-        controller.learn(pasts, drafted, lengths, took, shape, round_ms * swing(), late_ms)
+        controller.learn(zip(pasts, drafted, lengths, took, strict=True), shape, round_ms * swing(), late_ms)
         if 2 * step >= len(line):
             tokens, ms = tokens + streams + sum(took), ms + round_ms + late_ms
     return tokens / ms

@@ -23,8 +23,7 @@ from dspark_stream.config import default_cache_dir
 from dspark_stream.decoding.schedule import Adaptive, Candidate
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.costs import Shape
-from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.costs import CapacityCurve, Company, Shape
 
 
 def newest_curve() -> CapacityCurve:

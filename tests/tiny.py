@@ -14,7 +14,7 @@ from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.engine.worker import EngineThread
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.drafter_config import DrafterConfig
 from dspark_stream.models.tokenizer import TokenBytes
@@ -26,7 +26,7 @@ from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
 
 VOCAB = 48
 GAMMA = 4
-FLAT = CapacityCurve(tokens=[1, 64], verify_ms=[1.0, 2.0], streams=[1, 16], stream_ms=[0.0, 0.1], draft_ms=[0.1, 0.2])
+FLAT = CapacityCurve(tokens=[1, 64], verify_ms=[1.0, 2.0], streams=[1, 16], draft_ms=[0.1, 0.2])
 """A machine on which drafting nearly always pays."""
 
 

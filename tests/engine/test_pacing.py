@@ -12,13 +12,11 @@ from dspark_stream.decoding.schedule import Adaptive
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.pacing import pace
 from dspark_stream.errors import InvalidRequestError
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.types import TokensEvent
 from tiny import GAMMA, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
-CURVE = CapacityCurve(
-    tokens=[1, 64], verify_ms=[10.0, 640.0], streams=[1, 16], stream_ms=[0.0, 0.0], draft_ms=[0.1, 0.2], gamma=GAMMA
-)
+CURVE = CapacityCurve(tokens=[1, 64], verify_ms=[10.0, 640.0], streams=[1, 16], draft_ms=[0.1, 0.2], gamma=GAMMA)
 """Ten milliseconds a token."""
 
 
@@ -107,8 +105,6 @@ def test_prompt_chunks_shrink_for_a_bound():
 
 def test_prompt_chunks_shrink_with_how_far_a_prompt_has_been_read():
     """Guards against a pass at position 6,000 that takes many times what it would at the beginning."""
-    curve = CapacityCurve(
-        tokens=[1, 16, 64], verify_ms=[1.0, 10.0, 40.0], streams=[1], stream_ms=[0.0], draft_ms=[0.1], attend_us=1.0
-    )
+    curve = CapacityCurve(tokens=[1, 16, 64], verify_ms=[1.0, 10.0, 40.0], streams=[1], draft_ms=[0.1], attend_us=1.0)
     engine = tiny_engine(tiny_rounds(capacity=curve))
     assert [engine._chunk([], position) for position in (0, 3000, 4000, 9000, 10**6)] == [64, 64, 16, 16, 16]

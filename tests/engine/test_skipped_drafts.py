@@ -12,7 +12,7 @@ from dspark_stream.decoding.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.engine import context as contexts
 from dspark_stream.engine.context import Backlog, hand_over, room
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.models.cache import Extent
 from dspark_stream.types import TokensEvent
 from tiny import FLAT, GAMMA, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
@@ -146,9 +146,7 @@ def test_the_first_round_after_a_rest_is_compared_with_none():
     assert seen.count("round") > 6
 
 
-STEEP = CapacityCurve(
-    tokens=[1, 64], verify_ms=[1.0, 64.0], streams=[1, 16], stream_ms=[0.0, 0.1], draft_ms=[5.0, 80.0], gamma=GAMMA
-)
+STEEP = CapacityCurve(tokens=[1, 64], verify_ms=[1.0, 64.0], streams=[1, 16], draft_ms=[5.0, 80.0], gamma=GAMMA)
 
 
 @pytest.mark.parametrize("schedule", [Adaptive(), Lagged()])

@@ -18,7 +18,7 @@ from dspark_stream.commands.program import main
 from dspark_stream.config import Config
 from dspark_stream.decoding.calibration import load_calibration
 from dspark_stream.errors import ConfigError, InternalError, ModelLoadError
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.models.names import MODELS
 from dspark_stream.types import RecommendedSampling
 from fakes import FakeEngine, FakeTokenizer, Script, model_info
@@ -341,15 +341,13 @@ def test_profile_prints_what_rounds_cost_and_draws_it(loaded, monkeypatch, tmp_p
     def load(config, *, quiet=False, measure_again=False):
         asked.append(measure_again)
         engine = FakeEngine()
-        engine.capacity = CapacityCurve(
-            tokens=[1, 4], verify_ms=[5.0, 8.0], streams=[1], stream_ms=[0.0], draft_ms=[1.0], rest_ms=[0.25]
-        )
+        engine.capacity = CapacityCurve(tokens=[1, 4], verify_ms=[5.0, 8.0], streams=[1], draft_ms=[1.0])
         return engine, FakeTokenizer()
 
     monkeypatch.setattr(common, "load", load)
     picture = tmp_path / "new" / "curve.svg"
     assert main(["profile", "--again", "--plot", str(picture)]) == 0
-    assert "5.25" in capsys.readouterr().out  # a plain round
+    assert "2.00" in capsys.readouterr().out  # a token of four
     assert picture.read_text().startswith("<svg")
     if find_spec("PIL") is not None:
         assert main(["profile", "--plot", str(picture.with_suffix(".PNG"))]) == 0

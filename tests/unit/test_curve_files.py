@@ -11,7 +11,7 @@ import pytest
 from dspark_stream.console import SILENT, Progress
 from dspark_stream.engine import profile
 from dspark_stream.engine.profile import MOST_FILES, _forget_the_oldest, _Stored, _stored, load_or_measure
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.models.cache import ExtentAllocator
 from tiny import tiny_target
 
@@ -20,11 +20,8 @@ CURVE = CapacityCurve(
     tokens=[1, 2, 4, 8],
     verify_ms=[5.0, 5.5, 6.0, 9.0],
     streams=[1, 2, 4],
-    stream_ms=[0.0, 0.1, 0.2],
     draft_ms=[1.0, 1.5, 2.5],
-    after_draft_ms=[0.0, 0.1, 0.1],
     slot_ms=[0.1, 0.2, 0.2],
-    rest_ms=[0.1, 0.1, 0.3],
     gamma=7,
     context=256,
     read_us=0.1,
@@ -43,7 +40,7 @@ def kept(tmp_path, data):
 def test_a_curve_that_was_kept_is_taken(tmp_path):
     """Guards against machines that are measured at every start."""
     assert kept(tmp_path, msgspec.json.encode(_Stored(KEY, CURVE))) == (CURVE, "")
-    plain = msgspec.structs.replace(CURVE, gamma=0, draft_ms=[0.0] * 3, after_draft_ms=[], slot_ms=[])
+    plain = msgspec.structs.replace(CURVE, gamma=0, draft_ms=[0.0] * 3, slot_ms=[])
     assert kept(tmp_path, msgspec.json.encode(_Stored(KEY, plain))) == (plain, "")
 
 
@@ -77,7 +74,7 @@ def test_what_is_no_curve_is_measured_anew(tmp_path, data):
         {"tokens": [-1, 2, 4, 8]},
         {"tokens": [2**62 + i for i in range(4)]},
         {"tokens": [1, 2, 4, 2**62]},
-        {"streams": [], "stream_ms": [], "draft_ms": []},
+        {"streams": [], "draft_ms": []},
         {"streams": [1, 4, 2]},
         {"verify_ms": [5.0, 5.5, 6.0]},
         {"verify_ms": [0.0] * 4},
@@ -85,22 +82,18 @@ def test_what_is_no_curve_is_measured_anew(tmp_path, data):
         {"verify_ms": [1e308] * 4},
         {"verify_ms": [9.0, 6.0, 5.5, 5.0]},
         {"verify_ms": [95.0, 5.5, 6.0, 9.0]},
-        {"stream_ms": [0.0]},
-        {"stream_ms": [-1e9, 0.0, 0.0]},
+        {"draft_ms": [-1e9, 0.0, 0.0]},
         {"draft_ms": []},
         {"draft_ms": [1e300] * 3},
         {"slot_ms": []},
         {"slot_ms": [-1.0, 0.0, 0.0]},
-        {"after_draft_ms": [0.1]},
-        {"rest_ms": []},
         {"gamma": -1},
         {"gamma": 2**62},
         {"context": -5},
         {"feature_us": -1.0},
         {"attend_us": 1e9},
         {"read_us": -0.1},
-        {"sample_us": 1e300},
-        {"draft_window": -1},
+        {"read_us": 1e300},
     ],
     ids=str,
 )

@@ -23,8 +23,7 @@ from dspark_stream.decoding.schedule import (
     parse_schedule,
 )
 from dspark_stream.engine.profile import Point, _Bench, fit, ladder, monotone, sweep
-from dspark_stream.load.costs import CostTable, Shape
-from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.costs import CapacityCurve, Company, CostTable, Shape
 from dspark_stream.models.cache import ExtentAllocator
 
 rows = st.lists(
@@ -197,36 +196,31 @@ def test_ladder_and_monotone():
     assert monotone([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]
 
 
-CURVE = CapacityCurve(
-    tokens=[1, 4, 8], verify_ms=[10.0, 10.0, 18.0], streams=[1, 3], stream_ms=[0.0, 5.0], draft_ms=[2.0, 4.0]
-)
+CURVE = CapacityCurve(tokens=[1, 4, 8], verify_ms=[10.0, 10.0, 18.0], streams=[1, 3], draft_ms=[2.0, 4.0])
 
 
 def test_curve_between_and_beyond_its_points():
-    assert CURVE.round_ms(2, 1, 0) == 10.0
-    assert CURVE.round_ms(6, 1, 1) == pytest.approx(16.0)
-    assert CURVE.round_ms(10, 3, 2) == pytest.approx(22.0 + 5.0 + 3.0)
+    here = Company(1, 0.0)
+    assert CURVE.pass_ms([2, 6, 16], here) == pytest.approx([10.0, 14.0, 36.0])
+    assert CURVE.drafting_ms([1, 2, 3], 1) == pytest.approx([2.0, 3.0, 4.0])
+    costs = CostTable(CURVE)
+    assert costs.plain_ms(here) == 10.0
+    assert costs.round_cost(here, 1, 1).ms == pytest.approx([12.0, 12.0])
 
 
-def test_curve_knows_context_slots_and_the_rest():
-    """Two streams at position 300, measured at 100: 200 positions read once each and once for each of 5 rows."""
-    more = {"context": 100, "read_us": 10.0, "attend_us": 2.0, "draft_read_us": 5.0}
-    curve = msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], rest_ms=[1.0, 3.0], **more)
-    verify = 12.0 + 2.5 + (2 * 200 * 10.0 + 5 * 200 * 2.0) / 1e3
-    draft = 3.0 - 3 * 0.5 + 2 * 200 * 5.0 / 1e3
-    assert curve.round_ms(5, 2, 2, slots=1, position=300) == pytest.approx(verify + draft + 2.0)
+def test_curve_knows_context_and_slots():
+    """Two streams at position 288, measured at 100: 188 positions read once each and once for each row."""
+    curve = msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], context=100, read_us=10.0, attend_us=2.0)
     cost = CostTable(curve).round_cost(Company(2, 288.0), 2, 1)
-    assert cost.ms == pytest.approx([curve.round_ms(b, 2, 2, slots=1, position=288) for b in (2, 3, 4)])
+    draft = 3.0 - 3 * 0.5
+    assert cost.ms == pytest.approx([10.0 + (2 * 188 * 10.0 + b * 188 * 2.0) / 1e3 + draft for b in (2, 3, 4)])
     assert cost.first == 2
-    assert curve.beside_ms(2) == 2.0
 
 
 def test_all_choices_at_once_cost_what_each_of_them_does():
     """Guards against deciding by other costs than those that lengths are chosen by."""
-    more = {"context": 100, "read_us": 10.0, "attend_us": 2.0, "draft_read_us": 5.0, "after_draft_ms": [0.1, 0.4]}
-    more |= {"sample_us": 50.0}
-    curve = msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], rest_ms=[1.0, 3.0], **more)
-    costs, company = CostTable(curve), Company(3, 288.0, 0.5)
+    curve = msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], context=100, read_us=10.0, attend_us=2.0)
+    costs, company = CostTable(curve), Company(3, 288.0)
     for turn in range(40):  # and so it is once corrections were learnt
         shape = Shape(company, 2 * (turn // 4 % 2), 3 * (turn // 4 % 2), 9 if turn // 4 % 2 else 3)
         costs.learn(shape, costs.ms(shape) * (1.3 if shape.drafting else 1.0))
@@ -241,9 +235,8 @@ def test_all_choices_at_once_cost_what_each_of_them_does():
 
 def test_a_slope_that_was_measured_wrong_makes_nothing_free():
     """Guards against rounds that take no time at all before the position at which the curve was measured."""
-    curve = msgspec.structs.replace(CURVE, context=256, read_us=200.0, draft_read_us=200.0, gamma=4, slot_ms=[9.0, 9.0])
+    curve = msgspec.structs.replace(CURVE, context=256, read_us=200.0)
     assert curve.pass_ms(1, Company(1, 0.0)) == pytest.approx(2.5)
-    assert curve.drafting_ms(1, 1, Company(1, 0.0)) == pytest.approx(0.5)
 
 
 class Clock:
@@ -330,44 +323,25 @@ def test_measured_streams_have_room_for_what_is_measured_on_them():
 def test_fit_separates_what_was_measured_together():
     times = {
         "rows": {1: 10.0, 2: 9.0, 4: 14.0, 8: 20.0},
-        "streams": {1: 9.5, 2: 12.5, 4: 18.0},
-        "rest": {1: 0.5, 2: 0.7, 4: 0.6},
-        "draft": {1: 2.5, 2: 3.7, 4: 5.65},
-        "after": {1: 9.9, 2: 13.5, 4: 19.0},
-        "slot": {1: 1.3, 2: 1.9, 4: 2.65},
+        "draft": {1: 2.0, 2: 3.1, 4: 3.0},
+        "slot": {1: 0.8, 2: 1.3, 4: 0.0},
         "long": {1: 9.5 + 3.0 * 0.5, 8: 20.0 + (2.0 + 8.0) * 0.5},
-        "long draft": {1: 2.5 + 0.25},
-        "sampled": {4: 20.0},
         "features": {100: 0.7},
     }
     curve = fit(times, gamma=4, context=100, long_context=600)
     assert curve.tokens == [1, 2, 4, 8]
     assert curve.verify_ms == [9.5, 9.5, 14.0, 20.0]
-    assert curve.stream_ms == pytest.approx([0.0, 3.0, 4.0])
-    assert curve.rest_ms == pytest.approx([0.5, 0.65, 0.65])
-    assert curve.draft_ms == pytest.approx([2.0, 3.0, 5.05])
-    assert curve.after_draft_ms == pytest.approx([0.4, 1.0, 1.0])
+    assert curve.draft_ms == pytest.approx([2.0, 3.05, 3.05])
     assert curve.slot_ms == pytest.approx([0.4, 0.6, 1.0])
     assert curve.attend_us == pytest.approx(1.0)
     assert curve.read_us == pytest.approx(2.0)
-    assert curve.draft_read_us == pytest.approx(0.5)
-    assert curve.sample_us == pytest.approx(500.0)
-    times["long"] = {1: 18.0 + 4 * 3.0 * 0.5, 2: 24.0 + 4 * (2.0 + 2.0) * 0.5}  # four streams of one and of two rows
+    assert curve.feature_us == pytest.approx(7.0)
+    times["long"] = {1: 14.0 + 4 * 3.0 * 0.5, 2: 20.0 + 4 * (2.0 + 2.0) * 0.5}  # four streams of one and of two rows
     together = fit(times, gamma=4, context=100, long_context=600, long_streams=4)
     assert (together.attend_us, together.read_us) == pytest.approx((1.0, 2.0))
-    assert curve.feature_us == pytest.approx(7.0)
-    greedy, drawn = Company(2, 100.0), Company(2, 100.0, sampled=0.5)
-    assert curve.drafting_ms(2, 4, greedy) == pytest.approx(3.0 + 1.0)  # what it adds to the pass after it, too
-    assert curve.drafting_ms(2, 4, drawn) == curve.drafting_ms(2, 4, greedy)
-    assert curve.pass_ms(6, drawn) == pytest.approx(curve.pass_ms(6, greedy) + 1.5)
 
 
-def test_a_draft_costs_the_same_beyond_its_window():
-    """Guards against drafts that are priced out of long contexts by what a drafter with a window does not read."""
-    shape = {"tokens": [1, 8], "verify_ms": [1.0, 2.0], "streams": [1, 2], "stream_ms": [0.0, 0.1]}
-    curve = CapacityCurve(**shape, draft_ms=[1.0, 2.0], gamma=4, context=256, draft_read_us=1.0)
-    windowed = msgspec.structs.replace(curve, draft_window=512)
-    short, long, edge = (Company(1, position) for position in (400, 8192, 512))
-    assert windowed.drafting_ms(1, 4, short) == pytest.approx(curve.drafting_ms(1, 4, short))
-    assert windowed.drafting_ms(1, 4, long) == windowed.drafting_ms(1, 4, edge) == pytest.approx(1.256)
-    assert curve.drafting_ms(1, 4, long) == pytest.approx(1.0 + 7.936)
+def test_fit_of_a_model_without_a_drafter():
+    curve = fit({"rows": {1: 10.0, 2: 12.0}}, gamma=0, context=100, long_context=600)
+    assert (curve.streams, curve.draft_ms, curve.slot_ms) == ([1], [0.0], [])
+    assert CostTable(curve).plain_ms(Company(2, 100.0)) == 12.0

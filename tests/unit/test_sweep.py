@@ -10,7 +10,7 @@ import pytest
 
 from dspark_stream.console import SILENT
 from dspark_stream.engine.local import LocalEngine
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.measure.plot import Chart, Series, line_chart, ticks
 from dspark_stream.measure.profile import plot, table
 from dspark_stream.measure.reproduce import QUICK, Findings, Plan, report, run, swings, verdict
@@ -69,10 +69,8 @@ CURVE = CapacityCurve(
     tokens=[1, 8],
     verify_ms=[5.0, 12.0],
     streams=[1, 4],
-    stream_ms=[0.0, 1.0],
     draft_ms=[2.0, 4.0],
     slot_ms=[0.1, 0.2],
-    rest_ms=[0.3, 0.5],
     gamma=7,
     context=256,
     read_us=2.0,
@@ -205,8 +203,7 @@ def test_the_capacity_curve_as_a_table_and_a_picture():
     shown = table(CURVE)
     assert "12.00" in shown
     assert "1.50" in shown  # 12 ms over 8 tokens
-    assert "5.30" in shown  # a plain round of one stream
-    assert "1.40" in shown  # its draft of one slot
+    assert "1.40" in shown  # drafting a token for one stream
     ET.fromstring(plot(CURVE).svg())
 
 

@@ -11,7 +11,7 @@ from dspark_stream.decoding.lookup import COMPARED, Found
 
 KINDS = COMPARED.bit_length() + 1
 """Lengths of a match are told apart by powers of two; there are so many."""
-LEAN = 8.0
+LEAN = 4.0
 """After so many blocks, or looked-up tokens, a stream is judged half by itself and half by all streams."""
 FADE = 1 / 64
 """Share that every token makes forget of what all streams showed; of a stream's own, twice as much."""

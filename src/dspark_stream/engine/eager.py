@@ -13,8 +13,7 @@ from dspark_stream.engine.rounds import Committed, Models, RoundCounters, Timing
 from dspark_stream.engine.step import WORDS, Round
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.controller import Plan
-from dspark_stream.load.costs import Shape
-from dspark_stream.load.curve import Company
+from dspark_stream.load.costs import Company, Shape
 
 
 class EagerRounds:
@@ -82,7 +81,8 @@ class EagerRounds:
         controller = self.models.controller
         survivals = [b.survival if b.source == "model" else () for b in run.blocks]
         accepted = [o.accepted for o in run.outcomes]
-        controller.learn([s.past for s in run.streams], survivals, run.lengths, accepted, shape, round_ms, run.late_ms)
+        pasts = [s.past for s in run.streams]
+        controller.learn(zip(pasts, survivals, run.lengths, accepted, strict=True), shape, round_ms, run.late_ms)
         for stream, own, block, outcome in zip(run.streams, run.found, run.blocks, run.outcomes, strict=True):
             if own is not None:
                 for repeats in (stream.repeats, controller.acceptance.repeats):

@@ -27,7 +27,7 @@ from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.context import PIECE, hand_over
 from dspark_stream.engine.stream import Stream
 from dspark_stream.files import write_whole
-from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.costs import CapacityCurve, Company
 from dspark_stream.models.cache import GRAIN, Extent, ExtentAllocator
 from dspark_stream.models.protocols import Drafter, Store, Target
 from dspark_stream.types import GenerationRequest, SamplingParams

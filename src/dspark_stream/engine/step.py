@@ -21,7 +21,7 @@ from dspark_stream.engine.rounds import Committed, Judged, Models, Timings, sett
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Plan
-from dspark_stream.load.curve import Company
+from dspark_stream.load.costs import Company
 from dspark_stream.models.protocols import Verified
 
 

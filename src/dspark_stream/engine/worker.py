@@ -34,7 +34,7 @@ from dspark_stream.errors import (
     InvalidRequestError,
     ShutdownError,
 )
-from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.costs import CapacityCurve, Company
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.types import (

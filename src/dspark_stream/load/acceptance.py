@@ -1,7 +1,7 @@
 """What drafts promise, and how well promises are kept: by each stream, and by all streams together.
 
 Only past rounds are used, so decisions by it are lossless under every verification. Symbols: m streams, γ the draft
-block's size.
+block's size, T thresholds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import get_args
 import numpy as np
 
 from dspark_stream.decoding.repeats import FADE, HOPE, LEAN, Repeats
-from dspark_stream.load.curve import Array
+from dspark_stream.load.costs import Array
 from dspark_stream.types import Acceptance as Way
 
 THRESHOLDS: Array = np.array([0.0, 0.2, 0.5])
@@ -22,16 +22,10 @@ THRESHOLDS: Array = np.array([0.0, 0.2, 0.5])
 survival are, and take the best of these thresholds."""
 BLOCKS = 32
 """Blocks that count of a stream; of all streams together twice as many."""
-WAYS: tuple[Way, ...] = get_args(Way)
 
 
 class _Ledger:
-    """What blocks promised in the mean; and sums of promised and of accepted tokens. The latest blocks count most.
-
-    Args:
-        hope: survivals that are believed in before there is a block, [γ].
-        blocks: how many count.
-    """
+    """What blocks promised in the mean; and sums of promised and of accepted tokens. The latest count most."""
 
     def __init__(self, hope: Sequence[float], blocks: int) -> None:
         self.mean = _by_threshold(hope)
@@ -40,7 +34,7 @@ class _Ledger:
         self._blocks = blocks
 
     def add(self, row: Sequence[float], verified: int, accepted: int) -> None:
-        """One block."""
+        """One block: the survivals of all its slots; how many were verified, and accepted."""
         self.count += 1
         self.mean += (_by_threshold(row) - self.mean) / min(self.count, self._blocks)
         if verified:
@@ -49,29 +43,25 @@ class _Ledger:
             self.accepted = keep * self.accepted + accepted
 
 
-class Past:
+class Past(_Ledger):
     """What one stream's drafts have been like. Kept by the stream, written by `Acceptance`."""
 
     def __init__(self, gamma: int, way: Way) -> None:
+        super().__init__([0.0] * gamma, BLOCKS)
         self.way: Way = way
         """How its drafts are accepted; each way accepts another share."""
-        self.ledger = _Ledger([0.0] * gamma, BLOCKS)
         self.survivals: deque[Sequence[float]] = deque([(), ()], maxlen=2)
         """Of the last two rounds, oldest first; empty for a round without drafts."""
 
 
 class Acceptance:
-    """Of all streams; one for an engine.
-
-    Args:
-        gamma: the drafter's block size.
-    """
+    """Of all streams; one for an engine. ``gamma``: the drafter's block size."""
 
     def __init__(self, gamma: int) -> None:
         hope = [HOPE**k for k in range(1, gamma + 1)]
-        self._pools: dict[Way, _Ledger] = {way: _Ledger(hope, 2 * BLOCKS) for way in WAYS}
+        self._pools: dict[Way, _Ledger] = {way: _Ledger(hope, 2 * BLOCKS) for way in get_args(Way)}
         for pool in self._pools.values():
-            pool.count = 1  # the hope counts as a block
+            pool.count = 1  # what is hoped is a block
         self.repeats = Repeats(FADE)
         """What looked-up drafts have been worth, of all streams."""
 
@@ -80,18 +70,18 @@ class Acceptance:
         past.survivals.append(survival)
         if survival and isfinite(survival[-1]):
             pool = self._pools[past.way]
-            # of slots that were not drafted, as the mean of all blocks goes on
-            drafted, usual = len(survival), pool.mean[0, 0].tolist()
-            onward = survival[-1] / max(usual[drafted - 1], 1e-9)
-            row = [*survival, *(onward * a for a in usual[drafted:])]
-            past.ledger.add(row, verified, accepted)
+            # slots that were not drafted go on as blocks do in the mean
+            usual: list[float] = pool.mean[0, 0].tolist()
+            onward = survival[-1] / max(usual[len(survival) - 1], 1e-9)
+            row = [*survival, *(onward * a for a in usual[len(survival) :])]
+            past.add(row, verified, accepted)
             pool.add(row, verified, accepted)
 
     def worth(self, past: Past) -> float:
         """Accepted over promised tokens: of this stream, and of all streams as long as it has few."""
-        own, pool = past.ledger, self._pools[past.way]
+        pool = self._pools[past.way]
         shared = (pool.accepted + LEAN) / (pool.promised + LEAN)
-        return (own.accepted + LEAN * shared) / (own.promised + LEAN)
+        return (past.accepted + LEAN * shared) / (past.promised + LEAN)
 
     def corrected(self, past: Past, survival: Sequence[float]) -> list[float]:
         """Promises times what such promises have been worth so far."""
@@ -100,11 +90,10 @@ class Acceptance:
 
     def expected(self, pasts: Sequence[Past]) -> Array:
         """Accepted and verified tokens that each stream's next draft brings, by threshold and slots, [2, m, T, γ]."""
-        own = np.array([past.ledger.mean for past in pasts])
-        shared = np.array([self._pools[past.way].mean for past in pasts])
+        own, shared = (np.array([x.mean for x in some]) for some in (pasts, [self._pools[p.way] for p in pasts]))
         # all blocks that it ever drafted count, not the latest alone: the pool is mostly of streams that draft well,
         # and would make a bad one look better than it is
-        count = np.array([past.ledger.count for past in pasts])[:, None, None, None]
+        count = np.array([past.count for past in pasts])[:, None, None, None]
         shares = ((count * own + LEAN * shared) / (count + LEAN)).swapaxes(0, 1)
         shares[0] *= np.array([self.worth(past) for past in pasts])[:, None, None]
         expected: Array = np.minimum(shares, 1.0).cumsum(axis=3)

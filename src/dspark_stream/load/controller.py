@@ -9,15 +9,16 @@ Symbols: R streams, m of them may be drafted for, γ the block's size, T thresho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dspark_stream.load.acceptance import THRESHOLDS, Acceptance, Past
-from dspark_stream.load.costs import CostTable, Shape
-from dspark_stream.load.curve import CapacityCurve, Company
+from dspark_stream.load.costs import CapacityCurve, Company, CostTable, Shape
 
+Learnt = tuple[Past | None, Sequence[float], int, int]
+"""Of a stream's round: its past, what its draft promised (empty if it had none), verified and accepted tokens."""
 HOLD = 8
 """Rounds between two decisions while the streams are the same ones."""
 SHARE = 0.02
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
     slots: int
     """Draft tokens of each of them."""
     price: float
-    """Tokens a millisecond at this load. A draft token is verified if it promises more than its time at this price."""
+    """Tokens a millisecond. A draft token is verified if it promises more than its time at this price."""
     promised: Sequence[float] = ()
     """Accepted tokens expected of each stream's drafts, less the time of drafting at the price: what a looked-up draft
     has to beat. Zeros if nobody is drafted for. Empty in looks, which use the drafter alone."""
@@ -46,18 +47,12 @@ class Plan(NamedTuple):
 
 class _Choice(NamedTuple):
     plan: Plan
-    rate: float
-    """Tokens a millisecond."""
+    rate: float  # tokens a millisecond
     ms: float
 
 
 class Controller:
-    """One for an engine.
-
-    Args:
-        gamma: the drafter's block size.
-        curve: what rounds take, as measured.
-    """
+    """One for an engine. ``gamma``: the drafter's block size; ``curve``: what rounds take, as measured."""
 
     def __init__(self, gamma: int, curve: CapacityCurve) -> None:
         self._gamma = gamma
@@ -66,8 +61,8 @@ class Controller:
         self._plan, self._left = Plan((), 0, 0.0), 0  # and for how many rounds
         self._for: tuple[Past | None, ...] = ()
         self._may_lose_ms = 0.0
-        self._looked: dict[tuple[str, int], int] = {}
-        """How often each kind was looked at, with streams of so many bits."""
+        self._looked: dict[int, int] = {}
+        """With streams of so many bits. The n-th look of a kind needs n times its loss: it shows less and less."""
 
     @property
     def looks(self) -> int:
@@ -75,10 +70,8 @@ class Controller:
         return sum(self._looked.values())
 
     def plan(self, pasts: Sequence[Past | None], company: Company, *, looks: bool = True) -> Plan:
-        """The next round's. ``pasts``: of every stream, None for one that is never drafted for.
-
-        ``looks``: whether the round may be one that only shows something.
-        """
+        """The next round's. ``pasts``: of every stream, None for one that is never drafted for; ``looks``: whether it
+        may be one."""
         present = tuple(pasts)
         if present != self._for or self._left == 0:
             self._for, self._left = present, HOLD
@@ -94,11 +87,14 @@ class Controller:
         if not may:
             return plain.plan
         drafts, whole = self._drafts(may, company)
-        best = drafts if drafts.rate > plain.rate else plain
-        look = self._look(best, {"plain": plain, "drafts": drafts, "whole": whole}, streams) if looks else None
-        if look is None:
+        best, others = (drafts, (whole, plain)) if drafts.rate > plain.rate else (plain, (whole,))
+        looked = self._looked.get(streams.bit_length(), 0)
+        look = others[looked % len(others)]
+        loss_ms = look.ms * max(SHARE, 1.0 - look.rate / best.rate)
+        if not looks or self._may_lose_ms < (1 + looked // len(others)) * loss_ms:
             return best.plan
-        self._left = 1
+        self._may_lose_ms, self._left = 0.0, 1
+        self._looked[streams.bit_length()] = 1 + looked
         # a price near zero: everything is worth its time, so that the whole block is verified
         return look.plan._replace(price=best.rate * (1e-3 if look is whole else 1.0), promised=())
 
@@ -119,41 +115,17 @@ class Controller:
         everyone = range(streams)
         plan = Plan([r in promised for r in everyone], g + 1, rate, [promised.get(r, 0.0) for r in everyone])
 
-        i, seldom = min(enumerate(may), key=lambda place: may[place[1]].ledger.count)
-        one_ms = costs.ms(Shape(company, 1, gamma, streams + gamma))
-        whole = _Choice(
-            Plan([r == seldom for r in everyone], gamma, 0.0), (streams + float(alone[i, 0, -1])) / one_ms, one_ms
-        )
-        return _Choice(plan, rate, float(ms[n, t, g])), whole
+        i, seldom = min(enumerate(may), key=lambda place: may[place[1]].count)
+        whole = Plan([r == seldom for r in everyone], gamma, rate)
+        whole_ms = costs.ms(Shape(company, 1, gamma, streams + gamma))
+        whole_rate = (streams + float(alone[i, 0, -1])) / whole_ms
+        return _Choice(plan, rate, float(ms[n, t, g])), _Choice(whole, whole_rate, whole_ms)
 
-    def _look(self, best: _Choice, choices: dict[str, _Choice], streams: int) -> _Choice | None:
-        """The kind that was looked at least, if it may be lost; the n-th look of a kind needs n times its loss."""
-        looked = {
-            (kind, streams.bit_length()): choice for kind, choice in choices.items() if choice.plan[:2] != best.plan[:2]
-        }
-        kind = min(looked, key=lambda kind: self._looked.get(kind, 0))
-        look, times = looked[kind], 1 + self._looked.get(kind, 0)
-        if self._may_lose_ms < times * look.ms * max(SHARE, 1.0 - look.rate / best.rate):
-            return None
-        self._may_lose_ms = 0.0
-        self._looked[kind] = times
-        return look
-
-    def learn(
-        self,
-        pasts: Sequence[Past | None],
-        survivals: Sequence[Sequence[float]],
-        lengths: Sequence[int],
-        accepted: Sequence[int],
-        shape: Shape,
-        ms: float,
-        late_ms: float = 0.0,
-    ) -> None:
-        """Learn from a round: each stream's promises (empty if it did not draft), verified and accepted tokens; its
-        time, and what catching up took besides."""
-        for past, survival, length, took in zip(pasts, survivals, lengths, accepted, strict=True):
+    def learn(self, rounds: Iterable[Learnt], shape: Shape, ms: float, late_ms: float = 0.0) -> None:
+        """Learn from a round of every stream; the time of the whole, and what catching up took besides."""
+        for past, survival, verified, accepted in rounds:
             if past is not None:
-                self.acceptance.learn(past, survival, length, took)
+                self.acceptance.learn(past, survival, verified, accepted)
         lost_ms = 0.0 if self._plan.promised else late_ms  # where drafting pays, catching up does
         self._may_lose_ms += (SHARE * ms - lost_ms) / self.costs.pace
         self.costs.learn(shape, ms)

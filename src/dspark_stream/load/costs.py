@@ -1,27 +1,40 @@
-"""What a round takes: the capacity curve, corrected by what rounds really take.
+"""What a round takes on this machine: the capacity curve, corrected by what rounds really take.
 
-Two neighbouring rounds met the same machine. So where they are of different kinds, what their times differ by beyond
-what the curve says corrects it: there is a correction for each size of a pass, and one for drafting for so many
-streams. What all rounds have in common is the *pace*, say of a neighbour on the machine. It scales milliseconds, and
-changes no choice.
+The curve is measured at start from real passes (engine/profile.py), and kept on disk. Two neighbouring rounds met the
+same machine. So where they are of different kinds, what their times differ by beyond what is expected corrects the
+curve: there is a correction for each size of a pass, and one for drafting. What all rounds have in common is the
+*pace*, say of a neighbour on the machine. It scales milliseconds, and changes no choice.
+
+Symbols: R streams, B target tokens of a round, p̄ the streams' mean position, γ the draft block's size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from math import exp, log
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from dspark_stream.decoding.schedule import RoundCost
-from dspark_stream.load.curve import Array, CapacityCurve, Company
 
+Array = npt.NDArray[np.float64]
 GAIN = 0.2
 """Share of a surprise that is learnt."""
 MOST = 0.25
 """No surprise counts for more than this, as a logarithm: a round may have been interrupted."""
+LEAST_OF_BASE = 0.25
+"""Share of a measured time that is left at least for a shorter context: its slope may be measured wrong."""
+
+
+class Company(NamedTuple):
+    """What the cost of a round depends on, of its streams."""
+
+    streams: int
+    position: float
+    """p̄: passes cost more the more context they read."""
 
 
 class Shape(NamedTuple):
@@ -33,13 +46,47 @@ class Shape(NamedTuple):
     batch_tokens: int
 
 
+class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds of a round's two large parts, measured at streams that hold ``context`` positions.
+
+    A round is drafting (its context features included) and a target pass with acceptance. Linear between points.
+    What else differs, say between one stream's rows and many streams', is less, and learnt.
+    """
+
+    tokens: list[int]
+    verify_ms: list[float]
+    """A pass over that many ``tokens``."""
+    streams: list[int]
+    draft_ms: list[float]
+    """Drafting whole blocks for that many ``streams``."""
+    slot_ms: list[float] = []
+    """Of ``draft_ms``, what every slot after the first takes; empty for nothing."""
+    gamma: int = 1
+    context: int = 0
+    read_us: float = 0.0
+    """Microseconds that a position of a stream's context costs a pass, however many rows the stream has."""
+    attend_us: float = 0.0
+    """Microseconds that it costs for every row."""
+    feature_us: float = 0.0
+    """Microseconds that a position takes whose context features are handed over late."""
+
+    def pass_ms(self, batch_tokens: Any, company: Company) -> Any:
+        """A target pass over B tokens; B may be an array. Beyond the largest that was measured, in proportion."""
+        rows = np.asarray(batch_tokens)
+        base = np.interp(rows, self.tokens, self.verify_ms) * np.maximum(1.0, rows / self.tokens[-1])
+        read_us = self.read_us * company.streams + self.attend_us * rows
+        return np.maximum(base + 1e-3 * (company.position - self.context) * read_us, LEAST_OF_BASE * base)
+
+    def drafting_ms(self, drafting: Any, slots: Any) -> Any:
+        """Drafting ``slots`` tokens for so many streams, at least one; both may be arrays."""
+        slot_ms = np.interp(drafting, self.streams, self.slot_ms) if self.slot_ms else 0.0
+        return np.interp(drafting, self.streams, self.draft_ms) - slot_ms * (self.gamma - np.asarray(slots))
+
+
 class _Seen(NamedTuple):
-    size: int
-    """Index of its size among those of the curve."""
-    drafting: int
-    """The same of the streams that were drafted for; -1: none."""
-    surprise: float
-    """Logarithm of what it took over what was expected."""
+    size: int  # index among those of the curve
+    drafted: bool
+    surprise: float  # logarithm of what it took over what was expected
 
 
 class CostTable:
@@ -47,12 +94,11 @@ class CostTable:
 
     def __init__(self, curve: CapacityCurve) -> None:
         self.curve = curve
-        self._drafted_for = curve.streams or [1]
-        self._sizes, self._streams = np.log(curve.tokens), np.log(self._drafted_for)
+        self._sizes: Array = np.log(curve.tokens)
         self._by_size: Array = np.zeros(len(curve.tokens))
         """Corrections of rounds over so many tokens, as logarithms."""
-        self._by_drafting: Array = np.zeros(len(self._drafted_for))
-        """The same of drafting for so many streams, against no drafts."""
+        self._by_drafting = 0.0
+        """The same of rounds that draft, against those that do not."""
         self._pace = 0.0
         self._last: _Seen | None = None
         self._costs = lru_cache(maxsize=256)(self._cost)
@@ -67,8 +113,7 @@ class CostTable:
         ms = self.curve.pass_ms(batch_tokens, company)
         over = np.interp(np.log(batch_tokens), self._sizes, self._by_size)
         if np.any(drafting):
-            ms = ms + self.curve.drafting_ms(drafting, slots)
-            over = over + np.interp(np.log(drafting), self._streams, self._by_drafting)
+            ms, over = ms + self.curve.drafting_ms(drafting, slots), over + self._by_drafting
         corrected: Array = ms * np.exp(over)
         return corrected
 
@@ -94,19 +139,18 @@ class CostTable:
 
     def learn(self, shape: Shape, ms: float) -> None:
         """A whole round's measured milliseconds."""
-        size = _nearest(self.curve.tokens, shape.batch_tokens)
-        drafting = _nearest(self._drafted_for, shape.drafting) if shape.drafting else -1
-        surprise = log(ms / self.ms(shape))
-        last, self._last = self._last, _Seen(size, drafting, surprise)
-        self._pace += _learnt(surprise - self._pace)
-        if last is None or last[:2] == (size, drafting):
+        size = min(range(len(self._sizes)), key=lambda i: abs(self.curve.tokens[i] - shape.batch_tokens))
+        seen = _Seen(size, shape.drafting > 0, log(ms / self.ms(shape)))
+        last, self._last = self._last, seen
+        self._pace += _learnt(seen.surprise - self._pace)
+        if last is None or last[:2] == seen[:2]:
             return
-        learnt = _learnt(surprise - last.surprise)
-        if (last.drafting < 0) == (drafting < 0):
-            self._by_size[size] += learnt / 2
-            self._by_size[last.size] -= learnt / 2
-        else:
-            self._by_drafting[max(last.drafting, drafting)] += learnt if drafting >= 0 else -learnt
+        learnt = _learnt(seen.surprise - last.surprise)
+        if last.drafted != seen.drafted:
+            self._by_drafting += learnt if seen.drafted else -learnt
+        else:  # half each; smaller sizes go with the smaller, larger ones with the larger
+            up = learnt / 2 if size > last.size else -learnt / 2
+            self._by_size += np.interp(self._sizes, self._sizes[sorted((last.size, size))], [-up, up])
         self._costs.cache_clear()
 
     def rest(self) -> None:
@@ -116,7 +160,3 @@ class CostTable:
 
 def _learnt(surprise: float) -> float:
     return GAIN * max(-MOST, min(MOST, surprise))
-
-
-def _nearest(sizes: Sequence[int], size: int) -> int:
-    return min(range(len(sizes)), key=lambda i: abs(sizes[i] - size))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -24,7 +25,6 @@ from dspark_stream.decoding.platt import Observed, fit_scaling
 from dspark_stream.decoding.survival import prefix_survival
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.errors import InternalError
-from dspark_stream.load.acceptance import WAYS
 from dspark_stream.types import (
     MAX_SEED,
     Acceptance,
@@ -85,7 +85,7 @@ def calibrate(
     prompts = fit
     fitted: dict[str, list[float]] = {}
     fits: dict[Acceptance, Fit] = {}
-    for way in WAYS:
+    for way in get_args(Acceptance):
         rounds = _observe(engine, prompts, way, max_model_len, max_tokens, streams, seed, progress)
         seen = [Observed([logit(c) for c in r.confidence], r.accepted) for r in rounds if r.scheduled == gamma]
         if len(seen) < LEAST_ROUNDS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.measure.plot import Chart, Series
 
 

@@ -15,7 +15,7 @@ from dspark_stream.console import Progress
 from dspark_stream.engine.boundary import Tokenizer
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.worker import EngineThread
-from dspark_stream.load.curve import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.measure.evaluate import Prompt
 from dspark_stream.measure.plot import Series, line_chart
 from dspark_stream.measure.profile import plot as capacity_plot
