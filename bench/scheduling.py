@@ -71,7 +71,8 @@ def main() -> None:
                 shape = Shape(company, streams, curve.gamma, streams + sum(lengths))
                 round_ms = cost(shape.batch_tokens)
                 kept = [n // 2 for n in lengths]
-                controller.learn(pasts, promises, lengths, kept, shape, round_ms * chance.uniform(0.9, 1.1))
+                seen = zip(pasts, promises, lengths, kept, strict=True)
+                controller.learn(seen, shape, round_ms * chance.uniform(0.9, 1.1))
                 clock.append(time.perf_counter())
                 rounds_ms.append(round_ms)
                 for name, a, b in zip(("plan", "lengths", "learn"), clock, clock[1:], strict=False):

@@ -28,18 +28,18 @@ class _Ledger:
     """What blocks promised in the mean; and sums of promised and of accepted tokens. The latest count most."""
 
     def __init__(self, hope: Sequence[float], blocks: int) -> None:
-        self.mean = _by_threshold(hope)
+        self.mean = _by_threshold(hope)  # [2, T, γ]
         self.count = 0
         self.promised = self.accepted = 0.0
         self._blocks = blocks
 
-    def add(self, row: Sequence[float], verified: int, accepted: int) -> None:
-        """One block: the survivals of all its slots; how many were verified, and accepted."""
+    def add(self, block: Array, promised: float, accepted: int) -> None:
+        """One block; what was promised of the tokens that were verified, and how many were accepted."""
         self.count += 1
-        self.mean += (_by_threshold(row) - self.mean) / min(self.count, self._blocks)
-        if verified:
+        self.mean += (block - self.mean) / min(self.count, self._blocks)
+        if promised:
             keep = 1.0 - 1.0 / self._blocks
-            self.promised = keep * self.promised + sum(row[:verified])
+            self.promised = keep * self.promised + promised
             self.accepted = keep * self.accepted + accepted
 
 
@@ -73,9 +73,9 @@ class Acceptance:
             # slots that were not drafted go on as blocks do in the mean
             usual: list[float] = pool.mean[0, 0].tolist()
             onward = survival[-1] / max(usual[len(survival) - 1], 1e-9)
-            row = [*survival, *(onward * a for a in usual[len(survival) :])]
-            past.add(row, verified, accepted)
-            pool.add(row, verified, accepted)
+            block = _by_threshold([*survival, *(onward * a for a in usual[len(survival) :])])
+            for ledger in (past, pool):
+                ledger.add(block, sum(survival[:verified]), accepted)
 
     def worth(self, past: Past) -> float:
         """Accepted over promised tokens: of this stream, and of all streams as long as it has few."""
