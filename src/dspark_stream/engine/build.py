@@ -150,11 +150,7 @@ def build_engine(
         sampling=recommended_sampling(config.model),
     )
     _give_back_memory()
-    rows = config.max_num_seqs * (1 + max(gamma, LONGEST if rounds.looks_up and rounds.schedule.looks_up else 0))
-    if rounds.schedule.slots(gamma) is None:
-        rows = min(rows, max(PAYING_ROWS, 2 * config.max_num_seqs))
-    besides = 4 * target.vocab_size * rows + BESIDES_BYTES
-    if target.device.type == "cpu" and (told := foretold(config.kv_memory, besides)):
+    if target.device.type == "cpu" and (told := foretold(config.kv_memory, _besides(rounds, config.max_num_seqs))):
         progress.say(told)
     text = codec.token_bytes if codec else None
     engine = EngineThread(
@@ -207,6 +203,15 @@ def _give_back_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _besides(rounds: Rounds, streams: int) -> int:
+    """Bytes that the largest rounds take beside KV."""
+    gamma = rounds.models.gamma
+    rows = streams * (1 + max(gamma, LONGEST if rounds.looks_up and rounds.schedule.looks_up else 0))
+    if rounds.schedule.slots(gamma) is None:
+        rows = min(rows, max(PAYING_ROWS, 2 * streams))
+    return 4 * rounds.models.target.vocab_size * rows + BESIDES_BYTES
 
 
 def _rounds(models: Models, config: Config, longest: int, progress: Progress) -> Rounds:
