@@ -17,7 +17,6 @@ from dspark_kernels.linear import can_pack
 from dspark_stream.config import Config
 from dspark_stream.console import Progress
 from dspark_stream.decoding.calibration import Calibration, load_calibration
-from dspark_stream.decoding.lookup import LONGEST
 from dspark_stream.decoding.schedule import parse_schedule
 from dspark_stream.decoding.survival import AcceptanceHistory
 from dspark_stream.drafters import shipped_drafter
@@ -49,8 +48,8 @@ CPU_THREADS = torch.get_num_threads()
 """What torch takes for this machine, asked before anybody sets it."""
 PAYING_ROWS = 64
 """Of a round that verifies only what pays, or two a stream if those are more. Two cores took 57 at most."""
-BESIDES_BYTES = 24 << 20
-"""What work takes besides logits and KV: taps, Python's own. 22 MiB were found."""
+BESIDES = 32 << 20
+"""Bytes that work takes besides logits and KV: taps, Python's own. 29 MiB were found."""
 KERNEL_KINDS: dict[str, Kind] = {"w8a8": Kind.EIGHT, "w4a8": Kind.FOUR_M}
 """How the CPU's kernels keep weights that come as floats, by the setting's name."""
 
@@ -150,7 +149,9 @@ def build_engine(
         sampling=recommended_sampling(config.model),
     )
     _give_back_memory()
-    if target.device.type == "cpu" and (told := foretold(config.kv_memory, _besides(rounds, config.max_num_seqs))):
+    slots, streams = rounds.schedule.slots(gamma), config.max_num_seqs
+    rows = max(PAYING_ROWS, 2 * streams) if slots is None else streams * (1 + slots)
+    if target.device.type == "cpu" and (told := foretold(config.kv_memory, BESIDES + 4 * target.vocab_size * rows)):
         progress.say(told)
     text = codec.token_bytes if codec else None
     engine = EngineThread(
@@ -203,15 +204,6 @@ def _give_back_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _besides(rounds: Rounds, streams: int) -> int:
-    """Bytes that the largest rounds take beside KV."""
-    gamma = rounds.models.gamma
-    rows = streams * (1 + max(gamma, LONGEST if rounds.looks_up and rounds.schedule.looks_up else 0))
-    if rounds.schedule.slots(gamma) is None:
-        rows = min(rows, max(PAYING_ROWS, 2 * streams))
-    return 4 * rounds.models.target.vocab_size * rows + BESIDES_BYTES
 
 
 def _rounds(models: Models, config: Config, longest: int, progress: Progress) -> Rounds:
