@@ -149,8 +149,8 @@ def build_engine(
         sampling=recommended_sampling(config.model),
     )
     _give_back_memory()
-    slots, streams = rounds.schedule.slots(gamma), config.max_num_seqs
-    rows = max(PAYING_ROWS, 2 * streams) if slots is None else streams * (1 + slots)
+    fixed, streams = rounds.schedule.slots(gamma), config.max_num_seqs
+    rows = max(PAYING_ROWS, 2 * streams) if fixed is None else streams * (1 + fixed)
     if target.device.type == "cpu" and (told := foretold(config.kv_memory, BESIDES + 4 * target.vocab_size * rows)):
         progress.say(told)
     text = codec.token_bytes if codec else None
