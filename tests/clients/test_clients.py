@@ -90,28 +90,42 @@ def test_litellm(service: str) -> None:
     assert found["fell_back"] == "from the large one"
 
 
-@pytest.mark.parametrize("route", ["", "/v1/responses", "/v1/completions"])
-def test_guidellm(service: str, tokenizer: Path, tmp_path: Path, route: str) -> None:
-    """Guards against a benchmark's own fields being refused, or answers of another length than it asked for."""
-    backend = f"kind=openai_http,target={service}" + (f",request_format={route}" if route else "")
-    before = answered(service)
+def guidellm(service: str, tokenizer: Path, folder: Path, profile: str, constraint: str, route: str = "") -> Any:
+    """The benchmarks of its report."""
     run(
         "guidellm",
         "guidellm",
-        *("run", "--backend", backend, "--disable-console"),
-        *("--profile", "kind=concurrent,streams=2", "--constraint", f"kind=max_requests,count={REQUESTS}"),
+        *("run", "--backend", f"kind=openai_http,target={service}" + (f",request_format={route}" if route else "")),
+        *("--profile", profile, "--constraint", constraint, "--disable-console"),
         *("--tokenizer", f"kind=huggingface_auto,model={tokenizer}"),
         *("--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=16"),
-        *("--output", f"kind=json,path={tmp_path / 'report.json'}"),
-        folder=tmp_path,
+        *("--output", f"kind=json,path={folder / 'report.json'}"),
+        folder=folder,
     )
-    (benchmark,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
+    return json.loads((folder / "report.json").read_text())["benchmarks"]
+
+
+@pytest.mark.parametrize("route", ["", "/v1/responses", "/v1/completions"])
+def test_guidellm(service: str, tokenizer: Path, tmp_path: Path, route: str) -> None:
+    """Guards against a benchmark's own fields being refused, or answers of another length than it asked for."""
+    before = answered(service)
+    concurrent, enough = "kind=concurrent,streams=2", f"kind=max_requests,count={REQUESTS}"
+    (benchmark,) = guidellm(service, tokenizer, tmp_path, concurrent, enough, route)
     totals = benchmark["metrics"]["request_totals"]
     # it leaves out a request whose end it hears of after it has decided that it has enough of them
     assert totals["successful"] in (REQUESTS - 1, REQUESTS), totals
     assert (totals["errored"], totals["incomplete"]) == (0, 0), totals
     assert answered(service) - before == REQUESTS
     assert {request["output_metrics"]["text_tokens"] for request in benchmark["requests"]["successful"]} == {16}
+
+
+def test_guidellm_at_its_defaults(service: str, tokenizer: Path, tmp_path: Path) -> None:
+    """Guards against a sweep, whose second stage has 512 requests open at once, that meets refusals or no answer."""
+    found = guidellm(service, tokenizer, tmp_path, "kind=sweep,sweep_size=3", "kind=max_duration,seconds=10")
+    assert [b["config"]["strategy"]["type_"] for b in found] == ["synchronous", "throughput", "constant"]
+    totals = [b["metrics"]["request_totals"] for b in found]
+    assert all(t["successful"] and not t["errored"] for t in totals), totals
+    assert totals[1]["incomplete"] > 32, totals
 
 
 @pytest.mark.parametrize("route", ["chat", "responses", "completions"])
