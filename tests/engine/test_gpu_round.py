@@ -27,6 +27,7 @@ from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.errors import ConfigError
+from dspark_stream.load.acceptance import Past
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.target import Target
 from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
@@ -205,6 +206,8 @@ def test_a_stream_that_sat_out_has_its_context():
         got = run(rounds, requests)
         stores.append([t.clone() for t in (*rounds.models.drafter_kv.keys, *rounds.models.drafter_kv.values)])
         texts.append(got)
+        learnt = rounds.models.controller.acceptance
+        assert learnt.worth(Past(rounds.models.gamma, "greedy")) != learnt.worth(Past(rounds.models.gamma, "coupled"))
     assert texts[0] == texts[1]
     first = next(iter(rounds_of().models.drafter_kv.keys))
     for a, b in zip(*stores, strict=True):

@@ -30,8 +30,16 @@ class Ladder:
         return sorted(size for size in self.round_ms if size.drafting)
 
 
-def sizing(draft_ms: float = 0.1, row_ms: float = 0.0, schedule: Schedule | None = None) -> Sizing:
-    return Sizing(Ladder(draft_ms, row_ms), schedule or Adaptive(), Acceptance(GAMMA))
+class Chooser(Sizing):
+    """With made-up times; what drafts were like can be told it."""
+
+    def __init__(self, ladder: Ladder, schedule: Schedule) -> None:
+        self.acceptance = Acceptance(GAMMA)
+        super().__init__(ladder, schedule, self.acceptance)
+
+
+def sizing(draft_ms: float = 0.1, row_ms: float = 0.0, schedule: Schedule | None = None) -> Chooser:
+    return Chooser(Ladder(draft_ms, row_ms), schedule or Adaptive())
 
 
 def streams(count: int = 4, mode: str = "dspark") -> list[Stream]:
@@ -41,11 +49,11 @@ def streams(count: int = 4, mode: str = "dspark") -> list[Stream]:
 GOOD, BAD = [0.95, 0.9, 0.85, 0.8], [0.1, 0.02, 0.0, 0.0]
 
 
-def show(chooser: Sizing, company: list[Stream], survival: list[float], rounds: int = 40) -> None:
+def show(chooser: Chooser, company: list[Stream], survival: list[float], rounds: int = 40) -> None:
     """Rounds whose drafts promised ``survival`` and kept it."""
     for _ in range(rounds):
         for stream in company:
-            chooser._acceptance.learn(stream.past, survival, GAMMA, round(sum(survival)))
+            chooser.acceptance.learn(stream.past, survival, GAMMA, round(sum(survival)))
 
 
 def test_rows_follow_promises_and_costs():
@@ -77,7 +85,7 @@ def test_promises_that_are_not_kept_count_less():
     chooser, company = sizing(draft_ms=0.5), streams()
     for _ in range(400):
         for stream in company:
-            chooser._acceptance.learn(stream.past, GOOD, GAMMA, 0)
+            chooser.acceptance.learn(stream.past, GOOD, GAMMA, 0)
     assert not chooser.choose(company).drafting
 
 

@@ -371,6 +371,20 @@ def test_what_drafting_costs_is_learnt_from_neighbouring_rounds():
     assert table.round_ms(company, [1.0, 4.0]) == pytest.approx(CostTable(IDLE).round_ms(company, [1.0, 4.0]))
 
 
+def test_a_size_that_is_corrected_takes_along_what_lies_beyond_it():
+    """Guards against a curve that was measured beside a neighbour: it is wrong over a range, not at a point."""
+    table, company = CostTable(IDLE), Company(1, 96.0)
+    small, large = Shape(company, 1, 1, 2), Shape(company, 1, GAMMA, 8)
+    sizes = np.array(IDLE.tokens, dtype=float)
+    before = table.round_ms(company, sizes)
+    for shape, ms in ((small, table.ms(small)), (large, 1.5 * table.ms(large))):
+        table.learn(shape, ms)
+    up, down = table.round_ms(company, sizes[3:]) / before[3:], table.round_ms(company, sizes[:2]) / before[:2]
+    assert up == pytest.approx([up[0]] * len(up))
+    assert down == pytest.approx([down[0]] * 2)
+    assert down[0] < 1 < up[0]
+
+
 def test_rounds_before_and_after_a_rest_are_not_neighbours():
     """Guards against hours in which the machine changed, held against the first round's drafts."""
     for rests in (False, True):
@@ -414,6 +428,48 @@ def test_no_look_where_rounds_are_bounded():
         machine.controller.plan(own, company, looks=False)
         machine.controller.learn([(own[0], (), 0, 0)], Shape(company, 0, 0, 1), 5.0)
     assert machine.controller.looks == 0
+
+
+def looks_of(machine, those, rounds, late_ms=0.0):
+    """Rounds that were looks, where nobody's drafts are worth it."""
+    found, company = [], Company(len(those), 96.0)
+    for i in range(rounds):
+        plan = machine.controller.plan(those, company)
+        shape = Shape(company, *plan.size, len(those) + sum(plan.drafting) * plan.slots)
+        seen = [(past, BAD if d else (), GAMMA * d, 0) for past, d in zip(those, plan.drafting, strict=True)]
+        machine.controller.learn(seen, shape, machine.table.ms(shape), late_ms if any(plan.drafting) else 0.0)
+        if any(plan.drafting):
+            found.append(i)
+            assert plan.promised == ()  # a look is at the drafter: nothing is looked up
+    return found
+
+
+def test_catching_up_for_a_look_delays_the_next_one():
+    quick, slow = (looks_of(Machine(BUSY), pasts(1), 2000, late) for late in (0.0, 100.0))
+    assert len(slow) < 0.7 * len(quick)
+
+
+def test_what_catching_up_takes_where_all_draft_is_no_looks_debt():
+    """Guards against a schedule of fixed length after which the adaptive one would not look for minutes."""
+    machine, own = Machine(BUSY), pasts(1)
+    for _ in range(200):
+        machine.controller.learn([(own[0], BAD, GAMMA, 0)], Shape(Company(1, 96.0), 1, GAMMA, 5), 18.0, 50.0)
+    assert looks_of(machine, pasts(1), 200)
+
+
+def test_a_new_load_is_looked_at_soon_however_often_the_old_one_was():
+    machine = Machine(BUSY)
+    looks_of(machine, pasts(1), 6000)
+    late = looks_of(machine, pasts(1), 600)
+    assert len(looks_of(machine, pasts(8), 600)) > 2 * len(late)
+
+
+def test_what_was_long_ago_counts_no_more():
+    acceptance, (one,) = Acceptance(GAMMA), pasts(1)
+    for accepted, count in ((3, 300), (0, 100)):
+        for _ in range(count):
+            acceptance.learn(one, GOOD, GAMMA, accepted)
+    assert acceptance.worth(one) < 0.1
 
 
 def test_a_promise_that_is_no_number_spoils_no_other():

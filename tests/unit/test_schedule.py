@@ -205,15 +205,17 @@ def test_curve_between_and_beyond_its_points():
     assert CURVE.drafting_ms([1, 2, 3], 1) == pytest.approx([2.0, 3.0, 4.0])
     costs = CostTable(CURVE)
     assert costs.plain_ms(here) == 10.0
+    dear = msgspec.structs.replace(CURVE, gamma=7, slot_ms=[3.0, 3.0])  # no machine's: whole blocks take less
+    assert dear.drafting_ms(1, 1) == 0.0
     assert costs.round_cost(here, 1, 1).ms == pytest.approx([12.0, 12.0])
 
 
 def test_curve_knows_context_and_slots():
-    """Two streams at position 288, measured at 100: 188 positions read once each and once for each row."""
+    """Two streams at position 288, measured at one at 100: 476 positions more are read, and 188 for each row."""
     curve = msgspec.structs.replace(CURVE, gamma=4, slot_ms=[0.5, 0.5], context=100, read_us=10.0, attend_us=2.0)
     cost = CostTable(curve).round_cost(Company(2, 288.0), 2, 1)
     draft = 3.0 - 3 * 0.5
-    assert cost.ms == pytest.approx([10.0 + (2 * 188 * 10.0 + b * 188 * 2.0) / 1e3 + draft for b in (2, 3, 4)])
+    assert cost.ms == pytest.approx([10.0 + (476 * 10.0 + b * 188 * 2.0) / 1e3 + draft for b in (2, 3, 4)])
     assert cost.first == 2
 
 
@@ -336,7 +338,8 @@ def test_fit_separates_what_was_measured_together():
     assert curve.attend_us == pytest.approx(1.0)
     assert curve.read_us == pytest.approx(2.0)
     assert curve.feature_us == pytest.approx(7.0)
-    times["long"] = {1: 14.0 + 4 * 3.0 * 0.5, 2: 20.0 + 4 * (2.0 + 2.0) * 0.5}  # four streams of one and of two rows
+    known = msgspec.structs.replace(curve, attend_us=1.0, read_us=2.0)
+    times["long"] = {n: float(known.pass_ms(4 * n, Company(4, 600.0))) for n in (1, 2)}  # four streams of n rows
     together = fit(times, gamma=4, context=100, long_context=600, long_streams=4)
     assert (together.attend_us, together.read_us) == pytest.approx((1.0, 2.0))
 

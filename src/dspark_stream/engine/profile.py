@@ -266,14 +266,14 @@ def fit(times: Times, *, gamma: int, context: int, long_context: int, long_strea
         feature_us=max([0.0, *(1e3 * ms / n for n, ms in times.get("features", {}).items())]),
     )
     if "long" in times:  # one row a stream, and a block of them: what a position costs once, and for every row
-        here = Company(long_streams, context)
-        slopes = {
-            n: 1e3 * (ms - float(curve.pass_ms(n * long_streams, here))) / ((long_context - context) * long_streams)
+        each = {
+            n: 1e3 * (ms - float(curve.pass_ms(n * long_streams, Company(1, context))))
             for n, ms in times["long"].items()
         }
-        one, most = slopes[1], slopes[max(slopes)]
-        attend_us = max(0.0, (most - one) / max(1, max(slopes) - 1))
-        curve = msgspec.structs.replace(curve, attend_us=attend_us, read_us=max(0.0, one - attend_us))
+        farther = long_streams * (long_context - context)
+        attend_us = max(0.0, (each[max(each)] - each[1]) / ((max(each) - 1) * farther))
+        read_us = max(0.0, (each[1] - attend_us * farther) / (long_streams * long_context - context))
+        curve = msgspec.structs.replace(curve, attend_us=attend_us, read_us=read_us)
     return curve
 
 
@@ -327,14 +327,13 @@ class _Bench:
     def points(self) -> list[Point]:
         """What is timed, `fit` knows it by its names."""
         streams = [n for n in ladder(self._max_seqs) if n in (1, self._max_seqs) or n & (n - 1) == 0]
-        rows = sorted({*ladder(self.max_tokens), *(n for n in streams if n <= self.max_tokens)})
-        points = [Point("rows", n, self.rows_ms) for n in rows]
+        points = [Point("rows", n, self.rows_ms) for n in ladder(self.max_tokens)]
         if self.long_streams and self.long_context >= 2 * self.context:
             points += [Point("long", n, self.long_ms) for n in (1, self.long_rows)]
         if self._drafter:
             features = min(PIECE, self._drafter.ring or PIECE, self._extents[0].size, self.context + self.max_tokens)
-            points += [Point("draft", n, self.draft_ms) for n in streams if n in rows]
-            points += [Point("slot", n, self.slot_ms) for n in streams if n in rows]
+            points += [Point("draft", n, self.draft_ms) for n in streams]
+            points += [Point("slot", n, self.slot_ms) for n in streams]
             points.append(Point("features", features, self.features_ms))
         # large ones first: what a pass of 512 rows leaves in the processor's caches would cost a small one after it a
         # quarter of its time, for longer than it is run before it counts

@@ -51,7 +51,7 @@ class Past(_Ledger):
         self.way: Way = way
         """How its drafts are accepted; each way accepts another share."""
         self.survivals: deque[Sequence[float]] = deque([(), ()], maxlen=2)
-        """Of the last two rounds, oldest first; empty for a round without drafts."""
+        """Of the last two rounds that were told, oldest first; empty for one without drafts."""
 
 
 class Acceptance:

@@ -9,6 +9,7 @@ Symbols: R streams, m of them may be drafted for, γ the block's size, T thresho
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -58,43 +59,41 @@ class Controller:
         self._gamma = gamma
         self.costs = CostTable(curve)
         self.acceptance = Acceptance(gamma)
-        self._plan, self._left = Plan((), 0, 0.0), 0  # and for how many rounds
+        self._plan, self._left, self._looking = Plan((), 0, 0.0), 0, False  # for how many rounds; whether as a look
         self._for: tuple[Past | None, ...] = ()
         self._may_lose_ms = 0.0
-        self._looked: dict[int, int] = {}
-        """With streams of so many bits. The n-th look of a kind needs n times its loss: it shows less and less."""
+        self._looked: Counter[tuple[bool, int]] = Counter()
+        """By kind, and the bits of R. The n-th look of a kind needs n times its loss: it shows less and less."""
 
     @property
     def looks(self) -> int:
         """So far."""
-        return sum(self._looked.values())
+        return self._looked.total()
 
     def plan(self, pasts: Sequence[Past | None], company: Company, *, looks: bool = True) -> Plan:
-        """The next round's. ``pasts``: of every stream, None for one that is never drafted for; ``looks``: whether it
-        may be one."""
+        """The next round's; ``looks``: it may be one. ``pasts``: of every stream, None for one in plain mode."""
         present = tuple(pasts)
         if present != self._for or self._left == 0:
-            self._for, self._left = present, HOLD
+            self._looking = False
             self._plan = self._decide(present, company, looks)
+            self._for, self._left = present, 1 if self._looking else HOLD
         self._left -= 1
         return self._plan
 
     def _decide(self, pasts: Sequence[Past | None], company: Company, looks: bool) -> Plan:
-        streams, plain_ms = len(pasts), self.costs.plain_ms(company)
-        rate = streams / plain_ms
-        plain = _Choice(Plan([False] * streams, 0, rate, [0.0] * streams), rate, plain_ms)
+        streams, ms = len(pasts), self.costs.plain_ms(company)
+        plain = _Choice(Plan([False] * streams, 0, streams / ms, [0.0] * streams), streams / ms, ms)
         may = {r: past for r, past in enumerate(pasts) if past is not None}
         if not may:
             return plain.plan
         drafts, whole = self._drafts(may, company)
-        best, others = (drafts, (whole, plain)) if drafts.rate > plain.rate else (plain, (whole,))
-        looked = self._looked.get(streams.bit_length(), 0)
-        look = others[looked % len(others)]
-        loss_ms = look.ms * max(SHARE, 1.0 - look.rate / best.rate)
-        if not looks or self._may_lose_ms < (1 + looked // len(others)) * loss_ms:
+        best = drafts if drafts.rate > plain.rate else plain
+        kinds = {(c is whole, streams.bit_length()): c for c in (whole, plain) if c is not best}
+        kind = min(kinds, key=self._looked.__getitem__)
+        look, times = kinds[kind], 1 + self._looked[kind]
+        if not looks or self._may_lose_ms < times * look.ms * max(SHARE, 1.0 - look.rate / best.rate):
             return best.plan
-        self._may_lose_ms, self._left = 0.0, 1
-        self._looked[streams.bit_length()] = 1 + looked
+        self._may_lose_ms, self._looking, self._looked[kind] = 0.0, True, times
         # a price near zero: everything is worth its time, so that the whole block is verified
         return look.plan._replace(price=best.rate * (1e-3 if look is whole else 1.0), promised=())
 
@@ -126,6 +125,5 @@ class Controller:
         for past, survival, verified, accepted in rounds:
             if past is not None:
                 self.acceptance.learn(past, survival, verified, accepted)
-        lost_ms = 0.0 if self._plan.promised else late_ms  # where drafting pays, catching up does
-        self._may_lose_ms += (SHARE * ms - lost_ms) / self.costs.pace
+        self._may_lose_ms += (SHARE * ms - self._looking * late_ms) / self.costs.pace
         self.costs.learn(shape, ms)

@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a round's two large parts, measured at streams that hold ``context`` positions.
+    """Milliseconds of a round's two large parts, measured at one stream that holds ``context`` positions.
 
     A round is drafting (its context features included) and a target pass with acceptance. Linear between points.
     What else differs, say between one stream's rows and many streams', is less, and learnt.
@@ -74,13 +74,16 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         """A target pass over B tokens; B may be an array. Beyond the largest that was measured, in proportion."""
         rows = np.asarray(batch_tokens)
         base = np.interp(rows, self.tokens, self.verify_ms) * np.maximum(1.0, rows / self.tokens[-1])
-        read_us = self.read_us * company.streams + self.attend_us * rows
-        return np.maximum(base + 1e-3 * (company.position - self.context) * read_us, LEAST_OF_BASE * base)
+        read_us = self.read_us * (company.streams * company.position - self.context)
+        attend_us = self.attend_us * rows * (company.position - self.context)
+        return np.maximum(base + 1e-3 * (read_us + attend_us), LEAST_OF_BASE * base)
 
     def drafting_ms(self, drafting: Any, slots: Any) -> Any:
         """Drafting ``slots`` tokens for so many streams, at least one; both may be arrays."""
-        slot_ms = np.interp(drafting, self.streams, self.slot_ms) if self.slot_ms else 0.0
-        return np.interp(drafting, self.streams, self.draft_ms) - slot_ms * (self.gamma - np.asarray(slots))
+        spared_ms = (
+            np.interp(drafting, self.streams, self.slot_ms) * (self.gamma - np.asarray(slots)) if self.slot_ms else 0
+        )
+        return np.maximum(0.0, np.interp(drafting, self.streams, self.draft_ms) - spared_ms)
 
 
 class _Seen(NamedTuple):
@@ -114,8 +117,7 @@ class CostTable:
         over = np.interp(np.log(batch_tokens), self._sizes, self._by_size)
         if np.any(drafting):
             ms, over = ms + self.curve.drafting_ms(drafting, slots), over + self._by_drafting
-        corrected: Array = ms * np.exp(over)
-        return corrected
+        return np.asarray(ms * np.exp(over))
 
     def plain_ms(self, company: Company) -> float:
         """A round without drafts."""

@@ -16,9 +16,9 @@ def table(curve: CapacityCurve) -> str:
     if any(curve.draft_ms):
         lines.append("drafting for R streams, ms")
         lines.append("  R        " + "".join(f"{n:>8}" for n in curve.streams))
-        for slots in (1, curve.gamma):
+        for slots in sorted({1, curve.gamma}):
             row = curve.drafting_ms(curve.streams, slots).tolist()
-            lines.append(f"  {f'{slots} tokens':<9}" + "".join(f"{ms:>8.2f}" for ms in row))
+            lines.append(f"  tokens {slots:<2}" + "".join(f"{ms:>8.2f}" for ms in row))
     lines.append(
         f"a position of context costs a pass {curve.read_us:.2f} µs for each stream and {curve.attend_us:.2f} µs for "
         f"each row; a position that the drafter learns of late costs {curve.feature_us:.1f} µs"
@@ -30,7 +30,7 @@ def plot(curve: CapacityCurve) -> Chart:
     """The same as a picture."""
     series = [Series("pass", list(zip(curve.tokens, curve.verify_ms, strict=True)))]
     if any(curve.draft_ms):
-        for slots in (curve.gamma, 1):
+        for slots in sorted({1, curve.gamma}):
             row = curve.drafting_ms(curve.streams, slots).tolist()
             series.append(Series(f"drafting {slots}", list(zip(curve.streams, row, strict=True))))
     return Chart(

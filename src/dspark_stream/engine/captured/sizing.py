@@ -1,8 +1,8 @@
 """The size of the next captured round: how many rows it has, and whether anybody is drafted for.
 
-What a round costs is decided when its graph is chosen, so the host chooses, from what it has read: survivals at least
-two rounds old, accepted lengths and round times. Never from live confidences, since x_k must not decide about its own
-admission (decision 010); so every choice is lossless under every verification.
+What a round costs is decided when its graph is chosen, so the host chooses, from rounds that it has read: survivals,
+accepted lengths and times. Never from live confidences, since x_k must not decide about its own admission (decision
+010); so every choice is lossless under every verification.
 
 A graph's draft pass costs the same for one stream of its seats as for all, so drafting is skipped for everybody or for
 nobody; who gets the rows of a drafted round is for admission to say, on the device.
