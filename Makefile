@@ -3,7 +3,9 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
+ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
+endif
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -128,8 +130,17 @@ serve: $(RUN_STAMP) ## Start the service; the first time this fetches the model 
 WORKERS := -n logical --maxprocesses
 
 .PHONY: test
-test: $(DEV_STAMP) $(OPENAI_STAMP) chromium model ## Run all tests; ARGS="-k name" goes to pytest, ARGS=-n0 is one process
+test: ## Run all tests; ARGS="-k name" goes to pytest, ARGS=-n0 is one process
+	@$(MAKE) --no-print-directory -j SIDE_BY_SIDE=1 test-ready
 	@$(PY) -m pytest $(WORKERS) 4 $(ARGS)
+
+.PHONY: test-ready
+test-ready: test-kernels $(DEV_STAMP) $(OPENAI_STAMP) chromium model
+
+# pip keeps one core busy, and the compiler another one. Where this fails, the tests build for themselves and say why.
+.PHONY: test-kernels
+test-kernels:
+	@"$${PYTHON:-python3}" tests/kernels_ahead.py 2>/dev/null || :
 
 .PHONY: test-all
 test-all: $(DEV_STAMP) $(OPENAI_STAMP) chromium model big-models ## Run the slow tests too; fetches 1.7 GB of models
