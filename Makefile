@@ -148,7 +148,7 @@ $(BYTECODE_STAMP): $(RUN_STAMP)
 # pip keeps one core busy, and the compiler another one. Where this fails, the tests build for themselves and say why.
 .PHONY: test-kernels
 test-kernels:
-	@"$${PYTHON:-python3}" tests/kernels_ahead.py 2>/dev/null || :
+	@"$${PYTHON:-python3}" tests/kernels_ahead.py "$(CURDIR)/build/tests" 2>/dev/null || :
 
 .PHONY: test-all
 test-all: $(DEV_STAMP) $(OPENAI_STAMP) chromium model big-models ## Run the slow tests too; fetches 1.7 GB of models
