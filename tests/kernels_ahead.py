@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -21,13 +22,15 @@ def main() -> None:
     sys.modules[package.__name__] = package
     from dspark_kernels.cpu.build import build, supported_isas
 
+    os.nice(10)  # pip goes first: its work is in one long row
     best, *others = supported_isas()
-    build(best)
-    os.environ["XDG_CACHE_HOME"] = sys.argv[1]
-    for isa in (best, *others):
-        build(isa, sanitize=True)
-    for isa in others:
-        build(isa)
+    ours = Path(sys.argv[1]) / "dspark-stream" / "kernels"
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        pool.submit(build, best)
+        for isa in (best, *others):
+            pool.submit(build, isa, sanitize=True, into=ours)
+        for isa in others:
+            pool.submit(build, isa, into=ours)
 
 
 if __name__ == "__main__":
