@@ -3,7 +3,9 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
+ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
+endif
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -23,11 +25,14 @@ BIG_MODELS := qwen2.5-coder-0.5b qwen2.5-coder-1.5b
 
 # -qq leaves errors only: warnings about a machine's own pip settings would look like something went wrong.
 # Bytecode is made of what is imported, when it is: making it of all that torch brings takes half as long as the rest.
+# Images for containers often forbid it; then each program that the tests start would compile torch's source anew.
+export PYTHONDONTWRITEBYTECODE :=
 PIP_INSTALL := -m pip install -qq --no-compile --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 RUN_STAMP := $(VENV)/.ready-run
 DEV_STAMP := $(VENV)/.ready-dev
+BYTECODE_STAMP := $(VENV)/.ready-bytecode
 OPENAI_STAMP := $(CLIENTS_VENV)/openai/.ready
 CLIENT_STAMPS := $(foreach client,langchain litellm guidellm aiperf,$(CLIENTS_VENV)/$(client)/.ready)
 
@@ -128,8 +133,22 @@ serve: $(RUN_STAMP) ## Start the service; the first time this fetches the model 
 WORKERS := -n logical --maxprocesses
 
 .PHONY: test
-test: $(DEV_STAMP) $(OPENAI_STAMP) chromium model ## Run all tests; ARGS="-k name" goes to pytest, ARGS=-n0 is one process
+test: ## Run all tests; ARGS="-k name" goes to pytest, ARGS=-n0 is one process
+	@$(MAKE) --no-print-directory -j SIDE_BY_SIDE=1 test-ready
 	@$(PY) -m pytest $(WORKERS) 4 $(ARGS)
+
+.PHONY: test-ready
+test-ready: test-kernels $(DEV_STAMP) $(OPENAI_STAMP) chromium model $(BYTECODE_STAMP)
+
+# Made once, while pip installs the tools, and not by every worker for itself.
+$(BYTECODE_STAMP): $(RUN_STAMP)
+	@$(PY) -c "import dspark_stream.engine.build, dspark_stream.training.pipeline"
+	@touch $@
+
+# pip keeps one core busy, and the compiler another one. Where this fails, the tests build for themselves and say why.
+.PHONY: test-kernels
+test-kernels:
+	@"$${PYTHON:-python3}" tests/kernels_ahead.py "$(CURDIR)/build/tests" 2>/dev/null || :
 
 .PHONY: test-all
 test-all: $(DEV_STAMP) $(OPENAI_STAMP) chromium model big-models ## Run the slow tests too; fetches 1.7 GB of models

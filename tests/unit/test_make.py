@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dspark_kernels.cpu.build import library_path, supported_isas
+
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("setup", "serve", "test", "test-all", "style", "types", "docs", "bench", "abuse", "soak", "clean", "help")
 
@@ -38,8 +40,8 @@ def fake(bare: Path, name: str, script: str) -> None:
     path.chmod(0o755)
 
 
-def make(project: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    environ = {"PATH": str(project.parent / "bin"), "HOME": str(project.parent)}
+def make(project: Path, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environ = {"PATH": str(project.parent / "bin"), "HOME": str(project.parent)} | variables
     command = [shutil.which("make"), "--no-print-directory", *argv]
     return subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
@@ -110,6 +112,38 @@ def test_a_model_reaches_the_service_and_tests_fetch_a_small_one(bare):
     assert "--model" not in make(bare, "--dry-run", "serve").stdout
     assert "MODEL=" in make(bare, "help").stdout
     assert re.search(r"models\.fetch smollm2-135m$", make(bare, "--dry-run", "model").stdout, re.MULTILINE)
+
+
+def test_all_that_tests_need_is_set_up_before_them(bare):
+    shown = make(bare, "--dry-run", "test").stdout
+    tests = shown.index(".venv/bin/python -m pytest -n logical")
+    steps = ("kernels_ahead.py", '".[dev]"', "openai[realtime]", "apt-get install", "models.fetch", "import dspark")
+    assert all(-1 < shown.find(step) < tests for step in steps)
+
+
+def test_bytecode_is_kept_where_the_environment_forbids_it(bare):
+    """Else every program that a test starts compiles torch's source, for five seconds."""
+    (bare / ".venv" / "bin").mkdir(parents=True)
+    (bare / ".venv" / ".ready-run").touch()
+    python = bare / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "forbidden: <$PYTHONDONTWRITEBYTECODE>"\n')
+    python.chmod(0o755)
+    assert make(bare, "model", PYTHONDONTWRITEBYTECODE="1").stdout == "forbidden: <>\n"
+
+
+def test_kernels_are_built_before_anything_is_installed(tmp_path):
+    """The names are those that the tests look for: else they would be built twice."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho built > "$2"\n')
+    compiler.chmod(0o755)
+    environ = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "user")}
+    program = [sys.executable, "-I", "-S", str(ROOT / "tests" / "kernels_ahead.py"), str(tmp_path / "tests")]
+    subprocess.run(program, env=environ, check=True, timeout=60)
+    best, *others = supported_isas()
+    wanted = {library_path(isa, sanitize=True).name for isa in (best, *others)}
+    wanted |= {library_path(isa).name for isa in others}
+    assert {path.name for path in tmp_path.glob("tests/dspark-stream/kernels/*")} == wanted
+    assert [path.name for path in tmp_path.glob("user/dspark-stream/kernels/*")] == [library_path(best).name]
 
 
 def test_docs_are_built_strictly_in_an_environment_of_their_own(bare):

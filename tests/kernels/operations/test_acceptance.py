@@ -58,18 +58,21 @@ def test_all_three_ways_together(load, device, vocab, near):
     assert outcomes(got) == by_the_engine(case)
 
 
+ALL_CUTS = {"top_k": [20] * 9, "top_p": [0.8] * 9, "min_p": [0.05] * 9}
+
+
 @pytest.mark.parametrize(
-    "cut",
+    ("cut", "dtype"),
     [
-        {"top_k": [1] * 9},
-        {"top_k": [5, 0, 40] * 3},
-        {"top_p": [0.5, 0.9, 1e-6] * 3},
-        {"min_p": [0.02, 0.3, 1.0] * 3},
-        {"top_k": [20] * 9, "top_p": [0.8] * 9, "min_p": [0.05] * 9},
+        ({"top_k": [1] * 9}, torch.float32),
+        ({"top_k": [5, 0, 40] * 3}, torch.float32),
+        ({"top_p": [0.5, 0.9, 1e-6] * 3}, torch.float32),
+        ({"min_p": [0.02, 0.3, 1.0] * 3}, torch.float32),
+        (ALL_CUTS, torch.float32),
+        (ALL_CUTS, torch.float16),
     ],
-    ids=["one", "k", "p", "min", "all"],
+    ids=["one", "k", "p", "min", "all", "all 16"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["32", "16"])
 def test_truncation(load, device, cut, dtype):
     """Guards against tokens that the request ruled out, and cuts in another order than the engine's."""
     case = make(LENGTHS, sampling_of(ALL, **cut), 1003, 33, seed=2)
