@@ -152,7 +152,7 @@ test-kernels:
 
 .PHONY: test-all
 test-all: $(DEV_STAMP) $(OPENAI_STAMP) chromium model big-models ## Run the slow tests too; fetches 1.7 GB of models
-	@DSPARK_TEST_PROFILE=nightly $(PY) -m pytest $(WORKERS) 2 -m "not clients" $(ARGS)
+	@TEST_PROFILE=nightly $(PY) -m pytest $(WORKERS) 2 -m "not clients" $(ARGS)
 
 .PHONY: test-clients
 test-clients: $(DEV_STAMP) $(OPENAI_STAMP) $(CLIENT_STAMPS) model ## Try well-known clients against the service

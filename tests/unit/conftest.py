@@ -9,4 +9,4 @@ from hypothesis import settings
 # `ci` looks at the same examples in every run; `nightly` (make test-all) at many, and at others in every run.
 settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("DSPARK_TEST_PROFILE", "ci"))
+settings.load_profile(os.environ.get("TEST_PROFILE", "ci"))
