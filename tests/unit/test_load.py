@@ -385,6 +385,18 @@ def test_a_size_that_is_corrected_takes_along_what_lies_beyond_it():
     assert down[0] < 1 < up[0]
 
 
+def test_what_drafting_costs_at_one_load_says_nothing_of_another():
+    """Guards against eight streams that draft at a loss for what was learnt of one stream alone."""
+    table = CostTable(IDLE)
+    one, eight = (Shape(Company(n, 96.0), n, 3, 4 * n) for n in (1, 8))
+    before = table.ms(one), table.ms(eight)
+    for _ in range(20):
+        table.learn(Shape(one.company, 0, 0, 1), table.plain_ms(one.company))
+        table.learn(one, 0.7 * before[0])
+    assert table.ms(one) < 0.8 * before[0]
+    assert table.ms(eight) == before[1]
+
+
 def test_rounds_before_and_after_a_rest_are_not_neighbours():
     """Guards against hours in which the machine changed, held against the first round's drafts."""
     for rests in (False, True):

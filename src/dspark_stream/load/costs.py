@@ -1,15 +1,15 @@
 """What a round takes on this machine: the capacity curve, corrected by what rounds really take.
 
-The curve is measured at start from real passes (engine/profile.py), and kept on disk. Two neighbouring rounds met the
-same machine. So where they are of different kinds, what their times differ by beyond what is expected corrects the
-curve: there is a correction for each size of a pass, and one for drafting. What all rounds have in common is the
-*pace*, say of a neighbour on the machine. It scales milliseconds, and changes no choice.
+Two neighbouring rounds met the same machine. So where they are of different kinds, what their times differ by beyond
+what is expected corrects the curve: each size of a pass, and drafting at each load. What all rounds share is the
+*pace*, say of a neighbour. It scales milliseconds, and changes no choice.
 
 Symbols: R streams, B target tokens of a round, p̄ the streams' mean position, γ the draft block's size.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import lru_cache
 from math import exp, log
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a round's two large parts, measured at one stream that holds ``context`` positions.
+    """Milliseconds of a round's two large parts, measured at start at one stream that holds ``context`` positions.
 
     A round is drafting (its context features included) and a target pass with acceptance. Linear between points.
     What else differs, say between one stream's rows and many streams', is less, and learnt.
@@ -100,8 +100,8 @@ class CostTable:
         self._sizes: Array = np.log(curve.tokens)
         self._by_size: Array = np.zeros(len(curve.tokens))
         """Corrections of rounds over so many tokens, as logarithms."""
-        self._by_drafting = 0.0
-        """The same of rounds that draft, against those that do not."""
+        self._by_drafting: dict[int, float] = defaultdict(float)
+        """The same of rounds that draft against those that do not, by the bits of R."""
         self._pace = 0.0
         self._last: _Seen | None = None
         self._costs = lru_cache(maxsize=256)(self._cost)
@@ -116,7 +116,8 @@ class CostTable:
         ms = self.curve.pass_ms(batch_tokens, company)
         over = np.interp(np.log(batch_tokens), self._sizes, self._by_size)
         if np.any(drafting):
-            ms, over = ms + self.curve.drafting_ms(drafting, slots), over + self._by_drafting
+            ms = ms + self.curve.drafting_ms(drafting, slots)
+            over = over + self._by_drafting[company.streams.bit_length()]
         return np.asarray(ms * np.exp(over))
 
     def plain_ms(self, company: Company) -> float:
@@ -149,7 +150,7 @@ class CostTable:
             return
         learnt = _learnt(seen.surprise - last.surprise)
         if last.drafted != seen.drafted:
-            self._by_drafting += learnt if seen.drafted else -learnt
+            self._by_drafting[shape.company.streams.bit_length()] += learnt if seen.drafted else -learnt
         else:  # half each; smaller sizes go with the smaller, larger ones with the larger
             up = learnt / 2 if size > last.size else -learnt / 2
             self._by_size += np.interp(self._sizes, self._sizes[sorted((last.size, size))], [-up, up])
