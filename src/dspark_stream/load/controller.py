@@ -19,7 +19,7 @@ from dspark_stream.load.acceptance import THRESHOLDS, Acceptance, Past
 from dspark_stream.load.costs import CapacityCurve, Company, CostTable, Shape
 
 Learnt = tuple[Past | None, Sequence[float], int, int]
-"""Of a stream's round: its past, what its draft promised (empty if it had none), verified and accepted tokens."""
+"""Of a stream's round: its past, what its draft promised (empty if none), verified and accepted tokens."""
 HOLD = 8
 """Rounds between two decisions while the streams are the same ones."""
 SHARE = 0.02

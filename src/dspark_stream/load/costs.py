@@ -145,10 +145,10 @@ class CostTable:
         size = min(range(len(self._sizes)), key=lambda i: abs(self.curve.tokens[i] - shape.batch_tokens))
         seen = _Seen(size, shape.drafting > 0, log(ms / self.ms(shape)))
         last, self._last = self._last, seen
-        self._pace += _learnt(seen.surprise - self._pace)
+        self._pace += GAIN * float(np.clip(seen.surprise - self._pace, -MOST, MOST))
         if last is None or last[:2] == seen[:2]:
             return
-        learnt = _learnt(seen.surprise - last.surprise)
+        learnt = GAIN * float(np.clip(seen.surprise - last.surprise, -MOST, MOST))
         if last.drafted != seen.drafted:
             self._by_drafting[shape.company.streams.bit_length()] += learnt if seen.drafted else -learnt
         else:  # half each; smaller sizes go with the smaller, larger ones with the larger
@@ -159,7 +159,3 @@ class CostTable:
     def rest(self) -> None:
         """Time goes by without rounds: the next one has no neighbour."""
         self._last = None
-
-
-def _learnt(surprise: float) -> float:
-    return GAIN * max(-MOST, min(MOST, surprise))
