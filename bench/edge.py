@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -76,10 +77,16 @@ RATIOS = (
 class Worker:
     """An engine's process. ``error``: why there is none any more."""
 
-    def __init__(self, python: str, kind: str, model: str, threads: int, most: int = 0) -> None:
+    def __init__(
+        self, python: str, kind: str, model: str, threads: int, most: int = 0, tree: Path | None = None
+    ) -> None:
+        """``tree``: a working tree of this project to run, in place of the one that is installed."""
         self.error = ""
-        command = [python, str(HERE / "edge_worker.py"), kind, model, str(threads), str(most)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [python, str((tree or HERE.parent) / "bench/edge_worker.py"), kind, model, str(threads), str(most)]
+        sources = {"PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree / 'kernels'}"} if tree else {}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **sources}
+        )
         self._read()
 
     def _read(self) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""Versions of this project against each other, live, at rising loads: whether a change of the scheduler costs speed.
+
+    git worktree add ../before COMMIT
+    python bench/versions.py --before ../before --model smollm2-135m-instruct
+
+Every version has a process of its own, only one computes at a time. In every repeat all take a turn at a load, forth in
+one, back in the next, on the same prompts, which change from repeat to repeat. This version also decodes plainly and at
+fixed lengths; those that are clearly behind after the first repeat are left out. Ratios are taken within a repeat. Of
+many the geometric mean is given, and how far it may be off: the standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from math import exp, inf, log, sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+
+from common import write_csv
+from dspark_stream.config import DEFAULT_MODEL, default_cache_dir
+from dspark_stream.console import Progress
+from dspark_stream.measure.evaluate import GOLDEN, read_prompts
+from dspark_stream.models.fetch import model_path
+from dspark_stream.models.gguf import GgufFile
+from dspark_stream.models.tokenizer import codec_from_gguf
+from edge import HERE, Worker
+
+NOW, PLAIN, ADAPTIVE = "now", "plain", "adaptive"
+FIXED = tuple(f"fixed:{n}" for n in (1, 2, 3, 5, 7))
+CLEARLY = 0.85
+"""A fixed length that is this far behind the best one after a repeat is left out."""
+
+Run = tuple[str, str]
+"""Version and schedule."""
+
+
+class Load:
+    """One load at one temperature: what every run gave, by repeat."""
+
+    def __init__(self, before: Sequence[str]) -> None:
+        self.runs: list[Run] = [(name, how) for how in (ADAPTIVE, PLAIN) for name in (NOW, *before)]
+        self.runs += [(NOW, how) for how in FIXED]
+        self.tokens_per_s: dict[Run, dict[int, float]] = {run: {} for run in self.runs}
+
+    def drop(self) -> None:
+        """Fixed lengths that are clearly behind are not run again."""
+        rates = {run: fmean(self.tokens_per_s[run].values()) for run in self.runs if run[1] in FIXED}
+        best = max(rates.values(), default=0.0)
+        self.runs = [run for run in self.runs if rates.get(run, inf) >= CLEARLY * best]
+
+    def best_fixed(self) -> Run:
+        """Of those that were not dropped, by geometric means."""
+        return max((run for run in self.runs if run[1] in FIXED), key=self._middle)
+
+    def ratio(self, run: Run, *others: Run) -> tuple[float, float]:
+        """Over the best of ``others``, the same one in every repeat; and its standard error."""
+        theirs = self.tokens_per_s[max(others, key=self._middle)]
+        logs = [log(rate / theirs[repeat]) for repeat, rate in self.tokens_per_s[run].items()]
+        error = stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else inf
+        return exp(fmean(logs)), error
+
+    def _middle(self, run: Run) -> float:
+        return fmean(map(log, self.tokens_per_s[run].values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, nargs="+", default=[], help="working trees of other versions")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a .gguf file")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer, less or more a half")
+    parser.add_argument("--answers", type=int, default=4, help="at least; two a stream")
+    parser.add_argument("--threads", type=int, default=2)
+    names = [HERE / "prompts" / f"{name}.jsonl" for name in ("functions", "code", "math", "chat")]
+    parser.add_argument("--prompts", type=Path, nargs="+", default=names, help="first turns are asked")
+    parser.add_argument("--limit", type=int, default=8, help="prompts of each file")
+    parser.add_argument("--out", type=Path, default=Path("runs/versions.csv"))
+    args = parser.parse_args()
+
+    path = model_path(args.model, default_cache_dir(), Progress())
+    codec = codec_from_gguf(GgufFile(Path(path)).fields)
+    sets = [
+        [codec.encode_chat([(m.role, m.content) for m in p.messages]) for p in read_prompts(file, args.limit)]
+        for file in args.prompts
+    ]
+    prompts = [ids for some in zip(*sets, strict=False) for ids in some]
+    trees = {NOW: HERE.parent, **{tree.resolve().name: tree.resolve() for tree in args.before}}
+    most = max(args.streams)
+    workers = {
+        name: Worker(sys.executable, "dspark", args.model, args.threads, most, tree) for name, tree in trees.items()
+    }
+    loads = {(t, n): Load([name for name in trees if name != NOW]) for t in args.temperatures for n in args.streams}
+    rows: list[dict[str, object]] = []
+    for repeat in range(args.repeats):
+        for (temperature, streams), load in loads.items():
+            count = max(args.answers, 2 * streams)
+            asked = [prompts[(repeat * count + i) % len(prompts)] for i in range(count)]
+            tokens = [max(1, round(args.tokens * (0.5 + i * GOLDEN % 1.0))) for i in range(count)]
+            for name, how in load.runs if repeat % 2 else load.runs[::-1]:
+                sampling = {"temperature": temperature}
+                answer = workers[name].must("generate", prompts=asked, tokens=tokens, streams=streams, how=how,
+                                            sampling=sampling, seed=1 + 10_000 * repeat)  # fmt: skip
+                rate = sum(map(len, answer["ids"])) / answer["seconds"]
+                load.tokens_per_s[name, how][repeat] = rate
+                rows.append({"temperature": temperature, "streams": streams, "repeat": repeat, "version": name,
+                             "schedule": how, "tokens_per_s": round(rate, 2),
+                             "accepted_length": round(answer["accepted_length"], 3)})  # fmt: skip
+            if repeat == 0:
+                load.drop()
+        write_csv(args.out, rows)
+        report(loads, list(trees))
+    for worker in workers.values():
+        worker.close()
+
+
+def report(loads: dict[tuple[float, int], Load], trees: Sequence[str]) -> None:
+    """The tables so far."""
+    for temperature in dict.fromkeys(t for t, _ in loads):
+        some = {n: load for (t, n), load in loads.items() if t == temperature}
+        print(f"\ntemperature {temperature:g}, tokens a second of all streams\n")
+        print(f"| streams | {' | '.join(str(n) for n in some)} |")
+        print("| --- " * (len(some) + 1) + "|")
+        lines = {f"adaptive over adaptive of {name}": ((NOW, ADAPTIVE), (name, ADAPTIVE)) for name in trees[1:]}
+        lines |= {f"plain over plain of {name}": ((NOW, PLAIN), (name, PLAIN)) for name in trees[1:]}
+        lines |= {f"adaptive of {name} over its plain": ((name, ADAPTIVE), (name, PLAIN)) for name in trees}
+        for what, (run, other) in lines.items():
+            show(what, [load.ratio(run, other) for load in some.values()])
+        best = [load.ratio((NOW, ADAPTIVE), (NOW, PLAIN), load.best_fixed()) for load in some.values()]
+        show("adaptive over the better of plain and the best fixed length", best)
+        print(f"| best fixed length | {' | '.join(load.best_fixed()[1] for load in some.values())} |", flush=True)
+
+
+def show(what: str, ratios: Sequence[tuple[float, float]]) -> None:
+    """One line of a table."""
+    print(f"| {what} | {' | '.join(f'{ratio:.3f} ± {error:.3f}' for ratio, error in ratios)} |")
+
+
+if __name__ == "__main__":
+    main()
