@@ -18,6 +18,7 @@ from dspark_stream.load.costs import CapacityCurve
 class Stored(msgspec.Struct):
     """The part of a stored curve's file that counts here."""
 
+    key: list[str]
     curve: CapacityCurve
 
 

@@ -9,6 +9,7 @@ Nothing is loaded but the curve.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import time
 from itertools import accumulate
@@ -21,6 +22,7 @@ import msgspec
 from common import Stored, write_csv
 from dspark_stream.config import default_cache_dir
 from dspark_stream.decoding.schedule import Adaptive, Candidate
+from dspark_stream.engine.profile import FORMAT
 from dspark_stream.load.acceptance import Past
 from dspark_stream.load.controller import Controller
 from dspark_stream.load.costs import CapacityCurve, Company, Shape
@@ -30,10 +32,10 @@ def newest_curve() -> CapacityCurve:
     """The one that was measured last on this machine."""
     files = sorted((default_cache_dir() / "capacity").glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True)
     for file in files:
-        try:
-            return msgspec.json.decode(file.read_bytes(), type=Stored).curve
-        except msgspec.MsgspecError:
-            continue  # another version's
+        with contextlib.suppress(msgspec.MsgspecError):  # another version's
+            stored = msgspec.json.decode(file.read_bytes(), type=Stored)
+            if FORMAT in stored.key:
+                return stored.curve
     raise SystemExit("no capacity curve was measured here yet: run dspark-stream profile first")
 
 

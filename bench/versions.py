@@ -3,10 +3,11 @@
     git worktree add ../before COMMIT
     python bench/versions.py --before ../before --model smollm2-135m-instruct
 
-Every version has a process of its own, only one computes at a time. In every repeat all take a turn at a load, forth in
-one, back in the next, on the same prompts, which change from repeat to repeat. This version also decodes plainly and at
-fixed lengths; those that are clearly behind after the first repeat are left out. Ratios are taken within a repeat. Of
-many the geometric mean is given, and how far it may be off: the standard error.
+Every version has a process of its own, only one computes at a time. All take a turn at a load, forth in one, back in
+the next, on the same prompts, which change from turn to turn. Few streams get short turns and more of them, since a
+machine that becomes slower within a turn does so for some and not for others. This version also decodes plainly and at
+fixed lengths; those that are clearly behind in the first turn are left out. Ratios are taken within a turn. Of many the
+geometric mean is given, and how far it may be off: the standard error.
 """
 
 from __future__ import annotations
@@ -30,34 +31,35 @@ from edge import HERE, Worker
 NOW, PLAIN, ADAPTIVE = "now", "plain", "adaptive"
 FIXED = tuple(f"fixed:{n}" for n in (1, 2, 3, 5, 7))
 CLEARLY = 0.85
-"""A fixed length that is this far behind the best one after a repeat is left out."""
+"""A fixed length that is this far behind another in the first turn is left out."""
+BUSY = 8
+"""Streams of one turn, or of several turns of fewer streams each."""
 
 Run = tuple[str, str]
 """Version and schedule."""
 
 
 class Load:
-    """One load at one temperature: what every run gave, by repeat."""
+    """One load at one temperature: what every run gave, by turn."""
 
     def __init__(self, before: Sequence[str]) -> None:
-        self.runs: list[Run] = [(name, how) for how in (ADAPTIVE, PLAIN) for name in (NOW, *before)]
+        self.runs: list[Run] = [*((name, ADAPTIVE) for name in (NOW, *before)), (NOW, PLAIN)]
         self.runs += [(NOW, how) for how in FIXED]
         self.tokens_per_s: dict[Run, dict[int, float]] = {run: {} for run in self.runs}
 
     def drop(self) -> None:
         """Fixed lengths that are clearly behind are not run again."""
-        rates = {run: fmean(self.tokens_per_s[run].values()) for run in self.runs if run[1] in FIXED}
-        best = max(rates.values(), default=0.0)
-        self.runs = [run for run in self.runs if rates.get(run, inf) >= CLEARLY * best]
+        rates = {run: self.tokens_per_s[run][0] for run in self.runs if run[1] in FIXED}
+        self.runs = [run for run in self.runs if rates.get(run, inf) >= CLEARLY * max(rates.values())]
 
     def best_fixed(self) -> Run:
         """Of those that were not dropped, by geometric means."""
         return max((run for run in self.runs if run[1] in FIXED), key=self._middle)
 
     def ratio(self, run: Run, *others: Run) -> tuple[float, float]:
-        """Over the best of ``others``, the same one in every repeat; and its standard error."""
+        """Over the best of ``others``, the same one in every turn; and its standard error."""
         theirs = self.tokens_per_s[max(others, key=self._middle)]
-        logs = [log(rate / theirs[repeat]) for repeat, rate in self.tokens_per_s[run].items()]
+        logs = [log(rate / theirs[turn]) for turn, rate in self.tokens_per_s[run].items()]
         error = stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else inf
         return exp(fmean(logs)), error
 
@@ -71,9 +73,8 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a .gguf file")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, less or more a half")
-    parser.add_argument("--answers", type=int, default=4, help="at least; two a stream")
     parser.add_argument("--threads", type=int, default=2)
     names = [HERE / "prompts" / f"{name}.jsonl" for name in ("functions", "code", "math", "chat")]
     parser.add_argument("--prompts", type=Path, nargs="+", default=names, help="first turns are asked")
@@ -97,20 +98,35 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for repeat in range(args.repeats):
         for (temperature, streams), load in loads.items():
-            count = max(args.answers, 2 * streams)
-            asked = [prompts[(repeat * count + i) % len(prompts)] for i in range(count)]
-            tokens = [max(1, round(args.tokens * (0.5 + i * GOLDEN % 1.0))) for i in range(count)]
-            for name, how in load.runs if repeat % 2 else load.runs[::-1]:
-                sampling = {"temperature": temperature}
-                answer = workers[name].must("generate", prompts=asked, tokens=tokens, streams=streams, how=how,
-                                            sampling=sampling, seed=1 + 10_000 * repeat)  # fmt: skip
-                rate = sum(map(len, answer["ids"])) / answer["seconds"]
-                load.tokens_per_s[name, how][repeat] = rate
-                rows.append({"temperature": temperature, "streams": streams, "repeat": repeat, "version": name,
-                             "schedule": how, "tokens_per_s": round(rate, 2),
-                             "accepted_length": round(answer["accepted_length"], 3)})  # fmt: skip
-            if repeat == 0:
-                load.drop()
+            turns = max(1, BUSY // streams)
+            for turn in range(repeat * turns, (repeat + 1) * turns):
+                asked = [prompts[(turn * 2 * streams + i) % len(prompts)] for i in range(2 * streams)]
+                tokens = [max(1, round(args.tokens * (0.5 + (turn + i) * GOLDEN % 1.0))) for i in range(2 * streams)]
+                for name, how in load.runs if turn % 2 == 0 else load.runs[::-1]:
+                    answer = workers[name].must(
+                        "generate",
+                        prompts=asked,
+                        tokens=tokens,
+                        streams=streams,
+                        how=how,
+                        sampling={"temperature": temperature},
+                        seed=1 + 10_000 * turn,
+                    )
+                    rate = sum(map(len, answer["ids"])) / answer["seconds"]
+                    load.tokens_per_s[name, how][turn] = rate
+                    rows.append(
+                        {
+                            "temperature": temperature,
+                            "streams": streams,
+                            "turn": turn,
+                            "version": name,
+                            "schedule": how,
+                            "tokens_per_s": round(rate, 2),
+                            "accepted_length": round(answer["accepted_length"], 3),
+                        }
+                    )
+                if turn == 0:
+                    load.drop()
         write_csv(args.out, rows)
         report(loads, list(trees))
     for worker in workers.values():
@@ -125,8 +141,7 @@ def report(loads: dict[tuple[float, int], Load], trees: Sequence[str]) -> None:
         print(f"| streams | {' | '.join(str(n) for n in some)} |")
         print("| --- " * (len(some) + 1) + "|")
         lines = {f"adaptive over adaptive of {name}": ((NOW, ADAPTIVE), (name, ADAPTIVE)) for name in trees[1:]}
-        lines |= {f"plain over plain of {name}": ((NOW, PLAIN), (name, PLAIN)) for name in trees[1:]}
-        lines |= {f"adaptive of {name} over its plain": ((name, ADAPTIVE), (name, PLAIN)) for name in trees}
+        lines |= {f"adaptive of {name} over plain": ((name, ADAPTIVE), (NOW, PLAIN)) for name in trees}
         for what, (run, other) in lines.items():
             show(what, [load.ratio(run, other) for load in some.values()])
         best = [load.ratio((NOW, ADAPTIVE), (NOW, PLAIN), load.best_fixed()) for load in some.values()]

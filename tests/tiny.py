@@ -103,6 +103,7 @@ def tiny_rounds(
         drafter_kv=KVStore(drafter.kv_shapes, slots, target.dtype, target.device) if drafter else None,
         calibration=Calibration(),
         history=AcceptanceHistory(gamma),
+        capacity=capacity,
         controller=Controller(gamma, capacity),
     )
     models.controller.costs.learn = lambda *_: None  # the machine of an invented curve does not change

@@ -61,6 +61,7 @@ def native_rounds(tmp_path_factory):
             drafter_kv=drafter.make_store(2048),
             calibration=Calibration(),
             history=AcceptanceHistory(drafter.gamma),
+            capacity=FLAT,
             controller=Controller(drafter.gamma, FLAT),
         )
         models.controller.costs.learn = lambda *_: None

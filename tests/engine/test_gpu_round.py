@@ -234,6 +234,24 @@ def test_a_bound_on_chunk_gaps_is_heard():
         assert (with_drafts > 0) == drafts
 
 
+def test_rounds_beside_a_prompt_teach_no_times():
+    """Guards against a prompt's pass that is taken for what a round costs: it runs between rounds under way."""
+    rounds = captured(rounds_of(schedule=Fixed(4)))
+    seen: list[str] = []
+    costs, prefill = rounds.models.controller.costs, rounds.prefill
+    costs.learn, costs.rest = lambda *_: seen.append("timed"), lambda: seen.append("not")
+    rounds.prefill = lambda *args: (seen.append("prompt"), prefill(*args))[1]
+    requests = [
+        request(f"p{i}", prompt=(3 + i, 9, 4), max_tokens=30 + 20 * i, ignore_eos=True, mode="plain") for i in range(4)
+    ]
+    run(rounds, requests, streams=2)
+    joined = [i for i, what in enumerate(seen) if what == "prompt" and "timed" in seen[:i]]
+    assert len(joined) >= 2
+    assert seen.count("timed") > 30
+    for i in joined:
+        assert "timed" not in seen[i : i + 3], seen[i : i + 6]
+
+
 def test_cancelled_and_held_streams_lose_nothing():
     """Guards against a round in flight whose results are dropped, doubled or given to another stream."""
     names = [f"c{i}" for i in range(4)]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
+import numpy as np
 import pytest
 
 from dspark_stream.decoding.schedule import Adaptive, EarlyStop, Fixed, Schedule, Threshold
 from dspark_stream.engine.captured.graphs import Size, row_ladder
-from dspark_stream.engine.captured.sizing import Sizing
+from dspark_stream.engine.captured.sizing import CapturedCurve, Sizing
 from dspark_stream.engine.stream import Stream
-from dspark_stream.load.acceptance import Acceptance
-from tiny import request
+from dspark_stream.load.controller import Controller
+from dspark_stream.load.costs import Company
+from tiny import FLAT, request
 
 GAMMA = 4
 
@@ -31,11 +31,22 @@ class Ladder:
 
 
 class Chooser(Sizing):
-    """With made-up times; what drafts were like can be told it."""
+    """With made-up times; rounds can be made up for it, too."""
 
     def __init__(self, ladder: Ladder, schedule: Schedule) -> None:
-        self.acceptance = Acceptance(GAMMA)
-        super().__init__(ladder, schedule, self.acceptance)
+        self.controller = Controller(GAMMA, CapturedCurve.over(ladder, FLAT))
+        super().__init__(ladder, schedule, self.controller, GAMMA)
+        self.times = ladder.round_ms
+
+    def go_on(self, company: list[Stream], survival: list[float], rounds: int, more_ms: float = 0.0) -> list[Size]:
+        """Rounds as it chooses them, whose drafts promise ``survival`` and keep it; each takes so much longer."""
+        sizes = []
+        for _ in range(rounds):
+            sizes.append(size := self.choose(company))
+            drafted = survival if size.drafting else []
+            learnt = [(s.past, drafted, len(drafted), round(sum(drafted))) for s in company]
+            self.controller.learn(learnt, self.shape(len(company), size), self.times[size] + more_ms)
+        return sizes
 
 
 def sizing(draft_ms: float = 0.1, row_ms: float = 0.0, schedule: Schedule | None = None) -> Chooser:
@@ -46,14 +57,14 @@ def streams(count: int = 4, mode: str = "dspark") -> list[Stream]:
     return [Stream(request(str(i), mode=mode), 48, GAMMA, frozenset(), None) for i in range(count)]
 
 
-GOOD, BAD = [0.95, 0.9, 0.85, 0.8], [0.1, 0.02, 0.0, 0.0]
+GOOD, BAD = [0.95, 0.9, 0.8, 0.7], [0.1, 0.02, 0.0, 0.0]
 
 
 def show(chooser: Chooser, company: list[Stream], survival: list[float], rounds: int = 40) -> None:
     """Rounds whose drafts promised ``survival`` and kept it."""
     for _ in range(rounds):
         for stream in company:
-            chooser.acceptance.learn(stream.past, survival, GAMMA, round(sum(survival)))
+            chooser.controller.acceptance.learn(stream.past, survival, GAMMA, round(sum(survival)))
 
 
 def test_rows_follow_promises_and_costs():
@@ -65,19 +76,17 @@ def test_rows_follow_promises_and_costs():
 
 
 def test_drafting_is_skipped_where_it_does_not_pay_and_looked_at_now_and_then():
-    """Guards against a draft pass that every round pays for and none profits from."""
+    """Guards against a draft pass that every round pays for and none profits from, and against never trying again."""
     chooser, company = sizing(draft_ms=0.5), streams()
-    show(chooser, company, BAD)
-    sizes = [chooser.choose(company) for _ in range(5000)]
-    looks = [i for i, size in enumerate(sizes) if size.drafting]
-    waits = [b - a for a, b in itertools.pairwise([-1, *looks])]
-    assert 10 < waits[0] < 100
-    assert waits == [min(waits[0] << i, waits[-1]) for i in range(len(waits))]  # each twice the one before, to a limit
-    assert 8 * waits[0] < waits[-1] == waits[-2]
-    assert all(size == Size(4, 4, False, context=True) for i, size in enumerate(sizes) if i not in looks)
-    assert chooser.probes == len(looks)
-    show(chooser, company, GOOD)
-    assert chooser.choose(company).drafting
+    chooser.go_on(company, BAD, 500)
+    looks_before = chooser.controller.looks
+    sizes = chooser.go_on(company, BAD, 5000)
+    looks = chooser.controller.looks - looks_before
+    assert 0 < looks == sum(size.drafting for size in sizes)
+    took, least = sum(chooser.times[size] for size in sizes), 5000 * chooser.times[Size(4, 4, False, context=True)]
+    assert took < 1.02 * least
+    chooser.go_on(company, GOOD, 8000)
+    assert sum(size.drafting for size in chooser.go_on(company, GOOD, 100)) > 90
 
 
 def test_promises_that_are_not_kept_count_less():
@@ -85,19 +94,41 @@ def test_promises_that_are_not_kept_count_less():
     chooser, company = sizing(draft_ms=0.5), streams()
     for _ in range(400):
         for stream in company:
-            chooser.acceptance.learn(stream.past, GOOD, GAMMA, 0)
+            chooser.controller.acceptance.learn(stream.past, GOOD, GAMMA, 0)
     assert not chooser.choose(company).drafting
 
 
 def test_what_rounds_really_take_counts():
     """Guards against times of an empty machine: what attention adds makes a draft pass cheap beside it."""
     chooser, company = sizing(draft_ms=1.0), streams()
-    show(chooser, company, [0.6, 0.2, 0.05, 0.0])
-    assert not chooser.choose(company).drafting
-    for _ in range(9):
-        chooser.saw_round(Size(4, 4, False, context=True), 21.0)
-    assert chooser.choose(company).drafting
-    assert chooser.plain_ms(3) == pytest.approx(21.0)
+    promised = [0.6, 0.3, 0.1, 0.0]
+    show(chooser, company, promised)
+    assert not any(size.drafting for size in chooser.go_on(company, promised, 8))
+    chooser.go_on(company, promised, 2000, more_ms=20.0)
+    assert sum(size.drafting for size in chooser.go_on(company, promised, 100, more_ms=20.0)) > 90
+    costs = chooser.controller.costs
+    assert costs.pace * costs.plain_ms(Company(4, 0.0)) == pytest.approx(21.0, rel=0.1)
+
+
+def test_captured_sizes_are_steps():
+    """Guards against times of rounds that no graph has: what is verified goes up to the next size."""
+    curve = CapturedCurve.over(Ladder(0.5, 0.1), FLAT)
+    company = Company(3, 0.0)
+    drafting = curve.drafting_ms(np.array([1, 3]), np.array([[1], [4]]), company)
+    assert drafting == pytest.approx(np.full((2, 2), 0.5))
+    whole = curve.pass_ms(np.arange(3, 21), company) + 0.5
+    up_to = [4] * 2 + [6] * 2 + [8] * 2 + [12] * 4 + [20] * 8
+    assert whole[0] == whole[1] == pytest.approx(1.9)  # a plain round, and drafting
+    assert whole == pytest.approx([1.5 + 0.1 * rows for rows in up_to])
+    assert curve.pass_ms(64, company) == FLAT.pass_ms(64, company)  # of a prompt
+
+
+def test_sizes_that_were_not_timed_go_by_the_measured_curve():
+    ladder = Ladder(0.5, 0.1)
+    ladder.round_ms.clear()
+    curve, company = CapturedCurve.over(ladder, FLAT), Company(3, 0.0)
+    assert curve.pass_ms(9, company) == FLAT.pass_ms(9, company)
+    assert curve.drafting_ms(3, 4, company) == FLAT.drafting_ms(3, 4, company)
 
 
 def test_within_a_time():

@@ -321,6 +321,7 @@ def engine_on(threads, folder, schedule):
         drafter_kv=drafter.make_store(4096),
         calibration=Calibration(),
         history=AcceptanceHistory(drafter.gamma),
+        capacity=FLAT,
         controller=Controller(drafter.gamma, FLAT),
     )
     models.controller.costs.learn = lambda *_: None  # the machine of an invented curve does not change

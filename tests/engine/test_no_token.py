@@ -62,6 +62,7 @@ def make(request, tmp_path):
             drafter_kv=own.make_store(2048),
             calibration=Calibration(),
             history=AcceptanceHistory(own.gamma),
+            capacity=FLAT,
             controller=Controller(own.gamma, FLAT),
         )
         models.controller.costs.learn = lambda *_: None

@@ -202,11 +202,11 @@ CURVE = CapacityCurve(tokens=[1, 4, 8], verify_ms=[10.0, 10.0, 18.0], streams=[1
 def test_curve_between_and_beyond_its_points():
     here = Company(1, 0.0)
     assert CURVE.pass_ms([2, 6, 16], here) == pytest.approx([10.0, 14.0, 36.0])
-    assert CURVE.drafting_ms([1, 2, 3], 1) == pytest.approx([2.0, 3.0, 4.0])
+    assert CURVE.drafting_ms([1, 2, 3], 1, here) == pytest.approx([2.0, 3.0, 4.0])
     costs = CostTable(CURVE)
     assert costs.plain_ms(here) == 10.0
     dear = msgspec.structs.replace(CURVE, gamma=7, slot_ms=[3.0, 3.0])  # no machine's: whole blocks take less
-    assert dear.drafting_ms(1, 1) == 0.0
+    assert dear.drafting_ms(1, 1, here) == 0.0
     assert costs.round_cost(here, 1, 1).ms == pytest.approx([12.0, 12.0])
 
 

@@ -129,6 +129,7 @@ def build_engine(
         drafter_kv=drafter_kv,
         calibration=calibration,
         history=AcceptanceHistory(gamma),
+        capacity=curve,
         controller=Controller(gamma, curve),
     )
     rounds = _rounds(models, config, max_model_len + gamma + 1, progress)

@@ -9,7 +9,7 @@ from math import inf
 from dspark_stream.decoding.schedule import Schedule
 from dspark_stream.engine.context import Context
 from dspark_stream.engine.prompts import prefill
-from dspark_stream.engine.rounds import Committed, Models, RoundCounters, Timings
+from dspark_stream.engine.rounds import Committed, Models, RoundCounters, Timings, company_of
 from dspark_stream.engine.step import WORDS, Round
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.controller import Plan
@@ -45,11 +45,6 @@ class EagerRounds:
         """See `prompts.prefill`."""
         return prefill(self.models, self.context, shares, company)
 
-    def plain_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
-        """See `rounds.Rounds`."""
-        costs, company = self.models.controller.costs, company_of(streams)
-        return lambda count: costs.pace * costs.plain_ms(company._replace(streams=count))
-
     def forget(self) -> None:
         """See `rounds.Rounds`: a round that failed is over."""
 
@@ -69,7 +64,7 @@ class EagerRounds:
             return plan
         costs = controller.costs
         owed = sum(s.backlog.count for s, drafts in zip(streams, plan.drafting, strict=True) if drafts)
-        ms = costs.round_cost(company, *plan.size).ms[0] + 1e-3 * costs.curve.feature_us * owed
+        ms = costs.round_cost(company, *plan.size).ms[0] + 1e-3 * self.models.capacity.feature_us * owed
         # where drafting alone would take too long, with nothing verified, nobody is drafted for
         if costs.pace * ms <= slowest_ms:
             return plan
@@ -87,11 +82,6 @@ class EagerRounds:
             if own is not None:
                 for repeats in (stream.repeats, controller.acceptance.repeats):
                     repeats.learn(own, [*block.tokens[: outcome.accepted], outcome.bonus])
-
-
-def company_of(streams: Sequence[Stream]) -> Company:
-    """What the cost of a round of these streams hangs on."""
-    return Company(len(streams), sum([s.position for s in streams]) / len(streams))
 
 
 def _took_ms(word: Callable[[Round], None], run: Round) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from dspark_stream.engine.context import Context
 from dspark_stream.engine.stream import Stream
 from dspark_stream.errors import NoTokenError
 from dspark_stream.load.controller import Controller
+from dspark_stream.load.costs import CapacityCurve, Company
 from dspark_stream.models.protocols import Drafter, Store, Target
 from dspark_stream.types import FinishReason, RoundRecord, TokensEvent
 
@@ -32,6 +33,8 @@ class Models:
     drafter_kv: Store | None
     calibration: Calibration
     history: AcceptanceHistory
+    capacity: CapacityCurve
+    """As measured: what passes over prompts and catching up take. Rounds go by the controller's."""
     controller: Controller
 
     @property
@@ -84,14 +87,16 @@ class Rounds(Protocol):
     def prefill(self, shares: Sequence[tuple[Stream, int]], company: Sequence[Stream]) -> list[Committed]:
         """See `prompts.prefill`."""
 
-    def plain_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
-        """What a round of so many of these takes with nothing drafted; 0 where nothing was measured."""
-
     def forget(self) -> None:
         """Something failed: whatever is under way is read by nobody."""
 
     def counters(self) -> RoundCounters:
         """Now; any thread."""
+
+
+def company_of(streams: Sequence[Stream]) -> Company:
+    """What the cost of a round of these streams hangs on."""
+    return Company(len(streams), sum([s.position for s in streams]) / len(streams))
 
 
 # --- what every round ends with ------------------------------------------------------------------------------

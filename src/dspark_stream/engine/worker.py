@@ -22,7 +22,7 @@ from dspark_stream.decoding.lookup import LONGEST
 from dspark_stream.decoding.schedule import parse_schedule
 from dspark_stream.engine.boundary import EventSink
 from dspark_stream.engine.pacing import SAFE, pace
-from dspark_stream.engine.rounds import Committed, Rounds
+from dspark_stream.engine.rounds import Committed, Rounds, company_of
 from dspark_stream.engine.sharing import in_turn, shares
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import (
@@ -190,7 +190,7 @@ class EngineThread:
     @property
     def capacity(self) -> CapacityCurve:
         """The capacity curve as it was measured."""
-        return self._models.controller.costs.curve
+        return self._models.capacity
 
     def use_schedule(self, name: str) -> None:
         """Go by another schedule from the next round on (for measurements; any thread)."""
@@ -389,7 +389,7 @@ class EngineThread:
         return self._rounds.prefill(shares(joining, chunk), company)
 
     def _round(self, decoding: Sequence[Stream]) -> list[Committed]:
-        together, slowest_ms = pace(decoding, self._rounds.plain_ms(decoding), time.perf_counter())
+        together, slowest_ms = pace(decoding, self._plain_ms(decoding), time.perf_counter())
         return self._rounds.decode(together, slowest_ms)
 
     # --- what fails ----------------------------------------------------------------------------------------
@@ -490,11 +490,16 @@ class EngineThread:
         budget_ms = self._prefill_budget_ms if decoding else ALONE_MS
         tightest_ms = min([s.max_chunk_gap_ms for s in decoding], default=float("inf"))
         if tightest_ms < float("inf"):
-            budget_ms = min(budget_ms, SAFE * tightest_ms - self._rounds.plain_ms(decoding)(len(decoding)))
-        costs = self._models.controller.costs
-        passes_ms = costs.round_ms(Company(1, max(position, costs.curve.context)), np.array(costs.curve.tokens))
-        fitting = [n for n, ms in zip(costs.curve.tokens, passes_ms, strict=True) if costs.pace * ms <= budget_ms]
+            budget_ms = min(budget_ms, SAFE * tightest_ms - self._plain_ms(decoding)(len(decoding)))
+        costs, measured = self._models.controller.costs, self._models.capacity
+        passes_ms = costs.round_ms(Company(1, max(position, measured.context)), np.array(measured.tokens))
+        fitting = [n for n, ms in zip(measured.tokens, passes_ms, strict=True) if costs.pace * ms <= budget_ms]
         return max([PREFILL_LEAST, *fitting])
+
+    def _plain_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
+        """What a round of so many of these takes at present with nothing drafted."""
+        costs, company = self._models.controller.costs, company_of(streams)
+        return lambda count: costs.pace * costs.plain_ms(company._replace(streams=count))
 
     def _publish(self, committed: Sequence[Committed]) -> None:
         c = self._counters

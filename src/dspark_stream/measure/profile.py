@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspark_stream.load.costs import CapacityCurve
+from dspark_stream.load.costs import CapacityCurve, Company
 from dspark_stream.measure.plot import Chart, Series
 
 
@@ -17,7 +17,7 @@ def table(curve: CapacityCurve) -> str:
         lines.append("drafting for R streams, ms")
         lines.append("  R        " + "".join(f"{n:>8}" for n in curve.streams))
         for slots in sorted({1, curve.gamma}):
-            row = curve.drafting_ms(curve.streams, slots).tolist()
+            row = curve.drafting_ms(curve.streams, slots, Company(1, curve.context)).tolist()
             lines.append(f"  tokens {slots:<2}" + "".join(f"{ms:>8.2f}" for ms in row))
     lines.append(
         f"a position of context costs a pass {curve.read_us:.2f} µs for each stream and {curve.attend_us:.2f} µs for "
@@ -31,7 +31,7 @@ def plot(curve: CapacityCurve) -> Chart:
     series = [Series("pass", list(zip(curve.tokens, curve.verify_ms, strict=True)))]
     if any(curve.draft_ms):
         for slots in sorted({1, curve.gamma}):
-            row = curve.drafting_ms(curve.streams, slots).tolist()
+            row = curve.drafting_ms(curve.streams, slots, Company(1, curve.context)).tolist()
             series.append(Series(f"drafting {slots}", list(zip(curve.streams, row, strict=True))))
     return Chart(
         f"Capacity at position {curve.context}", "tokens, or streams", "milliseconds", series, log_x=True, log_y=True

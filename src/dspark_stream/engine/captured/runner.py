@@ -11,7 +11,8 @@ next one needs to know of this one's tokens is on the host.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace as replaced
 from math import inf
 from typing import NamedTuple
 
@@ -25,13 +26,14 @@ from dspark_stream.decoding.draft import Block
 from dspark_stream.decoding.schedule import Adaptive, EarlyStop, Fixed, Lagged, Schedule, Threshold
 from dspark_stream.engine.captured.graphs import Round, RoundLadder, Size
 from dspark_stream.engine.captured.round import RoundModels, run_round
-from dspark_stream.engine.captured.sizing import Sizing
+from dspark_stream.engine.captured.sizing import CapturedCurve, Sizing
 from dspark_stream.engine.captured.state import ALL_THAT_FITS, RoundState, Seat
 from dspark_stream.engine.context import Context
 from dspark_stream.engine.prompts import prefill
 from dspark_stream.engine.rounds import Committed, Judged, Models, RoundCounters, Timings, settle
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
+from dspark_stream.load.controller import Controller
 from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.store import KVStore
@@ -133,14 +135,16 @@ class CapturedRounds:
                 "--cuda-graphs off",
                 param="max_num_seqs",
             )
-        self.models, self.schedule = models, schedule
+        self.schedule = schedule
         self.context = Context(models.drafter, models.drafter_kv, waits=False)
         gamma = models.gamma
         device = models.target.device
         parts = _on_torch(models, candidates, longest)
         self.state = RoundState(seats, gamma, seats * (gamma + 1), device)
         self.ladder = RoundLadder(parts, self.state, replace=replace)
-        self.sizing = Sizing(self.ladder, schedule, models.controller.acceptance)
+        curve = CapturedCurve.over(self.ladder, models.capacity)
+        self.models = replaced(models, controller=Controller(gamma, curve))
+        self.sizing = Sizing(self.ladder, schedule, self.models.controller, gamma)
         pinned = device.type == "cuda"
         width = self.state.outcome.shape[1]
         self._hosts = [
@@ -153,7 +157,7 @@ class CapturedRounds:
         self._turn = 0
         self._seated: list[Stream] = []
         self._flights: list[_Flight] = []
-        self._read_at = 0.0
+        self._read_at, self._disturbed = 0.0, 0
         self._follow(schedule)
 
     def decode(self, streams: Sequence[Stream], slowest_ms: float = inf) -> list[Committed]:
@@ -177,12 +181,9 @@ class CapturedRounds:
         return self._read(self._flights.pop(0))
 
     def prefill(self, shares: Sequence[tuple[Stream, int]], company: Sequence[Stream]) -> list[Committed]:
-        """See `prompts.prefill`."""
+        """See `prompts.prefill`. It runs between rounds that are under way, whose times say nothing then."""
+        self._disturbed = 1 + len(self._flights)
         return prefill(self.models, self.context, shares, company)
-
-    def plain_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:
-        """See `Sizing.plain_ms`."""
-        return self.sizing.plain_ms
 
     def forget(self) -> None:
         """Something failed: nobody is seated, and what is under way is read by nobody."""
@@ -191,7 +192,7 @@ class CapturedRounds:
 
     def counters(self) -> RoundCounters:
         """See `rounds.Rounds`."""
-        return RoundCounters(self.sizing.probes, self.models.controller.costs.pace)
+        return RoundCounters(self.models.controller.looks, self.models.controller.costs.pace)
 
     def _follow(self, schedule: Schedule) -> None:
         """Go by ``schedule``, and time the sizes that it needs and the one before did not, if sizes are timed at all.
@@ -201,7 +202,7 @@ class CapturedRounds:
         """
         self.state.rule.copy_(torch.tensor(rule_of(schedule), dtype=torch.int32))
         self.ladder.fixed = schedule.length if isinstance(schedule, Fixed) else None
-        self.sizing.schedule = schedule
+        self.sizing.follow(schedule)
         if self.ladder.round_ms:
             self.ladder.warm()
 
@@ -255,12 +256,11 @@ class CapturedRounds:
             flight.done.synchronize()
         now = time.perf_counter()
         round_ms = (now - max(flight.begun, self._read_at)) * 1e3
-        if flight.begun < self._read_at:
-            self.sizing.saw_round(flight.size, round_ms)
-        self._read_at = now
+        timed = flight.begun < self._read_at and not self._disturbed  # it followed another one at once
+        self._read_at, self._disturbed = now, max(0, self._disturbed - 1)
         outcomes, survivals = flight.outcome.tolist(), flight.survival.tolist()
         batch_tokens = sum(length + 1 for _, _, length, *_ in outcomes[: len(flight.streams)])
-        judged = []
+        judged, learnt = [], []
         for stream, row, survival in zip(flight.streams, outcomes, survivals, strict=False):
             accepted, bonus, length, *tokens = row
             if accepted < 0 or stream.phase is not Phase.DECODE:
@@ -269,9 +269,10 @@ class CapturedRounds:
             if stream.drafts and flight.size.drafting:
                 confidence = [a / b if b > 0 else 0.0 for a, b in zip(survival, [1.0, *survival], strict=False)]
                 block = Block(tokens, confidence, survival)
-                if stream.past is not None:
-                    self.models.controller.acceptance.learn(stream.past, survival, length, accepted)
             judged.append(Judged(stream, block, length, Outcome(accepted, bonus)))
+            learnt.append((stream.past, block.survival, length, accepted))
+        shape = self.sizing.shape(len(flight.streams), flight.size)
+        self.models.controller.learn(learnt, shape, round_ms if timed else None)
         timings = Timings(0.0, round_ms)  # one graph: its parts are not timed apart
         history, streams = self.models.history, len(flight.streams)
         return settle(judged, history, timings, batch_tokens=batch_tokens, streams=streams)

@@ -1,109 +1,126 @@
 """The size of the next captured round: how many rows it has, and whether anybody is drafted for.
 
-What a round costs is decided when its graph is chosen, so the host chooses, from rounds that it has read: survivals,
-accepted lengths and times. Never from live confidences, since x_k must not decide about its own admission (decision
-010); so every choice is lossless under every verification.
+What a round costs is decided when its graph is chosen, so the host chooses, from rounds that it has read: by the plan
+that all rounds go by (load/controller.py), over the times of captured sizes. Never from live confidences, since x_k
+must not decide about its own admission (decision 010); so every choice is lossless under every verification.
 
 A graph's draft pass costs the same for one stream of its seats as for all, so drafting is skipped for everybody or for
 nobody; who gets the rows of a drafted round is for admission to say, on the device.
+
+Symbols: R streams, B rows, γ the block's size.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from math import inf
-from statistics import median
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from dspark_stream.decoding.schedule import EarlyStop, Fixed, Schedule, Threshold
 from dspark_stream.engine.captured.graphs import RoundLadder, Size
 from dspark_stream.engine.stream import Stream
-from dspark_stream.load.acceptance import Acceptance
+from dspark_stream.load.controller import Controller, Plan
+from dspark_stream.load.costs import CapacityCurve, Company, Shape
 
-WORTHWHILE = 1.02
-"""Drafting must promise so many times the throughput of leaving it out."""
-FIRST_WAIT, LONGEST_WAIT = 32, 1024
-"""Rounds without drafts until one is drafted only to look; doubled by every look that changes nothing."""
-TIMES = 9
-"""Rounds of which the median says what they take beyond the time that was measured with nobody seated."""
+
+class CapturedCurve(CapacityCurve, frozen=True, kw_only=True):
+    """A capacity curve with the times of captured sizes, as far as there are any: steps, not lines.
+
+    They were measured with nobody seated. What attention takes on top is learnt, as all that a curve leaves out is.
+    """
+
+    ladder: RoundLadder
+
+    @classmethod
+    def over(cls, ladder: RoundLadder, measured: CapacityCurve) -> CapturedCurve:
+        """``measured``: for rows that no captured round has."""
+        return cls(ladder=ladder, **msgspec.structs.asdict(measured))
+
+    def pass_ms(self, batch_tokens: Any, company: Company) -> Any:
+        """A whole round over B rows, less what its draft pass takes."""
+        ms = np.array(super().pass_ms(batch_tokens, company), dtype=float)
+        rows, seats = np.asarray(batch_tokens), self.ladder.fit_seats(company.streams)
+        draft_ms = self.drafting_ms(1, 1, company)
+        for size in reversed(self.ladder.drafting_sizes(seats)):
+            if (round_ms := self.ladder.round_ms.get(size)) is not None:
+                ms = np.where(rows <= size.rows, round_ms - draft_ms, ms)
+        plain_ms = self.ladder.round_ms.get(Size(seats, seats, False, context=True))
+        return ms if plain_ms is None else np.where(rows <= seats, plain_ms, ms)
+
+    def drafting_ms(self, drafting: Any, slots: Any, company: Company) -> Any:
+        """The same for every number of streams and slots."""
+        seats, known = self.ladder.fit_seats(company.streams), self.ladder.round_ms
+        sizes = [Size(seats, seats, True), Size(seats, seats, False, context=True)]
+        if not all(size in known for size in sizes):
+            return super().drafting_ms(drafting, slots, company)
+        return np.full(np.broadcast(drafting, slots).shape, max(0.0, known[sizes[0]] - known[sizes[1]]))
 
 
 class Sizing:
-    """Chooses; told what every round took.
+    """Chooses.
 
     Args:
-        ladder: the captured sizes and their times.
-        schedule: which one holds; it may be changed.
-        acceptance: what drafts have been like, of every stream.
+        ladder: the captured sizes.
+        schedule: the first one.
+        controller: over a `CapturedCurve` of that ladder.
+        gamma: γ.
     """
 
-    def __init__(self, ladder: RoundLadder, schedule: Schedule, acceptance: Acceptance) -> None:
-        self._ladder, self.schedule, self._acceptance = ladder, schedule, acceptance
-        self._beyond: dict[bool, deque[float]] = {drafting: deque(maxlen=TIMES) for drafting in (True, False)}
-        self._idle, self._wait = 0, FIRST_WAIT
-        self.probes = 0
-        """Rounds that were drafted only to look."""
+    def __init__(self, ladder: RoundLadder, schedule: Schedule, controller: Controller, gamma: int) -> None:
+        self._ladder, self.schedule, self._controller, self._gamma = ladder, schedule, controller, gamma
+        self._plan: Plan | None = None
+        self._ranked: list[Size] = []
+        """The plan's, the best first."""
 
     def choose(self, streams: Sequence[Stream], slowest_ms: float = inf) -> Size:
         """The next round's size for these streams; one that takes no longer than ``slowest_ms``, if there is one."""
-        seats, schedule = self._ladder.fit_seats(len(streams)), self.schedule
-        drafting = [s for s in streams if s.drafts]
-        if not drafting or (isinstance(schedule, Fixed) and not schedule.length):
-            return Size(seats, seats, False)
-        idle = Size(seats, seats, False, context=True)
-        offered = [size for size in self._ladder.drafting_sizes(seats) if size.rows >= len(streams)]
-        if idle not in self._ladder.round_ms:  # nothing was measured
-            return offered[-1]
-        if isinstance(schedule, EarlyStop):
-            offered = offered[-1:]
-        in_time = [size for size in offered if self.ms(size) <= slowest_ms]
-        if not in_time:
-            return idle
-        if isinstance(schedule, Fixed | Threshold):
-            return in_time[-1]
-        best, gain = self._best(in_time, drafting, len(streams))
-        if gain > WORTHWHILE * len(streams) / self.ms(idle):
-            self._idle, self._wait = 0, FIRST_WAIT
-            return best
-        self._idle += 1
-        if self._idle < self._wait:
-            return idle
-        self._idle, self._wait = 0, min(2 * self._wait, LONGEST_WAIT)
-        self.probes += 1
-        return best
-
-    def _best(self, offered: Sequence[Size], drafting: Sequence[Stream], count: int) -> tuple[Size, float]:
-        """The size that promises most committed tokens a millisecond, and how many."""
-        accepted = self._acceptance.expected([s.past for s in drafting if s.past is not None])[0, :, 0]  # [m, γ]
-        promised = np.sort(np.diff(accepted, prepend=0.0), axis=None)[::-1]
-        rates = [(count + float(promised[: size.rows - count].sum())) / self.ms(size) for size in offered]
-        most = max(rates)
-        return offered[rates.index(most)], most
-
-    def ms(self, size: Size) -> float:
-        """What a round of that size takes at present: as measured with nobody seated, and what came on top lately."""
-        own, other = self._beyond[size.drafting], self._beyond[not size.drafting]
-        return self._ladder.round_ms[size] + (median(own or other) if own or other else 0.0)
-
-    def plain_ms(self, count: int) -> float:
-        """A round of ``count`` streams with nothing drafted; 0 where nothing was measured."""
+        count, schedule, controller = len(streams), self.schedule, self._controller
         seats = self._ladder.fit_seats(count)
-        size = Size(seats, seats, False)
-        return self.ms(size) if size in self._ladder.round_ms else 0.0
+        if not any(s.drafts for s in streams) or (isinstance(schedule, Fixed) and not schedule.length):
+            return Size(seats, seats, False)
+        offered = [size for size in reversed(self._ladder.drafting_sizes(seats)) if size.rows >= count]
+        if isinstance(schedule, EarlyStop):
+            offered = offered[:1]  # the device cuts whole blocks
+        if not isinstance(schedule, Fixed | Threshold):
+            plan = controller.plan([s.past for s in streams], Company(count, 0.0), looks=slowest_ms == inf)
+            if plan is not self._plan:
+                self._plan, self._ranked = plan, self._rank(offered, plan, streams) if any(plan.drafting) else []
+            offered = self._ranked
+        pace, idle = controller.costs.pace, Size(seats, seats, False, context=True)
+        return next((size for size in offered if pace * self._ms(count, size) <= slowest_ms), idle)
+
+    def follow(self, schedule: Schedule) -> None:
+        """Choose by it from now on."""
+        self.schedule, self._plan = schedule, None
+
+    def shape(self, streams: int, size: Size) -> Shape:
+        """A round of so many streams, as costs know it."""
+        return Shape(Company(streams, 0.0), size.drafting and streams, self._gamma, size.rows)
+
+    def _ms(self, streams: int, size: Size) -> float:
+        return self._controller.costs.ms(self.shape(streams, size))
+
+    def _rank(self, offered: Sequence[Size], plan: Plan, streams: Sequence[Stream]) -> list[Size]:
+        """By the tokens that they promise, less their time at the plan's price. Admission takes the best drafts."""
+        drafting = [s.past for s, drafts in zip(streams, plan.drafting, strict=True) if drafts and s.past is not None]
+        accepted = self._controller.acceptance.expected(drafting)[0, :, 0]  # [m, γ]
+        best = np.sort(np.diff(accepted, prepend=0.0), axis=None)[::-1]
+        count = len(streams)
+
+        def gain(size: Size) -> float:
+            return float(best[: size.rows - count].sum()) - plan.price * self._ms(count, size)
+
+        return sorted(offered, key=gain, reverse=True)
 
     def steps_a_second(self, count: int) -> list[float] | None:
         """SPS(B) for B = 0 … whole blocks as the measured sizes for ``count`` streams have it, a staircase: for
         `EarlyStop`, which decides on the device. None for other schedules, and where nothing was measured.
         """
-        seats = self._ladder.fit_seats(count)
-        steps = sorted((s.rows, self.ms(s)) for s in self._ladder.round_ms if s.seats == seats and s.drafting)
-        if not isinstance(self.schedule, EarlyStop) or not steps:
+        if not isinstance(self.schedule, EarlyStop) or not self._ladder.round_ms:
             return None
-        return [1000.0 / next(ms for rows, ms in steps if rows >= b) for b in range(steps[-1][0] + 1)]
-
-    def saw_round(self, size: Size, ms: float) -> None:
-        """A round followed another one at once and took so long."""
-        if (measured := self._ladder.round_ms.get(size)) is not None:
-            self._beyond[size.drafting].append(max(0.0, ms - measured))
+        sizes = self._ladder.drafting_sizes(self._ladder.fit_seats(count))
+        steps = [(size.rows, self._ms(count, size)) for size in sizes if size.rows >= count]
+        return [1e3 / next(ms for rows, ms in steps if rows >= b) for b in range(steps[-1][0] + 1)]
