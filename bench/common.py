@@ -18,8 +18,8 @@ from dspark_stream.load.costs import CapacityCurve
 class Stored(msgspec.Struct):
     """The part of a stored curve's file that counts here."""
 
-    key: list[str]
     curve: CapacityCurve
+    key: list[str] = []
 
 
 def about() -> dict[str, object]:

@@ -156,6 +156,7 @@ def random_models(shape: Shape, device: torch.device, slots: int, quant: Quant) 
     fuse_layers(drafter)
     if quant in WEIGHT_ONLY_BITS:
         drafter.quantise_head()
+    curve = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], draft_ms=[0.0])
     models = Models(
         target=target,
         target_kv=target.make_store(slots),
@@ -163,7 +164,8 @@ def random_models(shape: Shape, device: torch.device, slots: int, quant: Quant) 
         drafter_kv=drafter.make_store(slots),
         calibration=Calibration(),
         history=AcceptanceHistory(7),
-        controller=Controller(7, CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], draft_ms=[0.0])),
+        capacity=curve,
+        controller=Controller(7, curve),
     )
     for store in (models.target_kv, models.drafter_kv):
         assert store is not None

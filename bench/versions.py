@@ -3,11 +3,12 @@
     git worktree add ../before COMMIT
     python bench/versions.py --before ../before --model smollm2-135m-instruct
 
-Every version has a process of its own, only one computes at a time. All take a turn at a load, forth in one, back in
-the next, on the same prompts, which change from turn to turn. Few streams get short turns and more of them, since a
-machine that becomes slower within a turn does so for some and not for others. This version also decodes plainly and at
-fixed lengths; those that are clearly behind in the first turn are left out. Ratios are taken within a turn. Of many the
-geometric mean is given, and how far it may be off: the standard error.
+Every version has a process of its own, and plain decoding and fixed lengths have one, in which nothing is learnt that
+the others would not know. Only one computes at a time. All take a turn at a load, in an order by chance, on the same
+prompts, drawn anew for every turn. Few streams get short turns and more of them, since a machine that becomes slower
+within a turn does so for some and not for others. The first turn at a load is for learning and does not count; fixed
+lengths that are clearly behind in it are left out. Ratios are taken within a turn. Of many the geometric mean is given,
+and its standard error. The best fixed length is the one that was best in these turns, so it is a little too good.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ import sys
 from collections.abc import Sequence
 from math import exp, inf, log, sqrt
 from pathlib import Path
+from random import Random
 from statistics import fmean, stdev
 
 from common import write_csv
 from dspark_stream.config import DEFAULT_MODEL, default_cache_dir
 from dspark_stream.console import Progress
-from dspark_stream.measure.evaluate import GOLDEN, read_prompts
+from dspark_stream.measure.evaluate import read_prompts
 from dspark_stream.models.fetch import model_path
 from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.tokenizer import codec_from_gguf
 from edge import HERE, Worker
 
-NOW, PLAIN, ADAPTIVE = "now", "plain", "adaptive"
+NOW, STATIC, PLAIN, ADAPTIVE = "now", "static", "plain", "adaptive"
 FIXED = tuple(f"fixed:{n}" for n in (1, 2, 3, 5, 7))
 CLEARLY = 0.85
 """A fixed length that is this far behind another in the first turn is left out."""
 BUSY = 8
-"""Streams of one turn, or of several turns of fewer streams each."""
+"""Streams that run in a repeat at every load: one turn of eight, eight turns of one, half a turn of sixteen."""
 
 Run = tuple[str, str]
 """Version and schedule."""
@@ -43,14 +45,16 @@ class Load:
     """One load at one temperature: what every run gave, by turn."""
 
     def __init__(self, before: Sequence[str]) -> None:
-        self.runs: list[Run] = [*((name, ADAPTIVE) for name in (NOW, *before)), (NOW, PLAIN)]
-        self.runs += [(NOW, how) for how in FIXED]
+        self.runs: list[Run] = [*((name, ADAPTIVE) for name in (NOW, *before)), (STATIC, PLAIN)]
+        self.runs += [(STATIC, how) for how in FIXED]
+        self.turns = 0
         self.tokens_per_s: dict[Run, dict[int, float]] = {run: {} for run in self.runs}
 
     def drop(self) -> None:
-        """Fixed lengths that are clearly behind are not run again."""
-        rates = {run: self.tokens_per_s[run][0] for run in self.runs if run[1] in FIXED}
-        self.runs = [run for run in self.runs if rates.get(run, inf) >= CLEARLY * max(rates.values())]
+        """After the first turn: it does not count, and fixed lengths that are clearly behind are not run again."""
+        rates = {run: self.tokens_per_s[run].pop(0) for run in self.runs}
+        fixed = {run: rate for run, rate in rates.items() if run[1] in FIXED}
+        self.runs = [run for run in self.runs if fixed.get(run, inf) >= CLEARLY * max(fixed.values())]
 
     def best_fixed(self) -> Run:
         """Of those that were not dropped, by geometric means."""
@@ -60,8 +64,8 @@ class Load:
         """Over the best of ``others``, the same one in every turn; and its standard error."""
         theirs = self.tokens_per_s[max(others, key=self._middle)]
         logs = [log(rate / theirs[turn]) for turn, rate in self.tokens_per_s[run].items()]
-        error = stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else inf
-        return exp(fmean(logs)), error
+        ratio = exp(fmean(logs))
+        return ratio, ratio * stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else inf
 
     def _middle(self, run: Run) -> float:
         return fmean(map(log, self.tokens_per_s[run].values()))
@@ -78,7 +82,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     names = [HERE / "prompts" / f"{name}.jsonl" for name in ("functions", "code", "math", "chat")]
     parser.add_argument("--prompts", type=Path, nargs="+", default=names, help="first turns are asked")
-    parser.add_argument("--limit", type=int, default=8, help="prompts of each file")
+    parser.add_argument("--limit", type=int, default=64, help="prompts of each file")
     parser.add_argument("--out", type=Path, default=Path("runs/versions.csv"))
     args = parser.parse_args()
 
@@ -90,19 +94,21 @@ def main() -> None:
     ]
     prompts = [ids for some in zip(*sets, strict=False) for ids in some]
     trees = {NOW: HERE.parent, **{tree.resolve().name: tree.resolve() for tree in args.before}}
-    most = max(args.streams)
+    before, most = [name for name in trees if name != NOW], max(args.streams)
     workers = {
-        name: Worker(sys.executable, "dspark", args.model, args.threads, most, tree) for name, tree in trees.items()
+        name: Worker(sys.executable, "dspark", args.model, args.threads, most, tree)
+        for name, tree in (*trees.items(), (STATIC, HERE.parent))
     }
-    loads = {(t, n): Load([name for name in trees if name != NOW]) for t in args.temperatures for n in args.streams}
+    loads = {(t, n): Load(before) for t in args.temperatures for n in args.streams}
     rows: list[dict[str, object]] = []
-    for repeat in range(args.repeats):
+    chance = Random(1)
+    for repeat in range(args.repeats + 1):
         for (temperature, streams), load in loads.items():
-            turns = max(1, BUSY // streams)
-            for turn in range(repeat * turns, (repeat + 1) * turns):
-                asked = [prompts[(turn * 2 * streams + i) % len(prompts)] for i in range(2 * streams)]
-                tokens = [max(1, round(args.tokens * (0.5 + (turn + i) * GOLDEN % 1.0))) for i in range(2 * streams)]
-                for name, how in load.runs if turn % 2 == 0 else load.runs[::-1]:
+            while not load.turns or (load.turns - 1) * streams < repeat * BUSY:
+                asked = chance.sample(prompts, 2 * streams)
+                tokens = [max(1, round(args.tokens * chance.uniform(0.5, 1.5))) for _ in asked]
+                turn, load.turns = load.turns, load.turns + 1
+                for name, how in chance.sample(load.runs, len(load.runs)):
                     answer = workers[name].must(
                         "generate",
                         prompts=asked,
@@ -128,7 +134,8 @@ def main() -> None:
                 if turn == 0:
                     load.drop()
         write_csv(args.out, rows)
-        report(loads, list(trees))
+        if repeat:
+            report(loads, list(trees))
     for worker in workers.values():
         worker.close()
 
@@ -141,10 +148,10 @@ def report(loads: dict[tuple[float, int], Load], trees: Sequence[str]) -> None:
         print(f"| streams | {' | '.join(str(n) for n in some)} |")
         print("| --- " * (len(some) + 1) + "|")
         lines = {f"adaptive over adaptive of {name}": ((NOW, ADAPTIVE), (name, ADAPTIVE)) for name in trees[1:]}
-        lines |= {f"adaptive of {name} over plain": ((name, ADAPTIVE), (NOW, PLAIN)) for name in trees}
+        lines |= {f"adaptive of {name} over plain": ((name, ADAPTIVE), (STATIC, PLAIN)) for name in trees}
         for what, (run, other) in lines.items():
             show(what, [load.ratio(run, other) for load in some.values()])
-        best = [load.ratio((NOW, ADAPTIVE), (NOW, PLAIN), load.best_fixed()) for load in some.values()]
+        best = [load.ratio((NOW, ADAPTIVE), (STATIC, PLAIN), load.best_fixed()) for load in some.values()]
         show("adaptive over the better of plain and the best fixed length", best)
         print(f"| best fixed length | {' | '.join(load.best_fixed()[1] for load in some.values())} |", flush=True)
 

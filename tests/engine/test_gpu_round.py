@@ -56,7 +56,9 @@ def rounds_of(
 
 
 def captured(eager: EagerRounds, seats: int = 8) -> CapturedRounds:
-    return CapturedRounds(eager.models, eager.schedule, seats=seats, longest=300, candidates=48)
+    rounds = CapturedRounds(eager.models, eager.schedule, seats=seats, longest=300, candidates=48)
+    rounds.models.controller.costs.learn = lambda *_: None  # what rounds take on a CPU decides nothing here
+    return rounds
 
 
 def run(rounds: Rounds, requests: list[GenerationRequest], streams: int = 8) -> dict[str, list]:
@@ -234,22 +236,23 @@ def test_a_bound_on_chunk_gaps_is_heard():
         assert (with_drafts > 0) == drafts
 
 
-def test_rounds_beside_a_prompt_teach_no_times():
-    """Guards against a prompt's pass that is taken for what a round costs: it runs between rounds under way."""
+def test_rounds_beside_a_prompt_or_a_pause_teach_no_times():
+    """Guards against a prompt's pass, or a pause, that is taken for what a round costs: it falls between the round
+    under way and the one that is started next."""
     rounds = captured(rounds_of(schedule=Fixed(4)))
-    seen: list[str] = []
-    costs, prefill = rounds.models.controller.costs, rounds.prefill
-    costs.learn, costs.rest = lambda *_: seen.append("timed"), lambda: seen.append("not")
-    rounds.prefill = lambda *args: (seen.append("prompt"), prefill(*args))[1]
-    requests = [
-        request(f"p{i}", prompt=(3 + i, 9, 4), max_tokens=30 + 20 * i, ignore_eos=True, mode="plain") for i in range(4)
-    ]
-    run(rounds, requests, streams=2)
-    joined = [i for i, what in enumerate(seen) if what == "prompt" and "timed" in seen[:i]]
-    assert len(joined) >= 2
-    assert seen.count("timed") > 30
-    for i in joined:
-        assert "timed" not in seen[i : i + 3], seen[i : i + 6]
+    timed: list[bool] = []
+    decode, rest, rested = rounds.decode, rounds.rest, []
+
+    def paused(streams, slowest_ms):
+        if len(timed) == 5:
+            rest()
+        return decode(streams, slowest_ms)
+
+    rounds._learn = lambda flight, learnt, ms: timed.append(ms is not None)
+    rounds.decode, rounds.rest = paused, lambda: rested.append(len(timed))
+    run(rounds, [request(max_tokens=60, ignore_eos=True)])
+    assert timed[:9] == [False, True, True, True, True, False, False, True, True]
+    assert rested.count(0) >= 2  # before the request came, and by its prompt
 
 
 def test_cancelled_and_held_streams_lose_nothing():

@@ -10,7 +10,7 @@ from dspark_stream.engine.captured.graphs import Size, row_ladder
 from dspark_stream.engine.captured.sizing import CapturedCurve, Sizing
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.controller import Controller
-from dspark_stream.load.costs import Company
+from dspark_stream.load.costs import Company, Shape
 from tiny import FLAT, request
 
 GAMMA = 4
@@ -123,6 +123,22 @@ def test_captured_sizes_are_steps():
     assert curve.pass_ms(64, company) == FLAT.pass_ms(64, company)  # of a prompt
 
 
+def test_rows_are_those_of_sizes():
+    """Guards against corrections that are learnt of a size, and looked up at what is verified of it."""
+    curve, company = CapturedCurve.over(Ladder(0.5, 0.1), FLAT), Company(3, 0.0)
+    assert curve.rows(np.array([3, 4, 5, 12, 13, 20, 64]), company).tolist() == [4, 4, 6, 12, 20, 20, 64]
+    assert FLAT.rows(5, company) == 5
+
+
+def test_a_round_of_one_length_alone_takes_what_it_took():
+    """Guards against a draft pass that is counted as the eager one beside captured rounds, or twice."""
+    ladder, company = Ladder(0.5, 0.1), Company(3, 0.0)
+    ladder.round_ms = {Size(4, 20, True): 3.5, Size(4, 4, False): 1.25}
+    costs = Controller(GAMMA, CapturedCurve.over(ladder, FLAT)).costs
+    assert costs.ms(Shape(company, 3, GAMMA, 20)) == pytest.approx(3.5)
+    assert costs.plain_ms(company) == pytest.approx(1.25)
+
+
 def test_sizes_that_were_not_timed_go_by_the_measured_curve():
     ladder = Ladder(0.5, 0.1)
     ladder.round_ms.clear()
@@ -137,7 +153,8 @@ def test_within_a_time():
     show(chooser, company, GOOD)
     assert chooser.choose(company, 10.0).rows == 20
     assert chooser.choose(company, 2.4).rows == 12
-    assert chooser.choose(company, 1.2) == Size(4, 4, False, context=True)
+    for slowest_ms in (1.55, 1.2):  # drafting is in time, but not a row for a draft; nor is drafting
+        assert chooser.choose(company, slowest_ms) == Size(4, 4, False, context=True)
 
 
 def test_schedules_with_a_length_of_their_own():

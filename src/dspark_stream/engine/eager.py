@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 
+import numpy as np
+
 from dspark_stream.decoding.schedule import Schedule
 from dspark_stream.engine.context import Context
 from dspark_stream.engine.prompts import prefill
@@ -44,6 +46,15 @@ class EagerRounds:
     def prefill(self, shares: Sequence[tuple[Stream, int]], company: Sequence[Stream]) -> list[Committed]:
         """See `prompts.prefill`."""
         return prefill(self.models, self.context, shares, company)
+
+    def prompt_ms(self, tokens: Sequence[int], position: int) -> list[float]:
+        """See `rounds.Rounds`."""
+        costs = self.models.controller.costs
+        return [costs.pace * ms for ms in costs.round_ms(Company(1, position), np.array(tokens))]
+
+    def rest(self) -> None:
+        """See `rounds.Rounds`."""
+        self.models.controller.costs.rest()
 
     def forget(self) -> None:
         """See `rounds.Rounds`: a round that failed is over."""

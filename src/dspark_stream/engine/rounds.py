@@ -34,7 +34,7 @@ class Models:
     calibration: Calibration
     history: AcceptanceHistory
     capacity: CapacityCurve
-    """As measured: what passes over prompts and catching up take. Rounds go by the controller's."""
+    """As measured, of passes that run operation by operation."""
     controller: Controller
 
     @property
@@ -86,6 +86,12 @@ class Rounds(Protocol):
 
     def prefill(self, shares: Sequence[tuple[Stream, int]], company: Sequence[Stream]) -> list[Committed]:
         """See `prompts.prefill`."""
+
+    def prompt_ms(self, tokens: Sequence[int], position: int) -> list[float]:
+        """What passes over so many tokens of one prompt take at present, that far into it."""
+
+    def rest(self) -> None:
+        """Nobody decodes for a while: no time that passes meanwhile is a round's."""
 
     def forget(self) -> None:
         """Something failed: whatever is under way is read by nobody."""

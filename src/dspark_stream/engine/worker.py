@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import msgspec
-import numpy as np
 import torch
 
 from dspark_stream.decoding.lookup import LONGEST
@@ -34,7 +33,7 @@ from dspark_stream.errors import (
     InvalidRequestError,
     ShutdownError,
 )
-from dspark_stream.load.costs import CapacityCurve, Company
+from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.models.cache import ExtentAllocator
 from dspark_stream.models.tokenizer import TokenBytes
 from dspark_stream.types import (
@@ -322,7 +321,7 @@ class EngineThread:
             wake = min(self._deadline, self._next_look)
             timeout = None if wake == float("inf") else max(0.0, wake - time.perf_counter())
             self._resting = True
-            self._models.controller.costs.rest()
+            self._rounds.rest()
             try:
                 command = self._inbox.get(timeout=timeout)
             except queue.Empty:
@@ -491,9 +490,9 @@ class EngineThread:
         tightest_ms = min([s.max_chunk_gap_ms for s in decoding], default=float("inf"))
         if tightest_ms < float("inf"):
             budget_ms = min(budget_ms, SAFE * tightest_ms - self._plain_ms(decoding)(len(decoding)))
-        costs, measured = self._models.controller.costs, self._models.capacity
-        passes_ms = costs.round_ms(Company(1, max(position, measured.context)), np.array(measured.tokens))
-        fitting = [n for n, ms in zip(measured.tokens, passes_ms, strict=True) if costs.pace * ms <= budget_ms]
+        measured = self._models.capacity
+        passes_ms = self._rounds.prompt_ms(measured.tokens, max(position, measured.context))
+        fitting = [n for n, ms in zip(measured.tokens, passes_ms, strict=True) if ms <= budget_ms]
         return max([PREFILL_LEAST, *fitting])
 
     def _plain_ms(self, streams: Sequence[Stream]) -> Callable[[int], float]:

@@ -27,9 +27,9 @@ BLOCKS = 32  # 16: -0.1 %, 64: +0.1 %
 class _Ledger:
     """What blocks promised in the mean; and sums of promised and of accepted tokens. The latest count most."""
 
-    def __init__(self, hope: Sequence[float], blocks: int) -> None:
+    def __init__(self, hope: Sequence[float], blocks: int, count: int = 0) -> None:
         self.mean = _by_threshold(hope)  # [2, T, γ]
-        self.count = 0
+        self.count = count
         self.promised = self.accepted = 0.0
         self._blocks = blocks
 
@@ -59,9 +59,7 @@ class Acceptance:
 
     def __init__(self, gamma: int) -> None:
         hope = [HOPE**k for k in range(1, gamma + 1)]
-        self._pools: dict[Way, _Ledger] = {way: _Ledger(hope, 2 * BLOCKS) for way in get_args(Way)}
-        for pool in self._pools.values():
-            pool.count = 1  # what is hoped is a block
+        self._pools: dict[Way, _Ledger] = {way: _Ledger(hope, 2 * BLOCKS, 1) for way in get_args(Way)}
         self.repeats = Repeats(FADE)
         """What looked-up drafts have been worth, of all streams."""
 

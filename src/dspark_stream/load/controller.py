@@ -120,13 +120,10 @@ class Controller:
         whole_rate = (streams + float(alone[i, 0, -1])) / whole_ms
         return _Choice(plan, rate, float(ms[n, t, g])), _Choice(whole, whole_rate, whole_ms)
 
-    def learn(self, rounds: Iterable[Learnt], shape: Shape, ms: float | None, late_ms: float = 0.0) -> None:
-        """Learn from a round of every stream; the time of the whole, None if it was not timed, and what catching up
-        took besides."""
+    def learn(self, rounds: Iterable[Learnt], shape: Shape, ms: float, late_ms: float = 0.0) -> None:
+        """Learn from a round of every stream; the time of the whole, and what catching up took besides."""
         for past, survival, verified, accepted in rounds:
             if past is not None:
                 self.acceptance.learn(past, survival, verified, accepted)
-        if ms is None:
-            return self.costs.rest()
         self._may_lose_ms += (SHARE * ms - self._looking * late_ms) / self.costs.pace
         self.costs.learn(shape, ms)

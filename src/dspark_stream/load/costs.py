@@ -78,6 +78,10 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         attend_us = self.attend_us * rows * (company.position - self.context)
         return np.maximum(base + 1e-3 * (read_us + attend_us), LEAST_OF_BASE * base)
 
+    def rows(self, batch_tokens: Any, company: Company) -> Any:
+        """Rows that such a pass has: here B."""
+        return batch_tokens
+
     def drafting_ms(self, drafting: Any, slots: Any, company: Company) -> Any:
         """Drafting ``slots`` tokens for so many of the streams, at least one; both may be arrays."""
         spared_ms = (
@@ -114,7 +118,7 @@ class CostTable:
     def round_ms(self, company: Company, batch_tokens: Array, drafting: Any = 0, slots: Any = 0) -> Array:
         """Rounds over so many tokens that draft so many slots for so many streams; all broadcast."""
         ms = self.curve.pass_ms(batch_tokens, company)
-        over = np.interp(np.log(batch_tokens), self._sizes, self._by_size)
+        over = np.interp(np.log(self.curve.rows(batch_tokens, company)), self._sizes, self._by_size)
         if np.any(drafting):
             ms = ms + self.curve.drafting_ms(drafting, slots, company)
             over = over + self._by_drafting[company.streams.bit_length()]
@@ -157,5 +161,6 @@ class CostTable:
         self._costs.cache_clear()
 
     def rest(self) -> None:
-        """Time goes by without rounds: the next one has no neighbour."""
+        """Time goes by without rounds, or other rounds are measured: the next one has no neighbour."""
         self._last = None
+        self._costs.cache_clear()

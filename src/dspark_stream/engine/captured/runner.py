@@ -33,7 +33,8 @@ from dspark_stream.engine.prompts import prefill
 from dspark_stream.engine.rounds import Committed, Judged, Models, RoundCounters, Timings, settle
 from dspark_stream.engine.stream import Phase, Stream
 from dspark_stream.errors import ConfigError
-from dspark_stream.load.controller import Controller
+from dspark_stream.load.controller import Controller, Learnt
+from dspark_stream.load.costs import Company
 from dspark_stream.models.torch.drafter import Drafter
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.store import KVStore
@@ -181,9 +182,18 @@ class CapturedRounds:
         return self._read(self._flights.pop(0))
 
     def prefill(self, shares: Sequence[tuple[Stream, int]], company: Sequence[Stream]) -> list[Committed]:
-        """See `prompts.prefill`. It runs between rounds that are under way, whose times say nothing then."""
-        self._disturbed = 1 + len(self._flights)
+        """See `prompts.prefill`."""
+        self.rest()
         return prefill(self.models, self.context, shares, company)
+
+    def prompt_ms(self, tokens: Sequence[int], position: int) -> list[float]:
+        """See `rounds.Rounds`. Captured rounds say nothing of them."""
+        return list(self.models.capacity.pass_ms(tokens, Company(1, position)))
+
+    def rest(self) -> None:
+        """See `rounds.Rounds`. Rounds that are under way, and the next one, tell no times."""
+        self._disturbed = 1 + len(self._flights)
+        self.models.controller.costs.rest()
 
     def forget(self) -> None:
         """Something failed: nobody is seated, and what is under way is read by nobody."""
@@ -205,6 +215,7 @@ class CapturedRounds:
         self.sizing.follow(schedule)
         if self.ladder.round_ms:
             self.ladder.warm()
+            self.rest()
 
     def _seat(self, streams: list[Stream]) -> None:
         self._seated = streams
@@ -260,7 +271,8 @@ class CapturedRounds:
         self._read_at, self._disturbed = now, max(0, self._disturbed - 1)
         outcomes, survivals = flight.outcome.tolist(), flight.survival.tolist()
         batch_tokens = sum(length + 1 for _, _, length, *_ in outcomes[: len(flight.streams)])
-        judged, learnt = [], []
+        judged: list[Judged] = []
+        learnt: list[Learnt] = []
         for stream, row, survival in zip(flight.streams, outcomes, survivals, strict=False):
             accepted, bonus, length, *tokens = row
             if accepted < 0 or stream.phase is not Phase.DECODE:
@@ -271,8 +283,17 @@ class CapturedRounds:
                 block = Block(tokens, confidence, survival)
             judged.append(Judged(stream, block, length, Outcome(accepted, bonus)))
             learnt.append((stream.past, block.survival, length, accepted))
-        shape = self.sizing.shape(len(flight.streams), flight.size)
-        self.models.controller.learn(learnt, shape, round_ms if timed else None)
+        self._learn(flight, learnt, round_ms if timed else None)
         timings = Timings(0.0, round_ms)  # one graph: its parts are not timed apart
         history, streams = self.models.history, len(flight.streams)
         return settle(judged, history, timings, batch_tokens=batch_tokens, streams=streams)
+
+    def _learn(self, flight: _Flight, learnt: Sequence[Learnt], round_ms: float | None) -> None:
+        """A round that was not timed counts as what it should have taken, and is nobody's neighbour."""
+        controller, shape = self.models.controller, self.sizing.shape(len(flight.streams), flight.size)
+        if round_ms is not None:
+            controller.learn(learnt, shape, round_ms)
+            return
+        controller.costs.rest()
+        controller.learn(learnt, shape, controller.costs.pace * controller.costs.ms(shape))
+        controller.costs.rest()

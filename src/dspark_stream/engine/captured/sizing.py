@@ -41,22 +41,37 @@ class CapturedCurve(CapacityCurve, frozen=True, kw_only=True):
 
     def pass_ms(self, batch_tokens: Any, company: Company) -> Any:
         """A whole round over B rows, less what its draft pass takes."""
-        ms = np.array(super().pass_ms(batch_tokens, company), dtype=float)
-        rows, seats = np.asarray(batch_tokens), self.ladder.fit_seats(company.streams)
+        ms, rows = np.array(super().pass_ms(batch_tokens, company), dtype=float), np.asarray(batch_tokens)
+        seats, known = self.ladder.fit_seats(company.streams), self.ladder.round_ms
         draft_ms = self.drafting_ms(1, 1, company)
         for size in reversed(self.ladder.drafting_sizes(seats)):
-            if (round_ms := self.ladder.round_ms.get(size)) is not None:
-                ms = np.where(rows <= size.rows, round_ms - draft_ms, ms)
-        plain_ms = self.ladder.round_ms.get(Size(seats, seats, False, context=True))
+            if size in known:
+                ms = np.where(rows <= size.rows, known[size] - draft_ms, ms)
+        plain_ms = self._plain_ms(seats)
         return ms if plain_ms is None else np.where(rows <= seats, plain_ms, ms)
 
+    def rows(self, batch_tokens: Any, company: Company) -> Any:
+        """Those of the smallest size that holds them, if there is one."""
+        rows = held = np.asarray(batch_tokens)
+        seats = self.ladder.fit_seats(company.streams)
+        for size in (*reversed(self.ladder.drafting_sizes(seats)), Size(seats, seats, False)):
+            held = np.where(rows <= size.rows, size.rows, held)
+        return held
+
     def drafting_ms(self, drafting: Any, slots: Any, company: Company) -> Any:
-        """The same for every number of streams and slots."""
+        """The same for every number of streams and slots. 0 where rounds of one length alone are timed: all that such a
+        round takes is its pass's.
+        """
         seats, known = self.ladder.fit_seats(company.streams), self.ladder.round_ms
-        sizes = [Size(seats, seats, True), Size(seats, seats, False, context=True)]
-        if not all(size in known for size in sizes):
+        plain_ms, timed = self._plain_ms(seats), [s for s in self.ladder.drafting_sizes(seats) if s in known]
+        if not timed or plain_ms is None:
             return super().drafting_ms(drafting, slots, company)
-        return np.full(np.broadcast(drafting, slots).shape, max(0.0, known[sizes[0]] - known[sizes[1]]))
+        draft_ms = max(0.0, known[timed[0]] - plain_ms) if timed[0].rows == seats else 0.0
+        return np.full(np.broadcast(drafting, slots).shape, draft_ms)
+
+    def _plain_ms(self, seats: int) -> float | None:
+        known = self.ladder.round_ms
+        return known.get(Size(seats, seats, False, context=True), known.get(Size(seats, seats, False)))
 
 
 class Sizing:
@@ -81,15 +96,17 @@ class Sizing:
         seats = self._ladder.fit_seats(count)
         if not any(s.drafts for s in streams) or (isinstance(schedule, Fixed) and not schedule.length):
             return Size(seats, seats, False)
-        offered = [size for size in reversed(self._ladder.drafting_sizes(seats)) if size.rows >= count]
+        idle, offered = Size(seats, seats, False, context=True), self._ladder.drafting_sizes(seats)[::-1]
         if isinstance(schedule, EarlyStop):
             offered = offered[:1]  # the device cuts whole blocks
         if not isinstance(schedule, Fixed | Threshold):
             plan = controller.plan([s.past for s in streams], Company(count, 0.0), looks=slowest_ms == inf)
             if plan is not self._plan:
-                self._plan, self._ranked = plan, self._rank(offered, plan, streams) if any(plan.drafting) else []
+                self._plan, self._ranked = plan, [idle]
+                if any(plan.drafting):
+                    self._ranked = self._rank([*offered, idle], plan, streams)
             offered = self._ranked
-        pace, idle = controller.costs.pace, Size(seats, seats, False, context=True)
+        pace = controller.costs.pace
         return next((size for size in offered if pace * self._ms(count, size) <= slowest_ms), idle)
 
     def follow(self, schedule: Schedule) -> None:
@@ -111,7 +128,8 @@ class Sizing:
         count = len(streams)
 
         def gain(size: Size) -> float:
-            return float(best[: size.rows - count].sum()) - plan.price * self._ms(count, size)
+            drafts = size.rows - count if size.drafting else 0
+            return float(best[:drafts].sum()) - plan.price * self._ms(count, size)
 
         return sorted(offered, key=gain, reverse=True)
 
@@ -122,5 +140,5 @@ class Sizing:
         if not isinstance(self.schedule, EarlyStop) or not self._ladder.round_ms:
             return None
         sizes = self._ladder.drafting_sizes(self._ladder.fit_seats(count))
-        steps = [(size.rows, self._ms(count, size)) for size in sizes if size.rows >= count]
+        steps = [(size.rows, self._ms(count, size)) for size in sizes]
         return [1e3 / next(ms for rows, ms in steps if rows >= b) for b in range(steps[-1][0] + 1)]
