@@ -28,12 +28,13 @@ from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.errors import ConfigError
 from dspark_stream.load.acceptance import Past
+from dspark_stream.load.costs import Company, Shape
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.target import Target
 from dspark_stream.types import EngineEvent, FinishedEvent, GenerationRequest, SamplingParams, TokensEvent
 from recorded import run_cases
 from shared_data import shared
-from tiny import request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
+from tiny import FLAT, request, tiny_drafter, tiny_engine, tiny_rounds, tiny_target
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = ["qwen3-vanilla", "qwen3-gated", "gemma4-vanilla"]
@@ -234,6 +235,17 @@ def test_a_bound_on_chunk_gaps_is_heard():
             for event, _ in local.run(these, streams=2):
                 with_drafts += isinstance(event, FinishedEvent) and event.usage.drafted
         assert (with_drafts > 0) == drafts
+
+
+def test_prompts_do_not_go_by_captured_rounds():
+    """Guards against chunks of prompts that are cut, or let grow, by how long graphs take."""
+    rounds = CapturedRounds(rounds_of().models, Adaptive(), seats=4, longest=300, candidates=48)
+    costs, company = rounds.models.controller.costs, Company(2, 0.0)
+    before = rounds.prompt_ms([16, 64], 100)
+    for _ in range(50):
+        costs.learn(Shape(company, 0, 4, 2), 100.0)
+    assert costs.pace > 5.0
+    assert rounds.prompt_ms([16, 64], 100) == before == list(FLAT.pass_ms([16, 64], Company(1, 100)))
 
 
 def test_rounds_beside_a_prompt_or_a_pause_teach_no_times():
