@@ -21,13 +21,14 @@ class Ladder:
 
     def __init__(self, draft_ms: float, row_ms: float) -> None:
         self.round_ms: dict[Size, float] = {Size(4, n, True): 1.0 + draft_ms + row_ms * n for n in row_ladder(4, GAMMA)}
+        self.offered = sorted(self.round_ms)
         self.round_ms |= {Size(4, 4, False, context): 1.0 + row_ms * 4 for context in (True, False)}
 
     def fit_seats(self, streams: int) -> int:
         return 4
 
     def drafting_sizes(self, seats: int) -> list[Size]:
-        return sorted(size for size in self.round_ms if size.drafting)
+        return self.offered
 
 
 class Chooser(Sizing):
@@ -83,6 +84,7 @@ def test_drafting_is_skipped_where_it_does_not_pay_and_looked_at_now_and_then():
     sizes = chooser.go_on(company, BAD, 5000)
     looks = chooser.controller.looks - looks_before
     assert 0 < looks == sum(size.drafting for size in sizes)
+    assert {size.rows for size in sizes} == {4, 8}  # a look verifies one stream's whole block
     took, least = sum(chooser.times[size] for size in sizes), 5000 * chooser.times[Size(4, 4, False, context=True)]
     assert took < 1.02 * least
     chooser.go_on(company, GOOD, 8000)
@@ -120,31 +122,35 @@ def test_captured_sizes_are_steps():
     up_to = [4] * 2 + [6] * 2 + [8] * 2 + [12] * 4 + [20] * 8
     assert whole[0] == whole[1] == pytest.approx(1.9)  # a plain round, and drafting
     assert whole == pytest.approx([1.5 + 0.1 * rows for rows in up_to])
-    assert curve.pass_ms(64, company) == FLAT.pass_ms(64, company)  # of a prompt
+    assert curve.pass_ms(64, company) == whole[-1] - 0.5  # there is no larger one
 
 
 def test_rows_are_those_of_sizes():
     """Guards against corrections that are learnt of a size, and looked up at what is verified of it."""
     curve, company = CapturedCurve.over(Ladder(0.5, 0.1), FLAT), Company(3, 0.0)
-    assert curve.rows(np.array([3, 4, 5, 12, 13, 20, 64]), company).tolist() == [4, 4, 6, 12, 20, 20, 64]
+    assert curve.rows(np.array([3, 4, 5, 12, 13, 20, 64]), company).tolist() == [4, 4, 6, 12, 20, 20, 20]
     assert FLAT.rows(5, company) == 5
 
 
 def test_a_round_of_one_length_alone_takes_what_it_took():
     """Guards against a draft pass that is counted as the eager one beside captured rounds, or twice."""
     ladder, company = Ladder(0.5, 0.1), Company(3, 0.0)
-    ladder.round_ms = {Size(4, 20, True): 3.5, Size(4, 4, False): 1.25}
+    ladder.round_ms = {Size(4, 20, True): 3.5, Size(4, 4, False, context=True): 1.25}
+    ladder.offered = [Size(4, 20, True)]
     costs = Controller(GAMMA, CapturedCurve.over(ladder, FLAT)).costs
     assert costs.ms(Shape(company, 3, GAMMA, 20)) == pytest.approx(3.5)
     assert costs.plain_ms(company) == pytest.approx(1.25)
+    ladder.round_ms, ladder.offered = {Size(4, 4, False): 0.75}, []  # nothing is ever drafted
+    costs.rest()
+    assert costs.plain_ms(company) == pytest.approx(0.75)
 
 
 def test_sizes_that_were_not_timed_go_by_the_measured_curve():
     ladder = Ladder(0.5, 0.1)
     ladder.round_ms.clear()
     curve, company = CapturedCurve.over(ladder, FLAT), Company(3, 0.0)
-    assert curve.pass_ms(9, company) == FLAT.pass_ms(9, company)
-    assert curve.drafting_ms(3, 4, company) == FLAT.drafting_ms(3, 4, company)
+    assert curve.pass_ms(9, company) == FLAT.pass_ms(12, company)
+    assert curve.drafting_ms(3, 4, company) == pytest.approx(FLAT.drafting_ms(1, 1, company))
 
 
 def test_within_a_time():

@@ -23,55 +23,52 @@ from dspark_stream.decoding.schedule import EarlyStop, Fixed, Schedule, Threshol
 from dspark_stream.engine.captured.graphs import RoundLadder, Size
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.controller import Controller, Plan
-from dspark_stream.load.costs import CapacityCurve, Company, Shape
+from dspark_stream.load.costs import Array, CapacityCurve, Company, Shape
 
 
 class CapturedCurve(CapacityCurve, frozen=True, kw_only=True):
-    """A capacity curve with the times of captured sizes, as far as there are any: steps, not lines.
+    """The times of captured sizes, in steps; of sizes that were not timed, those of the curve as measured.
 
-    They were measured with nobody seated. What attention takes on top is learnt, as all that a curve leaves out is.
+    They were timed with nobody seated. What attention takes on top is learnt, as all that a curve leaves out is.
     """
 
     ladder: RoundLadder
 
     @classmethod
     def over(cls, ladder: RoundLadder, measured: CapacityCurve) -> CapturedCurve:
-        """``measured``: for rows that no captured round has."""
+        """``measured``: of rounds that run operation by operation."""
         return cls(ladder=ladder, **msgspec.structs.asdict(measured))
 
     def pass_ms(self, batch_tokens: Any, company: Company) -> Any:
-        """A whole round over B rows, less what its draft pass takes."""
-        ms, rows = np.array(super().pass_ms(batch_tokens, company), dtype=float), np.asarray(batch_tokens)
-        seats, known = self.ladder.fit_seats(company.streams), self.ladder.round_ms
-        draft_ms = self.drafting_ms(1, 1, company)
-        for size in reversed(self.ladder.drafting_sizes(seats)):
-            if size in known:
-                ms = np.where(rows <= size.rows, known[size] - draft_ms, ms)
-        plain_ms = self._plain_ms(seats)
-        return ms if plain_ms is None else np.where(rows <= seats, plain_ms, ms)
+        """A whole round in the size that holds B rows, less what its draft pass takes."""
+        return self._step(batch_tokens, company)[1]
 
     def rows(self, batch_tokens: Any, company: Company) -> Any:
-        """Those of the smallest size that holds them, if there is one."""
-        rows = held = np.asarray(batch_tokens)
-        seats = self.ladder.fit_seats(company.streams)
-        for size in (*reversed(self.ladder.drafting_sizes(seats)), Size(seats, seats, False)):
-            held = np.where(rows <= size.rows, size.rows, held)
-        return held
+        """Those of the size that holds B."""
+        return self._step(batch_tokens, company)[0]
 
     def drafting_ms(self, drafting: Any, slots: Any, company: Company) -> Any:
-        """The same for every number of streams and slots. 0 where rounds of one length alone are timed: all that such a
-        round takes is its pass's.
+        """The same for every number of streams and slots."""
+        return np.full(np.broadcast(drafting, slots).shape, self._steps(company)[1])
+
+    def _step(self, batch_tokens: Any, company: Company) -> Any:
+        steps = self._steps(company)[0]
+        return steps[:, np.minimum(np.searchsorted(steps[0], batch_tokens), len(steps[0]) - 1)]
+
+    def _steps(self, company: Company) -> tuple[Array, float]:
+        """Rows of sizes and what rounds of them take without drafting, [2, sizes]; what drafting takes.
+
+        0 where all drafted rounds have one size: what such a round takes is its pass's then.
         """
         seats, known = self.ladder.fit_seats(company.streams), self.ladder.round_ms
-        plain_ms, timed = self._plain_ms(seats), [s for s in self.ladder.drafting_sizes(seats) if s in known]
-        if not timed or plain_ms is None:
-            return super().drafting_ms(drafting, slots, company)
-        draft_ms = max(0.0, known[timed[0]] - plain_ms) if timed[0].rows == seats else 0.0
-        return np.full(np.broadcast(drafting, slots).shape, draft_ms)
-
-    def _plain_ms(self, seats: int) -> float | None:
-        known = self.ladder.round_ms
-        return known.get(Size(seats, seats, False, context=True), known.get(Size(seats, seats, False)))
+        sizes = self.ladder.drafting_sizes(seats)
+        eager_ms = [CapacityCurve.pass_ms(self, n, company) for n in (seats, *(size.rows for size in sizes))]
+        plain_ms = known.get(Size(seats, seats, False, context=bool(sizes)), eager_ms[0])
+        eager_draft_ms = CapacityCurve.drafting_ms(self, 1, 1, company)
+        drafted = {s.rows: known.get(s, ms + eager_draft_ms) for s, ms in zip(sizes, eager_ms[1:], strict=True)}
+        draft_ms = max(0.0, float(drafted.get(seats, plain_ms)) - plain_ms)
+        steps = {rows: ms - draft_ms for rows, ms in drafted.items()} | {seats: plain_ms}
+        return np.array(sorted(steps.items())).T, draft_ms
 
 
 class Sizing:
@@ -102,10 +99,10 @@ class Sizing:
         if not isinstance(schedule, Fixed | Threshold):
             plan = controller.plan([s.past for s in streams], Company(count, 0.0), looks=slowest_ms == inf)
             if plan is not self._plan:
-                self._plan, self._ranked = plan, [idle]
-                if any(plan.drafting):
-                    self._ranked = self._rank([*offered, idle], plan, streams)
+                self._plan, self._ranked = plan, self._rank([*offered, idle], plan, streams)
             offered = self._ranked
+        if slowest_ms == inf:
+            return offered[0]
         pace = controller.costs.pace
         return next((size for size in offered if pace * self._ms(count, size) <= slowest_ms), idle)
 
@@ -121,11 +118,18 @@ class Sizing:
         return self._controller.costs.ms(self.shape(streams, size))
 
     def _rank(self, offered: Sequence[Size], plan: Plan, streams: Sequence[Stream]) -> list[Size]:
-        """By the tokens that they promise, less their time at the plan's price. Admission takes the best drafts."""
+        """By the tokens that they promise, less their time at the plan's price. Admission takes the best drafts.
+
+        ``offered``: the largest first, and last of all the one that does not draft.
+        """
+        count, (*drafted, idle) = len(streams), offered
+        if not any(plan.drafting):
+            return [idle]
+        if not plan.promised:  # a look at a whole block, whatever it promises
+            return [size for size in drafted if size.rows >= count + self._gamma][-1:]
         drafting = [s.past for s, drafts in zip(streams, plan.drafting, strict=True) if drafts and s.past is not None]
         accepted = self._controller.acceptance.expected(drafting)[0, :, 0]  # [m, γ]
         best = np.sort(np.diff(accepted, prepend=0.0), axis=None)[::-1]
-        count = len(streams)
 
         def gain(size: Size) -> float:
             drafts = size.rows - count if size.drafting else 0
