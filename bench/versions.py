@@ -7,7 +7,7 @@ Every version has a process of its own, and plain decoding and fixed lengths hav
 the others would not know. Only one computes at a time. All take a turn at a load, in an order by chance, on the same
 prompts, drawn anew for every turn. Few streams get short turns and more of them, since a machine that becomes slower
 within a turn does so for some and not for others. The first turn at a load is for learning and does not count; fixed
-lengths that are clearly behind in it are left out. Ratios are taken within a turn. Of many the geometric mean is given,
+lengths that are clearly behind after a repeat are left out. Ratios are taken within a turn. Of many the geometric mean is given,
 and its standard error. The best fixed length is the one that was best in these turns, so it is a little too good.
 """
 
@@ -33,9 +33,9 @@ from edge import HERE, Worker
 NOW, STATIC, PLAIN, ADAPTIVE = "now", "static", "plain", "adaptive"
 FIXED = tuple(f"fixed:{n}" for n in (1, 2, 3, 5, 7))
 CLEARLY = 0.85
-"""A fixed length that is this far behind another in the first turn is left out."""
+"""A fixed length that is this far behind another after a repeat is left out."""
 BUSY = 8
-"""Streams that run in a repeat at every load: one turn of eight, eight turns of one, half a turn of sixteen."""
+"""Streams that run in a repeat at every load: eight turns of one, one turn of eight; one turn of more."""
 
 Run = tuple[str, str]
 """Version and schedule."""
@@ -50,10 +50,14 @@ class Load:
         self.turns = 0
         self.tokens_per_s: dict[Run, dict[int, float]] = {run: {} for run in self.runs}
 
+    def start(self) -> None:
+        """The first turn is over, and does not count."""
+        for rates in self.tokens_per_s.values():
+            rates.clear()
+
     def drop(self) -> None:
-        """After the first turn: it does not count, and fixed lengths that are clearly behind are not run again."""
-        rates = {run: self.tokens_per_s[run].pop(0) for run in self.runs}
-        fixed = {run: rate for run, rate in rates.items() if run[1] in FIXED}
+        """Fixed lengths that are clearly behind are not run again."""
+        fixed = {run: fmean(self.tokens_per_s[run].values()) for run in self.runs if run[1] in FIXED}
         self.runs = [run for run in self.runs if fixed.get(run, inf) >= CLEARLY * max(fixed.values())]
 
     def best_fixed(self) -> Run:
@@ -104,7 +108,7 @@ def main() -> None:
     chance = Random(1)
     for repeat in range(args.repeats + 1):
         for (temperature, streams), load in loads.items():
-            while not load.turns or (load.turns - 1) * streams < repeat * BUSY:
+            while load.turns <= repeat or (load.turns - 1) * streams < repeat * BUSY:
                 asked = chance.sample(prompts, 2 * streams)
                 tokens = [max(1, round(args.tokens * chance.uniform(0.5, 1.5))) for _ in asked]
                 turn, load.turns = load.turns, load.turns + 1
@@ -132,7 +136,9 @@ def main() -> None:
                         }
                     )
                 if turn == 0:
-                    load.drop()
+                    load.start()
+            if repeat == 1:
+                load.drop()
         write_csv(args.out, rows)
         if repeat:
             report(loads, list(trees))

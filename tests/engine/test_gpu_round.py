@@ -21,13 +21,14 @@ from dspark_stream.engine.build import build_engine
 from dspark_stream.engine.captured import graphs
 from dspark_stream.engine.captured.graphs import RoundLadder, Size, row_ladder, seat_ladder
 from dspark_stream.engine.captured.round import RoundModels, run_round
-from dspark_stream.engine.captured.runner import MOST_SEATS, CapturedRounds
+from dspark_stream.engine.captured.runner import MOST_SEATS, CapturedRounds, _Flight
 from dspark_stream.engine.captured.state import RoundState, Seat
 from dspark_stream.engine.eager import EagerRounds
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.engine.rounds import Models, Rounds
 from dspark_stream.errors import ConfigError
 from dspark_stream.load.acceptance import Past
+from dspark_stream.load.controller import SHARE
 from dspark_stream.load.costs import Company, Shape
 from dspark_stream.models.torch.head_weights import head_weights
 from dspark_stream.models.torch.target import Target
@@ -246,6 +247,22 @@ def test_prompts_do_not_go_by_captured_rounds():
         costs.learn(Shape(company, 0, 4, 2), 100.0)
     assert costs.pace > 5.0
     assert rounds.prompt_ms([16, 64], 100) == before == list(FLAT.pass_ms([16, 64], Company(1, 100)))
+
+
+def test_a_round_that_was_not_timed_teaches_no_costs():
+    """Guards against a look that never comes while prompts do, and against times that are made up."""
+    rounds = CapturedRounds(rounds_of().models, Adaptive(), seats=4, longest=300, candidates=48)
+    controller = rounds.models.controller
+    costs, shape = controller.costs, Shape(Company(2, 0.0), 0, 4, 2)
+    for ms in (3.0, 2.5):
+        controller.learn([], shape, ms)
+    pace, saved = costs.pace, controller._may_lose_ms
+    size = Size(2, 10, True)
+    rounds._learn(_Flight([None, None], size, None, None, None, 0.0), [], None)
+    assert costs.pace == pytest.approx(pace)
+    assert not costs._by_size.any()
+    assert costs._last is None
+    assert controller._may_lose_ms == pytest.approx(saved + SHARE * costs.ms(rounds.sizing.shape(2, size)))
 
 
 def test_rounds_beside_a_prompt_or_a_pause_teach_no_times():

@@ -141,7 +141,7 @@ def test_a_round_of_one_length_alone_takes_what_it_took():
     assert costs.ms(Shape(company, 3, GAMMA, 20)) == pytest.approx(3.5)
     assert costs.plain_ms(company) == pytest.approx(1.25)
     ladder.round_ms, ladder.offered = {Size(4, 4, False): 0.75}, []  # nothing is ever drafted
-    costs.rest()
+    costs.look_again()
     assert costs.plain_ms(company) == pytest.approx(0.75)
 
 
@@ -151,6 +151,18 @@ def test_sizes_that_were_not_timed_go_by_the_measured_curve():
     curve, company = CapturedCurve.over(ladder, FLAT), Company(3, 0.0)
     assert curve.pass_ms(9, company) == FLAT.pass_ms(12, company)
     assert curve.drafting_ms(3, 4, company) == pytest.approx(FLAT.drafting_ms(1, 1, company))
+
+
+def test_blocks_that_differ_are_worth_more_than_their_mean():
+    """Guards against a plan that drafts and sizes that do not: the device takes the best of blocks of every kind, which
+    the mean of blocks does not show."""
+    chooser, company = sizing(draft_ms=0.3, row_ms=0.15), streams()
+    for i in range(80):
+        for stream in company:
+            chooser.controller.acceptance.learn(stream.past, ([1.0] * GAMMA, [0.1, 0.0, 0.0, 0.0])[i % 2], 0, 0)
+    plan = chooser.controller.plan([s.past for s in company], Company(4, 0.0))
+    assert any(plan.drafting)
+    assert chooser.choose(company).drafting
 
 
 def test_within_a_time():

@@ -109,6 +109,7 @@ class CostTable:
         self._pace = 0.0
         self._last: _Seen | None = None
         self._costs = lru_cache(maxsize=256)(self._cost)
+        self.look_again = self._costs.cache_clear  # at the curve, which has other times now
 
     @property
     def pace(self) -> float:
@@ -161,6 +162,5 @@ class CostTable:
         self._costs.cache_clear()
 
     def rest(self) -> None:
-        """Time goes by without rounds, or other rounds are measured: the next one has no neighbour."""
+        """Time goes by without rounds: the next one has no neighbour."""
         self._last = None
-        self._costs.cache_clear()

@@ -215,7 +215,8 @@ class CapturedRounds:
         self.sizing.follow(schedule)
         if self.ladder.round_ms:
             self.ladder.warm()
-            self.rest()
+        self.rest()
+        self.models.controller.costs.look_again()
 
     def _seat(self, streams: list[Stream]) -> None:
         self._seated = streams

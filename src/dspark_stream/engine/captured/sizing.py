@@ -62,11 +62,16 @@ class CapturedCurve(CapacityCurve, frozen=True, kw_only=True):
         """
         seats, known = self.ladder.fit_seats(company.streams), self.ladder.round_ms
         sizes = self.ladder.drafting_sizes(seats)
-        eager_ms = [CapacityCurve.pass_ms(self, n, company) for n in (seats, *(size.rows for size in sizes))]
-        plain_ms = known.get(Size(seats, seats, False, context=bool(sizes)), eager_ms[0])
-        eager_draft_ms = CapacityCurve.drafting_ms(self, 1, 1, company)
-        drafted = {s.rows: known.get(s, ms + eager_draft_ms) for s, ms in zip(sizes, eager_ms[1:], strict=True)}
-        draft_ms = max(0.0, float(drafted.get(seats, plain_ms)) - plain_ms)
+
+        def whole_ms(size: Size) -> float:
+            if (timed_ms := known.get(size)) is not None:
+                return timed_ms
+            draft_ms = CapacityCurve.drafting_ms(self, 1, 1, company) if size.drafting else 0.0
+            return float(CapacityCurve.pass_ms(self, size.rows, company) + draft_ms)
+
+        plain_ms = whole_ms(Size(seats, seats, False, context=bool(sizes)))
+        drafted = {size.rows: whole_ms(size) for size in sizes}
+        draft_ms = max(0.0, drafted.get(seats, plain_ms) - plain_ms)
         steps = {rows: ms - draft_ms for rows, ms in drafted.items()} | {seats: plain_ms}
         return np.array(sorted(steps.items())).T, draft_ms
 
@@ -93,15 +98,14 @@ class Sizing:
         seats = self._ladder.fit_seats(count)
         if not any(s.drafts for s in streams) or (isinstance(schedule, Fixed) and not schedule.length):
             return Size(seats, seats, False)
-        idle, offered = Size(seats, seats, False, context=True), self._ladder.drafting_sizes(seats)[::-1]
-        if isinstance(schedule, EarlyStop):
-            offered = offered[:1]  # the device cuts whole blocks
+        idle = Size(seats, seats, False, context=True)
+        offered = [size for size in reversed(self._ladder.drafting_sizes(seats)) if size.rows > count]
         if not isinstance(schedule, Fixed | Threshold):
             plan = controller.plan([s.past for s in streams], Company(count, 0.0), looks=slowest_ms == inf)
             if plan is not self._plan:
-                self._plan, self._ranked = plan, self._rank([*offered, idle], plan, streams)
+                self._plan, self._ranked = plan, self._rank(offered, plan, streams)
             offered = self._ranked
-        if slowest_ms == inf:
+        if slowest_ms == inf and offered:
             return offered[0]
         pace = controller.costs.pace
         return next((size for size in offered if pace * self._ms(count, size) <= slowest_ms), idle)
@@ -117,23 +121,24 @@ class Sizing:
     def _ms(self, streams: int, size: Size) -> float:
         return self._controller.costs.ms(self.shape(streams, size))
 
-    def _rank(self, offered: Sequence[Size], plan: Plan, streams: Sequence[Stream]) -> list[Size]:
-        """By the tokens that they promise, less their time at the plan's price. Admission takes the best drafts.
+    def _rank(self, offered: list[Size], plan: Plan, streams: Sequence[Stream]) -> list[Size]:
+        """By the tokens that they promise, less their time at the plan's price: admission takes the best drafts.
 
-        ``offered``: the largest first, and last of all the one that does not draft.
+        ``offered``: the largest first. None if the plan drafts for nobody.
         """
-        count, (*drafted, idle) = len(streams), offered
+        count = len(streams)
         if not any(plan.drafting):
-            return [idle]
+            return []
         if not plan.promised:  # a look at a whole block, whatever it promises
-            return [size for size in drafted if size.rows >= count + self._gamma][-1:]
+            return [size for size in offered if size.rows >= count + self._gamma][-1:]
+        if isinstance(self.schedule, EarlyStop):
+            return offered[:1]  # the device cuts whole blocks
         drafting = [s.past for s, drafts in zip(streams, plan.drafting, strict=True) if drafts and s.past is not None]
         accepted = self._controller.acceptance.expected(drafting)[0, :, 0]  # [m, γ]
         best = np.sort(np.diff(accepted, prepend=0.0), axis=None)[::-1]
 
         def gain(size: Size) -> float:
-            drafts = size.rows - count if size.drafting else 0
-            return float(best[:drafts].sum()) - plan.price * self._ms(count, size)
+            return float(best[: size.rows - count].sum()) - plan.price * self._ms(count, size)
 
         return sorted(offered, key=gain, reverse=True)
 
