@@ -7,7 +7,7 @@ Every version has a process of its own, and plain decoding and fixed lengths hav
 the others would not know. Only one computes at a time. All take a turn at a load, in an order by chance, on the same
 prompts, drawn anew for every turn. Few streams get short turns and more of them, since a machine that becomes slower
 within a turn does so for some and not for others. The first turn at a load is for learning and does not count; fixed
-lengths that are clearly behind after a repeat are left out. Ratios are taken within a turn. Of many the geometric mean is given,
+lengths that are soon clearly behind are left out. Ratios are taken within a turn. Of many the geometric mean is given,
 and its standard error. The best fixed length is the one that was best in these turns, so it is a little too good.
 """
 
@@ -33,7 +33,7 @@ from edge import HERE, Worker
 NOW, STATIC, PLAIN, ADAPTIVE = "now", "static", "plain", "adaptive"
 FIXED = tuple(f"fixed:{n}" for n in (1, 2, 3, 5, 7))
 CLEARLY = 0.85
-"""A fixed length that is this far behind another after a repeat is left out."""
+"""A fixed length that is this far behind another is left out after the turns of a repeat."""
 BUSY = 8
 """Streams that run in a repeat at every load: eight turns of one, one turn of eight; one turn of more."""
 
@@ -50,11 +50,6 @@ class Load:
         self.turns = 0
         self.tokens_per_s: dict[Run, dict[int, float]] = {run: {} for run in self.runs}
 
-    def start(self) -> None:
-        """The first turn is over, and does not count."""
-        for rates in self.tokens_per_s.values():
-            rates.clear()
-
     def drop(self) -> None:
         """Fixed lengths that are clearly behind are not run again."""
         fixed = {run: fmean(self.tokens_per_s[run].values()) for run in self.runs if run[1] in FIXED}
@@ -66,13 +61,16 @@ class Load:
 
     def ratio(self, run: Run, *others: Run) -> tuple[float, float]:
         """Over the best of ``others``, the same one in every turn; and its standard error."""
-        theirs = self.tokens_per_s[max(others, key=self._middle)]
-        logs = [log(rate / theirs[turn]) for turn, rate in self.tokens_per_s[run].items()]
+        theirs = self._counted(max(others, key=self._middle))
+        logs = [log(rate / theirs[turn]) for turn, rate in self._counted(run).items()]
         ratio = exp(fmean(logs))
         return ratio, ratio * stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else inf
 
     def _middle(self, run: Run) -> float:
-        return fmean(map(log, self.tokens_per_s[run].values()))
+        return fmean(map(log, self._counted(run).values()))
+
+    def _counted(self, run: Run) -> dict[int, float]:
+        return {turn: rate for turn, rate in self.tokens_per_s[run].items() if turn}
 
 
 def main() -> None:
@@ -135,10 +133,8 @@ def main() -> None:
                             "accepted_length": round(answer["accepted_length"], 3),
                         }
                     )
-                if turn == 0:
-                    load.start()
-            if repeat == 1:
-                load.drop()
+                if turn * streams < BUSY <= load.turns * streams:
+                    load.drop()
         write_csv(args.out, rows)
         if repeat:
             report(loads, list(trees))
