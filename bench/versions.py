@@ -14,6 +14,7 @@ and its standard error. The best fixed length is the one that was best in these 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Sequence
 from math import exp, inf, log, sqrt
@@ -61,16 +62,36 @@ class Load:
 
     def ratio(self, run: Run, *others: Run) -> tuple[float, float]:
         """Over the best of ``others``, the same one in every turn; and its standard error."""
-        theirs = self._counted(max(others, key=self._middle))
-        logs = [log(rate / theirs[turn]) for turn, rate in self._counted(run).items()]
+        theirs = self.counted(max(others, key=self._middle))
+        logs = [log(rate / theirs[turn]) for turn, rate in self.counted(run).items()]
         ratio = exp(fmean(logs))
         return ratio, ratio * stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else inf
 
     def _middle(self, run: Run) -> float:
-        return fmean(map(log, self._counted(run).values()))
+        return fmean(map(log, self.counted(run).values()))
 
-    def _counted(self, run: Run) -> dict[int, float]:
+    def counted(self, run: Run) -> dict[int, float]:
+        """Tokens a second by turn, but for the first."""
         return {turn: rate for turn, rate in self.tokens_per_s[run].items() if turn}
+
+
+def loads_of(files: Sequence[Path]) -> tuple[dict[tuple[float, int], Load], list[str]]:
+    """What runs before wrote, together; and the versions, this one first."""
+    loads: dict[tuple[float, int], Load] = {}
+    trees = [NOW]
+    for number, file in enumerate(files):
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                load = loads.setdefault((float(row["temperature"]), int(row["streams"])), Load([]))
+                run, turn = (row["version"], row["schedule"]), int(row["turn"])
+                if turn:
+                    load.tokens_per_s.setdefault(run, {})[turn + 1000 * number] = float(row["tokens_per_s"])
+                if run[0] not in (*trees, STATIC):
+                    trees.append(run[0])
+    for load in loads.values():
+        most = max(map(len, load.tokens_per_s.values()))
+        load.runs = [run for run, rates in load.tokens_per_s.items() if len(rates) == most]
+    return dict(sorted(loads.items())), trees
 
 
 def main() -> None:
@@ -86,7 +107,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, nargs="+", default=names, help="first turns are asked")
     parser.add_argument("--limit", type=int, default=64, help="prompts of each file")
     parser.add_argument("--out", type=Path, default=Path("runs/versions.csv"))
+    parser.add_argument(
+        "--read", type=Path, nargs="+", help="files that this bench wrote: their tables, nothing is run"
+    )
     args = parser.parse_args()
+    if args.read:
+        report(*loads_of(args.read))
+        return
 
     path = model_path(args.model, default_cache_dir(), Progress())
     codec = codec_from_gguf(GgufFile(Path(path)).fields)
@@ -146,9 +173,11 @@ def report(loads: dict[tuple[float, int], Load], trees: Sequence[str]) -> None:
     """The tables so far."""
     for temperature in dict.fromkeys(t for t, _ in loads):
         some = {n: load for (t, n), load in loads.items() if t == temperature}
+        turns = " | ".join(str(len(load.counted((STATIC, PLAIN)))) for load in some.values())
         print(f"\ntemperature {temperature:g}, tokens a second of all streams\n")
         print(f"| streams | {' | '.join(str(n) for n in some)} |")
         print("| --- " * (len(some) + 1) + "|")
+        print(f"| turns | {turns} |")
         lines = {f"adaptive over adaptive of {name}": ((NOW, ADAPTIVE), (name, ADAPTIVE)) for name in trees[1:]}
         lines |= {f"adaptive of {name} over plain": ((name, ADAPTIVE), (STATIC, PLAIN)) for name in trees}
         for what, (run, other) in lines.items():
