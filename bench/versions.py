@@ -3,12 +3,13 @@
     git worktree add ../before COMMIT
     python bench/versions.py --before ../before --model smollm2-135m-instruct
 
-Every version has a process of its own, and plain decoding and fixed lengths have one, in which nothing is learnt that
-the others would not know. Only one computes at a time. All take a turn at a load, in an order by chance, on the same
-prompts, drawn anew for every turn. Few streams get short turns and more of them, since a machine that becomes slower
-within a turn does so for some and not for others. The first turn at a load is for learning and does not count; fixed
-lengths that are soon clearly behind are left out. Ratios are taken within a turn. Of many the geometric mean is given,
-and its standard error. The best fixed length is the one that was best in these turns, so it is a little too good.
+Every version has a process of its own; only one computes at a time. Processes may differ by some percent for as long as
+they live. So each decodes plainly, too, and only ratios within a process are compared. All take a turn at a load, in an
+order by chance, on the same prompts, drawn anew for every turn. Few streams get short turns and more of them, since a
+machine that becomes slower within a turn does so for some and not for others. The first turn at a load is for learning
+and does not count; fixed lengths that are soon clearly behind are left out. Ratios are taken within a turn. Of many the
+geometric mean is given, and its standard error. The best fixed length is the one that was best in these turns, so it is
+a little too good.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dspark_stream.models.gguf import GgufFile
 from dspark_stream.models.tokenizer import codec_from_gguf
 from edge import HERE, Worker
 
-NOW, STATIC, PLAIN, ADAPTIVE = "now", "static", "plain", "adaptive"
+NOW, PLAIN, ADAPTIVE = "now", "plain", "adaptive"
 FIXED = tuple(f"fixed:{n}" for n in (1, 2, 3, 5, 7))
 CLEARLY = 0.85
 """A fixed length that is this far behind another is left out after the turns of a repeat."""
@@ -46,8 +47,8 @@ class Load:
     """One load at one temperature: what every run gave, by turn."""
 
     def __init__(self, before: Sequence[str]) -> None:
-        self.runs: list[Run] = [*((name, ADAPTIVE) for name in (NOW, *before)), (STATIC, PLAIN)]
-        self.runs += [(STATIC, how) for how in FIXED]
+        self.runs: list[Run] = [(name, how) for name in (NOW, *before) for how in (ADAPTIVE, PLAIN)]
+        self.runs += [(NOW, how) for how in FIXED]
         self.turns = 0
         self.tokens_per_s: dict[Run, dict[int, float]] = {run: {} for run in self.runs}
 
@@ -62,10 +63,16 @@ class Load:
 
     def ratio(self, run: Run, *others: Run) -> tuple[float, float]:
         """Over the best of ``others``, the same one in every turn; and its standard error."""
-        theirs = self.counted(max(others, key=self._middle))
-        logs = [log(rate / theirs[turn]) for turn, rate in self.counted(run).items()]
-        ratio = exp(fmean(logs))
-        return ratio, ratio * stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else inf
+        return _mean(self._logs(run, max(others, key=self._middle)))
+
+    def gain_over(self, before: str) -> tuple[float, float]:
+        """What adaptive is over plain, over what it was before; and its standard error."""
+        now, then = (self._logs((name, ADAPTIVE), (name, PLAIN)) for name in (NOW, before))
+        return _mean([a - b for a, b in zip(now, then, strict=True)])
+
+    def _logs(self, run: Run, other: Run) -> list[float]:
+        theirs = self.counted(other)
+        return [log(rate / theirs[turn]) for turn, rate in self.counted(run).items()]
 
     def _middle(self, run: Run) -> float:
         return fmean(map(log, self.counted(run).values()))
@@ -73,6 +80,11 @@ class Load:
     def counted(self, run: Run) -> dict[int, float]:
         """Tokens a second by turn, but for the first."""
         return {turn: rate for turn, rate in self.tokens_per_s[run].items() if turn}
+
+
+def _mean(logs: Sequence[float]) -> tuple[float, float]:
+    ratio = exp(fmean(logs))
+    return ratio, ratio * stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else inf
 
 
 def loads_of(files: Sequence[Path]) -> tuple[dict[tuple[float, int], Load], list[str]]:
@@ -86,7 +98,7 @@ def loads_of(files: Sequence[Path]) -> tuple[dict[tuple[float, int], Load], list
                 run, turn = (row["version"], row["schedule"]), int(row["turn"])
                 if turn:
                     load.tokens_per_s.setdefault(run, {})[turn + 1000 * number] = float(row["tokens_per_s"])
-                if run[0] not in (*trees, STATIC):
+                if run[0] not in trees:
                     trees.append(run[0])
     for load in loads.values():
         most = max(map(len, load.tokens_per_s.values()))
@@ -125,8 +137,7 @@ def main() -> None:
     trees = {NOW: HERE.parent, **{tree.resolve().name: tree.resolve() for tree in args.before}}
     before, most = [name for name in trees if name != NOW], max(args.streams)
     workers = {
-        name: Worker(sys.executable, "dspark", args.model, args.threads, most, tree)
-        for name, tree in (*trees.items(), (STATIC, HERE.parent))
+        name: Worker(sys.executable, "dspark", args.model, args.threads, most, tree) for name, tree in trees.items()
     }
     loads = {(t, n): Load(before) for t in args.temperatures for n in args.streams}
     rows: list[dict[str, object]] = []
@@ -173,16 +184,19 @@ def report(loads: dict[tuple[float, int], Load], trees: Sequence[str]) -> None:
     """The tables so far."""
     for temperature in dict.fromkeys(t for t, _ in loads):
         some = {n: load for (t, n), load in loads.items() if t == temperature}
-        turns = " | ".join(str(len(load.counted((STATIC, PLAIN)))) for load in some.values())
+        turns = " | ".join(str(len(load.counted((NOW, PLAIN)))) for load in some.values())
         print(f"\ntemperature {temperature:g}, tokens a second of all streams\n")
         print(f"| streams | {' | '.join(str(n) for n in some)} |")
         print("| --- " * (len(some) + 1) + "|")
         print(f"| turns | {turns} |")
-        lines = {f"adaptive over adaptive of {name}": ((NOW, ADAPTIVE), (name, ADAPTIVE)) for name in trees[1:]}
-        lines |= {f"adaptive of {name} over plain": ((name, ADAPTIVE), (STATIC, PLAIN)) for name in trees}
-        for what, (run, other) in lines.items():
-            show(what, [load.ratio(run, other) for load in some.values()])
-        best = [load.ratio((NOW, ADAPTIVE), (STATIC, PLAIN), load.best_fixed()) for load in some.values()]
+        for name in trees:
+            show(
+                f"adaptive of {name} over its plain",
+                [load.ratio((name, ADAPTIVE), (name, PLAIN)) for load in some.values()],
+            )
+        for name in trees[1:]:
+            show(f"the first over that of {name}", [load.gain_over(name) for load in some.values()])
+        best = [load.ratio((NOW, ADAPTIVE), (NOW, PLAIN), load.best_fixed()) for load in some.values()]
         show("adaptive over the better of plain and the best fixed length", best)
         print(f"| best fixed length | {' | '.join(load.best_fixed()[1] for load in some.values())} |", flush=True)
 
