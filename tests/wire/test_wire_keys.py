@@ -184,6 +184,8 @@ async def test_limits_of_a_key(launch: Launch, file: Path) -> None:
             await bob.until("response.in_progress")
         running.engine.gate.set()
         await alice.until("response.completed")
+        for _ in range(2):  # a socket with unread events is closed only after ten seconds
+            await bob.until("response.completed")
 
 
 # --- changes ----------------------------------------------------------------------------------------------------

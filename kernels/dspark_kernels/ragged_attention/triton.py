@@ -22,9 +22,10 @@ BOUNDS = ["window", "tiles", "tile_rows", "most_rows", "splits", "margin"]
 @triton.jit
 def _split_size(start, splits, margin, LEAST: tl.constexpr):
     """Positions of one split, by where the stream stands and nothing else: short contexts have short splits."""
+    least = tl.cdiv(start + margin, splits)
     size = start * 0 + LEAST
-    for _ in tl.static_range(16):
-        size = tl.where(size.to(tl.int64) * splits < start + margin, size * 2, size)
+    while size < least:
+        size *= 2
     return size
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,30 +28,45 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def an_interpreter_that_does_nothing_twice() -> Iterator[None]:
-    """Triton's looks through all of its language at each call of a device function, `tl.sum` being one, to put its own
-    functions there: once for each launch and module does. And it works out whether each sum of integers is too large,
-    for an assertion that it then leaves out, as nothing is debugged. Together that is more than half of its time.
-    """
+    """Triton's works out anew what it knows, at every operation: more than two thirds of its time."""
     if not interpreted():
         yield
         return
+    from triton import language as tl
     from triton.runtime import interpreter
 
-    launch, done = interpreter.GridExecutor.__call__, set()
+    launch, launched = interpreter.GridExecutor.__call__, set()
+    np_dtype, known = interpreter._get_np_dtype, {}
 
     def launch_anew(self: Any, *args: Any, **options: Any) -> None:
-        done.clear()  # a launch that ends takes its patches back
+        launched.clear()  # a launch that ends takes its patches back
         launch(self, *args, **options)
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        if id(self.fn.__globals__) not in done:
+        """Of a device function, `tl.sum` being one: its own functions are put into the language once a launch."""
+        if id(self.fn.__globals__) not in launched:
             interpreter._patch_lang(self.fn)
-            done.add(id(self.fn.__globals__))
+            launched.add(id(self.fn.__globals__))
         return self.rewrite()(*args, **options)
+
+    def known_np_dtype(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        return known[name] if name in known else known.setdefault(name, np_dtype(dtype))
+
+    @cache
+    def of_shape(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        return tl.constexpr(math.prod(shape)), tl.tuple([tl.constexpr(size) for size in shape])
+
+    def tensor(self: Any, handle: Any, kind: Any) -> None:
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.numel, self.shape = of_shape(tuple(kind.shape) if kind.is_block() else ())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_get_np_dtype", known_np_dtype)
+        patch.setattr(tl.tensor, "__init__", tensor)
+        # whether sums of integers are too large is for an assertion that is left out, as nothing is debugged
         assert not interpreter.interpreter_builder.options.debug
         options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
         patch.setattr(interpreter.interpreter_builder, "options", options)
