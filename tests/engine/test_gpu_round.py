@@ -260,7 +260,7 @@ def test_a_round_that_was_not_timed_teaches_no_costs():
     size = Size(2, 10, True)
     rounds._learn(_Flight([None, None], size, None, None, None, 0.0), [], None)
     assert costs.pace == pytest.approx(pace)
-    assert not costs._by_size.any()
+    assert not any(costs._by_size)
     assert costs._last is None
     assert controller._may_lose_ms == pytest.approx(saved + SHARE * costs.ms(rounds.sizing.shape(2, size)))
 

@@ -148,7 +148,8 @@ class Context:
         # where rounds are bounded, nobody should have much to catch up with
         bounded = any(stream.max_chunk_gap_ms < inf for stream in company)
         least = 0 if not self._waits else ROOM if bounded else room(len(company), taps)
-        return self._hand_over([part.stream for part in parts if part.stream.backlog.count > least], most)
+        full = [part.stream for part in parts if part.stream.backlog.count > least]
+        return self._hand_over(full, most) if full else 0.0
 
     def deliver(self, streams: Sequence[Owner]) -> float:
         """Give the drafter all that is kept of these streams.

@@ -101,8 +101,9 @@ class Rounds(Protocol):
 
 
 def company_of(streams: Sequence[Stream]) -> Company:
-    """What the cost of a round of these streams hangs on."""
-    return Company(len(streams), sum([s.position for s in streams]) / len(streams))
+    """What the cost of a round of these streams hangs on; positions to 32, so that costs are found again."""
+    position = sum([s.position for s in streams]) / len(streams)
+    return Company(len(streams), 32.0 * round(position / 32))
 
 
 # --- what every round ends with ------------------------------------------------------------------------------

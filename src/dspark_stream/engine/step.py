@@ -97,8 +97,10 @@ class Round:
             if stream.past is None:
                 candidates.append(Candidate(()))
                 continue
-            judged_by = same.setdefault(stream.round_key, stream.past)
-            survival = block.survival if static else controller.acceptance.corrected(judged_by, block.survival)
+            survival = block.survival
+            if survival and not static:
+                judged_by = same.setdefault(stream.round_key, stream.past)
+                survival = controller.acceptance.corrected(judged_by, survival)
             candidates.append(Candidate(survival, stream.acceptance != "rejection", stream.past.survivals[0]))
         self.lengths = self._schedule.lengths(candidates, cost, self.plan.price)
         # what was looked up and is not worth verifying cost nothing and is no draft

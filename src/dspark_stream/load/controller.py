@@ -57,18 +57,15 @@ class Controller:
 
     def __init__(self, gamma: int, curve: CapacityCurve) -> None:
         self._gamma = gamma
+        self._each = np.ogrid[: len(THRESHOLDS), :gamma]
         self.costs = CostTable(curve)
         self.acceptance = Acceptance(gamma)
         self._plan, self._left, self._looking = Plan((), 0, 0.0), 0, False  # for how many rounds; whether as a look
         self._for: tuple[Past | None, ...] = ()
         self._may_lose_ms = 0.0
+        self.looks = 0
         self._looked: Counter[tuple[bool, int]] = Counter()
         """By kind, and the bits of R. The n-th look of a kind needs n times its loss: it shows less and less."""
-
-    @property
-    def looks(self) -> int:
-        """So far."""
-        return self._looked.total()
 
     def plan(self, pasts: Sequence[Past | None], company: Company, *, looks: bool = True) -> Plan:
         """The next round's; ``looks``: it may be one. ``pasts``: of every stream, None for one in plain mode."""
@@ -93,7 +90,7 @@ class Controller:
         look, times = kinds[kind], 1 + self._looked[kind]
         if not looks or self._may_lose_ms < times * look.ms * max(SHARE, 1.0 - look.rate / best.rate):
             return best.plan
-        self._may_lose_ms, self._looking, self._looked[kind] = 0.0, True, times
+        self.looks, self._may_lose_ms, self._looking, self._looked[kind] = self.looks + 1, 0.0, True, times
         # a price near zero: everything is worth its time, so that the whole block is verified
         return look.plan._replace(price=best.rate * (1e-3 if look is whole else 1.0), promised=())
 
@@ -102,12 +99,12 @@ class Controller:
         streams, gamma, costs = company.streams, self._gamma, self.costs
         alone, rows = expected = self.acceptance.expected(list(may.values()))  # [m, T, γ]
         order = (THRESHOLDS[:, None] * rows - alone).argsort(axis=0)
-        accepted, verified = np.take_along_axis(expected, order[None], axis=1).cumsum(axis=1)
+        accepted, verified = expected[:, order, *self._each].cumsum(axis=1)
         drafting, slots = np.arange(1.0, len(may) + 1)[:, None, None], np.arange(1.0, gamma + 1)
         ms = costs.round_ms(company, streams + verified, drafting, slots)
         rates = (streams + accepted) / ms
 
-        n, t, g = (int(i) for i in np.unravel_index(int(rates.argmax()), rates.shape))
+        (n, t), g = divmod(int(rates.argmax()) // gamma, len(THRESHOLDS)), int(rates.argmax()) % gamma
         rate, best = float(rates[n, t, g]), set(order[: n + 1, t, g].tolist())
         spent = rate * float(costs.curve.drafting_ms(n + 1, g + 1, company)) / (n + 1)
         promised = {r: float(alone[i, t, g]) - spent for i, r in enumerate(may) if i in best}

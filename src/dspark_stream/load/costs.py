@@ -90,26 +90,21 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
         return np.maximum(0.0, np.interp(drafting, self.streams, self.draft_ms) - spared_ms)
 
 
-class _Seen(NamedTuple):
-    size: int  # index among those of the curve
-    drafted: bool
-    surprise: float  # logarithm of what it took over what was expected
-
-
 class CostTable:
     """Milliseconds of rounds at the pace of the curve. Times `pace` they are those of now. One for an engine."""
 
     def __init__(self, curve: CapacityCurve) -> None:
         self.curve = curve
-        self._sizes: Array = np.log(curve.tokens)
-        self._by_size: Array = np.zeros(len(curve.tokens))
+        self._sizes = [log(tokens) for tokens in curve.tokens]
+        self._by_size = [0.0] * len(curve.tokens)
         """Corrections of rounds over so many tokens, as logarithms."""
         self._by_drafting: dict[int, float] = defaultdict(float)
         """The same of rounds that draft against those that do not, by the bits of R."""
         self._pace = 0.0
-        self._last: _Seen | None = None
-        self._costs = lru_cache(maxsize=256)(self._cost)
-        self.look_again = self._costs.cache_clear  # at the curve, which has other times now
+        self._last: tuple[int, bool, float] | None = None
+        """Of the round before: its size, whether it drafted, the logarithm of what it took over what was expected."""
+        self._known = lru_cache(maxsize=256)(self._list)
+        self.look_again = self._known.cache_clear  # at the curve, which has other times now
 
     @property
     def pace(self) -> float:
@@ -127,39 +122,46 @@ class CostTable:
 
     def plain_ms(self, company: Company) -> float:
         """A round without drafts."""
-        return self.round_cost(company, 0, 0).ms[0]
-
-    def round_cost(self, company: Company, drafting: int, slots: int, looked_up: int = 0) -> RoundCost:
-        """What a round costs, for every B that it could have; ``looked_up``: tokens that may be verified besides."""
-        near = company._replace(position=32 * round(company.position / 32))  # so that answers are found again
-        return self._costs(near, drafting, slots, looked_up)
-
-    def _cost(self, company: Company, drafting: int, slots: int, looked_up: int) -> RoundCost:
-        most = company.streams + drafting * slots + looked_up
-        ms = self.round_ms(company, np.arange(company.streams, most + 1.0), drafting, slots)
-        return RoundCost(company.streams, ms.tolist())
+        return self.ms(Shape(company, 0, 0, company.streams))
 
     def ms(self, shape: Shape) -> float:
         """One round."""
         company, drafting, slots, batch_tokens = shape
-        looked_up = max(0, batch_tokens - company.streams - drafting * slots)
-        return self.round_cost(company, drafting, slots, looked_up)(batch_tokens)
+        at = batch_tokens - company.streams
+        return self._corrected(company, drafting, slots, max(0, at - drafting * slots), slice(at, at + 1))[0]
+
+    def round_cost(self, company: Company, drafting: int, slots: int, looked_up: int = 0) -> RoundCost:
+        """What a round costs, for every B that it could have; ``looked_up``: tokens that may be verified besides."""
+        return RoundCost(company.streams, self._corrected(company, drafting, slots, looked_up, slice(None)))
+
+    def _corrected(self, company: Company, drafting: int, slots: int, looked_up: int, only: slice) -> list[float]:
+        # in plain Python: what a pass has thrown out of the caches, numpy's code too, is slow to come back
+        over, drafted = [*self._by_size, 0.0], self._by_drafting[drafting and company.streams.bit_length()]
+        known = self._known(company, drafting, slots, (looked_up + 15) // 16)
+        return [ms * exp(drafted + over[i] + part * (over[i + 1] - over[i])) for ms, i, part in known[only]]
+
+    def _list(self, company: Company, drafting: int, slots: int, sixteens: int) -> list[tuple[float, int, float]]:
+        """For every B: milliseconds as measured, the size that is not larger, and how far on it is to the next."""
+        rows = np.arange(company.streams, company.streams + drafting * slots + 16 * sixteens + 1.0)
+        ms = self.curve.pass_ms(rows, company) + (self.curve.drafting_ms(drafting, slots, company) if drafting else 0)
+        at = np.interp(np.log(self.curve.rows(rows, company)), self._sizes, range(len(self._sizes)))
+        return [(one, int(i), i % 1) for one, i in zip(ms.tolist(), at.tolist(), strict=True)]
 
     def learn(self, shape: Shape, ms: float) -> None:
         """A whole round's measured milliseconds."""
         size = min(range(len(self._sizes)), key=lambda i: abs(self.curve.tokens[i] - shape.batch_tokens))
-        seen = _Seen(size, shape.drafting > 0, log(ms / self.ms(shape)))
-        last, self._last = self._last, seen
-        self._pace += GAIN * float(np.clip(seen.surprise - self._pace, -MOST, MOST))
-        if last is None or last[:2] == seen[:2]:
+        drafted, surprise = shape.drafting > 0, log(ms / self.ms(shape))
+        last, self._last = self._last, (size, drafted, surprise)
+        self._pace += GAIN * min(MOST, max(-MOST, surprise - self._pace))
+        if last is None or last[:2] == (size, drafted):
             return
-        learnt = GAIN * float(np.clip(seen.surprise - last.surprise, -MOST, MOST))
-        if last.drafted != seen.drafted:
-            self._by_drafting[shape.company.streams.bit_length()] += learnt if seen.drafted else -learnt
+        learnt = GAIN * min(MOST, max(-MOST, surprise - last[2]))
+        if last[1] != drafted:
+            self._by_drafting[shape.company.streams.bit_length()] += learnt if drafted else -learnt
         else:  # half each; smaller sizes go with the smaller, larger ones with the larger
-            up = learnt / 2 if size > last.size else -learnt / 2
-            self._by_size += np.interp(self._sizes, self._sizes[sorted((last.size, size))], [-up, up])
-        self._costs.cache_clear()
+            low, high = self._sizes[last[0]], self._sizes[size]
+            for i, at in enumerate(self._sizes):
+                self._by_size[i] += learnt * (min(1.0, max(0.0, (at - low) / (high - low))) - 0.5)
 
     def rest(self) -> None:
         """Time goes by without rounds: the next one has no neighbour."""
