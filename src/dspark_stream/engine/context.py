@@ -2,7 +2,7 @@
 
 The drafter reads the features of every position, the prompt's too, but only when it drafts. So what a pass leaves of a
 stream's taps is kept here and handed over in one go: before the stream is drafted for, or when its room is full. A
-stream that is never drafted for costs no more than a copy, and a probe catches up in a few products instead of many.
+stream that is never drafted for costs next to nothing, and a look catches up in a few products instead of many.
 """
 
 from __future__ import annotations
@@ -131,19 +131,18 @@ class Context:
         """
         if self._drafter is None or not parts:
             return 0.0
-        # two copies, since a runner may write its next pass's taps over these: what is soon handed over, and what waits
+        # apart: of what is soon handed over all rows may be kept, of what waits those that stand
         for soon in (True, False):
             mine = [part for part in parts if part.soon is soon]
             wanted = sum(part.size for part in mine)
             if not mine:
                 continue
-            # quicker; what is too much goes with the rest
             whole = wanted == len(taps) or (soon and 2 * wanted >= len(taps))
             rows = [] if whole else [row for part in mine for row in range(part.row, part.row + part.size)]
-            copy = taps.clone() if whole else taps[rows]
+            kept = taps if whole else taps[rows]
             at = 0
             for stream, row, size, position, _ in mine:
-                stream.backlog.add(copy, row if whole else at, size, position, self._drafter.context_window)
+                stream.backlog.add(kept, row if whole else at, size, position, self._drafter.context_window)
                 at += size
         # where rounds are bounded, nobody should have much to catch up with
         bounded = any(stream.max_chunk_gap_ms < inf for stream in company)

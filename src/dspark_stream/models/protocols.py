@@ -66,7 +66,7 @@ class Verified(Protocol):
 
     @property
     def taps(self) -> Tensor:
-        """[T, taps·H] of all rows, float; empty where there is no drafter."""
+        """[T, taps·H] of all rows, float, which no later pass writes over; empty where there is no drafter."""
 
     def adjusted(self, blocks: Sequence[AdjustedBlock]) -> Verified:
         """The same with the logits of these rows adjusted; this one is not to be used any more. Not where the pass was

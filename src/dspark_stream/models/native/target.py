@@ -63,7 +63,7 @@ class NativeOutput(NamedTuple):
 
 
 class NativeTarget:
-    """A Llama-like target. Logits and taps are float32 and valid until the next pass. See `Target`.
+    """A Llama-like target. Logits and taps are float32, logits valid until the next pass. See `Target`.
 
     Args:
         llama: its layers.
@@ -91,7 +91,7 @@ class NativeTarget:
         self.max_positions = max_positions
         self.tap_layers: tuple[int, ...] = ()
         self.kv_shapes = [KVShape(llama.kv_heads, llama.head_size, llama.head_size)] * llama.num_layers
-        self._tap_room, self._logit_room = Room(), Room()
+        self._logit_room = Room()
         self._own_layers = np.empty(0, dtype=np.int32)
 
     def set_taps(self, tap_layers: tuple[int, ...]) -> None:
@@ -130,7 +130,7 @@ class NativeTarget:
             ids,
             store.place,
             self._own_layers,
-            self._tap_room,
+            Room(),  # not one for all passes: taps are kept
             logit_rows,
             None if greedy else self._logit_room,
             self.embedding_scale,
