@@ -132,6 +132,20 @@ def test_it_is_the_model_that_torch_loads(tmp_path, context, kind, arch, tied):
     )
 
 
+@pytest.mark.parametrize("runner", ["kernels", "torch"])
+def test_taps_outlive_the_next_pass(tmp_path, context, runner):
+    """Guards against features of another round: texts would stay right, drafts would not. They are kept, not copied."""
+    path = str(write_model(tmp_path / "model.gguf"))
+    target = (load_target(path, kernels=context) if runner == "kernels" else load_target(path, device="cpu")).target
+    assert isinstance(target, NativeTarget) == (runner == "kernels")
+    target.set_taps((0, 1))
+    store = target.make_store(64)
+    first = target.forward([Rows(Extent(0, 64), 0, [3, 4, 5, 6])], store)
+    seen = first.taps.clone()
+    target.forward([Rows(Extent(0, 64), 4, [7, 8, 9])], store)
+    assert torch.equal(first.taps, seen)
+
+
 @pytest.mark.parametrize(("kind", "least"), [(Kind.EIGHT, 0.999), (Kind.FIVE_M, 0.98), (Kind.FOUR_M, 0.9)])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_checkpoint_folder_is_quantised_on_load(tmp_path, context, kind, least, family):
