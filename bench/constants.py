@@ -25,6 +25,7 @@ from regret import Machine, Recording, Seat, engine_like, read_recording, timeli
 
 TRIED: list[tuple[str, list[ModuleType], list[object]]] = [
     ("HOLD", [controller], [4, 16]),
+    ("OTHERS", [controller], [0.0, 0.5]),
     ("SHARE", [controller], [0.01, 0.04, 0.0]),
     ("GAIN", [costs], [0.1, 0.4]),
     ("MOST", [costs], [0.12, 0.5, 9.0]),
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--steps", type=int, default=300, help="that count; as many before them are for learning")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[name for name, _, _ in TRIED], help="these constants")
     args = parser.parse_args()
     played: list[tuple[list[list[Seat]], Recording, float, int]] = []
     for text in args.recorded:
@@ -65,6 +67,8 @@ def main() -> None:
     now = ratios()
     print(f"as they are: mean {exp(fmean(now)):.3f}, least {exp(min(now)):.3f}", flush=True)
     for name, modules, values in TRIED:
+        if name not in args.only:
+            continue
         kept = getattr(modules[0], name)
         for value in values:
             for module in modules:

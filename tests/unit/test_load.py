@@ -110,6 +110,24 @@ def test_ties_go_to_plain():
         assert any(controller.plan(pasts(1), Company(1, 96.0)).drafting) is drafts
 
 
+def test_a_few_who_come_or_go_among_many_wait_for_the_next_decision():
+    """Guards against a decision a round where many streams come and go, and against one that few streams wait for."""
+    controller = Controller(GAMMA, IDLE)
+    controller.acceptance.expected = lambda some: np.full(
+        (2, len(some), len(THRESHOLDS), GAMMA), 0.9
+    )  # it pays for all
+    many = pasts(8)
+    assert controller.plan(many, Company(8, 96.0), looks=False).drafting == [True] * 8
+    fewer = [*many[1:], *pasts(1)]
+    changed = controller.plan(fewer, Company(8, 96.0), looks=False)
+    assert changed.drafting == [True] * 7 + [False]
+    assert changed.promised[-1] == 0.0
+    others = [*many[2:], *pasts(2)]
+    assert controller.plan(others, Company(8, 96.0), looks=False).drafting == [True] * 8
+    alone = pasts(1)
+    assert controller.plan(alone, Company(1, 96.0), looks=False).drafting == [True]
+
+
 @pytest.mark.parametrize(("streams", "good"), [(4, [1]), (8, [5, 6, 7])])
 def test_streams_are_told_apart(streams, good):
     """Guards against one verdict for all: those whose drafts hold are drafted for, those beside them are not, however

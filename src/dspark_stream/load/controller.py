@@ -20,9 +20,11 @@ from dspark_stream.load.costs import CapacityCurve, Company, CostTable, Shape
 
 Learnt = tuple[Past | None, Sequence[float], int, int]
 """Of a stream's round: its past, what its draft promised (empty if none), verified and accepted tokens."""
-HOLD = 8  # 4: -0.1 %, 16: -0.3 % of all replays' throughput; so are all such figures (decision 037)
-"""Rounds between two decisions while the streams are the same ones."""
-SHARE = 0.02  # 0.01: +0.1 %, the least ratio to plain 0.95 instead of 0.97; 0.04: -0.1 %; none: -1.4 %
+HOLD = 8  # 4: -0.2 %, 16: -0.4 % of all replays' throughput; so are all such figures (decision 037)
+"""Rounds between two decisions."""
+OTHERS = 0.25  # 0: 0.0 %, the least ratio to plain 0.97 instead of 0.99, and many more decisions; 0.5: -0.3 %
+"""Of more streams than this share, come or gone, nothing was decided: then it is decided at once."""
+SHARE = 0.02  # 0.01: +0.1 %, the least ratio to plain 0.95 instead of 0.99; 0.04: -0.1 %; none: -0.8 %, 0.87
 """Of all time, so much may be lost to looks. What a look loses is estimated beforehand; this share of it at least."""
 
 
@@ -47,21 +49,27 @@ class Plan(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    plan: Plan
+    promised: dict[Past, float]  # by who is drafted for
+    slots: int
     rate: float  # tokens a millisecond
     ms: float
+    look: bool = False
+
+    def plan(self, pasts: Sequence[Past | None]) -> Plan:
+        promised = [self.promised.get(past) if past else None for past in pasts]
+        drafting = [one is not None for one in promised]
+        return Plan(drafting, self.slots, self.rate, () if self.look else [one or 0.0 for one in promised])
 
 
 class Controller:
     """One for an engine. ``gamma``: the drafter's block size; ``curve``: what rounds take, as measured."""
 
     def __init__(self, gamma: int, curve: CapacityCurve) -> None:
-        self._gamma = gamma
-        self._each = np.ogrid[: len(THRESHOLDS), :gamma]
+        self._gamma, self._each = gamma, np.ogrid[: len(THRESHOLDS), :gamma]
         self.costs = CostTable(curve)
         self.acceptance = Acceptance(gamma)
-        self._plan, self._left, self._looking = Plan((), 0, 0.0), 0, False  # for how many rounds; whether as a look
-        self._for: tuple[Past | None, ...] = ()
+        self._choice, self._left = _Choice({}, 0, 0.0, 0.0), 0  # for how many rounds
+        self._for: set[Past | None] = set()
         self._may_lose_ms = 0.0
         self.looks = 0
         self._looked: Counter[tuple[bool, int]] = Counter()
@@ -69,58 +77,52 @@ class Controller:
 
     def plan(self, pasts: Sequence[Past | None], company: Company, *, looks: bool = True) -> Plan:
         """The next round's; ``looks``: it may be one. ``pasts``: of every stream, None for one in plain mode."""
-        present = tuple(pasts)
-        if present != self._for or self._left == 0:
-            self._looking = False
-            self._plan = self._decide(present, company, looks)
-            self._for, self._left = present, 1 if self._looking else HOLD
+        if self._left == 0 or len(self._for.symmetric_difference(pasts)) > OTHERS * len(pasts):
+            self._choice = self._decide(pasts, company, looks)
+            self._for, self._left = set(pasts), 1 if self._choice.look else HOLD
         self._left -= 1
-        return self._plan
+        return self._choice.plan(pasts)
 
-    def _decide(self, pasts: Sequence[Past | None], company: Company, looks: bool) -> Plan:
+    def _decide(self, pasts: Sequence[Past | None], company: Company, looks: bool) -> _Choice:
         streams, ms = len(pasts), self.costs.plain_ms(company)
-        plain = _Choice(Plan([False] * streams, 0, streams / ms, [0.0] * streams), streams / ms, ms)
-        may = {r: past for r, past in enumerate(pasts) if past is not None}
+        plain = _Choice({}, 0, streams / ms, ms)
+        may = [past for past in pasts if past is not None]
         if not may:
-            return plain.plan
+            return plain
         drafts, whole = self._drafts(may, company)
         best = drafts if drafts.rate > plain.rate else plain
         kinds = {(c is whole, streams.bit_length()): c for c in (whole, plain) if c is not best}
         kind = min(kinds, key=self._looked.__getitem__)
         look, times = kinds[kind], 1 + self._looked[kind]
         if not looks or self._may_lose_ms < times * look.ms * max(SHARE, 1.0 - look.rate / best.rate):
-            return best.plan
-        self.looks, self._may_lose_ms, self._looking, self._looked[kind] = self.looks + 1, 0.0, True, times
+            return best
+        self.looks, self._may_lose_ms, self._looked[kind] = self.looks + 1, 0.0, times
         # a price near zero: everything is worth its time, so that the whole block is verified
-        return look.plan._replace(price=best.rate * (1e-3 if look is whole else 1.0), promised=())
+        return look._replace(rate=best.rate * (1e-3 if look is whole else 1.0), look=True)
 
-    def _drafts(self, may: dict[int, Past], company: Company) -> tuple[_Choice, _Choice]:
+    def _drafts(self, may: Sequence[Past], company: Company) -> tuple[_Choice, _Choice]:
         """The best set of streams and block length; and a whole block of the stream that drafted least."""
         streams, gamma, costs = company.streams, self._gamma, self.costs
-        alone, rows = expected = self.acceptance.expected(list(may.values()))  # [m, T, γ]
+        alone, rows = expected = self.acceptance.expected(may)  # [m, T, γ]
         order = (THRESHOLDS[:, None] * rows - alone).argsort(axis=0)
         accepted, verified = expected[:, order, *self._each].cumsum(axis=1)
         drafting, slots = np.arange(1.0, len(may) + 1)[:, None, None], np.arange(1.0, gamma + 1)
         ms = costs.round_ms(company, streams + verified, drafting, slots)
         rates = (streams + accepted) / ms
-
         (n, t), g = divmod(int(rates.argmax()) // gamma, len(THRESHOLDS)), int(rates.argmax()) % gamma
-        rate, best = float(rates[n, t, g]), set(order[: n + 1, t, g].tolist())
+        rate = float(rates[n, t, g])
         spent = rate * float(costs.curve.drafting_ms(n + 1, g + 1, company)) / (n + 1)
-        promised = {r: float(alone[i, t, g]) - spent for i, r in enumerate(may) if i in best}
-        everyone = range(streams)
-        plan = Plan([r in promised for r in everyone], g + 1, rate, [promised.get(r, 0.0) for r in everyone])
+        promised = {may[i]: float(alone[i, t, g]) - spent for i in order[: n + 1, t, g].tolist()}
+        best = _Choice(promised, g + 1, rate, float(ms[n, t, g]))
 
-        i, seldom = min(enumerate(may), key=lambda place: may[place[1]].count)
-        whole = Plan([r == seldom for r in everyone], gamma, rate)
+        i, seldom = min(enumerate(may), key=lambda place: place[1].count)
         whole_ms = costs.ms(Shape(company, 1, gamma, streams + gamma))
-        whole_rate = (streams + float(alone[i, 0, -1])) / whole_ms
-        return _Choice(plan, rate, float(ms[n, t, g])), _Choice(whole, whole_rate, whole_ms)
+        return best, _Choice({seldom: 0.0}, gamma, (streams + float(alone[i, 0, -1])) / whole_ms, whole_ms)
 
     def learn(self, rounds: Iterable[Learnt], shape: Shape, ms: float, late_ms: float = 0.0) -> None:
         """Learn from a round of every stream; the time of the whole, and what catching up took besides."""
         for past, survival, verified, accepted in rounds:
             if past is not None:
                 self.acceptance.learn(past, survival, verified, accepted)
-        self._may_lose_ms += (SHARE * ms - self._looking * late_ms) / self.costs.pace
+        self._may_lose_ms += (SHARE * ms - self._choice.look * late_ms) / self.costs.pace
         self.costs.learn(shape, ms)

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from dspark_stream.decoding.schedule import RoundCost
 
 Array = npt.NDArray[np.float64]
-GAIN = 0.2  # 0.1: -0.4 %, 0.4: -0.6 % of replays' throughput (decision 037)
+GAIN = 0.2  # 0.1: -0.3 %, 0.4: -0.6 % of replays' throughput (decision 037)
 """Share of a surprise that is learnt."""
-MOST = 0.25  # 0.12: -0.3 %, 0.5: -0.8 %, none: -1.2 %
+MOST = 0.25  # 0.12: -0.3 %, 0.5: -0.9 %, none: -1.3 %
 """No surprise counts for more than this, as a logarithm: a round may have been interrupted."""
 LEAST_OF_BASE = 0.25
 """Share of a measured time that is left at least for a shorter context: its slope may be measured wrong."""
@@ -84,9 +84,8 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
 
     def drafting_ms(self, drafting: Any, slots: Any, company: Company) -> Any:
         """Drafting ``slots`` tokens for so many of the streams, at least one; both may be arrays."""
-        spared_ms = (
-            np.interp(drafting, self.streams, self.slot_ms) * (self.gamma - np.asarray(slots)) if self.slot_ms else 0
-        )
+        slot_ms = np.interp(drafting, self.streams, self.slot_ms) if self.slot_ms else 0.0
+        spared_ms = slot_ms * (self.gamma - np.asarray(slots))
         return np.maximum(0.0, np.interp(drafting, self.streams, self.draft_ms) - spared_ms)
 
 

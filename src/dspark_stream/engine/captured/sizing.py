@@ -102,7 +102,7 @@ class Sizing:
         offered = [size for size in reversed(self._ladder.drafting_sizes(seats)) if size.rows > count]
         if not isinstance(schedule, Fixed | Threshold):
             plan = controller.plan([s.past for s in streams], Company(count, 0.0), looks=slowest_ms == inf)
-            if plan is not self._plan:
+            if plan != self._plan:
                 self._plan, self._ranked = plan, self._rank(offered, plan, streams)
             offered = self._ranked
         if slowest_ms == inf and offered:
