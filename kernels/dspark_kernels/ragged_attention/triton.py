@@ -24,8 +24,8 @@ def _split_size(start, splits, margin, LEAST: tl.constexpr):
     """Positions of one split, by where the stream stands and nothing else: short contexts have short splits."""
     least = tl.cdiv(start + margin, splits)
     size = start * 0 + LEAST
-    while size < least:
-        size *= 2
+    for _ in tl.static_range(16):
+        size = tl.where(size < least, size * 2, size)
     return size
 
 
