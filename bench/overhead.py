@@ -63,11 +63,11 @@ class Turns:
     def plan(self, decide: Callable[..., Plan]) -> Callable[..., Plan]:
         """A plan for nobody, after the decision or without it."""
 
-        def nobody(pasts: Any, *rest: Any) -> Plan:
+        def nobody(pasts: Any, *rest: Any, **options: Any) -> Plan:
             if not self.holding:
-                return decide(pasts, *rest)
+                return decide(pasts, *rest, **options)
             if self.part == "decisions" and self.does:
-                decide(pasts, *rest)
+                decide(pasts, *rest, **options)
             return Plan([False] * len(pasts), 0, 0.0)
 
         return nobody

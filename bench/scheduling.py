@@ -58,7 +58,7 @@ def main() -> None:
                 promises = [
                     list(accumulate((chance.random() ** 0.3 for _ in range(curve.gamma)), mul)) for _ in range(streams)
                 ]
-                company = Company(streams, 200.0 + step)
+                company = Company(streams, 32.0 * round((200 + step) / 32))
                 clock = [time.perf_counter()]
                 plan = controller.plan(pasts, company)
                 clock.append(time.perf_counter())

@@ -113,19 +113,22 @@ def test_ties_go_to_plain():
 def test_a_few_who_come_or_go_among_many_wait_for_the_next_decision():
     """Guards against a decision a round where many streams come and go, and against one that few streams wait for."""
     controller = Controller(GAMMA, IDLE)
-    controller.acceptance.expected = lambda some: np.full(
-        (2, len(some), len(THRESHOLDS), GAMMA), 0.9
-    )  # it pays for all
+    # drafting pays for everybody
+    controller.acceptance.expected = lambda some: np.full((2, len(some), len(THRESHOLDS), GAMMA), 0.9).cumsum(3)
     many = pasts(8)
     assert controller.plan(many, Company(8, 96.0), looks=False).drafting == [True] * 8
-    fewer = [*many[1:], *pasts(1)]
-    changed = controller.plan(fewer, Company(8, 96.0), looks=False)
+    changed = controller.plan([*many[:0:-1], *pasts(1)], Company(8, 96.0), looks=False)
     assert changed.drafting == [True] * 7 + [False]
+    assert changed.promised[0] > 0.0
     assert changed.promised[-1] == 0.0
+    assert controller.plan(many[1:], Company(7, 96.0), looks=False).drafting == [True] * 7
     others = [*many[2:], *pasts(2)]
     assert controller.plan(others, Company(8, 96.0), looks=False).drafting == [True] * 8
     alone = pasts(1)
-    assert controller.plan(alone, Company(1, 96.0), looks=False).drafting == [True]
+    price = controller.plan(alone, Company(1, 96.0), looks=False).price
+    for plain in (31, 0):  # those in plain mode count
+        plan = controller.plan([*alone, *[None] * plain], Company(1 + plain, 96.0), looks=False)
+        assert (plan.price == pytest.approx(price)) is (plain == 0)
 
 
 @pytest.mark.parametrize(("streams", "good"), [(4, [1]), (8, [5, 6, 7])])

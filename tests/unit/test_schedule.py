@@ -208,6 +208,7 @@ def test_curve_between_and_beyond_its_points():
     dear = msgspec.structs.replace(CURVE, gamma=7, slot_ms=[3.0, 3.0])  # no machine's: whole blocks take less
     assert dear.drafting_ms(1, 1, here) == 0.0
     assert costs.round_cost(here, 1, 1).ms == pytest.approx([12.0, 12.0])
+    assert len(costs.round_cost(here, 1, 1, looked_up=1).ms) == 3  # no size that cannot be
 
 
 def test_curve_knows_context_and_slots():

@@ -75,7 +75,7 @@ class EagerRounds:
             return plan
         costs = controller.costs
         owed = sum(s.backlog.count for s, drafts in zip(streams, plan.drafting, strict=True) if drafts)
-        ms = costs.round_cost(company, *plan.size).ms[0] + 1e-3 * self.models.capacity.feature_us * owed
+        ms = costs.ms(Shape(company, *plan.size, len(streams))) + 1e-3 * self.models.capacity.feature_us * owed
         # where drafting alone would take too long, with nothing verified, nobody is drafted for
         if costs.pace * ms <= slowest_ms:
             return plan

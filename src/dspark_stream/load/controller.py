@@ -22,8 +22,8 @@ Learnt = tuple[Past | None, Sequence[float], int, int]
 """Of a stream's round: its past, what its draft promised (empty if none), verified and accepted tokens."""
 HOLD = 8  # 4: -0.2 %, 16: -0.4 % of all replays' throughput; so are all such figures (decision 037)
 """Rounds between two decisions."""
-OTHERS = 0.25  # 0: 0.0 %, the least ratio to plain 0.97 instead of 0.99, and many more decisions; 0.5: -0.3 %
-"""Of more streams than this share, come or gone, nothing was decided: then it is decided at once."""
+OTHERS = 0.25  # 0: 0.0 %, the least ratio to plain 0.97 instead of 0.99, and more decisions; 0.5: -0.3 %
+"""It is decided at once where those who have come and those who have gone are more than this share of the streams."""
 SHARE = 0.02  # 0.01: +0.1 %, the least ratio to plain 0.95 instead of 0.99; 0.04: -0.1 %; none: -0.8 %, 0.87
 """Of all time, so much may be lost to looks. What a look loses is estimated beforehand; this share of it at least."""
 
@@ -51,12 +51,12 @@ class Plan(NamedTuple):
 class _Choice(NamedTuple):
     promised: dict[Past, float]  # by who is drafted for
     slots: int
-    rate: float  # tokens a millisecond
+    rate: float  # tokens a millisecond; the plan's price
     ms: float
     look: bool = False
 
     def plan(self, pasts: Sequence[Past | None]) -> Plan:
-        promised = [self.promised.get(past) if past else None for past in pasts]
+        promised = [None if past is None else self.promised.get(past) for past in pasts]
         drafting = [one is not None for one in promised]
         return Plan(drafting, self.slots, self.rate, () if self.look else [one or 0.0 for one in promised])
 
@@ -69,17 +69,18 @@ class Controller:
         self.costs = CostTable(curve)
         self.acceptance = Acceptance(gamma)
         self._choice, self._left = _Choice({}, 0, 0.0, 0.0), 0  # for how many rounds
-        self._for: set[Past | None] = set()
+        self._for, self._plain = set[Past | None](), 0  # who they are; how many of them are in plain mode
         self._may_lose_ms = 0.0
-        self.looks = 0
         self._looked: Counter[tuple[bool, int]] = Counter()
         """By kind, and the bits of R. The n-th look of a kind needs n times its loss: it shows less and less."""
+        self.looks = 0  # in all
 
     def plan(self, pasts: Sequence[Past | None], company: Company, *, looks: bool = True) -> Plan:
         """The next round's; ``looks``: it may be one. ``pasts``: of every stream, None for one in plain mode."""
-        if self._left == 0 or len(self._for.symmetric_difference(pasts)) > OTHERS * len(pasts):
+        others = len(self._for.symmetric_difference(pasts)) + abs(self._plain - pasts.count(None))
+        if self._left == 0 or others > OTHERS * len(pasts):
             self._choice = self._decide(pasts, company, looks)
-            self._for, self._left = set(pasts), 1 if self._choice.look else HOLD
+            self._for, self._plain, self._left = set(pasts), pasts.count(None), 1 if self._choice.look else HOLD
         self._left -= 1
         return self._choice.plan(pasts)
 
@@ -109,7 +110,7 @@ class Controller:
         drafting, slots = np.arange(1.0, len(may) + 1)[:, None, None], np.arange(1.0, gamma + 1)
         ms = costs.round_ms(company, streams + verified, drafting, slots)
         rates = (streams + accepted) / ms
-        (n, t), g = divmod(int(rates.argmax()) // gamma, len(THRESHOLDS)), int(rates.argmax()) % gamma
+        n, t, g = (int(i) for i in np.unravel_index(int(rates.argmax()), rates.shape))
         rate = float(rates[n, t, g])
         spent = rate * float(costs.curve.drafting_ms(n + 1, g + 1, company)) / (n + 1)
         promised = {may[i]: float(alone[i, t, g]) - spent for i in order[: n + 1, t, g].tolist()}

@@ -34,7 +34,7 @@ class Company(NamedTuple):
 
     streams: int
     position: float
-    """p̄: passes cost more the more context they read."""
+    """p̄: passes cost more the more context they read. Rounded by who asks, so that lists of costs are found again."""
 
 
 class Shape(NamedTuple):
@@ -95,14 +95,12 @@ class CostTable:
     def __init__(self, curve: CapacityCurve) -> None:
         self.curve = curve
         self._sizes = [log(tokens) for tokens in curve.tokens]
-        self._by_size = [0.0] * len(curve.tokens)
-        """Corrections of rounds over so many tokens, as logarithms."""
-        self._by_drafting: dict[int, float] = defaultdict(float)
-        """The same of rounds that draft against those that do not, by the bits of R."""
+        self._by_size = [0.0] * len(curve.tokens)  # corrections of rounds over so many tokens, as logarithms
+        self._by_drafting: dict[int, float] = defaultdict(float)  # the same of those that draft, by the bits of R
         self._pace = 0.0
         self._last: tuple[int, bool, float] | None = None
         """Of the round before: its size, whether it drafted, the logarithm of what it took over what was expected."""
-        self._known = lru_cache(maxsize=256)(self._list)
+        self._known = lru_cache(maxsize=32)(self._list)
         self.look_again = self._known.cache_clear  # at the curve, which has other times now
 
     @property
@@ -131,7 +129,8 @@ class CostTable:
 
     def round_cost(self, company: Company, drafting: int, slots: int, looked_up: int = 0) -> RoundCost:
         """What a round costs, for every B that it could have; ``looked_up``: tokens that may be verified besides."""
-        return RoundCost(company.streams, self._corrected(company, drafting, slots, looked_up, slice(None)))
+        every = slice(drafting * slots + looked_up + 1)
+        return RoundCost(company.streams, self._corrected(company, drafting, slots, looked_up, every))
 
     def _corrected(self, company: Company, drafting: int, slots: int, looked_up: int, only: slice) -> list[float]:
         # in plain Python: what a pass has thrown out of the caches, numpy's code too, is slow to come back

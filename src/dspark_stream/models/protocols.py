@@ -59,7 +59,7 @@ class AdjustedBlock(NamedTuple):
 
 
 class Verified(Protocol):
-    """What a target pass says of the rows asked for; good until the next pass.
+    """What a target pass says of the rows asked for; but for ``taps``, good until the next pass.
 
     A token is -1 where a row has none: everything is ruled out, or a score is no number or has no bound.
     """
