@@ -22,7 +22,7 @@ Learnt = tuple[Past | None, Sequence[float], int, int]
 """Of a stream's round: its past, what its draft promised (empty if none), verified and accepted tokens."""
 HOLD = 8  # 4: -0.2 %, 16: -0.4 % of all replays' throughput; so are all such figures (decision 037)
 """Rounds between two decisions."""
-OTHERS = 0.25  # 0: 0.0 %, the least ratio to plain 0.97 instead of 0.99, and more decisions; 0.5: -0.3 %
+OTHERS = 0.25  # 0: 0.0 %, the least ratio to plain 0.97 instead of 0.99; 0.5: -0.3 %
 """It is decided at once where those who have come and those who have gone are more than this share of the streams."""
 SHARE = 0.02  # 0.01: +0.1 %, the least ratio to plain 0.95 instead of 0.99; 0.04: -0.1 %; none: -0.8 %, 0.87
 """Of all time, so much may be lost to looks. What a look loses is estimated beforehand; this share of it at least."""
