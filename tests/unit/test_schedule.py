@@ -190,8 +190,9 @@ def test_a_round_may_be_bounded():
 def test_ladder_and_monotone():
     assert ladder(1) == [1]
     assert ladder(7) == [1, 2, 3, 4, 6, 7]
-    assert ladder(32) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
-    assert ladder(600) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 600]
+    assert ladder(32) == [1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32]
+    tiled = [17, 24, 32, 33, 40, 48, 49, 56, 64]  # where kernels begin another tile of rows, and its middle
+    assert ladder(600) == [1, 2, 3, 4, 6, 8, 12, 16, *tiled, 96, 128, 256, 512, 600]
     assert monotone([1.0, 3.0, 2.0, 4.0]) == [1.0, 2.5, 2.5, 4.0]
     assert monotone([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]
 
