@@ -16,8 +16,6 @@ from pathlib import Path
 from statistics import fmean
 from types import ModuleType
 
-import numpy as np
-
 from dspark_stream.decoding.schedule import parse_schedule
 from dspark_stream.load import acceptance, controller, costs
 from dspark_stream.load.costs import CostTable
@@ -32,7 +30,7 @@ TRIED: list[tuple[str, list[ModuleType], list[object]]] = [
     ("BLOCKS", [acceptance], [16, 64]),
     ("LEAN", [acceptance], [2.0, 8.0]),
     ("HOPE", [acceptance], [0.7, 0.85]),
-    ("THRESHOLDS", [acceptance, controller], [np.array([0.0]), np.array([0.0, 0.05, 0.12, 0.22, 0.35, 0.5, 0.7])]),
+    ("THRESHOLDS", [acceptance, controller], [(0.0,), (0.0, 0.05, 0.12, 0.22, 0.35, 0.5, 0.7)]),
 ]
 """Names, the modules that look them up, and other values."""
 

@@ -156,7 +156,7 @@ def random_models(shape: Shape, device: torch.device, slots: int, quant: Quant) 
     fuse_layers(drafter)
     if quant in WEIGHT_ONLY_BITS:
         drafter.quantise_head()
-    curve = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], draft_ms=[0.0])
+    curve = CapacityCurve(tokens=[1], verify_ms=[1.0], streams=[1], draft_ms=[0.0], gamma=drafter.gamma)
     models = Models(
         target=target,
         target_kv=target.make_store(slots),

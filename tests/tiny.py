@@ -26,7 +26,7 @@ from dspark_stream.types import GenerationRequest, ModelInfo, SamplingParams
 
 VOCAB = 48
 GAMMA = 4
-FLAT = CapacityCurve(tokens=[1, 64], verify_ms=[1.0, 2.0], streams=[1, 16], draft_ms=[0.1, 0.2])
+FLAT = CapacityCurve(tokens=[1, 64], verify_ms=[1.0, 2.0], streams=[1, 16], draft_ms=[0.1, 0.2], gamma=16)
 """A machine on which drafting nearly always pays."""
 
 

@@ -152,7 +152,7 @@ def test_prompts_in_chunks_equal_prompts_at_once(monkeypatch):
 
 def test_a_joining_prompt_does_not_stop_the_others():
     """Guards against a long prefill that stalls streams: rounds of the running stream go on between its chunks."""
-    curve = CapacityCurve(tokens=[1, 16], verify_ms=[1.0, 60.0], streams=[1], draft_ms=[0.1])
+    curve = CapacityCurve(tokens=[1, 16], verify_ms=[1.0, 60.0], streams=[1], draft_ms=[0.1], gamma=GAMMA)
     engine = engine_with(schedule=Fixed(0), capacity=curve)
     steps: queue.SimpleQueue = queue.SimpleQueue()
     order: list[str] = []

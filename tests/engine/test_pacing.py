@@ -7,6 +7,7 @@ from math import inf
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from dspark_stream.decoding.schedule import Adaptive
 from dspark_stream.engine.local import LocalEngine
@@ -105,6 +106,6 @@ def test_prompt_chunks_shrink_for_a_bound():
 
 def test_prompt_chunks_shrink_with_how_far_a_prompt_has_been_read():
     """Guards against a pass at position 6,000 that takes many times what it would at the beginning."""
-    curve = CapacityCurve(tokens=[1, 16, 64], verify_ms=[1.0, 10.0, 40.0], streams=[1], draft_ms=[0.1], attend_us=1.0)
+    curve = replace(CURVE, tokens=[1, 16, 64], verify_ms=[1.0, 10.0, 40.0], attend_us=1.0)
     engine = tiny_engine(tiny_rounds(capacity=curve))
     assert [engine._chunk([], position) for position in (0, 3000, 4000, 9000, 10**6)] == [64, 64, 16, 16, 16]

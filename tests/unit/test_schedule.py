@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -229,11 +228,15 @@ def test_all_choices_at_once_cost_what_each_of_them_does():
         shape = Shape(company, 2 * (turn // 4 % 2), 3 * (turn // 4 % 2), 9 if turn // 4 % 2 else 3)
         costs.learn(shape, costs.ms(shape) * (1.3 if shape.drafting else 1.0))
     assert costs.plain_ms(company) == costs.round_cost(company, 0, 0)(3)
-    drafting, slots, tokens = np.arange(1.0, 3.0)[:, None, None], np.arange(1.0, 5.0)[:, None], np.arange(3.0, 12.0)
-    ms = costs.round_ms(company, tokens, drafting, slots)
+    as_measured, passes = costs.drafting_ms(company), costs.passes(company, slice(9), drafted=True)
     for n, k in itertools.product((1, 2), (1, 2, 3, 4)):
         cost = costs.round_cost(company, n, k)
-        assert [cost(b) for b in range(3, 4 + n * k)] == pytest.approx(ms[n - 1, k - 1, : 1 + n * k])
+        draft_ms = float(curve.drafting_ms(n, k, company))
+        assert as_measured[n][k] == draft_ms
+        for b in range(3, 4 + n * k):
+            pass_ms, times = passes[b - 3]
+            assert pass_ms == float(curve.pass_ms(b, company))
+            assert cost(b) == costs.ms(Shape(company, n, k, b)) == pytest.approx((pass_ms + draft_ms) * times)
     assert costs.round_cost(company, 2, 3)(9) > 1.1 * CostTable(curve).round_cost(company, 2, 3)(9)
 
 

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 
-import numpy as np
-
 from dspark_stream.decoding.schedule import Schedule
 from dspark_stream.engine.context import Context
 from dspark_stream.engine.prompts import prefill
@@ -50,7 +48,7 @@ class EagerRounds:
     def prompt_ms(self, tokens: Sequence[int], position: int) -> list[float]:
         """See `rounds.Rounds`."""
         costs = self.models.controller.costs
-        return [costs.pace * ms for ms in costs.round_ms(Company(1, position), np.array(tokens))]
+        return [costs.pace * costs.ms(Shape(Company(1, position), 0, 0, n)) for n in tokens]
 
     def rest(self) -> None:
         """See `rounds.Rounds`."""

@@ -236,7 +236,7 @@ def sweep(
 def ladder(largest: int) -> list[int]:
     """1, 2, 3, 4, 6, 8, 12, … 128, then doubling, up to and including ``largest``: few points, where curves bend.
 
-    Kernels read weights once for a tile of rows. So of tiles up to `TILED` rows the first row and the middle are points.
+    Kernels read weights once for a tile of rows. So of tiles up to `TILED` rows the first and the middle are points.
     """
     sizes = {1, 3, largest} if largest >= 3 else {1, largest}
     step = 2

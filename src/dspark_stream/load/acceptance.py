@@ -1,23 +1,20 @@
 """What drafts promise, and how well promises are kept: by each stream, and by all streams together.
 
-Only past rounds are used, so decisions by it are lossless under every verification. Symbols: m streams, γ the draft
-block's size, T thresholds.
+Only past rounds are used: decisions by it are lossless under every verification. γ: block size, T: thresholds.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from math import isfinite
 from typing import get_args
 
-import numpy as np
-
 from dspark_stream.decoding.repeats import FADE, HOPE, LEAN, Repeats
-from dspark_stream.load.costs import Array
 from dspark_stream.types import Acceptance as Way
 
-THRESHOLDS: Array = np.array([0.0, 0.2, 0.5])  # one: -1.0 %, seven: +0.2 % of replays' throughput (decision 037)
+THRESHOLDS = (0.0, 0.2, 0.5)  # one: -1.0 %, seven: +0.2 % of replays' throughput (decision 037)
 """Which drafts will be verified is not known before drafting. So plans suppose that all drafts of at least such a
 survival are, and take the best of these thresholds."""
 BLOCKS = 32  # 16: -0.1 %, 64: +0.1 %
@@ -28,15 +25,16 @@ class _Ledger:
     """What blocks promised in the mean; and sums of promised and of accepted tokens. The latest count most."""
 
     def __init__(self, hope: Sequence[float], blocks: int, count: int = 0) -> None:
-        self.mean = _by_threshold(hope)  # [2, T, γ]
+        self.mean = _by_threshold(hope)
         self.count = count
         self.promised = self.accepted = 0.0
         self._blocks = blocks
 
-    def add(self, block: Array, promised: float, accepted: int) -> None:
+    def add(self, block: list[float], promised: float, accepted: int) -> None:
         """One block; what was promised of the tokens that were verified, and how many were accepted."""
         self.count += 1
-        self.mean += (block - self.mean) / min(self.count, self._blocks)
+        part = 1.0 / min(self.count, self._blocks)
+        self.mean = [mean + part * (now - mean) for mean, now in zip(self.mean, block, strict=True)]
         if promised:
             keep = 1.0 - 1.0 / self._blocks
             self.promised = keep * self.promised + promised
@@ -48,8 +46,7 @@ class Past(_Ledger):
 
     def __init__(self, gamma: int, way: Way) -> None:
         super().__init__([0.0] * gamma, BLOCKS)
-        self.way: Way = way
-        """How its drafts are accepted; each way accepts another share."""
+        self.way: Way = way  # how its drafts are accepted; each way accepts another share
         self.survivals: deque[Sequence[float]] = deque([(), ()], maxlen=2)
         """Of the last two rounds that were told, oldest first; empty for one without drafts."""
 
@@ -58,10 +55,9 @@ class Acceptance:
     """Of all streams; one for an engine. ``gamma``: the drafter's block size."""
 
     def __init__(self, gamma: int) -> None:
-        hope = [HOPE**k for k in range(1, gamma + 1)]
+        self._gamma, hope = gamma, [HOPE**k for k in range(1, gamma + 1)]
         self._pools: dict[Way, _Ledger] = {way: _Ledger(hope, 2 * BLOCKS, 1) for way in get_args(Way)}
-        self.repeats = Repeats(FADE)
-        """What looked-up drafts have been worth, of all streams."""
+        self.repeats = Repeats(FADE)  # what looked-up drafts have been worth, of all streams
 
     def learn(self, past: Past, survival: Sequence[float], verified: int, accepted: int) -> None:
         """Learn from a stream's round: what its draft promised (empty if it had none), and what was accepted."""
@@ -69,7 +65,7 @@ class Acceptance:
         if survival and isfinite(survival[-1]):
             pool = self._pools[past.way]
             # slots that were not drafted go on as blocks do in the mean
-            usual: list[float] = pool.mean[0, 0].tolist()
+            usual = pool.mean[: self._gamma]
             onward = survival[-1] / max(usual[len(survival) - 1], 1e-9)
             block = _by_threshold([*survival, *(onward * a for a in usual[len(survival) :])])
             for ledger in (past, pool):
@@ -86,19 +82,18 @@ class Acceptance:
         worth = self.worth(past)
         return [min(1.0, worth * a) if isfinite(a) else 0.0 for a in survival]
 
-    def expected(self, pasts: Sequence[Past]) -> Array:
-        """Accepted and verified tokens that each stream's next draft brings, by threshold and slots, [2, m, T, γ]."""
-        own, shared = (np.array([x.mean for x in some]) for some in (pasts, [self._pools[p.way] for p in pasts]))
-        # all blocks that it ever drafted count, not the latest alone: the pool is mostly of streams that draft well,
-        # and would make a bad one look better than it is
-        count = np.array([past.count for past in pasts])[:, None, None, None]
-        shares = ((count * own + LEAN * shared) / (count + LEAN)).swapaxes(0, 1)
-        shares[0] *= np.array([self.worth(past) for past in pasts])[:, None, None]
-        expected: Array = np.minimum(shares, 1.0).cumsum(axis=3)
-        return expected
+    def expected(self, past: Past) -> tuple[list[list[float]], list[list[float]]]:
+        """Accepted and verified tokens that a stream's next draft brings, each by threshold and slots, [T][γ]."""
+        pool, worth = self._pools[past.way], self.worth(past)
+        # all blocks that it ever drafted count: the pool is mostly of streams that draft well, and flatters a bad one
+        own = past.count / (past.count + LEAN)
+        shares = [theirs + own * (mine - theirs) for mine, theirs in zip(past.mean, pool.mean, strict=True)]
+        rows = [shares[first : first + self._gamma] for first in range(0, len(shares), self._gamma)]
+        accepted = [list(accumulate(min(1.0, worth * a) for a in row)) for row in rows[: len(THRESHOLDS)]]
+        return accepted, [list(accumulate(row)) for row in rows[len(THRESHOLDS) :]]
 
 
-def _by_threshold(row: Sequence[float]) -> Array:
-    """A block's survivals where they reach a threshold, and whether they do, [2, T, γ]."""
-    above = np.asarray(row) >= THRESHOLDS[:, None]
-    return np.array([above * row, above], dtype=float)
+def _by_threshold(row: Sequence[float]) -> list[float]:
+    """A block's survivals where they reach a threshold, and whether they do, 2·T·γ."""
+    reach = [a if a >= least else 0.0 for least in THRESHOLDS for a in row]
+    return reach + [float(a >= least) for least in THRESHOLDS for a in row]

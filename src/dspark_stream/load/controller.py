@@ -3,8 +3,6 @@
 *Ours*, not the paper's: the set of streams and the block length with the most expected tokens a second are taken. If
 none is better than plain decoding, nobody is drafted for. A small share of time goes to looks: rounds that are run
 another way than the best one, so that wrong costs or promises are found out. See docs/decisions/037.
-
-Symbols: R streams, m of them may be drafted for, γ the block's size, T thresholds.
 """
 
 from __future__ import annotations
@@ -13,13 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from dspark_stream.load.acceptance import THRESHOLDS, Acceptance, Past
 from dspark_stream.load.costs import CapacityCurve, Company, CostTable, Shape
 
-Learnt = tuple[Past | None, Sequence[float], int, int]
-"""Of a stream's round: its past, what its draft promised (empty if none), verified and accepted tokens."""
+Learnt = tuple[Past | None, Sequence[float], int, int]  # past, promises (none if no draft), verified, accepted
 HOLD = 8  # 4: -0.2 %, 16: -0.4 % of all replays' throughput; so are all such figures (decision 037)
 """Rounds between two decisions."""
 OTHERS = 0.25  # 0: 0.0 %, the least ratio to plain 0.97 instead of 0.99; 0.5: -0.3 %
@@ -62,10 +57,10 @@ class _Choice(NamedTuple):
 
 
 class Controller:
-    """One for an engine. ``gamma``: the drafter's block size; ``curve``: what rounds take, as measured."""
+    """One for an engine of R streams. ``gamma``: the drafter's block size; ``curve``: what rounds take, as measured."""
 
     def __init__(self, gamma: int, curve: CapacityCurve) -> None:
-        self._gamma, self._each = gamma, np.ogrid[: len(THRESHOLDS), :gamma]
+        self._gamma = gamma
         self.costs = CostTable(curve)
         self.acceptance = Acceptance(gamma)
         self._choice, self._left = _Choice({}, 0, 0.0, 0.0), 0  # for how many rounds
@@ -104,21 +99,32 @@ class Controller:
     def _drafts(self, may: Sequence[Past], company: Company) -> tuple[_Choice, _Choice]:
         """The best set of streams and block length; and a whole block of the stream that drafted least."""
         streams, gamma, costs = company.streams, self._gamma, self.costs
-        alone, rows = expected = self.acceptance.expected(may)  # [m, T, γ]
-        order = (THRESHOLDS[:, None] * rows - alone).argsort(axis=0)
-        accepted, verified = expected[:, order, *self._each].cumsum(axis=1)
-        drafting, slots = np.arange(1.0, len(may) + 1)[:, None, None], np.arange(1.0, gamma + 1)
-        ms = costs.round_ms(company, streams + verified, drafting, slots)
-        rates = (streams + accepted) / ms
-        n, t, g = (int(i) for i in np.unravel_index(int(rates.argmax()), rates.shape))
-        rate = float(rates[n, t, g])
-        spent = rate * float(costs.curve.drafting_ms(n + 1, g + 1, company)) / (n + 1)
-        promised = {may[i]: float(alone[i, t, g]) - spent for i in order[: n + 1, t, g].tolist()}
-        best = _Choice(promised, g + 1, rate, float(ms[n, t, g]))
+        expected = [self.acceptance.expected(past) for past in may]
+        most = int(sum(rows[0][-1] for _, rows in expected)) + 2
+        passes, draft_ms = costs.passes(company, slice(most), drafted=True), costs.drafting_ms(company)
+        best = 0.0, 0.0, 0, 0, list[int]()
+        for t, least in enumerate(THRESHOLDS):
+            gains = [tokens[t][-1] - least * rows[t][-1] for tokens, rows in expected]
+            ranked = sorted(range(len(may)), key=gains.__getitem__, reverse=True)
+            for g in range(gamma):
+                tokens, rows = float(streams), 0.0
+                for n, i in enumerate(ranked, 1):
+                    tokens += expected[i][0][t][g]
+                    rows += expected[i][1][t][g]
+                    more = int(rows)
+                    (low_ms, low), (high_ms, high) = passes[more : more + 2]
+                    ms = low * (low_ms + draft_ms[n][g + 1])
+                    ms += (rows - more) * (high * (high_ms + draft_ms[n][g + 1]) - ms)
+                    if tokens > best[0] * ms:
+                        best = tokens / ms, ms, t, g, ranked[:n]
+        rate, ms, t, g, drafting = best
+        spent = rate * draft_ms[len(drafting)][g + 1] / len(drafting)
+        promised = {may[i]: expected[i][0][t][g] - spent for i in drafting}
 
         i, seldom = min(enumerate(may), key=lambda place: place[1].count)
         whole_ms = costs.ms(Shape(company, 1, gamma, streams + gamma))
-        return best, _Choice({seldom: 0.0}, gamma, (streams + float(alone[i, 0, -1])) / whole_ms, whole_ms)
+        whole = _Choice({seldom: 0.0}, gamma, (streams + expected[i][0][0][-1]) / whole_ms, whole_ms)
+        return _Choice(promised, g + 1, rate, ms), whole
 
     def learn(self, rounds: Iterable[Learnt], shape: Shape, ms: float, late_ms: float = 0.0) -> None:
         """Learn from a round of every stream; the time of the whole, and what catching up took besides."""

@@ -16,11 +16,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from dspark_stream.decoding.schedule import RoundCost
 
-Array = npt.NDArray[np.float64]
 GAIN = 0.2  # 0.1: -0.3 %, 0.4: -0.6 % of replays' throughput (decision 037)
 """Share of a surprise that is learnt."""
 MOST = 0.25  # 0.12: -0.3 %, 0.5: -0.9 %, none: -1.3 %
@@ -47,10 +45,10 @@ class Shape(NamedTuple):
 
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a round's two large parts, measured at start at one stream that holds ``context`` positions.
+    """Milliseconds of a round's two parts, measured at start at one stream that holds ``context`` positions.
 
-    A round is drafting (its context features included) and a target pass with acceptance. Linear between points.
-    What else differs, say between one stream's rows and many streams', is less, and learnt.
+    They are drafting (with its context features) and a target pass with acceptance. Linear between points. What else
+    differs, say between one stream's rows and many streams', is less, and learnt.
     """
 
     tokens: list[int]
@@ -100,22 +98,13 @@ class CostTable:
         self._pace = 0.0
         self._last: tuple[int, bool, float] | None = None
         """Of the round before: its size, whether it drafted, the logarithm of what it took over what was expected."""
-        self._known = lru_cache(maxsize=32)(self._list)
+        self._known = lru_cache(maxsize=32)(self._measured)
         self.look_again = self._known.cache_clear  # at the curve, which has other times now
 
     @property
     def pace(self) -> float:
         """How many times as long all rounds take as was measured."""
         return exp(self._pace)
-
-    def round_ms(self, company: Company, batch_tokens: Array, drafting: Any = 0, slots: Any = 0) -> Array:
-        """Rounds over so many tokens that draft so many slots for so many streams; all broadcast."""
-        ms = self.curve.pass_ms(batch_tokens, company)
-        over = np.interp(np.log(self.curve.rows(batch_tokens, company)), self._sizes, self._by_size)
-        if np.any(drafting):
-            ms = ms + self.curve.drafting_ms(drafting, slots, company)
-            over = over + self._by_drafting[company.streams.bit_length()]
-        return np.asarray(ms * np.exp(over))
 
     def plain_ms(self, company: Company) -> float:
         """A round without drafts."""
@@ -125,25 +114,35 @@ class CostTable:
         """One round."""
         company, drafting, slots, batch_tokens = shape
         at = batch_tokens - company.streams
-        return self._corrected(company, drafting, slots, max(0, at - drafting * slots), slice(at, at + 1))[0]
+        ((ms, times),) = self.passes(company, slice(at, at + 1), drafting > 0)
+        return (ms + self.drafting_ms(company)[drafting][slots]) * times
 
     def round_cost(self, company: Company, drafting: int, slots: int, looked_up: int = 0) -> RoundCost:
         """What a round costs, for every B that it could have; ``looked_up``: tokens that may be verified besides."""
-        every = slice(drafting * slots + looked_up + 1)
-        return RoundCost(company.streams, self._corrected(company, drafting, slots, looked_up, every))
+        passes = self.passes(company, slice(drafting * slots + looked_up + 1), drafting > 0)
+        draft_ms = self.drafting_ms(company)[drafting][slots]
+        return RoundCost(company.streams, [(ms + draft_ms) * times for ms, times in passes])
 
-    def _corrected(self, company: Company, drafting: int, slots: int, looked_up: int, only: slice) -> list[float]:
+    def passes(self, company: Company, beyond: slice, drafted: bool) -> list[tuple[float, float]]:
+        """Passes over R tokens and so many more as measured; and how many times that their whole rounds take."""
         # in plain Python: what a pass has thrown out of the caches, numpy's code too, is slow to come back
-        over, drafted = [*self._by_size, 0.0], self._by_drafting[drafting and company.streams.bit_length()]
-        known = self._known(company, drafting, slots, (looked_up + 15) // 16)
-        return [ms * exp(drafted + over[i] + part * (over[i + 1] - over[i])) for ms, i, part in known[only]]
+        over, more = [*self._by_size, 0.0], self._by_drafting[drafted and company.streams.bit_length()]
+        known = self._known(company)[0][beyond]
+        return [(ms, exp(more + over[i] + part * (over[i + 1] - over[i]))) for ms, i, part in known]
 
-    def _list(self, company: Company, drafting: int, slots: int, sixteens: int) -> list[tuple[float, int, float]]:
-        """For every B: milliseconds as measured, the size that is not larger, and how far on it is to the next."""
-        rows = np.arange(company.streams, company.streams + drafting * slots + 16 * sixteens + 1.0)
-        ms = self.curve.pass_ms(rows, company) + (self.curve.drafting_ms(drafting, slots, company) if drafting else 0)
-        at = np.interp(np.log(self.curve.rows(rows, company)), self._sizes, range(len(self._sizes)))
-        return [(one, int(i), i % 1) for one, i in zip(ms.tolist(), at.tolist(), strict=True)]
+    def drafting_ms(self, company: Company) -> list[list[float]]:
+        """Drafting as measured, by streams that are drafted for and slots; 0 for nobody."""
+        return self._known(company)[1]
+
+    def _measured(self, company: Company) -> tuple[list[tuple[float, int, float]], list[list[float]]]:
+        """By B - R: milliseconds, the size that is not larger, how far on it is to the next. And `drafting_ms`."""
+        streams, slots = company.streams, np.arange(self.curve.gamma + 1)
+        most = max(self.curve.tokens[-1], 2 * streams * max(len(slots), 16))  # captured rounds have seats left over
+        rows = np.arange(streams, streams + most + 1.0)
+        at = np.interp(np.log(self.curve.rows(rows, company)), self._sizes, range(len(self._sizes))).tolist()
+        passes = zip(self.curve.pass_ms(rows, company).tolist(), map(int, at), (i % 1 for i in at), strict=True)
+        draft_ms = self.curve.drafting_ms(np.arange(1, streams + 1)[:, None], slots, company)
+        return list(passes), [[0.0] * len(slots), *draft_ms.tolist()]
 
     def learn(self, shape: Shape, ms: float) -> None:
         """A whole round's measured milliseconds."""

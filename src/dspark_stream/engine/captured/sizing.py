@@ -13,17 +13,19 @@ Symbols: R streams, B rows, γ the block's size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import inf
 from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from dspark_stream.decoding.schedule import EarlyStop, Fixed, Schedule, Threshold
 from dspark_stream.engine.captured.graphs import RoundLadder, Size
 from dspark_stream.engine.stream import Stream
 from dspark_stream.load.controller import Controller, Plan
-from dspark_stream.load.costs import Array, CapacityCurve, Company, Shape
+from dspark_stream.load.costs import CapacityCurve, Company, Shape
 
 
 class CapturedCurve(CapacityCurve, frozen=True, kw_only=True):
@@ -55,7 +57,7 @@ class CapturedCurve(CapacityCurve, frozen=True, kw_only=True):
         steps = self._steps(company)[0]
         return steps[:, np.minimum(np.searchsorted(steps[0], batch_tokens), len(steps[0]) - 1)]
 
-    def _steps(self, company: Company) -> tuple[Array, float]:
+    def _steps(self, company: Company) -> tuple[NDArray[np.float64], float]:
         """Rows of sizes and what rounds of them take without drafting, [2, sizes]; what drafting takes.
 
         0 where all drafted rounds have one size: what such a round takes is its pass's then.
@@ -134,11 +136,12 @@ class Sizing:
         if isinstance(self.schedule, EarlyStop):
             return offered[:1]  # the device cuts whole blocks
         drafting = [s.past for s, drafts in zip(streams, plan.drafting, strict=True) if drafts and s.past is not None]
-        accepted = self._controller.acceptance.expected(drafting)[0, :, 0]  # [m, γ]
-        best = np.sort(np.diff(accepted, prepend=0.0), axis=None)[::-1]
+        accepted = [self._controller.acceptance.expected(past)[0][0] for past in drafting]  # [m][γ]
+        each = (after - before for row in accepted for before, after in pairwise([0.0, *row]))
+        best = sorted(each, reverse=True)
 
         def gain(size: Size) -> float:
-            return float(best[: size.rows - count].sum()) - plan.price * self._ms(count, size)
+            return sum(best[: size.rows - count]) - plan.price * self._ms(count, size)
 
         return sorted(offered, key=gain, reverse=True)
 
