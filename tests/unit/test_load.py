@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from math import exp
 from typing import NamedTuple
@@ -219,14 +220,14 @@ def test_looks_get_somewhere_while_streams_come_and_go():
     played = churning(machine, BAD, 3000)
     plain_ms = {n: machine.table.plain_ms(Company(n, 96.0)) for n in (4, 5)}
     best = sum(one.tokens * plain_ms[len(one.plan.drafting)] / len(one.plan.drafting) for one in played)
-    assert machine.controller.looks > 10
+    assert machine.controller.looks > 5
     assert 0.98 < best / sum(one.ms for one in played) <= 1.0
 
     for learns in (True, False):
         wrong = Machine(IDLE, DEAR_DRAFTS)
         if not learns:
             wrong.controller.costs.learn = lambda *_: None
-        played = churning(wrong, [0.4, 0.1, 0.05, 0.01], 2000)
+        played = churning(wrong, [0.6, 0.2, 0.05, 0.01], 2000)
         drafted = sum(any(one.plan.drafting) for one in played) / len(played)
         assert drafted > 0.8 if learns else drafted < 0.1
 
@@ -416,10 +417,36 @@ def test_what_drafting_costs_at_one_load_says_nothing_of_another():
     one, eight = (Shape(Company(n, 96.0), n, 3, 4 * n) for n in (1, 8))
     before = table.ms(one), table.ms(eight)
     for _ in range(20):
-        table.learn(Shape(one.company, 0, 0, 1), table.plain_ms(one.company))
-        table.learn(one, 0.7 * before[0])
+        for _ in range(2):
+            table.learn(Shape(one.company, 0, 0, 1), table.plain_ms(one.company))
+        for _ in range(2):
+            table.learn(one, 0.7 * before[0])
     assert table.ms(one) < 0.8 * before[0]
     assert table.ms(eight) == before[1]
+
+
+def test_the_first_round_after_others_that_drafted_is_not_compared():
+    """Guards against plain decoding that is held to be dear, since its weights are in no cache where it begins."""
+    table, company = CostTable(IDLE), Company(1, 96.0)
+    shapes = Shape(company, 0, 0, 1), Shape(company, 1, 3, 4)
+    before = [table.ms(shape) for shape in shapes]
+    for _ in range(20):
+        for shape, ms in zip(shapes, before, strict=True):
+            for times in (1.4, 1.0, 1.0):
+                table.learn(shape, times * ms)
+    assert [table.ms(shape) for shape in shapes] == before
+
+
+def test_a_look_goes_on_until_it_shows_what_rounds_take():
+    """Guards against looks of which nothing is compared: at drafting and at plain decoding, while streams change."""
+    for curve, promise in ((BUSY, BAD), (IDLE, GOOD)):
+        machine, rounds = Machine(curve), []
+        for _ in range(1500):
+            rounds += machine.play(pasts(1), 1, [promise])
+        looks = [not one.plan.promised for one in rounds]
+        lasted = [len(list(some)) for look, some in itertools.groupby(looks) if look]
+        assert len(lasted) > 2
+        assert min(lasted) >= 2
 
 
 def test_rounds_before_and_after_a_rest_are_not_neighbours():
@@ -431,7 +458,8 @@ def test_rounds_before_and_after_a_rest_are_not_neighbours():
         table.learn(plain, table.ms(plain))
         if rests:
             table.rest()
-        table.learn(drafts, 2 * before)
+        for _ in range(2):
+            table.learn(drafts, 2 * before)
         assert (table.ms(drafts) == before) is rests
 
 

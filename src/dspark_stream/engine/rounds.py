@@ -61,7 +61,7 @@ class RoundCounters(NamedTuple):
     """What rounds tell of themselves."""
 
     looks: int
-    """Rounds that were run another way than the best one."""
+    """Times that rounds were run another way than the best one, to learn."""
     pace: float
     """How many times as long they take as was measured."""
 

@@ -52,11 +52,9 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     tokens: list[int]
-    verify_ms: list[float]
-    """A pass over that many ``tokens``."""
+    verify_ms: list[float]  # a pass over that many tokens
     streams: list[int]
-    draft_ms: list[float]
-    """Drafting whole blocks for that many ``streams``."""
+    draft_ms: list[float]  # drafting whole blocks for that many streams
     slot_ms: list[float] = []
     """Of ``draft_ms``, what every slot after the first takes; empty for nothing."""
     gamma: int = 1
@@ -95,9 +93,9 @@ class CostTable:
         self._sizes = [log(tokens) for tokens in curve.tokens]
         self._by_size = [0.0] * len(curve.tokens)  # corrections of rounds over so many tokens, as logarithms
         self._by_drafting: dict[int, float] = defaultdict(float)  # the same of those that draft, by the bits of R
-        self._pace = 0.0
+        self._pace, self._changed = 0.0, False
         self._last: tuple[int, bool, float] | None = None
-        """Of the round before: its size, whether it drafted, the logarithm of what it took over what was expected."""
+        """Of the last round that counts: size, whether it drafted, its time over what was expected, as a logarithm."""
         self._known = lru_cache(maxsize=32)(self._measured)
         self.look_again = self._known.cache_clear  # at the curve, which has other times now
 
@@ -148,13 +146,16 @@ class CostTable:
         """A whole round's measured milliseconds."""
         size = min(range(len(self._sizes)), key=lambda i: abs(self.curve.tokens[i] - shape.batch_tokens))
         drafted, surprise = shape.drafting > 0, log(ms / self.ms(shape))
-        last, self._last = self._last, (size, drafted, surprise)
         self._pace += GAIN * min(MOST, max(-MOST, surprise - self._pace))
+        last, self._changed = self._last, self._last is not None and self._last[1] != drafted and not self._changed
+        if self._changed:  # it found the processor's caches as rounds of the other kind had left them
+            return
+        self._last = size, drafted, surprise
         if last is None or last[:2] == (size, drafted):
             return
         learnt = GAIN * min(MOST, max(-MOST, surprise - last[2]))
         if last[1] != drafted:
-            self._by_drafting[shape.company.streams.bit_length()] += learnt if drafted else -learnt
+            self._by_drafting[shape.company.streams.bit_length()] += 2 * (learnt if drafted else -learnt)
         else:  # half each; smaller sizes go with the smaller, larger ones with the larger
             low, high = self._sizes[last[0]], self._sizes[size]
             for i, at in enumerate(self._sizes):
