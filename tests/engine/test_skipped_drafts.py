@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from itertools import groupby
+from itertools import count, groupby
+from math import inf
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dspark_stream.decoding.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.engine import context as contexts
-from dspark_stream.engine.context import Backlog, hand_over, room
+from dspark_stream.engine.context import PASSES, Backlog, Context, Part, hand_over, room
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.models.cache import Extent
@@ -79,6 +81,65 @@ def test_drafts_after_skipped_rounds_are_the_drafts_of_a_stream_that_never_skipp
     assert compared >= 3
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "at"),
+    [*(("target", "forward", at) for at in (3, 9, 20, 40)), *(("drafter", "append_context", at) for at in (1, 2, 3))],
+)
+def test_a_fault_while_nobody_drafts_costs_no_features(part, name, at, monkeypatch):
+    """Guards against features of passes before the fault that are lost with it, and against those that come twice."""
+    asked = [request(str(i), (5, 6, 7 + i), max_tokens=64, ignore_eos=True, record_rounds=True) for i in range(3)]
+    always = rounds_of(engine_with(Fixed(GAMMA)), asked)
+    monkeypatch.setattr(contexts, "ROOM", 16)
+    monkeypatch.setattr(contexts, "TOGETHER", 0)
+    engine = engine_with(EveryNth(12))
+    model, calls = getattr(engine._models, part), count()
+    real = getattr(model, name)
+
+    def once(*args, **kwargs):
+        if next(calls) == at:
+            raise MemoryError
+        return real(*args, **kwargs)
+
+    setattr(model, name, once)
+    skipping = rounds_of(engine, asked)
+    assert next(calls) > at + 1
+    compared = 0
+    for stream, rounds in skipping.items():
+        by_start = {r.start: r.draft_tokens for r in always[stream]}
+        drafted = [r for r in rounds if r.draft_tokens and r.start in by_start]
+        assert [r.draft_tokens for r in drafted] == [by_start[r.start] for r in drafted]
+        compared += len(drafted)
+    assert compared >= 3
+
+
+def test_passes_over_anchors_are_told_apart_when_somebody_asks():
+    """Guards against rows that go to another stream, come twice, or stay behind where a stream leaves."""
+    drafter = Recorder()
+    context = Context(drafter, object())
+    streams = [
+        SimpleNamespace(extent=Extent(1000 * i, 900), position=10 * i, backlog=Backlog(), max_chunk_gap_ms=inf)
+        for i in range(3)
+    ]
+    wanted, row = [[] for _ in streams], iter(range(10**6))
+    for number in range(3 * PASSES):
+        some = streams if number < PASSES + 3 else streams[1:]
+        if number % 5 == 4:  # one with a draft token that stands for the last of them
+            at = next(row), next(row)
+            context.keep(torch.tensor(at).float().view(-1, 1), [Part(some[-1], 0, 2, some[-1].position, False)], some)
+            wanted[2] += zip(range(some[-1].position, some[-1].position + 2), at, strict=True)
+            some[-1].position += 2
+            continue
+        rows = [next(row) for _ in some]
+        context.keep_anchors(torch.tensor(rows).float().view(-1, 1), some)
+        for stream, at in zip(some, rows, strict=True):
+            wanted[streams.index(stream)].append((stream.position, at))
+            stream.position += 1
+    assert context.owed(streams) == [len(one) for one in wanted]
+    context.deliver(streams)
+    assert drafter.given == [(1000 * i + p, p, float(at)) for i, one in enumerate(wanted) for p, at in one]
+    assert context.owed(streams) == [0, 0, 0]
+
+
 @pytest.mark.parametrize("slots", range(1, GAMMA + 1))
 @pytest.mark.parametrize(("temperature", "verification"), [(0.0, "rejection"), (0.8, "rejection"), (0.8, "coupled")])
 def test_fewer_slots_are_the_block_of_a_drafter_that_has_no_more(slots, temperature, verification):
@@ -132,6 +193,17 @@ def test_what_late_features_take_is_not_taken_for_slow_drafting():
     assert max(r.t_draft_ms for r in rounds) > slow_ms
 
 
+def test_nothing_is_kept_of_streams_that_are_gone():
+    """Guards against an idle service that holds the last streams' features."""
+    engine = engine_with(Fixed(0))
+    with LocalEngine(engine) as local:
+        assert list(local.run([request("a", (5, 6, 7), max_tokens=5, ignore_eos=True)], 1))
+        context, until = engine._rounds.context, time.monotonic() + 10
+        while context._anchors and time.monotonic() < until:
+            time.sleep(1e-3)
+        assert not context._anchors
+
+
 def test_the_first_round_after_a_rest_is_compared_with_none():
     """Guards against a machine that changed while nobody asked, taken for what drafting costs."""
     engine, seen = engine_with(Adaptive()), []
@@ -172,6 +244,22 @@ def test_backlog_keeps_order_and_room():
     assert backlog.first == 40
 
 
+def test_what_waits_is_bounded_however_many_streams_there_are(monkeypatch):
+    """Guards against rows of many streams that come in faster than they are handed over."""
+    monkeypatch.setattr(contexts, "TOGETHER", 0)
+    drafter, rounds = Recorder(), 300
+    context = Context(drafter, object())
+    streams = [
+        SimpleNamespace(extent=Extent(400 * i, 400), position=0, backlog=Backlog(), max_chunk_gap_ms=inf)
+        for i in range(200)
+    ]
+    for _ in range(rounds):
+        context.keep_anchors(torch.zeros(len(streams), 1), streams, contexts.HANDED_A_ROUND)
+        for stream in streams:
+            stream.position += 1
+    assert sum(context.owed(streams)) < len(streams) * (contexts.ROOM + 20)
+
+
 def test_where_there_are_few_streams_each_keeps_more():
     taps = torch.zeros(3, 1024)  # 4 KiB a position
     assert room(1, taps) * 4096 <= 1 << 28  # bytes
@@ -181,6 +269,8 @@ def test_where_there_are_few_streams_each_keeps_more():
 
 class Recorder:
     """A drafter that keeps what it is given."""
+
+    gamma, context_window = GAMMA, 0
 
     def __init__(self, ring=0):
         self.given, self.most, self.calls, self.ring = [], 0, 0, ring

@@ -27,6 +27,8 @@ HANDED_A_ROUND = 512
 """Positions that a round hands over for want of room; the rest waits for the next round."""
 PIECE = 256
 """Positions of one product: of more, what one step of it writes would be out of the caches before the next reads it."""
+PASSES = 16
+"""Passes over anchors alone whose rows are told apart by stream together, in a loop that the caches still know."""
 
 
 def room(streams: int, taps: Tensor) -> int:
@@ -96,6 +98,7 @@ class Owner(Protocol):
     """What is read of a stream."""
 
     extent: Extent
+    position: int
     backlog: Backlog
     max_chunk_gap_ms: float
 
@@ -122,6 +125,8 @@ class Context:
 
     def __init__(self, drafter: Drafter | None, store: Store | None, *, waits: bool = True) -> None:
         self._drafter, self._store, self._waits = drafter, store, waits
+        self._anchors: list[tuple[Tensor, Sequence[Owner], list[int]]] = []
+        """Passes that no backlog knows of yet, oldest first, and the positions of their rows."""
 
     def keep(self, taps: Tensor, parts: Sequence[Part], company: Sequence[Owner], most: int = sys.maxsize) -> float:
         """Keep these rows of ``taps`` [B, taps·H] for when their streams are drafted for.
@@ -131,6 +136,7 @@ class Context:
         """
         if self._drafter is None or not parts:
             return 0.0
+        self.tell_apart()
         # apart: of what is soon handed over all rows may be kept, of what waits those that stand
         for soon in (True, False):
             mine = [part for part in parts if part.soon is soon]
@@ -144,11 +150,23 @@ class Context:
             for stream, row, size, position, _ in mine:
                 stream.backlog.add(kept, row if whole else at, size, position, self._drafter.context_window)
                 at += size
-        # where rounds are bounded, nobody should have much to catch up with
-        bounded = any(stream.max_chunk_gap_ms < inf for stream in company)
-        least = 0 if not self._waits else ROOM if bounded else room(len(company), taps)
-        full = [part.stream for part in parts if part.stream.backlog.count > least]
-        return self._hand_over(full, most) if full else 0.0
+        return self._make_room([part.stream for part in parts], taps, company, most)
+
+    def keep_anchors(self, taps: Tensor, streams: Sequence[Owner], most: int = sys.maxsize) -> float:
+        """`keep` of a pass over nothing but the anchors of these streams, who are the company and all draft."""
+        if self._drafter is None:
+            return 0.0
+        self._anchors.append((taps, streams, [stream.position for stream in streams]))
+        passes = len(self._anchors)
+        if self._waits and passes < PASSES and (passes + 1) * len(streams) <= HANDED_A_ROUND:
+            return 0.0
+        self.tell_apart()
+        return self._make_room(streams, taps, streams, most)
+
+    def owed(self, streams: Sequence[Owner]) -> list[int]:
+        """Positions that are kept of each of these streams."""
+        self.tell_apart()
+        return [stream.backlog.count for stream in streams]
 
     def deliver(self, streams: Sequence[Owner]) -> float:
         """Give the drafter all that is kept of these streams.
@@ -157,9 +175,26 @@ class Context:
         """
         if self._drafter is None:
             return 0.0
-        owed = [stream.backlog.count for stream in streams]
+        owed = self.owed(streams)
         late = sum(max(0, count - 1 - self._drafter.gamma) for count in owed)
         return self._hand_over(streams) * late / max(1, sum(owed))
+
+    def tell_apart(self) -> None:
+        """The rows of passes over anchors go to their streams' backlogs: nothing is kept of streams that are gone."""
+        if self._drafter is None:
+            return
+        for taps, streams, positions in self._anchors:
+            for row, (stream, position) in enumerate(zip(streams, positions, strict=True)):
+                stream.backlog.add(taps, row, 1, position, self._drafter.context_window)
+        self._anchors.clear()
+
+    def _make_room(self, streams: Sequence[Owner], taps: Tensor, company: Sequence[Owner], most: int) -> float:
+        """Who of these streams keeps too much of ``taps`` like these hands over; milliseconds of that."""
+        # where rounds are bounded, nobody should have much to catch up with
+        bounded = any(stream.max_chunk_gap_ms < inf for stream in company)
+        least = 0 if not self._waits else ROOM if bounded else room(len(company), taps)
+        full = [stream for stream in streams if stream.backlog.count > least]
+        return self._hand_over(full, most) if full else 0.0
 
     def _hand_over(self, streams: Sequence[Owner], most: int = sys.maxsize) -> float:
         """Milliseconds that it took."""

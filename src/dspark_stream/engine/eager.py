@@ -47,12 +47,13 @@ class EagerRounds:
 
     def prompt_ms(self, tokens: Sequence[int], position: int) -> list[float]:
         """See `rounds.Rounds`."""
-        costs = self.models.controller.costs
-        return [costs.pace * costs.ms(Shape(Company(1, position), 0, 0, n)) for n in tokens]
+        passes_ms = self.models.capacity.pass_ms(tokens, Company(1, position))
+        return list(self.models.controller.costs.pace * passes_ms)
 
     def rest(self) -> None:
         """See `rounds.Rounds`."""
         self.models.controller.costs.rest()
+        self.context.tell_apart()
 
     def forget(self) -> None:
         """See `rounds.Rounds`: a round that failed is over."""
@@ -72,7 +73,7 @@ class EagerRounds:
         if not any(plan.drafting) or slowest_ms == inf:
             return plan
         costs = controller.costs
-        owed = sum(s.backlog.count for s, drafts in zip(streams, plan.drafting, strict=True) if drafts)
+        owed = sum(self.context.owed([s for s, drafts in zip(streams, plan.drafting, strict=True) if drafts]))
         ms = costs.ms(Shape(company, *plan.size, len(streams))) + 1e-3 * self.models.capacity.feature_us * owed
         # where drafting alone would take too long, with nothing verified, nobody is drafted for
         if costs.pace * ms <= slowest_ms:

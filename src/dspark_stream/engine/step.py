@@ -126,12 +126,16 @@ class Round:
         """
         *first_rows, batch_tokens = [0, *accumulate(1 + length for length in self.lengths)]
         judged = [*map(Judged, self.streams, self.blocks, self.lengths, self.outcomes)]
-        kept = [
-            Part(s, row, 1 + outcome.accepted, s.position, soon=bool(block.tokens) and block.source == "model")
-            for row, (s, block, _, outcome) in zip(first_rows, judged, strict=True)
-            if s.drafts
-        ]
-        self.late_ms += self._context.keep(self.output.taps, kept, self.streams, HANDED_A_ROUND)
+        taps, alone = self.output.taps, batch_tokens == len(self.streams)
+        if alone and all(s.drafts for s in self.streams):
+            self.late_ms += self._context.keep_anchors(taps, self.streams, HANDED_A_ROUND)
+        else:
+            kept = [
+                Part(s, row, 1 + outcome.accepted, s.position, soon=bool(block.tokens) and block.source == "model")
+                for row, (s, block, _, outcome) in zip(first_rows, judged, strict=True)
+                if s.drafts
+            ]
+            self.late_ms += self._context.keep(taps, kept, self.streams, HANDED_A_ROUND)
         history = self._models.history
         return settle(judged, history, timings, batch_tokens=batch_tokens, streams=len(self.streams))
 

@@ -65,7 +65,6 @@ class Mark(NamedTuple):
     phase: Phase
     output_tokens: int
     prefilled: int
-    owed_end: int
 
 
 class Stream:
@@ -160,7 +159,7 @@ class Stream:
 
     def mark(self) -> Mark:
         """For `rewind`, if what is begun now should fail."""
-        return Mark(self.phase, self.output_tokens, self.prefilled, self.backlog.end)
+        return Mark(self.phase, self.output_tokens, self.prefilled)
 
     def rewind(self, mark: Mark) -> bool:
         """Undo what was begun at ``mark`` and failed, so that it can be done again; False where tokens were committed.
@@ -173,7 +172,7 @@ class Stream:
             self.lookup = Lookup()
             self.lookup.extend(self.request.prompt_ids[: mark.prefilled])
         self.prefilled = mark.prefilled
-        self.backlog.cut(mark.owed_end)
+        self.backlog.cut(self.prefilled if self.phase is Phase.PREFILL else self.position)
         return True
 
     def read(self, count: int) -> None:
