@@ -23,7 +23,7 @@ from regret import Machine, Recording, Seat, engine_like, read_recording, timeli
 
 TRIED: list[tuple[str, list[ModuleType], list[object]]] = [
     ("HOLD", [controller], [4, 16]),
-    ("LOOK", [controller], [1, 3]),
+    ("LOOK", [controller, costs], [1, 3]),
     ("OTHERS", [controller], [0.0, 0.5]),
     ("SHARE", [controller], [0.01, 0.04, 0.0]),
     ("GAIN", [costs], [0.1, 0.4]),

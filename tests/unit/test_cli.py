@@ -341,7 +341,7 @@ def test_profile_prints_what_rounds_cost_and_draws_it(loaded, monkeypatch, tmp_p
     def load(config, *, quiet=False, measure_again=False):
         asked.append(measure_again)
         engine = FakeEngine()
-        engine.capacity = CapacityCurve(tokens=[1, 4], verify_ms=[5.0, 8.0], streams=[1], draft_ms=[1.0])
+        engine.capacity = CapacityCurve(tokens=[1, 4], verify_ms=[5.0, 8.0], streams=[1], draft_ms=[1.0], gamma=1)
         return engine, FakeTokenizer()
 
     monkeypatch.setattr(common, "load", load)

@@ -15,7 +15,7 @@ from dspark_stream.load.costs import CapacityCurve
 from dspark_stream.models.cache import ExtentAllocator
 from tiny import tiny_target
 
-KEY = ["a machine"]
+KEY = ["a machine", "gamma 7"]
 CURVE = CapacityCurve(
     tokens=[1, 2, 4, 8],
     verify_ms=[5.0, 5.5, 6.0, 9.0],
@@ -28,20 +28,23 @@ CURVE = CapacityCurve(
 )
 
 
-def kept(tmp_path, data):
+PLAIN = msgspec.structs.replace(CURVE, gamma=0, draft_ms=[0.0] * 3, slot_ms=[])
+
+
+def kept(tmp_path, data, key=KEY):
     """What is made of a file, and what is said about it."""
     path = tmp_path / "curve.json"
     if data is not None:
         path.write_bytes(data)
     said = io.StringIO()
-    return _stored(path, KEY, Progress(said)), said.getvalue()
+    return _stored(path, key, Progress(said)), said.getvalue()
 
 
 def test_a_curve_that_was_kept_is_taken(tmp_path):
     """Guards against machines that are measured at every start."""
     assert kept(tmp_path, msgspec.json.encode(_Stored(KEY, CURVE))) == (CURVE, "")
-    plain = msgspec.structs.replace(CURVE, gamma=0, draft_ms=[0.0] * 3, slot_ms=[])
-    assert kept(tmp_path, msgspec.json.encode(_Stored(KEY, plain))) == (plain, "")
+    key = ["a machine", "gamma 0"]
+    assert kept(tmp_path, msgspec.json.encode(_Stored(key, PLAIN)), key) == (PLAIN, "")
 
 
 def test_no_curve_is_nothing_to_speak_of(tmp_path):
@@ -89,6 +92,7 @@ def test_what_is_no_curve_is_measured_anew(tmp_path, data):
         {"slot_ms": [-1.0, 0.0, 0.0]},
         {"gamma": -1},
         {"gamma": 2**62},
+        {"gamma": 4},
         {"context": -5},
         {"feature_us": -1.0},
         {"attend_us": 1e9},
@@ -132,7 +136,7 @@ def test_what_was_measured_is_kept_within_bounds(tmp_path, monkeypatch):
     measured = []
     monkeypatch.setattr(profile, "MOST_FILES", 2)
     monkeypatch.setattr(profile, "sweep", lambda *_: measured.append(1))
-    monkeypatch.setattr(profile, "fit", lambda *_, **__: CURVE)
+    monkeypatch.setattr(profile, "fit", lambda *_, **__: PLAIN)
     target = tiny_target()
     store, allocator = target.make_store(512), ExtentAllocator(512)
     counts = []

@@ -223,13 +223,15 @@ def test_looks_get_somewhere_while_streams_come_and_go():
     assert machine.controller.looks > 5
     assert 0.98 < best / sum(one.ms for one in played) <= 1.0
 
-    for learns in (True, False):
-        wrong = Machine(IDLE, DEAR_DRAFTS)
-        if not learns:
-            wrong.controller.costs.learn = lambda *_: None
-        played = churning(wrong, [0.6, 0.2, 0.05, 0.01], 2000)
-        drafted = sum(any(one.plan.drafting) for one in played) / len(played)
-        assert drafted > 0.8 if learns else drafted < 0.1
+    # where drafting brings little, it is not always known
+    for promise, least in (([0.6, 0.2, 0.05, 0.01], 0.9), ([0.4, 0.1, 0.05, 0.01], 0.6)):
+        for learns in (True, False):
+            wrong = Machine(IDLE, DEAR_DRAFTS)
+            if not learns:
+                wrong.controller.costs.learn = lambda *_: None
+            played = churning(wrong, promise, 2000)
+            drafted = sum(any(one.plan.drafting) for one in played) / len(played)
+            assert drafted > least if learns else drafted < 0.1
 
 
 def test_who_comes_and_goes_is_not_mixed_up():
@@ -403,7 +405,7 @@ def test_a_size_that_is_corrected_takes_along_what_lies_beyond_it():
         return np.array([table.ms(Shape(company, 0, 0, b)) for b in IDLE.tokens])
 
     before = now()
-    for shape, ms in ((small, table.ms(small)), (large, 1.5 * table.ms(large))):
+    for shape, ms in (*[(small, table.ms(small))] * 2, (large, 1.5 * table.ms(large))):
         table.learn(shape, ms)
     up, down = (now() / before)[3:], (now() / before)[:2]
     assert up == pytest.approx([up[0]] * len(up))
@@ -438,15 +440,26 @@ def test_the_first_round_after_others_that_drafted_is_not_compared():
 
 
 def test_a_look_goes_on_until_it_shows_what_rounds_take():
-    """Guards against looks of which nothing is compared: at drafting and at plain decoding, while streams change."""
+    """Guards against looks of which nothing is compared: at drafting and at plain decoding, while others change."""
     for curve, promise in ((BUSY, BAD), (IDLE, GOOD)):
-        machine, rounds = Machine(curve), []
+        machine, those, rounds = Machine(curve), pasts(4), []
         for _ in range(1500):
-            rounds += machine.play(pasts(1), 1, [promise])
-        looks = [not one.plan.promised for one in rounds]
-        lasted = [len(list(some)) for look, some in itertools.groupby(looks) if look]
-        assert len(lasted) > 2
-        assert min(lasted) >= 2
+            those = [*those[1:], *pasts(1)]
+            rounds += machine.play(those, 1, [promise] * 4)
+        by_look = itertools.groupby(rounds, key=lambda one: not one.plan.promised)
+        sizes = [[one.plan.size for one in some] for look, some in by_look if look]
+        assert len(sizes) > 2
+        assert all(len(some) >= 2 and len(set(some)) == 1 for some in sizes)
+
+
+def test_a_look_ends_where_the_stream_that_it_drafts_for_has_gone():
+    """Guards against looks at drafting that draft for nobody."""
+    machine, rounds = Machine(BUSY), []
+    for _ in range(1500):
+        rounds += machine.play(pasts(1), 1, [BAD])
+    looks = [one.plan.size for one in rounds if not one.plan.promised]
+    assert len(looks) > 2
+    assert all(drafting == 1 for drafting, _ in looks)
 
 
 def test_rounds_before_and_after_a_rest_are_not_neighbours():
@@ -455,7 +468,8 @@ def test_rounds_before_and_after_a_rest_are_not_neighbours():
         table, company = CostTable(IDLE), Company(1, 96.0)
         plain, drafts = Shape(company, 0, 0, 1), Shape(company, 1, 3, 4)
         before = table.ms(drafts)
-        table.learn(plain, table.ms(plain))
+        for _ in range(2):
+            table.learn(plain, table.ms(plain))
         if rests:
             table.rest()
         for _ in range(2):

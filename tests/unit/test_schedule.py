@@ -196,7 +196,7 @@ def test_ladder_and_monotone():
     assert monotone([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]
 
 
-CURVE = CapacityCurve(tokens=[1, 4, 8], verify_ms=[10.0, 10.0, 18.0], streams=[1, 3], draft_ms=[2.0, 4.0])
+CURVE = CapacityCurve(tokens=[1, 4, 8], verify_ms=[10.0, 10.0, 18.0], streams=[1, 3], draft_ms=[2.0, 4.0], gamma=1)
 
 
 def test_curve_between_and_beyond_its_points():

@@ -114,7 +114,7 @@ def build_engine(
         allocator,
         max_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
-        key=curve_key(target, drafter, [loaded.fingerprint, folder], [config.target_quant, config.draft_quant]),
+        key=curve_key(target, [loaded.fingerprint, folder], [config.target_quant, config.draft_quant]),
         folder=config.cache_dir / "capacity",
         progress=progress,
         again=measure_again,

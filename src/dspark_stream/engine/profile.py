@@ -37,7 +37,7 @@ CONTEXT, LONG_CONTEXT, LONG_STREAMS = 256, 1024, 4
 model allows as many. One stream alone would not do: threads cannot share its attention evenly."""
 TILE, TILED = 16, 64
 """SmolLM2-135M with 32 streams on AMX: a 33rd row takes 1.5 ms, the next fifteen take 5 together. Where only rounds of
-32 and 48 rows had been measured, six looked-up tokens seemed to pay, and 5 % of the throughput was lost."""
+32 and 48 rows had been measured, six looked-up tokens seemed to pay and did not (decision 037)."""
 LONGEST_CHUNK = 512
 """Rows of one stream up to which passes are measured: prompts are cut into chunks by this curve, too."""
 BUDGET_S = 8.0
@@ -63,8 +63,8 @@ class _Stored(msgspec.Struct):
     curve: CapacityCurve
 
 
-def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[str], quants: Sequence[str]) -> list[str]:
-    """Everything that a curve depends on, in words."""
+def curve_key(target: Target, fingerprints: Sequence[str], quants: Sequence[str]) -> list[str]:
+    """Of what a curve depends on, models and machine, in words."""
     device = (
         torch.cuda.get_device_name(target.device)
         if target.device.type == "cuda"
@@ -77,7 +77,6 @@ def curve_key(target: Target, drafter: Drafter | None, fingerprints: Sequence[st
         device,
         str(target.dtype),
         target.runner,
-        f"gamma {drafter.gamma if drafter else 0}",
         *quants,
         *fingerprints,
     ]
@@ -101,7 +100,7 @@ def load_or_measure(
 
     ``again`` measures anew whatever is there.
     """
-    key = [*key, f"seqs {max_seqs}", f"len {max_model_len}"]
+    key = [*key, f"gamma {drafter.gamma if drafter else 0}", f"seqs {max_seqs}", f"len {max_model_len}"]
     path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
     if not again and (curve := _stored(path, key, progress)) is not None:
         return curve
@@ -151,7 +150,7 @@ def _stored(path: Path, key: list[str], progress: Progress) -> CapacityCurve | N
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:  # ValueError: bytes that are no text
             why = str(error)
         else:
-            flaw = _flaw(stored.curve) if stored.key == key else "it is another machine's or model's"
+            flaw = _flaw(stored.curve, key) if stored.key == key else "it is another machine's or model's"
             if flaw is None:
                 with contextlib.suppress(OSError):
                     os.utime(path)  # it is in use: others go first
@@ -161,8 +160,10 @@ def _stored(path: Path, key: list[str], progress: Progress) -> CapacityCurve | N
     return None
 
 
-def _flaw(curve: CapacityCurve) -> str | None:
-    """Why a curve from a file cannot have been measured; None: it can."""
+def _flaw(curve: CapacityCurve, key: list[str]) -> str | None:
+    """Why a curve from a file cannot have been measured under this key; None: it can."""
+    if f"gamma {curve.gamma}" not in key:
+        return f"gamma is {curve.gamma}"
     for name, sizes in (("tokens", curve.tokens), ("streams", curve.streams)):
         if not sizes or sizes[0] != 1 or sizes[-1] > _LARGEST or any(b <= a for a, b in pairwise(sizes)):
             return f"{name} do not ascend from 1"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from math import isfinite
 from typing import get_args
@@ -58,6 +59,7 @@ class Acceptance:
         self._gamma, hope = gamma, [HOPE**k for k in range(1, gamma + 1)]
         self._pools: dict[Way, _Ledger] = {way: _Ledger(hope, 2 * BLOCKS, 1) for way in get_args(Way)}
         self.repeats = Repeats(FADE)  # what looked-up drafts have been worth, of all streams
+        self.expected = lru_cache(maxsize=256)(self._expected)  # until a draft is learnt from
 
     def learn(self, past: Past, survival: Sequence[float], verified: int, accepted: int) -> None:
         """Learn from a stream's round: what its draft promised (empty if it had none), and what was accepted."""
@@ -70,6 +72,7 @@ class Acceptance:
             block = _by_threshold([*survival, *(onward * a for a in usual[len(survival) :])])
             for ledger in (past, pool):
                 ledger.add(block, sum(survival[:verified]), accepted)
+            self.expected.cache_clear()
 
     def worth(self, past: Past) -> float:
         """Accepted over promised tokens: of this stream, and of all streams as long as it has few."""
@@ -82,7 +85,7 @@ class Acceptance:
         worth = self.worth(past)
         return [min(1.0, worth * a) if isfinite(a) else 0.0 for a in survival]
 
-    def expected(self, past: Past) -> tuple[list[list[float]], list[list[float]]]:
+    def _expected(self, past: Past) -> tuple[list[list[float]], list[list[float]]]:
         """Accepted and verified tokens that a stream's next draft brings, each by threshold and slots, [T][γ]."""
         pool, worth = self._pools[past.way], self.worth(past)
         # all blocks that it ever drafted count: the pool is mostly of streams that draft well, and flatters a bad one

@@ -12,13 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dspark_stream.load.acceptance import THRESHOLDS, Acceptance, Past
-from dspark_stream.load.costs import CapacityCurve, Company, CostTable, Shape
+from dspark_stream.load.costs import LOOK, CapacityCurve, Company, CostTable, Shape
 
 Learnt = tuple[Past | None, Sequence[float], int, int]  # past, promises (none if no draft), verified, accepted
-LOOK = 2  # 1: -0.6 %, the least ratio to plain 0.88 instead of 0.98; 3: 0.0 %, 0.96
-"""Rounds of a look. The second counts: the first finds the processor's caches as other rounds left them."""
 HOLD = 8  # 4: -0.1 %, 16: -0.3 % of all replays' throughput; so are all such figures (decision 037)
-"""Rounds between two decisions."""
+"""Rounds between two decisions; not fewer than there are streams, since deciding takes time for each."""
 OTHERS = 0.25  # 0: 0.0 %; 0.5: -0.2 %, the least ratio to plain 0.96 instead of 0.98
 """It is decided at once where those who have come and those who have gone are more than this share of the streams."""
 SHARE = 0.02  # 0.01: -0.1 %, the least ratio to plain 0.93 instead of 0.98; 0.04: -0.3 %; none: -0.4 %, 0.87
@@ -44,14 +42,14 @@ class Plan(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    promised: dict[Past, float]  # by who is drafted for
+    promised: dict[Past | None, float]  # by who is drafted for
     slots: int
     rate: float  # tokens a millisecond; the plan's price
     ms: float
     look: bool = False
 
     def plan(self, pasts: Sequence[Past | None]) -> Plan:
-        promised = [None if past is None else self.promised.get(past) for past in pasts]
+        promised = [*map(self.promised.get, pasts)]
         drafting = [one is not None for one in promised]
         return Plan(drafting, self.slots, self.rate, () if self.look else [one or 0.0 for one in promised])
 
@@ -66,15 +64,16 @@ class Controller:
         self._choice, self._left = _Choice({}, 0, 0.0, 0.0), 0  # for how many rounds
         self._for, self._plain = set[Past | None](), 0  # who they are; how many of them are in plain mode
         self._may_lose_ms, self.looks = 0.0, 0  # looks in all
-        self._looked: Counter[tuple[bool, int]] = Counter()
-        """By kind, and the bits of R. The n-th look of a kind needs n times its loss: it shows less and less."""
+        self._looked = Counter[tuple[bool, int]]()  # by kind and the bits of R; the n-th needs n times its loss
 
     def plan(self, pasts: Sequence[Past | None], company: Company, *, looks: bool = True) -> Plan:
         """The next round's; ``looks``: it may be one. ``pasts``: of every stream, None for one in plain mode."""
         others = len(self._for.symmetric_difference(pasts)) + abs(self._plain - pasts.count(None))
-        if self._left == 0 or (others > OTHERS * len(pasts) and not self._choice.look):
+        gone = not self._choice.promised.keys() <= set(pasts)
+        if self._left == 0 or (gone if self._choice.look else others > OTHERS * len(pasts)):
             self._choice = self._decide(pasts, company, looks)
-            self._for, self._plain, self._left = set(pasts), pasts.count(None), LOOK if self._choice.look else HOLD
+            self._for, self._plain = set(pasts), pasts.count(None)
+            self._left = LOOK if self._choice.look else max(HOLD, len(pasts))
         self._left -= 1
         return self._choice.plan(pasts)
 
@@ -118,7 +117,7 @@ class Controller:
                         best = tokens / ms, ms, t, g, ranked[:n]
         rate, ms, t, g, drafting = best
         spent = rate * draft_ms[len(drafting)][g + 1] / len(drafting)
-        promised = {may[i]: expected[i][0][t][g] - spent for i in drafting}
+        promised: dict[Past | None, float] = {may[i]: expected[i][0][t][g] - spent for i in drafting}
 
         i, seldom = min(enumerate(may), key=lambda place: (place[1].count, -place[0]))  # of those, the last to come
         whole_ms = costs.ms(Shape(company, 1, gamma, streams + gamma))

@@ -25,6 +25,8 @@ MOST = 0.25  # 0.12: -0.3 %, 0.5: -0.4 %, none: -0.8 %
 """No surprise counts for more than this, as a logarithm: a round may have been interrupted."""
 LEAST_OF_BASE = 0.25
 """Share of a measured time that is left at least for a shorter context: its slope may be measured wrong."""
+LOOK = 2  # 1: nothing would be compared; 3: 0.0 %
+"""Rounds of a look. The last counts: the first finds the processor's caches as other rounds left them."""
 
 
 class Company(NamedTuple):
@@ -55,16 +57,12 @@ class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
     verify_ms: list[float]  # a pass over that many tokens
     streams: list[int]
     draft_ms: list[float]  # drafting whole blocks for that many streams
-    slot_ms: list[float] = []
-    """Of ``draft_ms``, what every slot after the first takes; empty for nothing."""
-    gamma: int = 1
+    slot_ms: list[float] = []  # of ``draft_ms``, what every slot after the first takes; empty for nothing
+    gamma: int
     context: int = 0
-    read_us: float = 0.0
-    """Microseconds that a position of a stream's context costs a pass, however many rows the stream has."""
-    attend_us: float = 0.0
-    """Microseconds that it costs for every row."""
-    feature_us: float = 0.0
-    """Microseconds that a position takes whose context features are handed over late."""
+    read_us: float = 0.0  # that a position of a stream's context costs a pass, however many rows the stream has
+    attend_us: float = 0.0  # that it costs for every row
+    feature_us: float = 0.0  # that a position takes whose context features are handed over late
 
     def pass_ms(self, batch_tokens: Any, company: Company) -> Any:
         """A target pass over B tokens; B may be an array. Beyond the largest that was measured, in proportion."""
@@ -93,11 +91,14 @@ class CostTable:
         self._sizes = [log(tokens) for tokens in curve.tokens]
         self._by_size = [0.0] * len(curve.tokens)  # corrections of rounds over so many tokens, as logarithms
         self._by_drafting: dict[int, float] = defaultdict(float)  # the same of those that draft, by the bits of R
-        self._pace, self._changed = 0.0, False
+        self._pace, self._drafted, self._run = 0.0, False, 0  # whether the last round drafted, and how many in a row
+        # of the last round that counts: size, whether it drafted, the logarithm of its time over what was expected
         self._last: tuple[int, bool, float] | None = None
-        """Of the last round that counts: size, whether it drafted, its time over what was expected, as a logarithm."""
-        self._known = lru_cache(maxsize=32)(self._measured)
-        self.look_again = self._known.cache_clear  # at the curve, which has other times now
+        self.look_again()
+
+    def look_again(self) -> None:
+        """At the curve, which has other times now."""
+        self._known, self.drafting_ms = lru_cache(maxsize=128)(self._measured), lru_cache(maxsize=32)(self._drafting)
 
     @property
     def pace(self) -> float:
@@ -113,7 +114,7 @@ class CostTable:
         company, drafting, slots, batch_tokens = shape
         at = batch_tokens - company.streams
         ((ms, times),) = self.passes(company, slice(at, at + 1), drafting > 0)
-        return (ms + self.drafting_ms(company)[drafting][slots]) * times
+        return (ms + (drafting and self.drafting_ms(company)[drafting][slots])) * times
 
     def round_cost(self, company: Company, drafting: int, slots: int, looked_up: int = 0) -> RoundCost:
         """What a round costs, for every B that it could have; ``looked_up``: tokens that may be verified besides."""
@@ -125,32 +126,29 @@ class CostTable:
         """Passes over R tokens and so many more as measured; and how many times that their whole rounds take."""
         # in plain Python: what a pass has thrown out of the caches, numpy's code too, is slow to come back
         over, more = [*self._by_size, 0.0], self._by_drafting[drafted and company.streams.bit_length()]
-        known = self._known(company)[0][beyond]
+        known = self._known(company, 1 << (beyond.stop - 1).bit_length())[beyond]
         return [(ms, exp(more + over[i] + part * (over[i + 1] - over[i]))) for ms, i, part in known]
 
-    def drafting_ms(self, company: Company) -> list[list[float]]:
-        """Drafting as measured, by streams that are drafted for and slots; 0 for nobody."""
-        return self._known(company)[1]
-
-    def _measured(self, company: Company) -> tuple[list[tuple[float, int, float]], list[list[float]]]:
-        """By B - R: milliseconds, the size that is not larger, how far on it is to the next. And `drafting_ms`."""
-        streams, slots = company.streams, np.arange(self.curve.gamma + 1)
-        most = max(self.curve.tokens[-1], 2 * streams * max(len(slots), 16))  # captured rounds have seats left over
-        rows = np.arange(streams, streams + most + 1.0)
+    def _measured(self, company: Company, count: int) -> list[tuple[float, int, float]]:
+        """Of so many passes by B - R: milliseconds, the size that is not larger, how far on it is to the next."""
+        rows = np.arange(company.streams, company.streams + count)
         at = np.interp(np.log(self.curve.rows(rows, company)), self._sizes, range(len(self._sizes))).tolist()
-        passes = zip(self.curve.pass_ms(rows, company).tolist(), map(int, at), (i % 1 for i in at), strict=True)
-        draft_ms = self.curve.drafting_ms(np.arange(1, streams + 1)[:, None], slots, company)
-        return list(passes), [[0.0] * len(slots), *draft_ms.tolist()]
+        return list(zip(self.curve.pass_ms(rows, company).tolist(), map(int, at), (i % 1 for i in at), strict=True))
+
+    def _drafting(self, company: Company) -> list[list[float]]:
+        """Drafting as measured, by streams that are drafted for and slots; 0 for nobody."""
+        streams, slots = np.arange(1, company.streams + 1)[:, None], np.arange(self.curve.gamma + 1)
+        return [[0.0] * len(slots), *self.curve.drafting_ms(streams, slots, company).tolist()]
 
     def learn(self, shape: Shape, ms: float) -> None:
         """A whole round's measured milliseconds."""
         size = min(range(len(self._sizes)), key=lambda i: abs(self.curve.tokens[i] - shape.batch_tokens))
         drafted, surprise = shape.drafting > 0, log(ms / self.ms(shape))
         self._pace += GAIN * min(MOST, max(-MOST, surprise - self._pace))
-        last, self._changed = self._last, self._last is not None and self._last[1] != drafted and not self._changed
-        if self._changed:  # it found the processor's caches as rounds of the other kind had left them
+        self._run, self._drafted = self._run + 1 if drafted == self._drafted else 1, drafted
+        if self._run < LOOK:
             return
-        self._last = size, drafted, surprise
+        last, self._last = self._last, (size, drafted, surprise)
         if last is None or last[:2] == (size, drafted):
             return
         learnt = GAIN * min(MOST, max(-MOST, surprise - last[2]))
