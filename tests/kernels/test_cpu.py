@@ -26,6 +26,7 @@ from dspark_kernels.cpu import (
     PackedMatrix,
     Pass,
     Room,
+    Rooms,
     Rope,
     Source,
     Store,
@@ -215,6 +216,39 @@ def test_rows_can_be_put_in_another_order(context):
     ordered = PackedMatrix(context, 10, 32, Kind.EIGHT).pack(blocks, Source.Q8_0, order)
     np.testing.assert_array_equal(ordered.rows(range(10)), rows[order])
     np.testing.assert_array_equal(whole.take([7, 7, 0]).rows(range(3)), rows[[7, 7, 0]])
+
+
+def test_rooms_are_used_again_when_nobody_has_them():
+    """Guards against taps that the next pass writes over, and against fresh memory for every pass."""
+    rooms = Rooms()
+    kept = [rooms.get(n, 8) for n in (3, 4, 3)]
+    places = {array.ctypes.data for array in kept}
+    assert len(places) == 3
+    assert rooms.address == kept[-1].ctypes.data
+    for i, array in enumerate(kept):
+        array[:] = i
+    view, tensor = kept[0][1:], torch.from_numpy(kept[1])[2:]
+    del kept[:2]
+    del array
+    others = [rooms.get(4, 8) for _ in range(3)]
+    for array in others:
+        array[:] = 9
+    assert (view == 0).all()
+    assert (tensor == 1).all()
+    assert (kept[0] == 2).all()
+    del view, tensor
+    assert {rooms.get(4, 8).ctypes.data, rooms.address} <= places
+    assert rooms.get(0, 8).shape == (0, 8)
+
+
+def test_rooms_keep_no_more_than_they_may():
+    """Guards against a service that holds for ever what its busiest minute took."""
+    rooms = Rooms()
+    many = [rooms.get(1 << n, 2**14) for n in range(8) for _ in range(9)]
+    assert sum(array.nbytes for array in many) > 2 * Rooms.KEPT
+    del many
+    kept = sum(memory.nbytes for free in rooms._free.values() for memory, _ in free)
+    assert Rooms.KEPT / 2 < kept <= Rooms.KEPT
 
 
 def test_what_the_machine_can_do_is_measured(context):

@@ -1,6 +1,6 @@
 """Integer kernels for CPUs: whole Llama-like layers over weights of 4 to 8 bits, in C++ built on the machine."""
 
-from dspark_kernels.cpu.binding import Context, Room
+from dspark_kernels.cpu.binding import Context, Room, Rooms
 from dspark_kernels.cpu.build import Isa, NoCompilerError, best_isa, supported_isas
 from dspark_kernels.cpu.head import LARGEST_RANK, Head, Walked
 from dspark_kernels.cpu.llama import LayerWeights, Llama, Pass, Rope
@@ -25,6 +25,7 @@ __all__ = [
     "PackedMatrix",
     "Pass",
     "Room",
+    "Rooms",
     "Rope",
     "Source",
     "Store",

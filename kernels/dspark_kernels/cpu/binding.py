@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -126,6 +127,39 @@ class Room:
             self._array = np.empty(size, dtype=self._array.dtype)
             self.address = self._array.ctypes.data
         return self._array[:size].reshape(shape)
+
+
+class Rooms(Room):
+    """Arrays that somebody keeps for a while: each is used again when nobody has it any more.
+
+    Fresh ones for the taps of every pass took 1.5 % of a round of SmolLM2-135M with 16 streams.
+    """
+
+    KEPT = 2**26
+    """Bytes that wait to be used again at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._free: defaultdict[int, list[tuple[memoryview, int]]] = defaultdict(list)
+        """By bytes: memory that nobody has, and where it lies."""
+
+    def get(self, *shape: int) -> npt.NDArray[Any]:
+        """An array of that shape that nobody else has."""
+        wanted = math.prod(shape)
+        size = max(4, 4 << (wanted - 1).bit_length())
+        if free := self._free[size]:
+            memory, self.address = free.pop()
+        else:
+            array = np.empty(size, dtype=np.uint8)
+            memory, self.address = array.data, array.ctypes.data
+        # every view of it, and every tensor, holds this very array: numpy looks through arrays alone for what is held
+        base = np.frombuffer(memory, dtype=np.float32, count=wanted)
+        weakref.finalize(base, self._take_back, memory, self.address)
+        return base.reshape(shape)
+
+    def _take_back(self, memory: memoryview, address: int) -> None:
+        if sum(len(free) * size for size, free in [*self._free.items()]) + memory.nbytes <= self.KEPT:
+            self._free[memory.nbytes].append((memory, address))
 
 
 def room_for(out: npt.NDArray[Any] | None, rows: int, width: int) -> Floats:

@@ -17,6 +17,9 @@ COMPARED = 32
 """Tokens of a suffix that are compared at most; longer matches are no better."""
 PLACES = 8
 """Latest places of the last `LEAST` tokens that are compared."""
+BITS = 21
+"""Of a token in a run; no vocabulary is larger."""
+RUN = (1 << LEAST * BITS) - 1
 LONGEST = 15
 """Tokens that are proposed at most: with the anchor sixteen rows."""
 
@@ -40,26 +43,31 @@ class Lookup:
         self._earlier = array("i", [0] * LEAST)
         """For each such position, the one of the place before it; 0: none. An array of numbers, not lists: a prompt has
         thousands of places, and the garbage collector would visit every list."""
+        self._run = self._place = 0
+        """The last run as one number, and the position after its latest place before; 0: none."""
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens that were read or committed."""
-        text = self._tokens
+        text, latest, run, before = self._tokens, self._latest, self._run, self._place
         for token in tokens:
             if (place := len(text)) >= LEAST:
-                run = _packed(text)
-                self._earlier.append(self._latest.get(run, 0))
-                self._latest[run] = place
+                self._earlier.append(before)
+                latest[run] = place
             text.append(token)
+            run = (run << BITS | token) & RUN
+            before = latest.get(run, 0)
+        self._run, self._place = run, before
 
     def find(self, most: int) -> Found | None:
         """What followed the longest suffix that occurs before, of equally long ones the latest; None: there is none.
 
         ``most``: tokens that are wanted, at least one.
         """
+        if not (place := self._place):
+            return None
         text = self._tokens
         end = len(text)
         best, matched = 0, 0
-        place = self._latest.get(_packed(text), 0) if end >= LEAST else 0
         for _ in range(PLACES):
             if not place:
                 break
@@ -71,10 +79,4 @@ class Lookup:
                 if same == COMPARED:
                     break
             place = self._earlier[place]
-        return Found(text[best : best + min(most, LONGEST)], matched) if matched else None
-
-
-def _packed(text: Sequence[int]) -> int:
-    """The last `LEAST` tokens as one number."""
-    a, b, c = text[-LEAST:]
-    return (a << 42) | (b << 21) | c
+        return Found(text[best : best + min(most, LONGEST)], matched)

@@ -100,21 +100,22 @@ def admit(
         worth: what is maximised.
         already: what has been admitted before of each stream, and stays.
     """
-    order = sorted((-a, j, r) for r, row in enumerate(survival) for j, a in enumerate(row, 1))
     lengths = [len(row) for row in already] or [0] * len(survival)
     batch_tokens = len(survival) + sum(lengths)
     expected = len(survival) + sum(map(sum, already))  # τ of the whole batch: one bonus token a stream
     best = worth(expected, cost(batch_tokens)) if batch_tokens else 0.0
     admitted = 0
-    for count, (negative, _, _) in enumerate(order, 1):
-        expected -= negative
+    for count, a in enumerate(sorted((a for row in survival for a in row), reverse=True), 1):
+        expected += a
         value = worth(expected, cost(batch_tokens + count))
         if value > best:
             best, admitted = value, count
         elif early_stop:
             break
-    for _, j, r in order[:admitted]:
-        lengths[r] = j
+    if admitted:
+        order = sorted((-a, j, r) for r, row in enumerate(survival) for j, a in enumerate(row, 1))
+        for _, j, r in order[:admitted]:
+            lengths[r] = j
     return lengths
 
 

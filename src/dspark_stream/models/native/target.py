@@ -9,7 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_kernels.cpu import Context, EditedBlock, Llama, PackedMatrix, Room, Table, best_tokens, edit_rows, race
+from dspark_kernels.cpu import (
+    Context,
+    EditedBlock,
+    Llama,
+    PackedMatrix,
+    Room,
+    Rooms,
+    Table,
+    best_tokens,
+    edit_rows,
+    race,
+)
 from dspark_kernels.cpu.build import library_path
 from dspark_stream.models.cache import KVShape
 from dspark_stream.models.native.distributions import NativeDistributions, drawn_by, raced_by
@@ -91,7 +102,7 @@ class NativeTarget:
         self.max_positions = max_positions
         self.tap_layers: tuple[int, ...] = ()
         self.kv_shapes = [KVShape(llama.kv_heads, llama.head_size, llama.head_size)] * llama.num_layers
-        self._logit_room = Room()
+        self._logit_room, self._tap_rooms = Room(), Rooms()  # taps are kept
         self._own_layers = np.empty(0, dtype=np.int32)
 
     def set_taps(self, tap_layers: tuple[int, ...]) -> None:
@@ -130,7 +141,7 @@ class NativeTarget:
             ids,
             store.place,
             self._own_layers,
-            Room(),  # not one for all passes: taps are kept
+            self._tap_rooms,
             logit_rows,
             None if greedy else self._logit_room,
             self.embedding_scale,
