@@ -20,6 +20,7 @@ from dspark_stream.decoding.schedule import (
     admit,
     convex,
     parse_schedule,
+    pays,
 )
 from dspark_stream.engine.profile import Point, _Bench, fit, ladder, monotone, sweep
 from dspark_stream.load.costs import CapacityCurve, Company, CostTable, Shape
@@ -126,6 +127,17 @@ def test_adaptive_finds_the_best_round_for_exact_streams(survival, price, steps)
 
     best = max(worth(lengths) for lengths in itertools.product(*(range(len(row) + 1) for row in survival)))
     assert worth(Adaptive().lengths(candidates(survival, exact=True), cost, price)) == pytest.approx(best)
+
+
+@given(rows, st.floats(0.01, 2.0), st.lists(st.floats(0.0, 3.0), min_size=16, max_size=16))
+def test_drafts_pay_where_the_search_admits_any(survival, price, steps):
+    """Guards against looked-up drafts that are laid aside although some choice of them is worth its time."""
+    cost = RoundCost(len(survival), [*itertools.accumulate(steps, initial=1.0)])
+    admitted = any(Adaptive().lengths(candidates(survival, exact=True), cost, price))
+    for other_price in (price * (1 - 1e-9), price * (1 + 1e-9)):  # where it hangs on the last digit, either will do
+        if any(Adaptive().lengths(candidates(survival, exact=True), cost, other_price)) != admitted:
+            return
+    assert pays(survival, cost, price) == admitted
 
 
 @given(rows, st.lists(st.booleans(), min_size=4, max_size=4), st.floats(0.01, 2.0), st.data())

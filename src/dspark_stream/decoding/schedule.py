@@ -6,8 +6,9 @@ why, is docs/decisions/010-schedules-that-keep-the-law.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -117,6 +118,12 @@ def admit(
         for _, j, r in order[:admitted]:
             lengths[r] = j
     return lengths
+
+
+def pays(drafts: Iterable[Survival], cost: RoundCost, price: float) -> bool:
+    """Whether any choice of these drafts' tokens promises more than its time is worth: sooner than `admit` says it."""
+    tokens = accumulate(sorted((a for row in drafts for a in row), reverse=True))
+    return any(promised > price * (ms - cost.ms[0]) for promised, ms in zip(tokens, cost.ms[1:], strict=False))
 
 
 def admit_mixed(candidates: Sequence[Candidate], cost: RoundCost, worth: Worth) -> list[int]:

@@ -13,7 +13,7 @@ from dspark_stream.decoding.accept import Outcome, accept
 from dspark_stream.decoding.draft import Block, draft
 from dspark_stream.decoding.lookup import Found
 from dspark_stream.decoding.repeats import confidence
-from dspark_stream.decoding.schedule import Candidate, Schedule
+from dspark_stream.decoding.schedule import Candidate, Schedule, pays
 from dspark_stream.decoding.survival import prefix_survival
 from dspark_stream.decoding.verify import verify
 from dspark_stream.engine.context import HANDED_A_ROUND, Context, Part
@@ -81,12 +81,17 @@ class Round:
 
     def schedule(self) -> None:
         """ℓ of every stream, by prefix survival and what a round of this company costs."""
-        looked_up = sum(len(b.tokens) for b in self.blocks if b.source == "lookup")
-        if not any(self.plan.drafting) and not looked_up:
+        looked_up = [b.survival for b in self.blocks if b.source == "lookup"]
+        drafted = any(self.plan.drafting)
+        if not drafted and not looked_up:
             return
         controller = self._models.controller
         left_ms = (self._slowest_ms - self.late_ms) / controller.costs.pace
-        cost = controller.costs.round_cost(self._company, *self.plan.size, looked_up).within(left_ms)
+        more = sum(map(len, looked_up))
+        cost = controller.costs.round_cost(self._company, *self.plan.size, more).within(left_ms)
+        if not drafted and not pays(looked_up, cost, self.plan.price):
+            self.blocks = [Block()] * len(self.streams)
+            return
         static = self._schedule.slots(self._models.gamma) is not None  # goes by promises as they are
         candidates = []
         same: dict[int, Past] = {}  # streams that draw the same x_1 are judged alike, or one decides about the other
