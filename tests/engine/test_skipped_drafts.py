@@ -12,6 +12,7 @@ import torch
 
 from dspark_stream.decoding.schedule import Adaptive, Fixed, Lagged
 from dspark_stream.engine import context as contexts
+from dspark_stream.engine import step
 from dspark_stream.engine.context import PASSES, Backlog, Context, Part, hand_over, room
 from dspark_stream.engine.local import LocalEngine
 from dspark_stream.load.costs import CapacityCurve
@@ -83,7 +84,11 @@ def test_drafts_after_skipped_rounds_are_the_drafts_of_a_stream_that_never_skipp
 
 @pytest.mark.parametrize(
     ("part", "name", "at"),
-    [*(("target", "forward", at) for at in (3, 9, 20, 40)), *(("drafter", "append_context", at) for at in (1, 2, 3))],
+    [
+        *(("target", "forward", at) for at in (3, 9, 20, 40)),
+        *(("drafter", "append_context", at) for at in (1, 2, 3)),
+        *(("", "settle", at) for at in (3, 9, 20, 40)),
+    ],
 )
 def test_a_fault_while_nobody_drafts_costs_no_features(part, name, at, monkeypatch):
     """Guards against features of passes before the fault that are lost with it, and against those that come twice."""
@@ -92,7 +97,7 @@ def test_a_fault_while_nobody_drafts_costs_no_features(part, name, at, monkeypat
     monkeypatch.setattr(contexts, "ROOM", 16)
     monkeypatch.setattr(contexts, "TOGETHER", 0)
     engine = engine_with(EveryNth(12))
-    model, calls = getattr(engine._models, part), count()
+    model, calls = getattr(engine._models, part) if part else step, count()
     real = getattr(model, name)
 
     def once(*args, **kwargs):
@@ -100,7 +105,7 @@ def test_a_fault_while_nobody_drafts_costs_no_features(part, name, at, monkeypat
             raise MemoryError
         return real(*args, **kwargs)
 
-    setattr(model, name, once)
+    monkeypatch.setattr(model, name, once)
     skipping = rounds_of(engine, asked)
     assert next(calls) > at + 1
     compared = 0
@@ -202,6 +207,15 @@ def test_nothing_is_kept_of_streams_that_are_gone():
         while context._anchors and time.monotonic() < until:
             time.sleep(1e-3)
         assert not context._anchors
+
+
+def test_plain_streams_hold_nothing_of_those_before_them():
+    """Guards against features of streams that are gone, held for as long as others decode in plain mode."""
+    context = Context(Recorder(), object())
+    stream = SimpleNamespace(extent=Extent(0, 400), position=0, backlog=Backlog(), max_chunk_gap_ms=inf)
+    context.keep_anchors(torch.zeros(1, 1), [stream])
+    context.keep(torch.zeros(1, 1), [], [])
+    assert not context._anchors
 
 
 def test_the_first_round_after_a_rest_is_compared_with_none():

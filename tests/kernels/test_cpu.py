@@ -242,13 +242,17 @@ def test_rooms_are_used_again_when_nobody_has_them():
 
 
 def test_rooms_keep_no_more_than_they_may():
-    """Guards against a service that holds for ever what its busiest minute took."""
+    """Guards against a service that holds for ever what its busiest minute took, or what is seldom used."""
     rooms = Rooms()
     many = [rooms.get(1 << n, 2**14) for n in range(8) for _ in range(9)]
     assert sum(array.nbytes for array in many) > 2 * Rooms.KEPT
     del many
     kept = sum(memory.nbytes for free in rooms._free.values() for memory, _ in free)
     assert Rooms.KEPT / 2 < kept <= Rooms.KEPT
+    small = rooms.get(5, 64)
+    place = rooms.address
+    del small
+    assert rooms.get(5, 64).ctypes.data == place
 
 
 def test_what_the_machine_can_do_is_measured(context):

@@ -448,6 +448,16 @@ def test_the_first_round_after_others_that_drafted_is_not_compared():
     assert [table.ms(shape) for shape in shapes] == before
 
 
+def test_rounds_that_others_lie_between_are_not_compared():
+    """Guards against a machine that changed while kinds took turns: none of those rounds counted."""
+    table, company = CostTable(IDLE), Company(1, 96.0)
+    plain, drafts = Shape(company, 0, 0, 1), Shape(company, 1, 3, 4)
+    before = [table.ms(shape) for shape in (plain, drafts)]
+    for shape, times in [(drafts, 1.0)] * 3 + [(plain, 1.2), (drafts, 1.2)] * 25 + [(plain, 1.4)] * 3:
+        table.learn(shape, times * before[shape is drafts])
+    assert [table.ms(shape) for shape in (plain, drafts)] == before
+
+
 def test_a_look_goes_on_until_it_shows_what_rounds_take():
     """Guards against looks of which nothing is compared: at drafting and at plain decoding, while others change."""
     for curve, promise in ((BUSY, BAD), (IDLE, GOOD)):

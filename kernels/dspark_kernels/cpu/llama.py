@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dspark_kernels.cpu.binding import Context, Doubles, Floats, Ints, Longs, Room, floats, must, ptr
+from dspark_kernels.cpu.binding import Context, Doubles, Floats, Ints, Longs, Room, Rooms, floats, must, ptr
 from dspark_kernels.cpu.head import Drafted, Head, Walked
 from dspark_kernels.cpu.matrix import GROUP, PackedMatrix, Table
 from dspark_kernels.cpu.store import Place, Store
@@ -168,7 +168,7 @@ class Llama:
         ids: Sequence[int],
         place: Place,
         tap_layers: Ints,
-        taps: Room,
+        taps: Room | Rooms,
         wanted: Sequence[int] | None = None,
         logits: Room | None = None,
         embedding_scale: float = 1.0,

@@ -121,7 +121,7 @@ def admit(
 
 
 def pays(drafts: Iterable[Survival], cost: RoundCost, price: float) -> bool:
-    """Whether any choice of these drafts' tokens promises more than its time is worth: sooner than `admit` says it."""
+    """Whether any choice of these exact drafts' tokens is worth its time: what `Adaptive` finds out, sooner."""
     tokens = accumulate(sorted((a for row in drafts for a in row), reverse=True))
     return any(promised > price * (ms - cost.ms[0]) for promised, ms in zip(tokens, cost.ms[1:], strict=False))
 

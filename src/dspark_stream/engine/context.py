@@ -134,9 +134,9 @@ class Context:
         Whoever has no room left hands over at once, ``most`` positions of all. Returns the milliseconds of that.
         ``company``: whoever shares the room.
         """
+        self.tell_apart()
         if self._drafter is None or not parts:
             return 0.0
-        self.tell_apart()
         # apart: of what is soon handed over all rows may be kept, of what waits those that stand
         for soon in (True, False):
             mine = [part for part in parts if part.soon is soon]
@@ -154,11 +154,9 @@ class Context:
 
     def keep_anchors(self, taps: Tensor, streams: Sequence[Owner], most: int = sys.maxsize) -> float:
         """`keep` of a pass over nothing but the anchors of these streams, who are the company and all draft."""
-        if self._drafter is None:
-            return 0.0
         self._anchors.append((taps, streams, [stream.position for stream in streams]))
         passes = len(self._anchors)
-        if self._waits and passes < PASSES and (passes + 1) * len(streams) <= HANDED_A_ROUND:
+        if passes < PASSES and (passes + 1) * len(streams) <= HANDED_A_ROUND:
             return 0.0
         self.tell_apart()
         return self._make_room(streams, taps, streams, most)

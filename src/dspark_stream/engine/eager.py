@@ -56,7 +56,8 @@ class EagerRounds:
         self.context.tell_apart()
 
     def forget(self) -> None:
-        """See `rounds.Rounds`: a round that failed is over."""
+        """See `rounds.Rounds`: a round that failed is over. What it left is found where streams are rewound."""
+        self.context.tell_apart()
 
     def counters(self) -> RoundCounters:
         """See `rounds.Rounds`."""

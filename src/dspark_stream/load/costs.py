@@ -24,7 +24,7 @@ GAIN = 0.2  # 0.1: 0.0 %, 0.4: -0.4 %; least ratio to plain 0.97 all the same (r
 MOST = 0.25  # 0.12: 0.0 %; 0.5: -0.2 %, none: -0.5 %, least ratio to plain 0.95 and 0.94
 """No surprise counts for more than this, as a logarithm: a round may have been interrupted."""
 LEAST_OF_BASE = 0.25
-"""Share of a measured time that is left at least for a shorter context: its slope may be measured wrong."""
+"""Share of a measured time that is left at least for a shorter context, whose slope may be wrong."""
 LOOK = 2  # 1: +0.1 %; 3: -0.3 %, least ratio to plain 0.92
 """Rounds of a look. The last counts: the first finds the processor's caches as other rounds left them."""
 
@@ -47,10 +47,9 @@ class Shape(NamedTuple):
 
 
 class CapacityCurve(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a round's two parts, measured at start at one stream that holds ``context`` positions.
+    """Milliseconds of drafting (with its context features) and of a target pass with acceptance, linear between points.
 
-    They are drafting (with its context features) and a target pass with acceptance. Linear between points. What else
-    differs, say between one stream's rows and many streams', is less, and learnt.
+    Measured at the start, at one stream that holds ``context`` positions. What else differs is learnt.
     """
 
     tokens: list[int]
@@ -145,6 +144,7 @@ class CostTable:
         size = min(range(len(self._sizes)), key=lambda i: abs(self.curve.tokens[i] - shape.batch_tokens))
         drafted, surprise = shape.drafting > 0, log(ms / self.ms(shape))
         self._pace += GAIN * min(MOST, max(-MOST, surprise - self._pace))
+        self._last = self._last if self._run >= LOOK or drafted == self._drafted else None  # kinds took turns since
         self._run, self._drafted = self._run + 1 if drafted == self._drafted else 1, drafted
         if self._run < LOOK:
             return
