@@ -4,10 +4,12 @@
 does that in a process of its own.
 """
 
+import contextlib
 import itertools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -239,6 +241,36 @@ def test_rooms_are_used_again_when_nobody_has_them():
     del view, tensor
     assert {rooms.get(4, 8).ctypes.data, rooms.address} <= places
     assert rooms.get(0, 8).shape == (0, 8)
+
+
+def test_rooms_may_be_let_go_of_by_any_thread():
+    """Guards against a pass that fails, or gets what somebody has, because another thread let go of taps meanwhile."""
+    rooms, stop, held = Rooms(), threading.Event(), []
+
+    def let_go():
+        while not stop.is_set():
+            with contextlib.suppress(IndexError):
+                held.pop()
+
+    others = [threading.Thread(target=let_go) for _ in range(2)]
+    mine: list[tuple[int, np.ndarray]] = []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in others:
+            thread.start()
+        for i in range(5_000):
+            held.append(rooms.get(1 << i % 12, 512))
+            mine.append((i, rooms.get(1 << i % 5, 512)))
+            mine[-1][1][:] = i
+            if len(mine) > 8:
+                number, array = mine.pop(0)
+                assert (array == number).all()
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        for thread in others:
+            thread.join()
 
 
 def test_rooms_keep_no_more_than_they_may():

@@ -5,6 +5,7 @@ What the kernels compute is said in `reference.py`. Pointers cross here, so shap
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import weakref
@@ -144,9 +145,9 @@ class Rooms:
         """An array of that shape that nobody else has."""
         wanted = math.prod(shape)
         size = max(4, 4 << (wanted - 1).bit_length())
-        if free := self._free[size]:
-            memory, self.address = free.pop()
-        else:
+        try:
+            memory, self.address = self._free[size].pop()
+        except IndexError:
             array = np.empty(size, dtype=np.uint8)
             memory, self.address = array.data, array.ctypes.data
         # every view of it, and every tensor, holds this very array: numpy looks through arrays alone for what is held
@@ -156,8 +157,9 @@ class Rooms:
 
     def _take_back(self, memory: memoryview, address: int) -> None:
         self._free[memory.nbytes].append((memory, address))
-        while sum(len(free) * size for size, free in [*self._free.items()]) > self.KEPT:
-            self._free[max(size for size, free in [*self._free.items()] if free)].pop()
+        with contextlib.suppress(IndexError, ValueError):  # another thread took it: whichever lets go comes here
+            while sum(len(free) * size for size, free in [*self._free.items()]) > self.KEPT:
+                self._free[max(size for size, free in [*self._free.items()] if free)].pop()
 
 
 def room_for(out: npt.NDArray[Any] | None, rows: int, width: int) -> Floats:
