@@ -164,17 +164,27 @@ def test_what_promises_are_worth_is_each_streams_own_and_a_newcomers_is_all_the_
     assert max(acceptance.corrected(honest, [1.0, 1.0])) <= 1.0
 
 
-def test_slots_that_were_not_drafted_go_on_as_whole_blocks_did():
-    """Guards against a block that keeps itself short, since nobody would know what later slots promise."""
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("block", [[0.8, 0.4, 0.2, 0.1], GOOD])
+def test_slots_that_were_not_drafted_go_on_as_whole_blocks_did(block, late):
+    """Guards against a block that keeps itself short, since nobody would know what later slots promise: whether whole
+    blocks come before the short ones, or a few of them after many."""
     acceptance, (whole, short) = Acceptance(GAMMA), pasts(2)
-    for _ in range(100):
-        acceptance.learn(whole, [0.8, 0.4, 0.2, 0.1], 1, 1)
-    for _ in range(100):
-        acceptance.learn(short, [0.4], 1, 0)
+    first, then = [(whole, block)] * (30 if late else 100), [(short, block[:1])] * 300
+    for past, promise in [*then, *first, *then[:100]] if late else [*first, *then]:
+        acceptance.learn(past, promise, 1, 1)
     (accepted, *_), (verified, *_) = acceptance.expected(short)  # by threshold and slots: how many survive it
     promised = [tokens / acceptance.worth(short) for tokens in accepted]
-    assert promised == pytest.approx([0.4, 0.6, 0.7, 0.75], rel=0.2)
+    assert promised == pytest.approx(list(itertools.accumulate(block)), rel=0.2)
     assert verified == pytest.approx([1, 2, 3, 4])
+
+
+def test_many_streams_that_drafted_short_blocks_come_to_draft_longer_ones():
+    """Guards against first blocks of one token, after which 16 streams would never draft a third."""
+    machine, those = Machine(IDLE), pasts(16)
+    machine.play(those, 700, [GOOD] * 16)
+    played = machine.play(those, 200, [GOOD] * 16)
+    assert sum(one.plan.size == (16, 3) for one in played) > 180
 
 
 def test_a_stream_left_out_is_looked_at_again_and_taken_back():
