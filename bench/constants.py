@@ -26,7 +26,6 @@ TRIED: list[tuple[str, list[ModuleType], list[object]]] = [
     ("LOOK", [controller, costs], [1, 3]),
     ("OTHERS", [controller], [0.0, 0.5]),
     ("SHARE", [controller], [0.01, 0.04, 0.0]),
-    ("AFTER", [controller], [0.02, 0.2]),
     ("GAIN", [costs], [0.1, 0.4]),
     ("MOST", [costs], [0.12, 0.5, 9.0]),
     ("BLOCKS", [acceptance], [16, 64]),

@@ -288,17 +288,6 @@ def engine_like(line: Sequence[Sequence[Seat]], machine: Machine, schedule: Sche
     return tokens / ms
 
 
-def wrong(curve: CapacityCurve, part: str, times: str) -> CapacityCurve:
-    """A curve by which drafting, or passes of six rows and more, take so many times as long."""
-    if part == "drafting":
-        scaled = {name: [float(times) * ms for ms in getattr(curve, name)] for name in ("draft_ms", "slot_ms")}
-        return msgspec.structs.replace(curve, **scaled)
-    if part != "passes":
-        raise SystemExit(f"--wrong {part}: drafting or passes")
-    passes = [ms * (float(times) if rows >= 6 else 1.0) for rows, ms in zip(curve.tokens, curve.verify_ms, strict=True)]
-    return msgspec.structs.replace(curve, verify_ms=passes)
-
-
 def rates(recording: Recording, machine: Machine, streams: int, args: argparse.Namespace) -> dict[str, float]:
     """Tokens a millisecond of every schedule, at so many streams."""
     steps, believed = max(30, args.steps // max(1, streams // 8)), CostTable(machine.believed)
@@ -345,12 +334,6 @@ def main() -> None:
         help="quicker: none that know more; regret is against the best fixed length",
     )
     parser.add_argument("--believe", type=Path, help="a stored curve that the engine begins with, not one measured now")
-    parser.add_argument(
-        "--wrong",
-        metavar="PART:TIMES",
-        help="the engine begins with the true curve, by which drafting (drafting:2.5) or passes of six rows and more "
-        "(passes:1.5) take so many times as long",
-    )
     parser.add_argument("--out", type=Path, default=Path("runs/regret.csv"))
     args = parser.parse_args()
     if args.recorded is not None and args.recorded.exists():
@@ -363,8 +346,6 @@ def main() -> None:
     believed = recording.other or recording.curve
     if args.believe is not None:
         believed = msgspec.json.decode(args.believe.read_bytes(), type=Stored).curve
-    if args.wrong is not None:
-        believed = wrong(recording.curve, *args.wrong.split(":"))
     machine = Machine(CostTable(recording.curve), believed, float(args.temperature >= 1e-5))
     rows: list[dict[str, object]] = []
     knowing = [] if args.own else ["clairvoyant", "oracle", "promised", "table"]

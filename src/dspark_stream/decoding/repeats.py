@@ -15,7 +15,7 @@ LEAN = 16.0  # surprise a token 0.488 nats; 4: 0.494, 32: 0.489 (SmolLM2, temper
 """After so many looked-up tokens a stream is judged half by itself and half by all streams."""
 FADE = 1 / 64
 """Share that every token makes forget of what all streams showed; of a stream's own, twice as much."""
-HOPE = 0.5  # 0.7: 0.0 %, 0.85: +0.2 % of replays' throughput, where the drafter's promises begin with it
+HOPE = 0.5  # 0.7: +0.2 %, 0.85: +0.2 % of replays' throughput, where the drafter's promises begin with it
 """What is believed of a token, given those before it, before anything was seen."""
 
 

@@ -15,10 +15,10 @@ from typing import get_args
 from dspark_stream.decoding.repeats import FADE, HOPE, Repeats
 from dspark_stream.types import Acceptance as Way
 
-THRESHOLDS = (0.0, 0.2, 0.5)  # one: -0.7 %, seven: +0.2 % of replays' throughput (decision 037)
+THRESHOLDS = (0.0, 0.2, 0.5)  # one: -0.7 %, seven: +0.1 % of replays' throughput (decision 037)
 """Plans suppose that all drafts of at least such a survival will be verified, and take the best of these thresholds."""
-LEAN = 4.0  # as many blocks of a stream, or promised tokens, count half, all streams half; 2: 0.0, 8: 0.0 %, least 0.86
-BLOCKS = 32  # so many of a stream count, of all streams together twice as many; 16: -0.1 %, 64: +0.1 %, least 0.92
+LEAN = 4.0  # as many blocks of a stream, or promised tokens, count half, all streams half; 2: +0.2 %, 8: +0.1 %
+BLOCKS = 32  # so many count of a stream, of all streams together twice as many; 16: 0.0 %, 64: +0.3 %
 
 
 class _Ledger:
@@ -56,8 +56,7 @@ class Acceptance:
     def __init__(self, gamma: int) -> None:
         self._gamma, hope = gamma, [HOPE**k for k in range(1, gamma + 1)]
         self._pools: dict[Way, _Ledger] = {way: _Ledger(hope, 2 * BLOCKS, 1) for way in get_args(Way)}
-        # by slot: survival of the one before it and its own, summed over blocks that had it
-        self._onward = {way: [(LEAN, LEAN * HOPE)] * gamma for way in get_args(Way)}
+        self._onward = {way: [(LEAN, LEAN * HOPE)] * gamma for way in get_args(Way)}  # survival before a slot and in it
         self.repeats = Repeats(FADE)  # what looked-up drafts have been worth, of all streams
         self.expected = lru_cache(maxsize=256)(self._expected)  # until a draft is learnt from
 

@@ -15,13 +15,12 @@ from dspark_stream.load.acceptance import THRESHOLDS, Acceptance, Past
 from dspark_stream.load.costs import LOOK, CapacityCurve, Company, CostTable, Shape
 
 Learnt = tuple[Past | None, Sequence[float], int, int]  # past, promises (none if no draft), verified, accepted
-HOLD = 8  # 4: +0.3 %, 16: 0.0 % of all replays' throughput; so are all such figures (decision 037)
+HOLD = 8  # 4: +0.2 %, 16: -0.2 % of all replays' throughput; so are all such figures (decision 037)
 """Rounds between two decisions; not fewer than there are streams, since deciding takes time for each."""
-OTHERS = 0.25  # 0: -0.1 %, 0.5: -0.2 %; the least ratio to plain 0.94 and 0.95 instead of 0.98
+OTHERS = 0.25  # 0: 0.0 %; 0.5: -0.4 %, the least ratio to plain 0.95 instead of 0.97
 """It is decided at once where those who have come and those who have gone are more than this share of the streams."""
-SHARE = 0.02  # 0.01: 0.0 %, 0.04: 0.0 %, none: -0.6 %; the least ratio to plain 0.90, 0.98 and 0.86 instead of 0.98
-"""Of all time, so much may be lost to looks. What a look loses is estimated beforehand."""
-AFTER = 0.1  # 0.02: -0.2 %, 0.2: +0.1 %; of a look's time, that is lost at least: the rounds after it find other caches
+SHARE = 0.02  # 0.01: 0.0 %, the least ratio to plain 0.89 instead of 0.97; 0.04: -0.1 %; none: -0.2 %, 0.87
+"""Of all time, so much may be lost to looks. What a look loses is estimated beforehand; this share of it at least."""
 
 
 class Plan(NamedTuple):
@@ -65,12 +64,12 @@ class Controller:
         self._choice, self._left = _Choice({}, 0, 0.0, 0.0), 0  # for how many rounds
         self._for, self._plain = set[Past | None](), 0  # who they are; how many of them are in plain mode
         self._may_lose_ms, self.looks = 0.0, 0  # looks in all
-        self._looked = Counter[tuple[int, int]]()  # by kind and the bits of R; the n-th needs n times its loss
+        self._looked = Counter[tuple[bool, int]]()  # by kind and the bits of R; the n-th needs n times its loss
 
     def plan(self, pasts: Sequence[Past | None], company: Company, *, looks: bool = True) -> Plan:
         """The next round's; ``looks``: it may be one. ``pasts``: of every stream, None for one in plain mode."""
         others = len(self._for.symmetric_difference(pasts)) + abs(self._plain - pasts.count(None))
-        gone = bool(self._choice.promised) and self._choice.promised.keys().isdisjoint(pasts)
+        gone = not self._choice.promised.keys() <= set(pasts)
         if self._left == 0 or (gone if self._choice.look else others > OTHERS * len(pasts)):
             self._choice = self._decide(pasts, company, looks)
             self._for, self._plain = set(pasts), pasts.count(None)
@@ -81,21 +80,22 @@ class Controller:
     def _decide(self, pasts: Sequence[Past | None], company: Company, looks: bool) -> _Choice:
         streams, ms = len(pasts), self.costs.plain_ms(company)
         plain = _Choice({}, 0, streams / ms, ms)
-        if not (may := [past for past in pasts if past is not None]):
+        may = [past for past in pasts if past is not None]
+        if not may:
             return plain
         drafts, whole = self._drafts(may, company)
         best = drafts if drafts.rate > plain.rate else plain
-        bits, others = streams.bit_length(), [(k, c) for k, c in enumerate((plain, drafts, whole)) if c is not best]
-        losses = [(self._looked[k, bits], c.ms * max(AFTER, 1.0 - c.rate / best.rate), k, c) for k, c in others]
-        times, lost_ms, kind, look = min(losses)  # in turn; of two looked at equally often the cheaper
-        if not looks or self._may_lose_ms < LOOK * (times + 1) * lost_ms:
+        kinds = {(c is whole, streams.bit_length()): c for c in (whole, plain) if c is not best}
+        kind = min(kinds, key=self._looked.__getitem__)
+        look, times = kinds[kind], 1 + self._looked[kind]
+        if not looks or self._may_lose_ms < LOOK * times * look.ms * max(SHARE, 1.0 - look.rate / best.rate):
             return best
-        self.looks, self._may_lose_ms, self._looked[kind, bits] = self.looks + 1, 0.0, times + 1
+        self.looks, self._may_lose_ms, self._looked[kind] = self.looks + 1, 0.0, times
         # a price near zero: everything is worth its time, so that the whole block is verified
         return look._replace(rate=best.rate * (1e-3 if look is whole else 1.0), look=True)
 
     def _drafts(self, may: Sequence[Past], company: Company) -> tuple[_Choice, _Choice]:
-        """The best set of streams (of like ones the last) and length; and a whole block of that which drafted least."""
+        """The best set of streams and block length; and a whole block of the stream that drafted least."""
         streams, gamma, costs = company.streams, self._gamma, self.costs
         expected = [self.acceptance.expected(past) for past in may]
         most = int(sum(rows[0][-1] for _, rows in expected)) + 2
@@ -103,7 +103,7 @@ class Controller:
         best = 0.0, 0.0, 0, 0, list[int]()
         for t, least in enumerate(THRESHOLDS):
             gains = [tokens[t][-1] - least * rows[t][-1] for tokens, rows in expected]
-            ranked = sorted(range(len(may) - 1, -1, -1), key=gains.__getitem__, reverse=True)
+            ranked = sorted(range(len(may)), key=gains.__getitem__, reverse=True)
             for g in range(gamma):
                 tokens, rows = float(streams), 0.0
                 for n, i in enumerate(ranked, 1):
