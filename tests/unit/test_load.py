@@ -164,9 +164,22 @@ def test_what_promises_are_worth_is_each_streams_own_and_a_newcomers_is_all_the_
     assert max(acceptance.corrected(honest, [1.0, 1.0])) <= 1.0
 
 
+def test_slots_that_were_not_drafted_go_on_as_whole_blocks_did():
+    """Guards against a block that keeps itself short, since nobody would know what later slots promise."""
+    acceptance, (whole, short) = Acceptance(GAMMA), pasts(2)
+    for _ in range(100):
+        acceptance.learn(whole, [0.8, 0.4, 0.2, 0.1], 1, 1)
+    for _ in range(100):
+        acceptance.learn(short, [0.4], 1, 0)
+    (accepted, *_), (verified, *_) = acceptance.expected(short)  # by threshold and slots: how many survive it
+    promised = [tokens / acceptance.worth(short) for tokens in accepted]
+    assert promised == pytest.approx([0.4, 0.6, 0.7, 0.75], rel=0.2)
+    assert verified == pytest.approx([1, 2, 3, 4])
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("block", [[0.8, 0.4, 0.2, 0.1], GOOD])
-def test_slots_that_were_not_drafted_go_on_as_whole_blocks_did(block, late):
+def test_later_slots_are_known_from_few_whole_blocks_among_many_short_ones(block, late):
     """Guards against a block that keeps itself short, since nobody would know what later slots promise: whether whole
     blocks come before the short ones, or a few of them after many."""
     acceptance, (whole, short) = Acceptance(GAMMA), pasts(2)
